@@ -1,0 +1,39 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Python is used where it lies; only what is compiled, or the list of dependencies, needs installing again.
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -Ceditable.mode=inplace --editable ".[dev]"
+	touch $@
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it learned
+	$(BIN)/genfuse train vae --data digits --out runs/demo --epochs 150 --model.latent-dim 10 --overwrite
+	$(BIN)/genfuse evaluate runs/demo
+	$(BIN)/genfuse sample runs/demo --n 64 --out runs/demo/samples.png --overwrite
+
+test: $(INSTALLED)  ## every test that takes seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+
+bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
+	$(BIN)/python -m benchmarks ops --json build/ops.json
+	$(BIN)/python -m benchmarks training --json build/training.json
+	$(BIN)/python -m benchmarks report build/ops.json build/training.json --out docs/benchmarks.md
+
+clean:
+	rm -rf $(VENV) build dist python/genfuse/_C.*.so
