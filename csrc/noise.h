@@ -1,0 +1,55 @@
+#pragma once
+// A stream of Philox normals for loops on the CPU: element i of the stream is word i % 4 of counter i / 4.
+#include "philox.h"
+#include "rows.h"
+
+namespace genfuse {
+
+template <class T>
+class Noise {
+ public:
+  Noise(uint64_t key, int64_t ahead) : key_(key), ahead_(ahead) {}
+
+  // Elements [first, first + n), n <= kBlock. Up to `ahead` elements are made at once, for a reader who goes on.
+  GENFUSE_HD const T* at(int64_t first, int64_t n) {
+    if (first < begin_ || first + n > end_) fill(first, std::max(n, std::min(ahead_, kBlock)));
+    return buffer_ + (first - begin_);
+  }
+
+ private:
+  static constexpr int kLanes = 16;
+
+  GENFUSE_HD void fill(int64_t first, int64_t n) {
+    begin_ = first & ~int64_t(3);
+    end_ = (first + n + 3) & ~int64_t(3);
+    const int64_t counter = begin_ / 4, counters = (end_ - begin_) / 4;
+    uint32_t words[4][kLanes];
+    T planes[4][kLanes];
+    for (int64_t c = 0; c < counters; c += kLanes) {
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        const Words out = philox(uint64_t(counter + c + l), key_);
+        words[0][l] = out.w[0], words[1][l] = out.w[1], words[2][l] = out.w[2], words[3][l] = out.w[3];
+      }
+      for (int w = 0; w < 4; w += 2) {
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          const Pair<T> pair = normals(words[w][l], words[w + 1][l], T());
+          planes[w][l] = pair.first, planes[w + 1][l] = pair.second;
+        }
+      }
+      T* to = buffer_ + 4 * c;
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        to[4 * l] = planes[0][l], to[4 * l + 1] = planes[1][l], to[4 * l + 2] = planes[2][l],
+               to[4 * l + 3] = planes[3][l];
+      }
+    }
+  }
+
+  uint64_t key_;
+  int64_t ahead_, begin_ = 0, end_ = 0;
+  alignas(64) T buffer_[kBlock + 8 + 4 * kLanes];
+};
+
+}  // namespace genfuse

@@ -1,0 +1,86 @@
+#pragma once
+// Counter-based noise: any element can be made again at any time, by any thread, on any device.
+#include "portable.h"
+
+namespace genfuse {
+
+struct Words {
+  uint32_t w[4];
+};
+
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+GENFUSE_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  GENFUSE_UNROLL(10)
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    const uint32_t n0 = uint32_t(b >> 32) ^ c1 ^ k0, n2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c1 = uint32_t(b), c3 = uint32_t(a), c0 = n0, c2 = n2;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+GENFUSE_HD Words philox(uint64_t counter, uint64_t key) {
+  return philox(uint32_t(counter), uint32_t(counter >> 32), 0, 0, uint32_t(key), uint32_t(key >> 32));
+}
+
+// (word + 0.5), rounded once: the high half is exact, and so is the low half with its 0.5.
+GENFUSE_HD float centre(uint32_t word) {
+  return float(int32_t(word >> 16)) * 65536.f + (float(int32_t(word & 0xffffu)) + 0.5f);
+}
+
+template <class T>
+struct Pair {
+  T first, second;
+};
+
+// Box-Muller: sqrt(-2 ln u0) (cos, sin)(2 pi u1) with u = (word + 0.5) 2^-32.
+GENFUSE_HD Pair<double> normals(uint32_t word0, uint32_t word1, double) {
+  const double radius = sqrt(-2. * log((double(word0) + 0.5) * 0x1p-32));
+  const double angle = 6.283185307179586 * ((double(word1) + 0.5) * 0x1p-32);
+  return {radius * cos(angle), radius * sin(angle)};
+}
+
+// In float32 by the polynomials of Cephes' logf, sinf and cosf, reduced on the words themselves. So ln u keeps its
+// relative accuracy next to u = 1, the angle is not rounded, the compiler can vectorise it (it would merge sinf and
+// cosf into one scalar call), and the GPU computes the same.
+GENFUSE_HD Pair<float> normals(uint32_t word0, uint32_t word1, float) {
+  // ln u = e ln 2 + ln(1 + x) with 1 + x in [sqrt(1/2), sqrt(2)). For e = 0, x = u - 1 comes from the complement.
+  const float u = centre(word0) * 0x1p-32f;
+  const int32_t bits = bit_cast<int32_t>(u) - 0x3f3504f3;
+  const int32_t e = bits >> 23;
+  const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
+  const float x = e == 0 ? -0x1p-32f * centre(~word0) : mantissa - 1.f;
+  float p = 7.0376836292e-2f;
+  p = p * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  const float k = float(e);
+  const float ln = k * 0.693359375f + (x + (x * x * (x * p - 0.5f) - k * 2.12194440e-4f));
+  const float radius = sqrtf(-2.f * ln);
+  // 2 pi u1 = quarter (pi / 2) + angle, |angle| <= pi / 4.
+  const uint32_t quarter = (word1 + 0x20000000u) >> 30;
+  const float angle = (float(int32_t(word1 - (quarter << 30))) + 0.5f) * (6.283185307f * 0x1p-32f);
+  const float z = angle * angle;
+  const float s = angle + angle * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
+  const float c =
+      1.f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  const bool odd = quarter & 1u;
+  const float cosine = odd ? s : c, sine = odd ? c : s;
+  return {radius * ((quarter == 1u || quarter == 2u) ? -cosine : cosine), radius * ((quarter & 2u) ? -sine : sine)};
+}
+
+// The four normals of one counter.
+template <class T>
+GENFUSE_HD void normals(uint64_t key, uint64_t counter, T out[4]) {
+  const Words words = philox(counter, key);
+  const Pair<T> a = normals(words.w[0], words.w[1], T()), b = normals(words.w[2], words.w[3], T());
+  out[0] = a.first, out[1] = a.second, out[2] = b.first, out[3] = b.second;
+}
+
+}  // namespace genfuse

@@ -1,0 +1,142 @@
+#pragma once
+// What every kernel needs to compile for both CPU and GPU: markers, elementary functions, storage types.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define GENFUSE_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define GENFUSE_HD inline __attribute__((always_inline))
+#else
+#define GENFUSE_HD inline
+#endif
+
+// A loop inside a loop is not vectorised unless it is unrolled first.
+#if defined(__CUDACC__)
+#define GENFUSE_UNROLL(n) _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__clang__)
+#define GENFUSE_DO_PRAGMA(text) _Pragma(#text)
+#define GENFUSE_UNROLL(n) GENFUSE_DO_PRAGMA(GCC unroll n)
+#else
+#define GENFUSE_UNROLL(n)
+#endif
+
+// A function marked so is compiled once per level of x86-64 and chosen when the module is loaded (an ifunc, hence
+// glibc). It cannot stand on a template, and what it calls must be inlined into it to be compiled for its level.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define GENFUSE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define GENFUSE_SIMD_LEVELS 1
+#else
+#define GENFUSE_SIMD
+#endif
+
+namespace genfuse {
+
+template <class To, class From>
+GENFUSE_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// exp for a loop that the compiler can vectorise without -ffast-math, which would break NaN and inf, and without the
+// C library's SIMD functions, which only glibc on x86 has. Polynomial of Cephes' expf, within 2 ulp; overflow,
+// denormal results, inf and NaN as in expf.
+GENFUSE_HD float exp_(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  const float clamped = x < -104.f ? -104.f : (x > 89.f ? 89.f : x);  // NaN stays NaN
+  const float shifted = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer, held in the low bits
+  const int32_t n = bit_cast<int32_t>(shifted) - 0x4b400000;
+  const float k = shifted - 12582912.f;
+  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  // 2^n in two factors, since n itself reaches from -150 to 128. NaN has any n, and stays NaN.
+  const int32_t half = n >> 1;
+  return p * bit_cast<float>((half + 127) << 23) * bit_cast<float>((n - half + 127) << 23);
+#endif
+}
+GENFUSE_HD double exp_(double x) { return exp(x); }
+
+// float16 and bfloat16 as they lie in memory. All arithmetic on them is float32's.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+GENFUSE_HD float load(float x) { return x; }
+GENFUSE_HD double load(double x) { return x; }
+GENFUSE_HD float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+GENFUSE_HD float load(Half x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(bit_cast<__half>(x.bits));
+#else
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13, sign = uint32_t(x.bits & 0x8000u) << 16;
+  // Moved into float's exponent field, the value is 2^-112 of itself, denormals included.
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  return bit_cast<float>(sign | ((x.bits & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : finite));
+#endif
+}
+
+GENFUSE_HD void store(float& to, float x) { to = x; }
+GENFUSE_HD void store(double& to, double x) { to = x; }
+GENFUSE_HD void store(BFloat16& to, float x) {
+#ifdef __CUDA_ARCH__
+  to.bits = bit_cast<uint16_t>(__float2bfloat16(x));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
+#endif
+}
+GENFUSE_HD void store(Half& to, float x) {
+#ifdef __CUDA_ARCH__
+  to.bits = bit_cast<uint16_t>(__float2half_rn(x));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  // Below 2^-14 the result is denormal: adding 0.5 lets the float adder shift and round to its 2^-24 steps.
+  const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // from 65520 on: inf
+  to.bits = uint16_t(sign | (magnitude < 0x477ff000u ? finite : large));
+#endif
+}
+
+// The type in which values of a storage type are computed.
+template <class Storage>
+struct compute {
+  using type = float;
+};
+template <>
+struct compute<double> {
+  using type = double;
+};
+template <class Storage>
+using compute_t = typename compute<Storage>::type;
+
+// Calls f with a value of the storage type that `dtype` numbers; Python's _op.py has the same numbers.
+template <class F>
+void dispatch(int dtype, F f) {
+  switch (dtype) {
+    case 0: return f(float());
+    case 1: return f(double());
+    case 2: return f(Half());
+    case 3: return f(BFloat16());
+  }
+}
+
+}  // namespace genfuse

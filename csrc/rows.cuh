@@ -1,0 +1,60 @@
+#pragma once
+// What kernels that walk over rows share: the shape of a launch, and the sum of a row.
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace genfuse {
+
+constexpr int kThreads = 256;
+
+// A block of kThreads serves kThreads / Lanes rows; the grid strides over the rows, of which there may be any number.
+template <int Lanes>
+int blocks_for(int64_t rows) {
+  constexpr int64_t per_block = kThreads / Lanes;
+  return int(std::min<int64_t>((rows + per_block - 1) / per_block, 1 << 20));
+}
+
+template <int Lanes>
+__device__ int lane() {
+  return threadIdx.x % Lanes;
+}
+template <int Lanes>
+__device__ int64_t first_row() {
+  return int64_t(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes;
+}
+template <int Lanes>
+__device__ int64_t row_step() {
+  return int64_t(gridDim.x) * (kThreads / Lanes);
+}
+
+// The sum over the lanes of a row, valid in lane 0. All lanes of a row call it together.
+template <int Lanes, class T>
+__device__ T row_sum(T sum) {
+  static_assert(Lanes == 32 || Lanes == kThreads, "a row is a warp's or a block's");
+  for (int d = 16; d; d >>= 1) sum += __shfl_down_sync(~0u, sum, d);
+  if constexpr (Lanes > 32) {
+    __shared__ T partial[Lanes / 32];
+    __syncthreads();  // the previous row's partial sums have been read
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      sum = threadIdx.x < Lanes / 32 ? partial[threadIdx.x] : T(0);
+      for (int d = Lanes / 64; d; d >>= 1) sum += __shfl_down_sync(~0u, sum, d);
+    }
+  }
+  return sum;
+}
+
+inline void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::string message = std::string("genfuse: CUDA: ") + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    message += "; the kernels were built for " GENFUSE_CUDA_ARCHITECTURES
+               ": reinstall with CUDAARCHS set to this GPU's, or set GENFUSE_IMPL=triton";
+  }
+  throw std::runtime_error(message);
+}
+
+}  // namespace genfuse

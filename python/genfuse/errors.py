@@ -1,0 +1,29 @@
+"""What goes wrong for reasons that the user can mend.
+
+The command line prints the message of these, without a traceback, and exits with 2. Each message says what was wrong,
+where, what was got, and what to do.
+"""
+
+
+class GenfuseError(ValueError):
+    """Base of all errors that are the input's fault and not the program's."""
+
+
+class SettingsError(GenfuseError):
+    """A setting of a model, of the training or of the command is not usable."""
+
+
+class DataError(GenfuseError):
+    """A data set cannot be found, read or used."""
+
+
+class RunError(GenfuseError):
+    """A run folder is missing, half there, of another version, or already taken."""
+
+
+class PluginError(GenfuseError):
+    """A model or data set is unknown, claimed twice, or fails to load."""
+
+
+class NonFiniteLossError(GenfuseError):
+    """Training met a loss that is NaN or infinite."""

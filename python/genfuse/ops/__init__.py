@@ -1,0 +1,9 @@
+"""Fused operators for generative models. This package needs nothing but torch."""
+
+from genfuse.ops._op import OPERATORS as OPERATORS
+from genfuse.ops._op import Operator as Operator
+from genfuse.ops._op import available as available
+from genfuse.ops._op import choices as choices
+from genfuse.ops._op import info as info
+from genfuse.ops._op import use as use
+from genfuse.ops._reparameterize_kl import reparameterize_kl as reparameterize_kl

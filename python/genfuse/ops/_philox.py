@@ -1,0 +1,43 @@
+"""Counter-based noise in plain PyTorch: the same numbers as the kernels make, on any device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from genfuse.ops import _op
+
+
+def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
+    synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another."""
+    if torch.compiler.is_compiling():
+        return torch.ops.genfuse.seed(like)
+    return torch.empty((), dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
+
+
+_op.define_random("seed(Tensor like) -> Tensor", seed, fake=lambda like: like.new_empty((), dtype=torch.int64))
+
+
+def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011) of 64-bit counters, int64, under a 64-bit key: four words each, int64."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter & mask, (counter >> 32) & mask, torch.zeros_like(counter), torch.zeros_like(counter)
+    k0, k1 = key & mask, (key >> 32) & mask
+    for _ in range(10):
+        # A product of two words fits 64 bits; that int64 calls the top one a sign changes no bit.
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = ((b >> 32) & mask) ^ c1 ^ k0, b & mask, ((a >> 32) & mask) ^ c3 ^ k1, a & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normals: element i is number i % 4 of counter i // 4, by Box-Muller with u = (word + 0.5) / 2^32."""
+    n = math.prod(shape)
+    words = philox(torch.arange((n + 3) // 4, device=key.device), key)
+    u0, u1, u2, u3 = ((word.double() + 0.5) * 2.0**-32 for word in words)
+    r, s = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
+    a, b = 2 * math.pi * u1, 2 * math.pi * u3
+    four = torch.stack([r * a.cos(), r * a.sin(), s * b.cos(), s * b.sin()], dim=-1)
+    return four.reshape(-1)[:n].reshape(shape).to(dtype)

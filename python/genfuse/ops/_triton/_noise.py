@@ -1,0 +1,48 @@
+"""Philox normals inside Triton kernels, number for number those of ops/_philox.py and csrc/philox.h."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pair(word0, word1, WIDE: tl.constexpr):
+    """Box-Muller of two words: sqrt(-2 ln u0) (cos, sin)(2 pi u1), u = (word + 0.5) 2^-32."""
+    if WIDE:
+        ln = tl.log((word0.to(tl.float64) + 0.5) * 2.3283064365386963e-10)
+        angle = (word1.to(tl.float64) + 0.5) * 1.4629180792671596e-9  # 2 pi 2^-32
+    else:
+        # Both halves of a word are exact in float32, so their sum is rounded once.
+        u = (word0 >> 16).to(tl.float32) * 65536.0 + ((word0 & 0xFFFF).to(tl.float32) + 0.5)
+        rest = word0 ^ 0xFFFFFFFF
+        v = ((rest >> 16).to(tl.float32) * 65536.0 + ((rest & 0xFFFF).to(tl.float32) + 0.5)) * 2.3283064365386963e-10
+        # Next to u = 1, ln u = ln(1 - v) by its series: u itself has lost v's digits.
+        series = -v * (1.0 + v * (0.5 + v * (0.3333333333 + 0.25 * v)))
+        ln = tl.where(v < 0.015625, series, tl.log(u * 2.3283064365386963e-10))
+        # The angle within half a turn, as a signed number, keeps the digits of small angles.
+        angle = (word1.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.4629180792671596e-9
+    radius = tl.sqrt(-2.0 * ln)
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def normals(seed, first, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """Elements [first, first + BLOCK) of the stream; ALIGNED says that ``first`` is a multiple of 4."""
+    if ALIGNED:
+        counter = first // 4 + tl.arange(0, BLOCK // 4)
+        w0, w1, w2, w3 = _words(seed, counter)
+        a, b = _pair(w0, w1, WIDE)
+        c, d = _pair(w2, w3, WIDE)
+        # join puts its two operands on a new last axis: [[a, b], [c, d]] of each counter in that order.
+        return tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (BLOCK,))
+    element = first + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = _words(seed, element // 4)
+    upper = (element & 2) != 0
+    cosine, sine = _pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1), WIDE)
+    return tl.where((element & 1) != 0, sine, cosine)
+
+
+@triton.jit
+def _words(seed, counter):
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero)

@@ -1,0 +1,46 @@
+"""Fixtures: device, dtype and implementation; data that may be absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Read when Triton is first imported: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+REQUIRED = set(filter(None, os.environ.get("GENFUSE_REQUIRE", "").split(",")))
+
+
+def skip(what: str, reason: str) -> None:
+    """Skip, unless GENFUSE_REQUIRE names what is missing: a suite that must run a thing cannot pass by skipping it."""
+    if what in REQUIRED:
+        pytest.fail(f"GENFUSE_REQUIRE={what}: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        skip("cuda", "no CUDA device")
+    return request.param
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def implementation(request, device):
+    from genfuse import ops
+
+    if request.param not in ops.available(device):
+        reasons = {why for kernel in ops._op.KERNELS.values() for _, why in [kernel.find(request.param, device)]}
+        skip(request.param, f"no {request.param} on {device}: {'; '.join(sorted(reasons))}")
+    with ops.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def data_root() -> Path:
+    root = os.environ.get("GENFUSE_DATA")
+    if not root:
+        skip("data", "GENFUSE_DATA is not set: no real data")
+    return Path(root)

@@ -1,0 +1,89 @@
+"""What holds of every operator, on every device, by every implementation."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genfuse import ops
+
+SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20)]
+
+
+@pytest.fixture(params=list(ops.OPERATORS))
+def operator(request):
+    return ops.OPERATORS[request.param]
+
+
+def tensors(operator, size, dtype, device):
+    return {k: v for k, v in operator.example(size, dtype, device).items() if isinstance(v, torch.Tensor)}
+
+
+def seeded(operator):
+    """The operator as a pure function of its tensors: the same noise at every call."""
+
+    def function(*args, names):
+        torch.manual_seed(0)
+        return operator.function(**dict(zip(names, args, strict=True)))
+
+    return function
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every call of one of our torch operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "genfuse":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, size, dtype, device, implementation):
+    ours = operator.error(size, dtype, device)
+    eager = operator.error(size, dtype, device, eager=True)
+    # Triton's interpreter cuts float32 down to bfloat16 where hardware rounds: one unit in place of half of one.
+    floor = 16 * torch.finfo(dtype).eps if dtype.itemsize > 2 else torch.finfo(dtype).eps
+    assert ours <= 2 * eager + floor
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_agree_with_finite_differences(operator, order, device, implementation):
+    inputs = tensors(operator, (2, 5), torch.float64, device)
+    check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
+    function = seeded(operator)
+    assert check(lambda *args: function(*args, names=inputs), tuple(inputs.values()))
+
+
+def test_pytorchs_operator_check_passes(operator, device, implementation):
+    inputs = tensors(operator, (3, 65), torch.float32, device)
+    with Recorder() as recorder:
+        outputs = operator.function(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, tuple(inputs.values()), [torch.ones_like(o) for o in outputs])
+    assert {f._schema.name for f, _ in recorder.calls} == {f"genfuse::{k.name}" for k in operator.kernels}
+    for function, args in recorder.calls:
+        torch.library.opcheck(function, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+
+
+def test_every_shape_that_has_no_elements_works(operator, device, implementation):
+    for size in [(0, 4), (3, 0), (0, 0)]:
+        inputs = tensors(operator, size, torch.float32, device)
+        outputs = operator.function(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(outputs, tuple(inputs.values()), [torch.ones_like(o) for o in outputs])
+        assert all(g.shape == i.shape for g, i in zip(gradients, inputs.values(), strict=True))
+
+
+def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(operator, monkeypatch):
+    monkeypatch.setattr(ops._op, "_C", None)
+    inputs = tensors(operator, (2, 4), torch.float32, "cpu")
+    with ops.use("native"), pytest.raises(RuntimeError, match=f"{operator.name} has no native implementation on cpu"):
+        operator.function(**inputs)
+    with ops.use("auto"):  # chosen automatically, it falls back
+        operator.function(**inputs)
+        assert {choice[2] for choice in ops.choices() if choice[1] == "cpu"} == {"reference"}
