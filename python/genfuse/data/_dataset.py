@@ -1,0 +1,288 @@
+"""What a data set is, and how a name becomes one."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from genfuse import plugins
+from genfuse.errors import DataError, PluginError
+from genfuse.models import Batch
+
+Binarize = Literal["none", "static", "dynamic"]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the columns of a table were standardized: (value - mean) / std, by the training split's statistics.
+
+    ``std`` is 1 for a constant column. ``dataclasses.asdict`` gives what JSON can hold, and ``Scaling(**of_that)`` the
+    same scaling again.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    names: tuple[str, ...] | None = None  # of the columns, where the table has a header
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "names"):  # JSON has no tuples
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """From original units (N, D) to standardized values (N, D), computed in float64 and returned as float32."""
+        return ((x.double() - x.new_tensor(self.mean, dtype=torch.float64)) / self._std(x)).float()
+
+    def restore(self, x: Tensor) -> Tensor:
+        """From standardized values (N, D) to original units (N, D), in float64."""
+        return x.double() * self._std(x) + x.new_tensor(self.mean, dtype=torch.float64)
+
+    def _std(self, x: Tensor) -> Tensor:
+        return x.new_tensor(self.std, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set, in memory."""
+
+    x: Tensor  # (N, *shape): uint8 for discrete data, float32 for real-valued data
+    y: Tensor | None = None  # (N,) int64 labels
+
+    def __post_init__(self) -> None:
+        if isinstance(self.x, Tensor):  # rows in one piece: a batch of a transposed array takes 8 times as long
+            object.__setattr__(self, "x", self.x.contiguous())
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Named splits of examples of one shape: ``train``, ``test`` and, where there is one, ``validation``.
+
+    Raises DataError where a split is missing or empty, or its tensors are not what is written beside the fields here.
+    """
+
+    name: str  # as the user typed it
+    splits: dict[str, Split]
+    levels: int | None = None  # discrete data: batches hold k / (levels - 1), k = 0..levels-1; None: real-valued data
+    classes: int | None = None  # labels are 0..classes-1; taken from the labels unless given
+    binarize: str = "none"  # how levels became 2: "none" | "static" | "dynamic"
+    scaling: Scaling | None = None  # tables: the way back to original units
+    stored_levels: int | None = None  # with binarize="dynamic": the levels of the intensities that x holds
+    seed: int = 0  # that `load_data` made it with
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            raise DataError(f"data set {self.name!r}: {problem}")
+        if self.classes is None and self.splits["train"].y is not None:
+            classes = 1 + max(int(split.y.max()) for split in self.splits.values() if split.y is not None)
+            object.__setattr__(self, "classes", classes)
+
+    def _problem(self) -> str | None:
+        if missing := [part for part in ("train", "test") if part not in self.splits]:
+            return f"it has no {' and no '.join(missing)} split; it has: {', '.join(self.splits) or 'none'}"
+        stored = self.stored_levels or self.levels
+        if stored is not None and not 2 <= stored <= 256:
+            return f"levels must be 2..256, or None for real-valued data; got {stored}"
+        dynamic = self.binarize == "dynamic"
+        if dynamic != (self.stored_levels is not None) or (dynamic and self.levels != 2):
+            return "binarize='dynamic', and nothing else, needs stored_levels, and levels=2"
+        dtype = torch.float32 if stored is None else torch.uint8
+        for part, split in self.splits.items():
+            x, y = split.x, split.y
+            if not isinstance(x, Tensor) or x.dtype != dtype:
+                got = getattr(x, "dtype", type(x).__name__)
+                return f"x of the {part} split must be a tensor of {dtype}, as levels={stored}; got {got}"
+            if x.ndim < 2 or x.numel() == 0:
+                return f"x of the {part} split must be (N, *shape) and not empty; got {tuple(x.shape)}"
+            if x.shape[1:] != self.splits["train"].x.shape[1:]:
+                return f"examples of the {part} split have shape {tuple(x.shape[1:])}, those of train {self.shape}"
+            if stored is None and not x.isfinite().all():
+                return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
+            if stored is not None and int(x.max()) >= stored:
+                return f"x of the {part} split has the value {int(x.max())}, but levels={stored} ends at {stored - 1}"
+            if y is None:
+                continue
+            if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
+                got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+                return f"y of the {part} split must be an int64 tensor of shape ({len(x)},); got {got}"
+            if int(y.min()) < 0 or (self.classes is not None and int(y.max()) >= self.classes):
+                return f"labels of the {part} split are {int(y.min())}..{int(y.max())}; they must be 0..classes-1"
+        return None
+
+    def __repr__(self) -> str:
+        values = "real-valued" if self.levels is None else f"{self.levels} levels"
+        sizes = ", ".join(f"{part} {len(split)}" for part, split in self.splits.items())
+        return f"<Dataset {self.name!r}: {sizes}; shape {self.shape}, {values}, classes {self.classes}>"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example: (C, H, W) for images, (D,) for rows of a table."""
+        return tuple(self.splits["train"].x.shape[1:])
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same data on another device."""
+        moved = {
+            part: Split(split.x.to(device), None if split.y is None else split.y.to(device))
+            for part, split in self.splits.items()
+        }
+        return replace(self, splits=moved)
+
+    def batch(self, split: str, index: Tensor | slice, generator: torch.Generator | None = None) -> Batch:
+        """Examples of a split: x (N, *shape) float32, in [0, 1] for discrete data; y (N,) or None.
+
+        ``index`` is a slice or a tensor (N,) of integers. With ``binarize="dynamic"`` each cell is drawn anew at each
+        call, Bernoulli(intensity), from ``generator``, on the data's device (default: torch's global generator).
+        A slice of real-valued data shares its memory with the data set.
+        """
+        source = self.splits[split]
+        if isinstance(index, slice):
+            x, y = source.x[index], None if source.y is None else source.y[index]
+        else:  # index_select: half the time of source.x[index], and 1/10 for images in uint8
+            index = index.to(source.x.device)
+            x = source.x.index_select(0, index)
+            y = None if source.y is None else source.y.index_select(0, index)
+        if self.levels is None:
+            return Batch(x, y)
+        x = x.float().div_((self.stored_levels or self.levels) - 1)
+        if self.binarize == "dynamic":  # uniform < 0 never and uniform < 1 always; torch.bernoulli takes twice the time
+            x = torch.rand(x.shape, generator=generator, device=x.device).lt_(x)
+        return Batch(x, y)
+
+    def binarized(self, how: Binarize, seed: int = 0) -> "Dataset":
+        """Discrete data with each cell drawn Bernoulli(intensity): anew in each batch, or ("static") once, by ``seed``.
+
+        Data that is binary already, and any data with "none", is returned as it is. Raises DataError for real-valued
+        data, which has no intensities.
+        """
+        if how not in get_args(Binarize):
+            raise DataError(f"binarize must be one of {', '.join(get_args(Binarize))}; got {how!r}")
+        if how == "none" or self.levels == 2:
+            return self
+        if self.levels is None:
+            raise DataError(f"data set {self.name!r} cannot be binarized: its values are no intensities in [0, 1]")
+        drawn = replace(self, binarize="dynamic", levels=2, stored_levels=self.levels)
+        if how == "dynamic":
+            return drawn
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(part: str) -> Tensor:
+            starts = range(0, len(self.splits[part]), 1024)  # a part at a time, as float32 is 4 times the memory
+            return torch.cat([drawn.batch(part, slice(i, i + 1024), generator).x.to(torch.uint8) for i in starts])
+
+        splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
+        return replace(self, binarize="static", levels=2, splits=splits)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that stand for the training split's content, its shape and its levels."""
+        digest = hashlib.sha256(repr((self.shape, self.levels, self.stored_levels)).encode())
+        train = self.splits["train"]
+        for tensor in (train.x, train.y):
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data set plugin is given: where to take the data from."""
+
+    name: str  # as the user typed it, "csv:PATH"; the name of the data set
+    argument: str | None = None  # what stands after the first ':' behind the plugin's name
+    root: Path | None = None  # --data-root, else GENFUSE_DATA
+    seed: int = 0  # rules every random choice: which rows are held out, what a toy draws
+
+    def no_argument(self) -> None:
+        """Raise DataError where the user gave an argument."""
+        if self.argument is not None:
+            raise DataError(f"data set {self.name!r}: it takes no argument; got {self.argument!r}")
+
+    def path(self) -> Path:
+        """The argument as the path of something that exists. Raises DataError otherwise."""
+        if self.argument is None:
+            raise DataError(f"data set {self.name!r}: the path is missing; write {self.name.rstrip(':')}:PATH")
+        path = Path(self.argument).expanduser()
+        if not path.exists():
+            raise DataError(f"data set {self.name!r}: there is no file or folder {path.absolute()}")
+        return path
+
+    def files(self, folders: Sequence[str], *wanted: Sequence[str]) -> list[Path]:
+        """One path for each of ``wanted``, which lists the names that a file may have.
+
+        All come from the first of ``folders`` ("" for the root itself) that has any of them, so that two data sets in
+        one root are never mixed. Raises DataError that says what was looked for, where, and what to do.
+        """
+        places = [self.root / folder for folder in folders] if self.root else []
+        found: dict[Path, dict[int, Path]] = {
+            place: {i: place / name for i, names in enumerate(wanted) for name in names if (place / name).is_file()}
+            for place in places
+        }
+        place = next((place for place in places if found[place]), None)
+        missing = [names for i, names in enumerate(wanted) if place is None or i not in found[place]]
+        if place is not None and not missing:
+            return [found[place][i] for i in range(len(wanted))]
+        lines = "\n  ".join(" or ".join(names) for names in missing)
+        looked = " and ".join(map(str, [place] if place else places)) or "no folder, as none is named"
+        raise DataError(
+            f"data set {self.name!r}: not found:\n  {lines}\nLooked in {looked}. Put what is missing into "
+            f"{Path('ROOT', folders[0])}, and name ROOT by --data-root or by the environment variable GENFUSE_DATA "
+            f"(now: {self.root or 'neither is given'})"
+        )
+
+    def hold_out(self, count: int, what: str = "rows") -> dict[str, Tensor]:
+        """Which of ``count`` examples are for training and which, one in five by chance, for testing.
+
+        Returns the indices of "train" and "test", in rising order. Raises DataError where there are fewer than five.
+        """
+        if count < 5:
+            raise DataError(f"data set {self.name!r}: {count} {what} are too few: 5 or more, one in five is held out")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+        return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
+
+
+def load_data(name: str, *, root: str | Path | None = None, binarize: Binarize = "none", seed: int = 0) -> Dataset:
+    """Load the data set that ``name`` stands for, wholly into memory.
+
+    ``name`` is NAME or NAME:ARGUMENT, as in "mnist", "csv:PATH", "images:FOLDER", "toy:moons"; for a plugin whose name
+    another one has as well, DISTRIBUTION:NAME or DISTRIBUTION:NAME:ARGUMENT. Files of data sets by name are looked for
+    under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
+    draw, and static binarization.
+
+    Raises DataError where the data is absent, damaged or not of the kind that the name promises, and PluginError where
+    the name is unknown or its plugin fails.
+
+    >>> data = load_data("digits")
+    >>> data.shape, data.levels, data.classes
+    ((1, 8, 8), 17, 10)
+    """
+    head, _, argument = name.partition(":")
+    if head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
+        short, _, argument = argument.partition(":")
+        head = f"{head}:{short}"
+    plugin = plugins.find("datasets", head)
+    root = root or os.environ.get("GENFUSE_DATA") or None
+    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed)
+    make = plugin.load()
+    try:
+        data = make(source)
+    except Exception as error:
+        if plugin.distribution == plugins.OURS:
+            if isinstance(error, OSError):  # a file that may not be read, a folder where a file is meant
+                raise DataError(f"data set {name!r}: {error}") from error
+            raise
+        if isinstance(error, DataError):
+            raise DataError(f"{plugin}: {error}") from error
+        raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(data, Dataset):
+        raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
+    return replace(data, name=name, seed=seed).binarized(binarize, seed)
