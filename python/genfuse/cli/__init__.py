@@ -1,0 +1,108 @@
+"""The command ``genfuse``."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import genfuse
+from genfuse import plugins
+from genfuse.errors import GenfuseError, PluginError, SettingsError
+
+USAGE = """\
+genfuse: train, sample and evaluate generative models
+
+usage: genfuse COMMAND [options]
+
+  list [models|datasets]     what can be trained, and on what
+  train MODEL --data NAME    train a model and leave a run folder
+  sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
+  evaluate RUN               ELBO, IWAE bound, reconstruction error and KL of a trained model
+  doctor                     versions, hardware, chosen kernels and plugins of this installation
+
+  --help      of genfuse, of a command, and of `genfuse train MODEL`: its settings
+  --version   print the version
+  --debug     anywhere on the line: show the traceback of an error
+
+example:
+  genfuse train vae --data digits --out runs/vae
+  genfuse sample runs/vae --n 64 --out grid.png
+  genfuse evaluate runs/vae"""
+
+TRAIN_USAGE = """\
+Train a model and leave a run folder: settings, weights, metrics and pictures.
+
+usage: genfuse train MODEL --data NAME [options]
+       genfuse train --resume RUN [--epochs N]
+
+Each model has settings of its own: `genfuse train MODEL --help` shows them with all other options.
+`genfuse list datasets` shows the data sets.
+
+example:
+  genfuse train vae --data digits --out runs/vae --epochs 20 --model.latent-dim 32
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0; 2 for what the user can mend; 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        code = _dispatch([arg for arg in args if arg != "--debug"])
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # of tyro, which has printed help or what it could not read
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:  # who read our output has left; without this Python complains again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as interrupt:
+        if debug:
+            traceback.print_exc()
+        print(f"genfuse: interrupted{interrupt}", file=sys.stderr)
+        return 130
+    except (GenfuseError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"genfuse: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(args: list[str]) -> int:
+    name, rest = (args[0], args[1:]) if args else ("", [])
+    if name in ("", "-h", "--help"):
+        print(USAGE, file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name == "--version":
+        print(f"genfuse {genfuse.__version__}")
+        return 0
+    if name == "train":
+        if not rest or rest[0] in ("-h", "--help"):
+            print(TRAIN_USAGE, *lines("models"), sep="\n", file=sys.stdout if rest else sys.stderr)
+            return 0 if rest else 2
+        from genfuse.cli._train import train
+
+        return train(rest)
+
+    from genfuse.cli._commands import COMMANDS
+
+    if name not in COMMANDS:
+        raise SettingsError(f"there is no command {name!r}; commands: train, {', '.join(COMMANDS)}")
+
+    import tyro
+
+    return tyro.cli(COMMANDS[name], prog=f"genfuse {name}", args=rest)
+
+
+def lines(kind: str) -> list[str]:
+    """The plugins of one kind as a table: what to type, the distribution, where it is defined."""
+    rows = [(f"{kind}:", "from", "defined in")]
+    for plugin in plugins.discover(kind):
+        try:
+            alone = plugins.find(kind, plugin.name) == plugin
+        except PluginError:  # claimed twice
+            alone = False
+        typed = plugin.name if alone else f"{plugin.distribution}:{plugin.name}"
+        rows.append((f"  {typed}", f"{plugin.distribution} {plugin.version}", plugin.target))
+    first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
+    return [f"{a:{first}}{b:{second}}{c}" for a, b, c in rows]

@@ -1,0 +1,219 @@
+"""All commands but ``train``. tyro makes their options and help of signature and docstring."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from genfuse import plugins
+from genfuse.cli import lines
+from genfuse.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def list_(kind: Literal["models", "datasets", "all"] = "all", /) -> int:
+    """Show the models and data sets that are installed, and the distribution that each comes from.
+
+    This reads metadata and imports no plugin; `genfuse doctor` imports them all and shows what fails.
+
+    example:
+      genfuse list models
+
+    Args:
+        kind: what to show
+    """
+    groups = tuple(plugins.KINDS) if kind == "all" else (kind,)
+    print("\n\n".join("\n".join(lines(group)) for group in groups))
+    return 0
+
+
+def sample(
+    run: Annotated[Path, arg(metavar="RUN")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="FILE")],
+    n: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Draw from the model of a run: a picture, or the numbers.
+
+    A .png is a grid of images, or points in 2 dimensions beside those of the data. A .npy is the array (n, *shape); a
+    .npz has it as `x`, and the `names` of a table's columns. Tables are in their original units; discrete data, such as
+    images, is in [0, 1].
+
+    example:
+      genfuse sample runs/vae --n 64 --out grid.png
+
+    Args:
+        run: run folder
+        out: file to write: .png, .npy or .npz
+        n: number of examples
+        seed: of the draws
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing file
+    """
+    if out.suffix not in (".png", ".npy", ".npz"):
+        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}")
+    if n < 1:
+        raise SettingsError(f"--n must be at least 1; got {n}")
+    _refuse_existing(out, overwrite)
+
+    import numpy as np
+    import torch
+
+    from genfuse import pictures
+    from genfuse._files import replacing
+    from genfuse.training import Run
+
+    trained = Run(run)
+    shape = tuple(trained.config["data"]["shape"])
+    if out.suffix == ".png" and len(shape) != 3 and shape != (2,):
+        raise SettingsError(
+            f"a .png shows images or points in 2 dimensions, but {run} has examples of shape {shape}: "
+            f"use --out {out.with_suffix('.npy')} or .npz"
+        )
+    model = trained.model(_device(device))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with torch.no_grad():  # in parts, since the networks' activations can be many times the size of what they draw
+        x = torch.cat([model.sample(min(n - i, 1024), generator=generator).cpu() for i in range(0, n, 1024)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scaling = trained.scaling
+    if out.suffix == ".png" and len(shape) == 3:
+        pictures.sample_grid(x, out)
+    elif out.suffix == ".png":
+        data = trained.data()
+        every = max(1, len(data.splits["test"]) // n)
+        pictures.scatter(data.batch("test", slice(None, None, every)).x, x, out, scaling)
+    else:
+        array = (x if scaling is None else scaling.restore(x)).numpy()
+        names: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
+        with replacing(out) as beside, open(beside, "wb") as file:
+            if out.suffix == ".npy":
+                np.save(file, array)
+            else:
+                np.savez(file, x=array, **names)
+    print(out)
+    return 0
+
+
+def evaluate(
+    run: Annotated[Path, arg(metavar="RUN")],
+    /,
+    *,
+    samples: Annotated[int, arg(metavar="K")] = 50,
+    limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
+    json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Measure the model of a run on the train and test splits of its data; writes RUN/evaluation.json.
+
+    What is measured depends on the model. A VAE: ELBO and IWAE bound in nats per example, mean squared error of a
+    reconstructed cell, KL of each latent dimension in nats, and how many latent dimensions are active (arXiv
+    1509.00519). The same run, data and options give the same numbers.
+
+    example:
+      genfuse evaluate runs/vae --samples 50 --limit 2000
+
+    Args:
+        run: run folder
+        samples: K of the IWAE bound: importance samples per example
+        limit: use the first N examples of each split
+        json: also write the numbers to this file
+        data_root: folder with the data sets that are read from files
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing --json file
+    """
+    if json is not None:
+        _refuse_existing(json, overwrite)
+
+    from genfuse.metrics import evaluate
+    from genfuse.training import Run
+
+    trained = Run(run)
+    data = trained.data(data_root)
+    result = evaluate(trained.model(_device(device)), data, samples=samples, limit=limit)
+    for file in {run / "evaluation.json", json or run / "evaluation.json"}:
+        _write_json(file, result)
+    _print_evaluation(result)
+    print(f"written: {run / 'evaluation.json'}")
+    return 0
+
+
+def doctor(
+    *, data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None
+) -> int:
+    """Show versions, hardware, which implementation each operator got and why, and every plugin with its error.
+
+    Look here where something is slower than it should be, or a model does not appear. This imports every plugin.
+
+    example:
+      genfuse doctor
+
+    Args:
+        data_root: folder of the data sets that are read from files
+    """
+    from genfuse.doctor import report
+
+    for line in report(data_root):
+        print(line)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"list": list_, "sample": sample, "evaluate": evaluate, "doctor": doctor}
+
+
+def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *result)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = dict.fromkeys(name for of_split in result.values() for name in of_split)
+    for name in names:
+        values = [of_split.get(name, "") for of_split in result.values()]
+        if not any(isinstance(value, list) for value in values):
+            table.add_row(name.replace("_", " "), *(f"{v:.5g}" if isinstance(v, float) else str(v) for v in values))
+    console = Console()
+    console.print(table)
+    for name in names:
+        for split, of_split in result.items():
+            if isinstance(value := of_split.get(name), list):
+                shown = " ".join(f"{v:.2f}" for v in sorted(value, reverse=True))
+                console.print(f"{name.replace('_', ' ')}, {split}, largest first: {shown}", highlight=False)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    from genfuse._files import replacing
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_existing(file: Path, overwrite: bool) -> None:
+    if file.exists() and not overwrite:
+        raise SettingsError(f"{file} exists: name another file, or pass --overwrite")
+
+
+def _device(name: str) -> "torch.device":
+    """The device that a user means. Raises SettingsError where this machine or this PyTorch does not have it."""
+    import torch
+
+    if name == "auto":
+        return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
+    reason = "no such device"
+    if name.partition(":")[0] in ("cpu", "cuda", "mps"):
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+    raise SettingsError(f"--device must be auto, cpu, cuda, cuda:N or mps; got {name}: {reason}")

@@ -1,0 +1,212 @@
+"""``genfuse train``: its options are the fields of the trainer and of the model's config."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_type_hints
+
+import torch
+import tyro
+import yaml
+from tyro.conf import arg
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+import genfuse
+from genfuse import plugins
+from genfuse.errors import PluginError, SettingsError
+from genfuse.models import FACTS
+from genfuse.training import Run, Trainer
+
+LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has options of its own
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
+    seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training as it was typed."""
+
+    data: str
+    data_root: Path | None
+    out: Path | None
+    data_options: DataOptions
+    training: dict[str, Any]
+    model: dict[str, Any]
+
+
+def train(args: list[str]) -> int:
+    """Run ``genfuse train``. Options that a file gives are put before those of the user, who so has the last word."""
+    name = None if args[0].startswith("-") else args[0]
+    options = args if name is None else args[1:]
+    files = argparse.ArgumentParser("genfuse train", add_help=False, allow_abbrev=False)
+    files.add_argument("--resume", type=Path)
+    files.add_argument("--config", type=Path)
+    given, _ = files.parse_known_args(options)
+
+    sources: dict[Path, dict[str, Any]] = {}
+    if given.resume:
+        sources[given.resume / "config.json"] = _as_typed(Run(given.resume).config)
+    if given.config:
+        sources[given.config] = _read(given.config)
+    for file, settings in sources.items():
+        named = settings["model"].pop("name", name)
+        if name is not None and plugins.find("models", name) != plugins.find("models", named):
+            raise SettingsError(f"the model is {name!r} on the command line, but {named!r} in {file}")
+        name = named
+    if name is None:
+        raise SettingsError("which model? genfuse train MODEL --data NAME; `genfuse train --help` lists the models")
+
+    of_files = [word for file, settings in sources.items() for word in _as_arguments(name, file, settings)]
+    try:
+        job = _parse(name, of_files + options)
+    except SystemExit as stop:
+        if stop.code and of_files:
+            print(f"read from {' and '.join(map(str, sources))}: {shlex.join(of_files)}", file=sys.stderr)
+        raise
+    out = given.resume or job.out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{job.data}").strip("-")
+    if given.resume and job.out not in (None, out):
+        raise SettingsError(f"--resume {out} continues in that folder: leave out --out {job.out}")
+
+    trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
+    data = genfuse.load_data(job.data, root=job.data_root, **asdict(job.data_options))
+    torch.manual_seed(trainer.seed)  # of the first weights
+    model = genfuse.create(name, data, **job.model)
+    try:
+        run = trainer.fit(model, data)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
+    if run is not None and os.environ.get("RANK", "0") == "0":
+        _summarize(run)
+    return 0
+
+
+def _parse(model: str, args: list[str]) -> Job:
+    """Read the options of ``genfuse train MODEL``. Raises SystemExit, after help or an error was printed."""
+    config_class = _config_class(model)
+    left_out = {Trainer: LEFT_OUT, config_class: FACTS}
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
+        """Read a dataclass as the dict of those fields that are the user's to set."""
+        names = left_out.pop(info.type, None)
+        if names is None:
+            return None
+        spec = ConstructorRegistry.get_struct_spec(info)  # asks this rule again, which passes
+        left_out[info.type] = names
+        assert isinstance(spec, StructConstructorSpec)
+        return replace(spec, instantiate=dict, fields=tuple(f for f in spec.fields if f.name not in names))
+
+    def job(
+        data: Annotated[str, arg(metavar="NAME")],
+        data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
+        out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(default: runs/MODEL-DATA)")] = None,
+        resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None,
+        config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+        *,
+        training: Annotated[Trainer, arg(name="")],
+        data_options: Annotated[DataOptions, arg(name="data")],
+        model: Any,
+    ) -> Job:
+        """One training.
+
+        Args:
+            data: What to train on, of `genfuse list datasets`; some take an argument, as csv:PATH or toy:moons.
+            data_root: Folder of the data sets that are read from files.
+            out: Run folder to make.
+            resume: Run to continue with its own settings, to its end or to a larger --epochs.
+            config: YAML or JSON file of these options, as {data: digits, epochs: 5, model: {latent-dim: 8}}; the
+                command line wins over it.
+        """
+        return Job(data, data_root, out, data_options, cast(dict, training), model)
+
+    job.__annotations__["model"] = config_class
+    example = f"genfuse train {model} --data digits --out runs/{model} --epochs 5"
+    description = f"Train the {plugins.find('models', model)}.\n\nexample:\n  {example}"
+    with registry:
+        return tyro.cli(job, prog=f"genfuse train {model}", description=description, args=args)
+
+
+def _config_class(model: str) -> type:
+    cls = plugins.load("models", model)
+    if not is_dataclass(getattr(cls, "Config", None)):
+        raise PluginError(f"{plugins.find('models', model)} has no dataclass of settings as its Config")
+    return cls.Config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The settings in a YAML or JSON file."""
+    kind = "JSON" if file.suffix == ".json" else "YAML"
+    try:
+        text = file.read_text(encoding="utf-8")
+        settings = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{file} is not {kind}: {error}") from None
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{file} must hold options by name, as epochs: 5; it holds {settings!r:.100}")
+    return _as_typed(settings)
+
+
+def _as_typed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the command line has them: of a file, or of a run's config.json less what the data decided."""
+    if "version" in settings and "training" in settings:
+        model, data = settings["model"], settings["data"]
+        own = {key: value for key, value in model["settings"].items() if key not in FACTS}
+        data = {key: data[key] for key in ("name", "binarize", "seed")}
+        return {**settings["training"], "model": {"name": model["name"], **own}, "data": data}
+    sections = {key: settings.get(key) or {} for key in ("model", "data")}
+    return {**settings, **{key: dict(v) if isinstance(v, dict) else {"name": v} for key, v in sections.items()}}
+
+
+def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """The arguments of ``genfuse train MODEL`` that say what a file says. Raises SettingsError for unknown names."""
+
+    def types(cls: type, but: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
+        hints = get_type_hints(cls)
+        return {prefix + f.name: hints[f.name] for f in fields(cls) if f.name not in but}
+
+    known = {"data.name": str, "data_root": Path, "out": Path, **types(Trainer, LEFT_OUT)}
+    known |= types(DataOptions, prefix="data.") | types(_config_class(model), FACTS, "model.")
+    flat = {key: value for key, value in settings.items() if key not in ("model", "data")}
+    flat |= {f"{section}.{key}": value for section in ("model", "data") for key, value in settings[section].items()}
+    for key, value in flat.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise SettingsError(f"{file}: there is no option {key!r}; known: {', '.join(sorted(known))}")
+        option = "data" if name == "data.name" else name.replace("_", "-")
+        if known[name] is bool and isinstance(value, bool):
+            section, dot, last = option.rpartition(".")
+            yield f"--{section}{dot}{last if value else f'no-{last}'}"
+        else:
+            yield from (f"--{option}", *map(str, value if isinstance(value, list) else [value]))
+
+
+def _how_to_continue(out: Path, data_root: Path | None) -> str:
+    if not (out / "config.json").is_file():
+        return " before anything was saved"
+    root = [] if data_root is None else ["--data-root", str(data_root)]
+    return f"; saved in {out}; to continue: {shlex.join(['genfuse', 'train', '--resume', str(out), *root])}"
+
+
+def _summarize(run: Run) -> None:
+    """Where the run lies, the last of its metrics, its pictures, and what to do next."""
+    last = {(entry["split"], entry["player"]): entry for entry in run.metrics() if "player" in entry}
+    step = max(entry["step"] for entry in last.values())
+    print(f"run: {run.path}: {run.config['training']['epochs']} epochs, {step} steps")
+    for (split, player), entry in last.items():
+        numbers = ", ".join(f"{key} {value:.5g}" for key, value in entry.items() if isinstance(value, float))
+        print(f"{split}: {player}: {numbers}")
+    for picture in sorted((run.path / "pictures").glob("*.png")):
+        print(f"picture: {picture}")
+    path = shlex.quote(str(run.path))
+    print(f"next: genfuse sample {path} --n 64 --out samples.png\n      genfuse evaluate {path}")

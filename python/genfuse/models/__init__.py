@@ -1,0 +1,8 @@
+"""The models: one readable file each, registered as plugins like anybody's."""
+
+from genfuse.models._base import FACTS as FACTS
+from genfuse.models._base import Batch as Batch
+from genfuse.models._base import GenerativeModel as GenerativeModel
+from genfuse.models._base import Player as Player
+from genfuse.models._base import adam as adam
+from genfuse.models._base import create as create

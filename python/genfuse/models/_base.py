@@ -1,0 +1,135 @@
+"""What every generative model is: a module with settings and a few verbs."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import typeguard
+from torch import Tensor, nn
+
+from genfuse import plugins
+from genfuse.errors import PluginError, SettingsError
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
+
+
+class Batch(NamedTuple):
+    """Examples (N, *shape) and, where the data set has them, their labels (N,)."""
+
+    x: Tensor
+    y: Tensor | None = None
+
+
+@dataclass
+class Player:
+    """One side of the game that training is: what is optimised together, how, and how often."""
+
+    name: str
+    parameters: Iterable[nn.Parameter]
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    steps: int = 1  # updates per round; a round visits every player
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.parameters)
+        if self.steps < 1:
+            raise SettingsError(f"player {self.name!r} must take at least 1 step per round, got {self.steps}")
+
+
+def adam(lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Callable:
+    """Adam (arXiv 1412.6980) in its fused form, as a `Player` takes it."""
+    return partial(torch.optim.Adam, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class GenerativeModel(nn.Module):
+    """Base of every model, third parties' included.
+
+    A subclass names its settings, a frozen dataclass, as ``Config``, builds its networks in ``__init__(config)``, and
+    implements `loss` and `sample`. Everything else that it can do shows in which of these verbs it has:
+    ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats; ``encode``, ``decode`` and ``reconstruct``.
+    """
+
+    genfuse_api: ClassVar[int] = plugins.API
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def players(self) -> list[Player]:
+        """Who is optimised: by default one player, ``model``, that owns every parameter, with Adam at 1e-3."""
+        return [Player("model", self.parameters(), adam())]
+
+    def loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``player`` minimises: the total and its named terms, each a scalar mean per example, in nats."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def after_step(self, player: str) -> None:
+        """Called after each update of ``player``: for weight clipping, warm-up counters and the like."""
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n examples, (n, *shape), in the range of the data that the model was trained on."""
+        raise NotImplementedError(f"{type(self).__name__} cannot sample")
+
+    def check_data(self, data: "Dataset") -> None:
+        """Raise SettingsError where the model was built for examples of another shape. Extend it for what else matters."""
+        if self.config.shape != data.shape:
+            raise SettingsError(
+                f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "
+                f"{self.config.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+FACTS = ("shape", "levels", "classes")  # settings that the data decides, where a model has them
+
+
+def _facts(config: Any, data: "Dataset") -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: getattr(data, name) for name in FACTS if name in names}
+
+
+def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: "Dataset | None" = None) -> Any:
+    """The config of a model class from plain values (as JSON has them), checked against the types of its fields.
+
+    Settings that ``data`` decides (shape, levels, classes) are taken from it unless given. Raises SettingsError for an
+    unknown name or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls.Config)
+    known = [field.name for field in dataclasses.fields(cls.Config)]
+    for name in settings:
+        if name not in known:
+            raise SettingsError(f"{cls.__name__} has no setting {name!r}; it has: {', '.join(known)}")
+    given = dict(settings)
+    if data is not None:
+        given = {**_facts(cls.Config, data), **given}
+    for name, value in given.items():
+        if isinstance(value, list):  # JSON has no tuples
+            given[name] = value = tuple(value)
+        try:
+            typeguard.check_type(value, hints[name])
+        except typeguard.TypeCheckError as error:
+            raise SettingsError(f"setting {name!r} of {cls.__name__}: got {value!r}: {error}") from None
+    return cls.Config(**given)
+
+
+def create(name: str, data: "Dataset | None" = None, **settings: Any) -> GenerativeModel:
+    """Make the model that ``name`` stands for, with the given settings.
+
+    Pass the data set to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
+    the model's config, MNIST's for image models. Raises PluginError for an unknown or broken model and SettingsError
+    for a setting that it does not take.
+
+    >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
+    """
+    cls = plugins.load("models", name)
+    if not (isinstance(cls, type) and issubclass(cls, GenerativeModel)):
+        raise PluginError(f"{plugins.find('models', name)} is not a subclass of genfuse.models.GenerativeModel")
+    return cls(configure(cls, settings, data))

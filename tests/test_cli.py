@@ -1,0 +1,617 @@
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from distributions import write_distribution
+from PIL import Image
+from safetensors.torch import load_file
+
+import genfuse
+from genfuse import plugins
+from genfuse.cli import main
+
+QUICK = ["--epochs", "1", "--no-pictures", "--device", "cpu", "--model.hidden", "16", "--model.latent-dim", "2"]
+GAUSSIAN = [*QUICK, "--model.decoder", "gaussian"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A trained run on images."""
+    out = tmp_path_factory.mktemp("runs") / "vae"
+    assert main(["train", "vae", "--data", "digits", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """Three columns of very different means and spreads."""
+    path = tmp_path_factory.mktemp("data") / "bodies.csv"
+    rows = np.random.default_rng(0).normal([170, 70000, 0.5], [10, 9000, 0.01], (400, 3))
+    np.savetxt(path, rows, delimiter=",", header="height,mass,share", comments="")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table_run(table, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "table"
+    assert (
+        main(["train", "vae", "--data", f"csv:{table}", "--model.decoder", "gaussian", "--out", str(out), *QUICK]) == 0
+    )
+    return out
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch) -> Path:
+    """A folder on the path, for this process and those it starts, in which distributions can be written."""
+    monkeypatch.delenv("GENFUSE_DISABLE_PLUGINS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.discover.cache_clear()
+    yield tmp_path
+    plugins.discover.cache_clear()
+
+
+def command(*args: str | Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "genfuse", *map(str, args)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def fails(capsys: pytest.CaptureFixture, *args: str | Path) -> str:
+    """The one message of a command that exits with 2."""
+    capsys.readouterr()
+    assert main([str(arg) for arg in args]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", err))
+
+
+def config(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+# Without a run
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"genfuse {genfuse.__version__}\n"
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in ("list", "train", "sample", "evaluate", "doctor"))
+
+
+def test_no_command_shows_the_usage_and_is_an_error(capsys):
+    assert main([]) == 2
+    assert "usage: genfuse COMMAND" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
+    assert "no command 'trian'; commands: train, list, sample" in fails(capsys, "trian")
+
+
+@pytest.mark.parametrize("name", ["list", "train", "sample", "evaluate", "doctor"])
+def test_every_command_has_help_with_an_example(capsys, name):
+    assert main([name, "--help"]) == 0
+    assert re.search(rf"example:\n +genfuse {name}\b", capsys.readouterr().out)
+
+
+def test_list_shows_names_and_where_they_come_from(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"models:.*\n  vae +genfuse {genfuse.__version__} ", out)
+    assert re.search(r"datasets:.*\n(  .*\n)*  digits +genfuse ", out)
+    assert main(["list", "models"]) == 0
+    assert "digits" not in capsys.readouterr().out
+
+
+def test_list_shows_what_to_type_where_two_distributions_claim_a_name(capsys, acme):
+    for name in ("acme", "zeta"):
+        write_distribution(acme, name, "models", {"flow": f"{name}_flow:Flow", "vae": f"{name}_flow:VAE"})
+    plugins.discover.cache_clear()
+    assert main(["list", "models"]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == ["acme:flow", "zeta:flow", "acme:vae", "vae", "zeta:vae"]
+    assert "write acme:flow or zeta:flow" in fails(capsys, "train", "flow", "--data", "digits")
+
+
+def test_list_and_version_import_neither_plugins_nor_torch(acme):
+    write_distribution(
+        acme, "acme", "models", {"flow": "acme_sick:Flow"}, {"acme_sick": "raise SystemExit('imported')"}
+    )
+    code = """
+import sys
+from genfuse.cli import main
+assert [main(args) for args in (["list"], ["--version"], ["train", "--help"])] == [0, 0, 0]
+print(sorted({"torch", "numpy", "rich", "acme_sick", "genfuse.models"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\n  flow +acme 1\.0 ", done.stdout)
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_import_costs_no_more_than_torch_and_50_ms():
+    def seconds(module: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        return time.perf_counter() - start
+
+    pairs = [(seconds("genfuse"), seconds("torch")) for _ in range(3)]
+    ours, torchs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    assert ours <= torchs + 0.05
+
+
+def test_ops_import_torch_and_little_else():
+    code = """
+import sys, time
+import torch
+start = time.perf_counter()
+import genfuse.ops
+extras = "sklearn matplotlib lightning_fabric PIL tensorboard rich tyro yaml typeguard safetensors scipy triton"
+print(time.perf_counter() - start, *(set(extras.split()) & set(sys.modules)))
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    said = [run.stdout.split() for run in runs]
+    assert said[0][1:] == []
+    assert min(float(seconds) for seconds, *_ in said) <= 0.05
+
+
+def test_a_reader_that_leaves_early_meets_no_traceback():
+    # A pipe whose reading end is closed: what `genfuse list | head -0` leaves.
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "genfuse", "list"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+    assert process.returncode == 141
+
+
+# train
+
+
+def test_train_help_lists_the_models(capsys):
+    assert main(["train", "--help"]) == 0
+    assert re.search(r"models:.*\n  vae +genfuse", capsys.readouterr().out)
+
+
+def test_help_of_a_model_shows_its_settings_with_meaning_and_default(capsys):
+    assert main(["train", "vae", "--help"]) == 0
+    out = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
+    assert "--model.latent-dim INT dimensions of z (default: 20)" in out
+    assert "--epochs INT Passes over the training split. (default: 20)" in out
+    assert "--data NAME What to train on" in out
+    assert "--data.binarize {none,static,dynamic}" in out
+    assert "example: genfuse train vae --data digits" in out
+
+
+def test_what_the_data_decides_is_no_option(capsys):
+    assert main(["train", "vae", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert not any(f"--model.{name}" in out for name in ("shape", "levels", "classes"))
+    assert "--model.levels" in fails(capsys, "train", "vae", "--data", "digits", "--model.levels", "2")
+
+
+def test_a_run_holds_the_settings_that_were_typed(run):
+    was = config(run)
+    assert was["model"]["name"] == "vae"
+    assert was["model"]["settings"]["hidden"] == [16]
+    assert was["model"]["settings"]["latent_dim"] == 2
+    assert was["model"]["settings"]["levels"] == 17
+    assert (was["data"]["name"], was["training"]["epochs"]) == ("digits", 1)
+    assert genfuse.Run(run).model().config.shape == (1, 8, 8)
+
+
+def test_train_ends_with_where_the_run_is_and_what_to_do_next(capsys, tmp_path):
+    quick = [arg for arg in QUICK if arg != "--no-pictures"]
+    out = tmp_path / "my run"
+    assert main(["train", "vae", "--data", "digits", "--out", str(out), *quick]) == 0
+    said, err = capsys.readouterr()
+    assert f"run: {out}: 1 epochs, 12 steps" in said
+    assert re.search(r"test: model: loss [\d.]+, reconstruction [\d.]+, kl [\d.]+", said)
+    assert f"picture: {out}/pictures/samples.png" in said
+    assert f"genfuse evaluate '{out}'" in said
+    assert err == ""  # no progress bar where there is no terminal
+
+
+def test_the_folder_is_named_by_model_and_data_where_it_is_not_given(monkeypatch, tmp_path, table):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.csv").write_bytes(table.read_bytes())
+    assert main(["train", "vae", "--data", "csv:a b.csv", *GAUSSIAN]) == 0
+    assert (tmp_path / "runs" / "vae-csv-a-b.csv" / "config.json").is_file()
+
+
+def test_the_seed_decides_the_weights(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(ord(name))
+        out = str(tmp_path / name)
+        assert main(["train", "vae", "--data", "digits", "--out", out, "--seed", str(seed), *QUICK]) == 0
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_binarize_reaches_the_data(tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", "vae", "--data", "digits", "--data.binarize", "dynamic", "--out", str(out), *QUICK]) == 0
+    assert config(out)["data"]["binarize"] == "dynamic"
+    assert config(out)["model"]["settings"]["levels"] == 2
+
+
+def test_the_seed_of_the_data_decides_the_split_and_is_kept(tmp_path, table):
+    for seed in ("0", "3"):
+        out = str(tmp_path / seed)
+        assert main(["train", "vae", "--data", f"csv:{table}", *GAUSSIAN, "--out", out, "--data.seed", seed]) == 0
+        assert main(["evaluate", out, "--samples", "2", "--limit", "10"]) == 0
+    a, b = (config(tmp_path / seed)["data"] for seed in ("0", "3"))
+    assert (a["seed"], b["seed"]) == (0, 3)
+    assert a["fingerprint"] != b["fingerprint"]
+
+
+def test_an_option_of_the_wrong_type_is_named(capsys):
+    assert "--epochs" in fails(capsys, "train", "vae", "--data", "digits", "--epochs", "many")
+    assert "--model.network" in fails(capsys, "train", "vae", "--data", "digits", "--model.network", "rnn")
+    assert "--data NAME" in fails(capsys, "train", "vae")
+
+
+def test_an_option_out_of_range_is_named(capsys, tmp_path):
+    out = tmp_path / "run"
+    said = fails(capsys, "train", "vae", "--data", "digits", "--out", out, "--model.latent-dim", "0")
+    assert "latent_dim must be at least 1" in said
+    assert "epochs must be at least 1" in fails(
+        capsys, "train", "vae", "--data", "digits", "--out", out, "--epochs", "0"
+    )
+    assert not out.exists()
+
+
+def test_train_without_a_model_says_how_to_name_one(capsys):
+    assert "which model? genfuse train MODEL --data NAME" in fails(capsys, "train", "--data", "digits")
+    assert "there is no model 'vea'; known: " in fails(capsys, "train", "vea", "--data", "digits")
+
+
+@pytest.mark.parametrize("data", ["dogits", "csv:absent.csv", "images:absent"])
+def test_data_that_is_not_there_is_one_message_and_no_folder(capsys, tmp_path, data):
+    out = tmp_path / "run"
+    said = fails(capsys, "train", "vae", "--data", data, "--out", out, *QUICK)
+    assert said.startswith("genfuse: error: ")
+    assert data.rpartition(":")[2] in said
+    assert not out.exists()
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(capsys):
+    for args in (["--debug", "train", "vae", "--data", "dogits"], ["train", "vae", "--debug", "--data", "dogits"]):
+        assert main(args) == 2
+        assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_broken_plugin_fails_its_own_user_alone(capsys, acme, tmp_path):
+    write_distribution(acme, "acme", "models", {"flow": "acme_sick:Flow"}, {"acme_sick": "import nowhere_at_all"})
+    plugins.discover.cache_clear()
+    said = fails(capsys, "train", "flow", "--data", "digits")
+    assert "acme 1.0 (acme_sick:Flow) failed to import: ModuleNotFoundError" in said
+    assert main(["train", "vae", "--data", "digits", "--out", str(tmp_path / "run"), *QUICK]) == 0
+
+
+def test_a_model_without_settings_is_a_plugin_error(capsys, acme):
+    source = "class Flow: genfuse_api = 1"
+    write_distribution(acme, "acme", "models", {"flow": "acme_bare:Flow"}, {"acme_bare": source})
+    plugins.discover.cache_clear()
+    assert "acme 1.0 (acme_bare:Flow) has no dataclass of settings" in fails(
+        capsys, "train", "flow", "--data", "digits"
+    )
+
+
+def test_a_model_of_another_distribution_brings_its_own_options(capsys, acme, tmp_path):
+    source = """
+from dataclasses import dataclass
+import torch
+from genfuse.models import GenerativeModel
+
+@dataclass(frozen=True)
+class Config:
+    shape: tuple[int, ...] = (2,)
+    width: float = 1.0  # of the bell
+    sharp: bool = False  # whether it is sharp
+
+class Bell(GenerativeModel):
+    Config = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.mean = torch.nn.Parameter(torch.zeros(config.shape))
+    def loss(self, batch, player):
+        total = ((batch.x - self.mean) ** 2).flatten(1).sum(1).mean() / self.config.width**2
+        return total, {"distance": total}
+    def sample(self, n, *, generator=None):
+        noise = torch.randn(n, *self.config.shape, generator=generator, device=self.device)
+        return self.mean + self.config.width * noise
+"""
+    write_distribution(acme, "acme", "models", {"bell": "acme_bell:Bell"}, {"acme_bell": source})
+    plugins.discover.cache_clear()
+    assert main(["train", "bell", "--help"]) == 0
+    assert re.search(r"--model.width FLOAT\W+of the bell \(default: 1.0\)", capsys.readouterr().out)
+    out = tmp_path / "run"
+    train = ["train", "bell", "--data", "toy:moons", "--out", str(out), "--epochs", "1", "--no-pictures"]
+    assert main([*train, "--model.width", "3", "--model.sharp"]) == 0
+    assert config(out)["model"] == {"name": "bell", "settings": {"shape": [2], "width": 3.0, "sharp": True}}
+    assert main(["sample", str(out), "--out", str(out / "x.npy"), "--n", "5"]) == 0
+    assert np.load(out / "x.npy").shape == (5, 2)
+    assert main(["train", "--config", str(out / "config.json"), "--out", str(out), "--overwrite"]) == 0
+    assert config(out)["model"]["settings"]["sharp"] is True
+
+
+# --config
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_file_gives_options_and_the_command_line_wins(tmp_path, suffix):
+    settings = {
+        "data": {"name": "digits", "binarize": "static", "seed": 3},
+        "epochs": 1,
+        "lr": 0.002,
+        "pictures": False,
+        "grad-clip": None,
+        "model": {"hidden": [8, 4], "latent_dim": 3, "beta": 2},
+    }
+    file = tmp_path / f"settings{suffix}"
+    file.write_text(json.dumps(settings) if suffix == ".json" else yaml.safe_dump(settings))
+    out = tmp_path / "run"
+    assert main(["train", "vae", "--config", str(file), "--model.latent-dim", "5", "--out", str(out)]) == 0
+    was = config(out)
+    assert was["model"]["settings"]["hidden"] == [8, 4]
+    assert was["model"]["settings"]["latent_dim"] == 5
+    assert was["model"]["settings"]["beta"] == 2.0
+    assert (was["training"]["lr"], was["training"]["grad_clip"]) == (0.002, None)
+    assert was["data"]["binarize"] == "static"
+    assert not (out / "pictures").exists()
+
+
+def test_a_file_may_name_model_and_data(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"model: vae\ndata: digits\nout: {tmp_path / 'run'}\n")
+    assert main(["train", f"--config={file}", *QUICK]) == 0
+    assert config(tmp_path / "run")["model"]["name"] == "vae"
+
+
+def test_a_model_on_the_command_line_must_be_that_of_the_file(capsys, acme):
+    write_distribution(acme, "acme", "models", {"flow": "acme_flow:Flow"})
+    plugins.discover.cache_clear()
+    file = acme / "settings.yaml"
+    file.write_text("model: vae\n")
+    assert "'flow' on the command line, but 'vae' in" in fails(capsys, "train", "flow", "--config", file)
+
+
+def test_the_config_of_a_run_trains_another_like_it(run, tmp_path):
+    assert main(["train", "--config", str(run / "config.json"), "--out", str(tmp_path / "again")]) == 0
+    assert config(tmp_path / "again") == config(run)
+    a, b = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch: 3", "there is no option 'epoch'"),
+        ("model: {latent: 3}", "there is no option 'model.latent'"),
+        ("model: {shape: [1, 8, 8]}", "there is no option 'model.shape'"),
+        ("data: {name: digits, path: x}", "there is no option 'data.path'"),
+        ("resume: true", "there is no option 'resume'"),
+        ("1: 2", "there is no option 1"),
+        ("epochs: [", "is not YAML"),
+        ("- epochs", "must hold options by name"),
+        ("epochs: many", "--epochs many"),
+        ("model: {latent-dim: 1.5}", "--model.latent-dim 1.5"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(capsys, tmp_path, text, said):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    message = fails(capsys, "train", "vae", "--data", "digits", "--config", file)
+    assert said in message
+    assert str(file) in message
+
+
+def test_a_file_that_is_not_there_or_no_text_is_named(capsys, tmp_path):
+    assert "absent.yaml" in fails(capsys, "train", "vae", "--config", tmp_path / "absent.yaml")
+    (tmp_path / "noise.json").write_bytes(b"\xff\xfe\x00")
+    assert "noise.json is not JSON" in fails(capsys, "train", "vae", "--config", tmp_path / "noise.json")
+
+
+# --out, --overwrite, --resume
+
+
+def test_an_existing_folder_is_refused_and_left_alone(capsys, run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert "exists" in fails(capsys, "train", "vae", "--data", "digits", "--out", run, *QUICK)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    out = str(tmp_path / "run")
+    assert main(["train", "vae", "--data", "digits", "--out", out, *QUICK]) == 0
+    assert main(["train", "vae", "--data", "digits", "--out", out, *QUICK, "--overwrite", "--batch-size", "64"]) == 0
+    assert config(tmp_path / "run")["training"]["batch_size"] == 64
+
+
+def test_resume_needs_nothing_but_the_run_and_ends_as_if_never_stopped(tmp_path):
+    train = ["train", "vae", "--data", "digits", *QUICK]
+    assert main([*train, "--out", str(tmp_path / "a"), "--epochs", "3"]) == 0
+    assert main([*train, "--out", str(tmp_path / "b"), "--epochs", "1"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "b"), "--epochs", "3"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert config(tmp_path / "b")["training"]["epochs"] == 3
+
+
+def test_resume_refuses_other_settings(capsys, run):
+    said = fails(capsys, "train", "vae", "--resume", run, "--model.latent-dim", "3")
+    assert "latent_dim: was 2, now 3" in said
+    assert "batch_size: was 128, now 64" in fails(capsys, "train", "--resume", run, "--batch-size", "64")
+    assert "leave out --out elsewhere" in fails(capsys, "train", "--resume", run, "--out", "elsewhere")
+    assert "absent" in fails(capsys, "train", "--resume", run / "absent")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "genfuse",
+            "train",
+            "vae",
+            "--data",
+            "digits",
+            "--out",
+            out,
+            *QUICK,
+            "--epochs",
+            "100000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not ((out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    match = re.fullmatch(rf"genfuse: interrupted; saved in {out}; to continue: genfuse (train --resume {out})\n", err)
+    assert match, err
+    epoch = genfuse.Run(out).metrics()[-1]["epoch"]
+    assert main([*match[1].split(), "--epochs", str(epoch + 1)]) == 0
+    assert genfuse.Run(out).metrics()[-1]["epoch"] == epoch + 1
+
+
+# sample
+
+
+def test_samples_are_arrays_of_the_shape_of_the_data(run, tmp_path):
+    for name in ("x.npy", "x.npz"):
+        assert main(["sample", str(run), "--n", "3", "--out", str(tmp_path / "new" / name)]) == 0
+    x = np.load(tmp_path / "new" / "x.npy")
+    assert x.shape == (3, 1, 8, 8)
+    assert 0 <= x.min() <= x.max() <= 1
+    assert np.array_equal(np.load(tmp_path / "new" / "x.npz")["x"], x)
+
+
+def test_samples_follow_the_seed(run, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = str(tmp_path / f"{name}.npy")
+        assert main(["sample", str(run), "--n", "1030", "--seed", str(seed), "--out", out]) == 0
+    a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
+    assert len(a) == 1030
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+    assert not np.array_equal(a[:6], a[1024:])
+
+
+def test_samples_of_images_are_a_grid(run, tmp_path):
+    assert main(["sample", str(run), "--n", "9", "--out", str(tmp_path / "grid.png")]) == 0
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width == image.height > 3 * 8
+
+
+def test_samples_of_a_table_are_in_its_units(capsys, table_run, tmp_path):
+    assert main(["sample", str(table_run), "--n", "2000", "--out", str(tmp_path / "x.npz")]) == 0
+    with np.load(tmp_path / "x.npz") as file:
+        assert list(file["names"]) == ["height", "mass", "share"]
+        assert np.allclose(file["x"].mean(0), [170, 70000, 0.5], rtol=0.05)
+    said = fails(capsys, "sample", table_run, "--out", tmp_path / "x.png")
+    assert "examples of shape (3,): use --out" in said
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_samples_in_two_dimensions_are_points(tmp_path):
+    assert main(["train", "vae", "--data", "toy:moons", *GAUSSIAN, "--out", str(tmp_path / "run")]) == 0
+    assert main(["sample", str(tmp_path / "run"), "--n", "100", "--out", str(tmp_path / "points.png")]) == 0
+    with Image.open(tmp_path / "points.png") as image:
+        assert image.width > image.height > 100
+
+
+def test_sample_overwrites_nothing_unasked(capsys, run, tmp_path):
+    out = tmp_path / "x.npy"
+    out.write_text("mine")
+    assert "exists: name another file, or pass --overwrite" in fails(capsys, "sample", run, "--out", out)
+    assert out.read_text() == "mine"
+    assert main(["sample", str(run), "--out", str(out), "--overwrite"]) == 0
+    assert len(np.load(out)) == 64
+
+
+def test_what_sample_cannot_do_is_said(capsys, run, tmp_path):
+    assert "--out must end in .png, .npy or .npz; got x.jpg" in fails(capsys, "sample", run, "--out", "x.jpg")
+    assert "--n must be at least 1; got 0" in fails(capsys, "sample", run, "--out", "x.png", "--n", "0")
+    assert "--device must be" in fails(capsys, "sample", run, "--out", "x.png", "--device", "abacus")
+    assert "there is no run folder" in fails(capsys, "sample", tmp_path / "absent", "--out", "x.png")
+    assert "not a run folder, or half of one" in fails(capsys, "sample", tmp_path, "--out", "x.png")
+
+
+def test_a_run_of_another_version_is_refused(capsys, run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**config(run), "version": 99}))
+    assert "is of version 99" in fails(capsys, "evaluate", tmp_path)
+
+
+# evaluate
+
+
+def test_evaluate_prints_a_table_and_writes_what_it_measured(capsys, run, tmp_path):
+    capsys.readouterr()
+    evaluate = ["evaluate", str(run), "--samples", "5", "--limit", "100"]
+    assert main([*evaluate, "--json", str(tmp_path / "numbers.json")]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((run / "evaluation.json").read_text())
+    assert json.loads((tmp_path / "numbers.json").read_text()) == result
+    for split in ("train", "test"):
+        measured = result[split]
+        assert measured["examples"] == 100
+        assert measured["elbo"] <= measured["iwae_bound_5"] < 0
+        assert sum(measured["kl_per_dimension"]) == pytest.approx(measured["kl"])
+        assert 0 <= measured["active_units"] <= 2
+        assert f"{measured['elbo']:.5g}" in out
+        assert f"{split}, largest first: {max(measured['kl_per_dimension']):.2f}" in out
+    assert main(evaluate) == 0
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    assert "exists" in fails(capsys, *evaluate, "--json", tmp_path / "numbers.json")
+
+
+def test_evaluate_refuses_data_that_has_changed(capsys, table, tmp_path):
+    moved = tmp_path / "table.csv"
+    moved.write_bytes(table.read_bytes())
+    out = tmp_path / "run"
+    assert main(["train", "vae", "--data", f"csv:{moved}", *GAUSSIAN, "--out", str(out)]) == 0
+    moved.write_text(moved.read_text().replace("\n1", "\n2"))
+    assert "is not what the run" in fails(capsys, "evaluate", out)
+    assert not (out / "evaluation.json").exists()
+
+
+def test_the_installed_command_does_all_of_it(tmp_path):
+    out = tmp_path / "run"
+    done = command("train", "vae", "--data", "digits", "--out", out, *QUICK)
+    assert (done.returncode, done.stderr) == (0, "")
+    refused = command("train", "vae", "--data", "digits", "--out", out, *QUICK)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("genfuse: error: ")
+    assert refused.stdout == ""
