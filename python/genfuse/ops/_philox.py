@@ -7,13 +7,15 @@ from torch import Tensor
 
 from genfuse.ops import _op
 
+_LOWEST = -(2**63)  # of int64; random_ draws from here up to the highest
+
 
 def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
     synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another."""
     if torch.compiler.is_compiling():
         return torch.ops.genfuse.seed(like)
-    return torch.empty((), dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
+    return torch.empty((), dtype=torch.int64, device=like.device).random_(_LOWEST, None, generator=generator)
 
 
 _op.define_random("seed(Tensor like) -> Tensor", seed, fake=lambda like: like.new_empty((), dtype=torch.int64))

@@ -83,11 +83,12 @@ def _problem(
     logvar, logvar_stride = _op.rows(logvar)
     noise = None if noise is None else noise.contiguous()
     cols = mu.shape[-1]
+    rows = mu.numel() // cols if cols else mu.shape[:-1].numel()
     return [
         _op.DTYPES[mu.dtype],
         mu.data_ptr(), mu_stride, logvar.data_ptr(), logvar_stride,
         0 if seed is None else seed.data_ptr(), 0 if noise is None else noise.data_ptr(),
-        mu.shape[:-1].numel(), cols, 1 if samples is None else samples,
+        rows, cols, 1 if samples is None else samples,
     ], (mu, logvar, noise)  # fmt: skip
 
 
@@ -136,7 +137,7 @@ class ReparameterizeKL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(mu, logvar, seed, noise)
         ctx.samples = samples
-        return _forward.call(mu, logvar, seed, noise, samples)
+        return _forward(mu, logvar, seed, noise, samples)
 
     @staticmethod
     def backward(ctx: Any, gz: Tensor, gkl: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,10 +145,10 @@ class ReparameterizeKL(torch.autograd.Function):
         gnoise = gz * (0.5 * logvar).exp() if ctx.needs_input_grad[3] else None
         # Grad mode is on in here only under create_graph=True: then stay differentiable.
         if not torch.is_grad_enabled():
-            return *_backward.call(gz, gkl, mu, logvar, seed, noise, ctx.samples), None, gnoise, None
+            return *_backward(gz, gkl, mu, logvar, seed, noise, ctx.samples), None, gnoise, None
         if noise is None:  # made again: the sample of a standard normal
             zero = torch.zeros_like(mu, dtype=_wide(mu), requires_grad=False)
-            noise, _ = _forward.call(zero, zero, seed, None, ctx.samples)
+            noise, _ = _forward(zero, zero, seed, None, ctx.samples)
         wide = _wide(mu)
         gmu, glogvar = gradient(gz.to(wide), gkl, mu.to(wide), logvar.to(wide), noise.to(wide))
         return gmu.to(mu.dtype), glogvar.to(mu.dtype), None, gnoise, None
