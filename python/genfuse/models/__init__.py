@@ -5,4 +5,5 @@ from genfuse.models._base import Batch as Batch
 from genfuse.models._base import GenerativeModel as GenerativeModel
 from genfuse.models._base import Player as Player
 from genfuse.models._base import adam as adam
+from genfuse.models._base import configure as configure
 from genfuse.models._base import create as create

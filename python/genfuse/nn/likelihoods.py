@@ -1,0 +1,176 @@
+"""Decoder likelihoods p(x | z): full log-densities and log-masses in nats, constants included.
+
+Each reads the decoder's output ``params``, (..., N, *shape, parameters_per_cell), for examples ``x``, (N, *shape); axes
+that lead N, such as the samples of an importance-weighted bound, are kept. Discrete data is x = k / (levels - 1) with
+k = 0 ... levels - 1. Half-precision parameters are read as they are and computed with in float32.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _bounded(t: Tensor, limit: float) -> Tensor:
+    """Identity near 0, smoothly held within +-limit."""
+    return limit * torch.tanh(t / limit)
+
+
+def _uniform_like(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform on the open interval (0, 1)."""
+    return torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator).clamp_min(torch.finfo(t.dtype).tiny)
+
+
+class Likelihood(nn.Module):
+    """Base: the cells are independent given z. A subclass gives `cell_nll`, `mean` and `sample`."""
+
+    parameters_per_cell: int
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z), (..., N) in nats, summed over the cells of each example."""
+        cells = self.cell_nll(at_least_float32(params), x)
+        return -cells.flatten(cells.ndim - x.ndim + 1).sum(-1)
+
+    def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
+        """-log p of each cell, (..., N, *shape): negative here, so that no pass over the cells turns the sign."""
+        raise NotImplementedError
+
+    def mean(self, params: Tensor) -> Tensor:
+        """E[x | z], (..., *shape)."""
+        raise NotImplementedError
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A draw x ~ p(x | z), (..., *shape)."""
+        raise NotImplementedError
+
+
+class Bernoulli(Likelihood):
+    """x in {0, 1}; params are logits.
+
+    Intensities x in [0, 1] are taken too: what is returned is then minus the usual cross-entropy, which is the mean
+    log-mass over binarizations of x and no log-density of x itself.
+    """
+
+    parameters_per_cell = 1
+
+    def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
+        logits = params.squeeze(-1)
+        return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+
+    def mean(self, params: Tensor) -> Tensor:
+        return at_least_float32(params).squeeze(-1).sigmoid()
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(self.mean(params), generator=generator)
+
+
+class Gaussian(Likelihood):
+    """x real; params are the means and, with ``variance="per-cell"``, log-variances relative to ``sigma``.
+
+    The variance is sigma^2 for all cells (``fixed``), one learned number for all (``shared``, as in sigma-VAE, arXiv
+    2006.13202), or an output of the decoder (``per-cell``). A learned one starts at sigma^2 and is held smoothly within
+    factors e^-12 and e^12 of it, since the density has no maximum where a cell is constant.
+    """
+
+    shift: Tensor
+
+    def __init__(self, sigma: float = 1.0, variance: Literal["fixed", "shared", "per-cell"] = "fixed") -> None:
+        super().__init__()
+        self.start = 2 * math.log(sigma)
+        self.parameters_per_cell = 2 if variance == "per-cell" else 1
+        if variance == "shared":
+            self.shift = nn.Parameter(torch.zeros(()))
+        else:
+            self.register_buffer("shift", torch.zeros(()), persistent=False)
+
+    def mean_and_logvar(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The means (..., *shape) and the log-variance, a scalar or one per cell."""
+        if self.parameters_per_cell == 2:
+            mean, shift = at_least_float32(params).unbind(-1)
+            return mean, self.start + _bounded(shift, 12)
+        return at_least_float32(params).squeeze(-1), self.start + _bounded(self.shift, 12)
+
+    def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
+        mean, logvar = self.mean_and_logvar(params)
+        return 0.5 * ((x - mean).square() * torch.exp(-logvar) + (logvar + math.log(2 * math.pi)))
+
+    def mean(self, params: Tensor) -> Tensor:
+        return self.mean_and_logvar(params)[0]
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        mean, logvar = self.mean_and_logvar(params)
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        return mean + torch.exp(logvar / 2) * noise
+
+
+class Categorical(Likelihood):
+    """x in ``levels`` unordered levels; params are their logits, as in PixelRNN (arXiv 1601.06759)."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.parameters_per_cell = self.levels = levels
+
+    def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
+        level = (x * (self.levels - 1)).round().long()
+        chosen = params.gather(-1, level.expand(params.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        return params.logsumexp(-1) - chosen
+
+    def mean(self, params: Tensor) -> Tensor:
+        probabilities = at_least_float32(params).softmax(-1)
+        return probabilities @ torch.linspace(0, 1, self.levels, dtype=probabilities.dtype, device=params.device)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        params = at_least_float32(params)
+        gumbel = -torch.log(-torch.log(_uniform_like(params, generator)))
+        return (params + gumbel).argmax(-1).to(params.dtype) / (self.levels - 1)
+
+
+class DiscretizedLogistic(Likelihood):
+    """x in ``levels`` ordered levels: a logistic density integrated over bins, the first and last of them open-ended.
+
+    arXiv 1606.04934 (appendix) and 1701.05517 (equation 2, with one component). params are the location, in units where
+    the data spans [-1, 1], and the log-scale, held smoothly within +-7.
+    """
+
+    parameters_per_cell = 2
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        location, log_scale = at_least_float32(params).unbind(-1)
+        return location, _bounded(log_scale, 7)
+
+    def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
+        location, log_scale = self.location_and_log_scale(params)
+        width = 2 / (self.levels - 1)
+        precision = torch.exp(-log_scale)
+        upper = (2 * x - 1 + width / 2 - location) * precision
+        lower = (2 * x - 1 - width / 2 - location) * precision
+        # sigmoid(upper) - sigmoid(lower) without cancellation: sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper))
+        log_below, log_above = F.logsigmoid(upper), F.logsigmoid(-lower)
+        inner = log_below + log_above + torch.log(-torch.expm1(-width * precision))
+        top = (self.levels - 1.5) / (self.levels - 1)
+        return -torch.where(x > top, log_above, torch.where(x < 1 - top, log_below, inner))
+
+    def mean(self, params: Tensor) -> Tensor:
+        location, log_scale = self.location_and_log_scale(params)
+        precision = torch.exp(-log_scale)
+        total = torch.zeros_like(location)
+        for k in range(1, self.levels):  # E[k] is the sum of P(k' >= k)
+            edge = (2 * k - 1) / (self.levels - 1) - 1
+            total += torch.sigmoid((location - edge) * precision)
+        return total / (self.levels - 1)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        location, log_scale = self.location_and_log_scale(params)
+        u = _uniform_like(location, generator)
+        x = (location + torch.exp(log_scale) * (torch.log(u) - torch.log1p(-u)) + 1) / 2
+        return (x.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
