@@ -1,0 +1,3 @@
+"""What is measured of a model."""
+
+from genfuse.metrics._evaluate import evaluate as evaluate

@@ -1,0 +1,96 @@
+"""Measure a model on its data by the verbs that it has."""
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from genfuse.errors import SettingsError
+from genfuse.models import GenerativeModel
+from genfuse.ops import kl_per_dimension
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
+
+ACTIVE = 0.01  # a latent dimension is active where Var_x E[z | x] is above this: arXiv 1509.00519, section 5.2
+
+
+@torch.no_grad()
+def evaluate(
+    model: GenerativeModel,
+    data: "Dataset",
+    *,
+    samples: int = 50,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, float | int | list[float]]]:
+    """Measure ``model`` on the train and test splits of ``data``: a dict of plain numbers per split.
+
+    ``examples`` is how many were used: all, or the first ``limit`` of each split. The rest are means over them, each
+    given where the model has the verb for it:
+
+    - ``log_prob`` (exact), ``elbo`` and ``iwae_bound_K`` with K = ``samples``, all nats per example;
+    - ``reconstruction_error``: squared error of a reconstructed cell;
+    - ``kl`` and ``kl_per_dimension``: KL(q(z | x) || p(z)) in nats, where ``encode`` returns mu and logvar;
+    - ``active_units``: how many latent dimensions have Var_x E[z | x] above 0.01 (arXiv 1509.00519, section 5.2).
+
+    The same seed gives the same numbers; torch's global generators and the model's mode are left as they were. Memory
+    does not grow with the number of examples. Raises SettingsError where samples or limit is below 1, and what
+    ``model.check_data`` raises.
+    """
+    if samples < 1 or (limit is not None and limit < 1):
+        raise SettingsError(f"samples and limit must be at least 1, got samples={samples} and limit={limit}")
+    model.check_data(data)
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            return {
+                name: _evaluate_split(model, data, name, samples, limit, seed)
+                for name in ("train", "test")
+                if name in data.splits
+            }
+    finally:
+        model.train(training)
+
+
+def _evaluate_split(
+    model: GenerativeModel, data: "Dataset", split: str, samples: int, limit: int | None, seed: int
+) -> dict[str, float | int | list[float]]:
+    examples = min(len(data.splits[split]), limit or math.inf)
+    rows = max(1, min(500, 2**21 // math.prod(data.shape)))
+    generator = torch.Generator(data.splits[split].x.device).manual_seed(seed)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    sums: dict[str, Any] = defaultdict(float)
+    for start in range(0, int(examples), rows):
+        batch = data.batch(split, slice(start, min(start + rows, int(examples))), generator)
+        torch.manual_seed(seed + start)
+        for name, value in _measure(model, batch.x.to(model.device, dtype), samples).items():
+            sums[name] += value.double().sum(0).cpu()
+    means = {name: value / examples for name, value in sums.items()}
+
+    result: dict[str, float | int | list[float]] = {"examples": int(examples)}
+    mu, mu_squared = means.pop("_mu", None), means.pop("_mu_squared", None)
+    result.update({name: value.tolist() for name, value in means.items()})
+    if mu is not None:
+        result["active_units"] = int((mu_squared - mu.square() > ACTIVE).sum())
+    return result
+
+
+def _measure(model: Any, x: Tensor, samples: int) -> dict[str, Tensor]:
+    """What is measured of each example: (N,), or (N, D) per latent dimension."""
+    found = {}
+    for verb in ("log_prob", "elbo"):
+        if hasattr(model, verb):
+            found[verb] = getattr(model, verb)(x)
+    if hasattr(model, "iwae_bound"):
+        found[f"iwae_bound_{samples}"] = model.iwae_bound(x, samples)
+    if hasattr(model, "reconstruct"):
+        found["reconstruction_error"] = (model.reconstruct(x) - x).square().flatten(1).mean(1)
+    if hasattr(model, "encode") and isinstance(posterior := model.encode(x), tuple):
+        mu, logvar = posterior
+        kl = kl_per_dimension(mu, logvar)
+        found |= {"kl": kl.sum(1), "kl_per_dimension": kl, "_mu": mu.double(), "_mu_squared": mu.double().square()}
+    return found
