@@ -1,0 +1,80 @@
+"""The command `python -m benchmarks`: ops, training, and the report that is made from their records."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import _record, _report, ops
+from genfuse.ops import OPERATORS
+
+
+def _size(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("x"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    measure = argparse.ArgumentParser(add_help=False)
+    measure.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    measure.add_argument("--quick", action="store_true", help="little work: a check that all runs, not a measurement")
+    measure.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+
+    command = commands.add_parser("ops", parents=[measure], help="operators beside eager PyTorch and torch.compile")
+    command.add_argument("--op", action="append", choices=list(OPERATORS), help="only this one (may be repeated)")
+    command.add_argument("--size", action="append", type=_size, metavar="NxD", help="only this one (may be repeated)")
+    command.add_argument("--mode", action="append", choices=list(ops.MODES), help="only this one (may be repeated)")
+    command.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw time against size here")
+
+    command = commands.add_parser("training", parents=[measure], help="seconds an epoch beside plain PyTorch's")
+    command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where MNIST lies (default: GENFUSE_DATA)")
+    command.add_argument("--epochs", type=int, default=5, help="epochs that each side is timed for")
+    command.add_argument("--quality", action="store_true", help="also train for 30 epochs and evaluate (minutes)")
+
+    command = commands.add_parser("report", help="write the page of results from records")
+    command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
+    command.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the records here too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns 1 where a result is wrong; a bar that is not met is printed and recorded as such."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "report":
+        try:
+            records = [_record.load(path) for path in args.records]
+        except ValueError as error:
+            parser.error(str(error))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(_report.report(records), encoding="utf-8")
+    else:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda: PyTorch finds no GPU here")
+        machine = _record.machine(args.device)
+        for key, value in machine.items():
+            print(f"{key + ':':<12} {value}")
+        if args.command == "ops":
+            record, bars = ops.run(args)
+        else:
+            from benchmarks import training  # all of genfuse, which the operators can do without
+
+            record, bars = training.run(args)
+        records = [_record.record({"machine": machine, **record}, bars)]
+        print(*bars, sep="\n")
+        if args.json:
+            _record.save(args.json, records[0])
+    if getattr(args, "plot", None):
+        for record in records:
+            _report.plot(record, args.plot)
+    return int(args.command == "ops" and ops.wrong(records[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

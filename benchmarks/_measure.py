@@ -1,0 +1,108 @@
+"""The clock and the memory meter. All sides take turns, so that drift of the machine hits all of them alike."""
+
+import contextlib
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the things compared: what is called, and the context of its calls, which is entered outside the clock."""
+
+    run: Callable[[], object]
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Effort:
+    block: float  # seconds of one side's turn, at least one call
+    rounds: tuple[int, int]  # fewest and most turns that each side takes
+    seconds: float  # no further round is begun after this time
+
+
+QUICK = Effort(block=0.002, rounds=(5, 5), seconds=0)
+FULL = Effort(block=0.02, rounds=(9, 51), seconds=6)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median and the 20% and 80% quantiles over ``count`` blocks (CPU) or calls (GPU)."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> "Timing":
+        low, median, high = (float(q) for q in np.quantile(times, [0.2, 0.5, 0.8]))
+        return cls(median, low, high, len(times))
+
+
+def _cpu_clock(run: Callable[[], object], block: float) -> Callable[[], list[float]]:
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    number = 1
+    for _ in range(2):  # the first estimate is of cold calls
+        number = max(1, int(block / timer.timeit(number).mean))
+    return lambda: [timer.timeit(number).mean]
+
+
+def _gpu_clock(run: Callable[[], object], block: float) -> Callable[[], list[float]]:
+    from triton.testing import do_bench
+
+    ms = 1e3 * block
+    return lambda: [t / 1e3 for t in do_bench(run, warmup=ms / 4, rep=ms, return_mode="all")]
+
+
+def interleave(sides: dict[str, Side], device: str, effort: Effort) -> dict[str, Timing]:
+    """Time all sides in rounds: in each round every side has one turn, in a new order."""
+    clock = _gpu_clock if device == "cuda" else _cpu_clock
+    turns = {}
+    for name, side in sides.items():
+        with side.context():
+            turns[name] = clock(side.run, effort.block)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    fewest, most = effort.rounds
+    end = time.perf_counter() + effort.seconds
+    shuffle = random.Random(0)
+    for round_ in range(most):
+        if round_ >= fewest and time.perf_counter() > end:
+            break
+        for name in shuffle.sample(list(sides), len(sides)):
+            with sides[name].context():
+                times[name] += turns[name]()
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def peak_memory(side: Side, device: str) -> int:
+    """Most bytes that one call holds at a time beyond what was allocated before it: temporaries and results."""
+    with side.context():
+        side.run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            side.run()
+            return torch.cuda.max_memory_allocated() - before
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            side.run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        level += event["args"]["Bytes"]
+        peak = max(peak, level)
+    return peak

@@ -1,0 +1,161 @@
+"""What people read: lines on the terminal, docs/benchmarks.md and plots, all made from records."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks._record import Bar
+
+Json = dict[str, Any]
+MODES = {"forward": "forward", "backward": "backward", "both": "forward+backward"}
+INTRODUCTION = """# Benchmarks
+
+Written whole by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`; edit nothing here by hand. The
+records come from `python -m benchmarks ops --json RECORD.json` and `python -m benchmarks training --json RECORD.json`.
+
+A time is the median of one run, with the 20% and 80% quantiles in brackets. All sides take turns in that run. An
+operator is checked against float64 before it is timed: its error may be twice that of eager PyTorch in the same dtype.
+Errors are those of results and gradients, as shares of the largest value of each.
+`eager` is the formula in plain PyTorch, noise included, and `compile` is torch.compile of it. Backward is measured
+alone, on a graph that is kept. A share of a copy is the time of a copy that reads and writes as many bytes as the
+operator has to, divided by the operator's time. Memory is the most that one call holds at a time, results included.
+"""
+
+
+def _seconds(value: float) -> str:
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if value * s >= 1), ("ns", 1e9))
+    return f"{value * scale:.3g} {unit}" if value * scale < 1000 else f"{value * scale:.0f} {unit}"
+
+
+def _bytes(value: float) -> str:
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= s), ("B", 1))
+    return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:.0f} {unit}"
+
+
+def _band(result: Json) -> str:
+    return f"{_seconds(result['median'])} [{_seconds(result['low'])}, {_seconds(result['high'])}]"
+
+
+def _size(comparison: Json) -> str:
+    return " x ".join(map(str, comparison["size"]))
+
+
+def describe(comparison: Json) -> str:
+    """One comparison as lines for the terminal."""
+    moved, copy = comparison["bytes"], comparison["copy"]
+    lines = [
+        f"{comparison['op']} ({_size(comparison)}) {MODES[comparison['mode']]}: "
+        f"moves {_bytes(moved)}, a copy of which takes {_seconds(copy)} ({_bytes(moved / copy)}/s)"
+    ]
+    eager = comparison["sides"]["eager"]["median"]
+    for side, result in comparison["sides"].items():
+        if "failure" in result:
+            lines.append(f"  {side:<10} {result['failure']}")
+            continue
+        median = result["median"]
+        error = f"  error {result['error']:.1e}" if "error" in result else ""
+        lines.append(
+            f"  {side:<10} {_band(result):<32} {eager / median:6.2f}x eager  {_bytes(moved / median):>8}/s "
+            f"({copy / median:4.0%} of copy)  peak {_bytes(result['memory']):>7}{error}"
+        )
+    return "\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _bars(record: Json) -> str:
+    bars = [Bar(**bar) for bar in record["bars"]]
+    return _table(["bar", "asked", "got", ""], [[bar.what, bar.limit, bar.got, bar.verdict] for bar in bars])
+
+
+def _operators(record: Json) -> list[str]:
+    parts = []
+    for op in dict.fromkeys(comparison["op"] for comparison in record["comparisons"]):
+        comparisons = [comparison for comparison in record["comparisons"] if comparison["op"] == op]
+        sides, default = list(comparisons[0]["sides"]), comparisons[0]["default"]
+        parts.append(f"### {op}\n")
+        times, costs = [], []
+        for comparison in comparisons:
+            results = comparison["sides"]
+            place = [_size(comparison), MODES[comparison["mode"]]]
+            times.append(place + [results[side].get("failure") or _band(results[side]) for side in sides])
+            ours = results[default]
+            if "failure" not in ours:
+                compiled = results["compile"].get("median")
+                costs.append(
+                    [
+                        *place,
+                        f"{results['eager']['median'] / ours['median']:.2f}x",
+                        f"{compiled / ours['median']:.2f}x" if compiled else "-",
+                        f"{_bytes(comparison['bytes'] / ours['median'])}/s",
+                        f"{comparison['copy'] / ours['median']:.0%}",
+                        f"{_bytes(ours['memory'])} ({_bytes(results['eager']['memory'])})",
+                        f"{ours['error']:.1e} ({results['eager']['error']:.1e})",
+                    ]
+                )
+        parts.append(_table(["size", "mode", *sides], times))
+        parts.append(f"What this device gets by default, {default}, in detail (eager's figure in brackets):\n")
+        head = ["size", "mode", "against eager", "against compile", "moves", "of a copy", "peak memory", "error"]
+        parts.append(_table(head, costs))
+    return parts
+
+
+def report(records: list[Json]) -> str:
+    """The page that docs/benchmarks.md is: the same records give the same page."""
+    parts = [INTRODUCTION]
+    for record in records:
+        settings = record["settings"]
+        title = ", ".join([record["command"], *(settings[key] for key in ("device", "dtype") if key in settings)])
+        parts.append(f"## {title}\n")
+        if settings["quick"]:
+            parts.append("This is a `--quick` run: a check that all runs, and no measurement.\n")
+        parts.append("".join(f"- {key}: {value}\n" for key, value in record["machine"].items()))
+        if record["bars"]:
+            parts.append(_bars(record))
+        if record["command"] == "ops":
+            parts += _operators(record)
+        else:
+            parts.append(_table(["measured", "figure"], [[row["what"], figure(row)] for row in record["rows"]]))
+    return "\n".join(parts)
+
+
+def figure(row: Json) -> str:
+    """One row of the training record: a time with its band, or a plain number with its unit."""
+    return _band(row) if "median" in row else f"{row['value']:.4g}{row['unit']}"
+
+
+def plot(record: Json, folder: Path) -> list[Path]:
+    """For each operator and mode time against elements, one line a side with its band. Returns the pictures' paths."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    comparisons = record.get("comparisons", [])
+    for op, mode in dict.fromkeys((comparison["op"], comparison["mode"]) for comparison in comparisons):
+        chosen = [comparison for comparison in comparisons if (comparison["op"], comparison["mode"]) == (op, mode)]
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for side in ["copy", *chosen[0]["sides"]]:
+            points = []
+            for comparison in chosen:
+                copy = dict.fromkeys(("median", "low", "high"), comparison["copy"])
+                result = copy if side == "copy" else comparison["sides"][side]
+                if "median" in result:
+                    points.append((comparison["bytes"], result["median"], result["low"], result["high"]))
+            if points:
+                moved, median, low, high = zip(*sorted(points), strict=True)
+                style: Json = {"color": "0.6", "linestyle": ":"} if side == "copy" else {"marker": "o"}
+                (line,) = axes.plot(moved, median, label=side, markersize=4, **style)
+                axes.fill_between(moved, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xscale="log", yscale="log", xlabel="bytes that an ideal kernel moves", ylabel="seconds a call")
+        settings, machine = record["settings"], record["machine"]
+        processor = machine.get("GPU", machine["CPU"])
+        title = f"{op}, {MODES[mode]}, {settings['dtype']}\n{processor}, torch {machine['torch']}"
+        axes.set_title(title, fontsize=10)
+        axes.grid(which="major", alpha=0.3)
+        axes.legend()
+        paths.append(folder / f"{op}_{settings['device']}_{settings['dtype']}_{mode}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths

@@ -1,0 +1,200 @@
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+
+import pytest
+import torch
+
+from benchmarks import _measure, _record, ops
+from benchmarks.__main__ import main
+from benchmarks.plain_vae import PlainVAE, train_epoch
+from genfuse.ops import OPERATORS
+
+OP = "reparameterize_kl"
+QUICK = ["ops", "--op", OP, "--size", "2x4", "--quick"]
+cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+def replace_function(monkeypatch, function):
+    monkeypatch.setitem(OPERATORS, OP, dataclasses.replace(OPERATORS[OP], function=function))
+
+
+def measured(path):
+    """Sides that have a time, by mode."""
+    comparisons = json.loads(path.read_text())["comparisons"]
+    return {c["mode"]: {side for side, result in c["sides"].items() if "median" in result} for c in comparisons}
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_a_quick_run_writes_its_record(tmp_path, device):
+    path = tmp_path / "record.json"
+    assert main([*QUICK, "--no-compile", "--device", device, "--json", str(path)]) == 0
+    record = _record.load(path)
+    assert {"commit", "torch", "CPU", "SIMD", "threads", "date"} <= set(record["machine"])
+    assert [comparison["mode"] for comparison in record["comparisons"]] == ["forward", "backward", "both"]
+    for comparison in record["comparisons"]:
+        assert comparison["copy"] > 0
+        for side in ("eager", *ops.implementations(OPERATORS[OP], device)):
+            result = comparison["sides"][side]
+            assert 0 < result["low"] <= result["median"] <= result["high"]
+            assert result["memory"] > 0
+            assert result["error"] < 1e-4
+
+
+def test_a_wrong_implementation_gets_no_time(tmp_path, monkeypatch, capsys):
+    right = OPERATORS[OP].function
+    replace_function(monkeypatch, lambda mu, logvar: right(1.001 * mu, logvar))
+    path = tmp_path / "record.json"
+    assert main([*QUICK, "--no-compile", "--json", str(path)]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
+    assert measured(path) == {"forward": {"eager"}, "backward": {"eager"}, "both": {"eager"}}
+
+
+def test_nan_in_any_result_is_wrong(monkeypatch, capsys):
+    def function(mu, logvar):
+        z, kl = right(mu, logvar)
+        return z, kl * torch.nan
+
+    right = OPERATORS[OP].function
+    replace_function(monkeypatch, function)
+    assert main([*QUICK, "--no-compile", "--mode", "both"]) == 1
+    assert "WRONG: error nan" in capsys.readouterr().out
+
+
+def test_an_implementation_that_raises_is_wrong(monkeypatch, capsys):
+    def function(mu, logvar):
+        raise RuntimeError("no such kernel")
+
+    replace_function(monkeypatch, function)
+    assert main([*QUICK, "--no-compile", "--mode", "both"]) == 1
+    assert "WRONG: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1e-9, "met"), (1e9, "NOT MET")])
+def test_a_bar_says_whether_it_is_met(monkeypatch, capsys, factor, verdict):
+    monkeypatch.setattr(ops, "BARS", (ops.Speed(OP, (2, 4), "both", "eager", factor),))
+    assert main([*QUICK, "--no-compile", "--mode", "both"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"{OP} (2, 4) forward+backward vs eager: ")
+    assert line.endswith(f"x (bar {factor:g}x) {verdict}")
+
+
+def test_a_bar_at_most_is_met_from_below():
+    bar = _record.Bar("share", 4.0, 5.0, "%", at_most=True)
+    assert str(bar) == "share: 4.00% (bar at most 5%) met"
+    assert dataclasses.replace(bar, value=5.1).verdict == "NOT MET"
+
+
+def test_a_formula_that_does_not_compile_is_a_row_that_says_why(tmp_path, monkeypatch, capsys):
+    def compile_(*_args, **_kwargs):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(ops, "BARS", (ops.Speed(OP, (2, 4), "both", "compile", 2.0),))
+    path = tmp_path / "record.json"
+    assert main([*QUICK, "--mode", "both", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "compile    RuntimeError: no compiler found" in out
+    assert "NOT MEASURED: RuntimeError: no compiler found" in out
+    assert "compile" not in measured(path)["both"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_torch_compile_is_measured_in_every_mode(tmp_path):
+    path = tmp_path / "record.json"
+    assert main([*QUICK, "--json", str(path)]) == 0
+    assert all("compile" in sides for sides in measured(path).values())
+
+
+def test_backward_is_timed_without_forward_and_accumulates_nothing():
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        return x**3
+
+    x = torch.ones(3, requires_grad=True)
+    task = ops._task(function, {"x": x}, "backward")
+    for _ in range(3):
+        task()
+    assert len(calls) == 1
+    assert x.grad is None
+
+
+def test_sides_take_turns_and_the_slower_one_is_slower():
+    entered = []
+
+    def side(name, seconds):
+        @contextlib.contextmanager
+        def context():
+            entered.append(name)
+            yield
+
+        return _measure.Side(lambda: time.sleep(seconds), context)
+
+    timings = _measure.interleave({"fast": side("fast", 0), "slow": side("slow", 0.002)}, "cpu", _measure.QUICK)
+    rounds = [set(entered[i : i + 2]) for i in range(0, len(entered), 2)]
+    assert rounds == [{"fast", "slow"}] * (1 + _measure.QUICK.rounds[0])  # the first to find the length of a block
+    assert timings["slow"].low >= 0.002
+    assert timings["slow"].median > timings["fast"].median
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_peak_memory_counts_what_is_held_at_a_time(device):
+    def run():
+        freed = torch.empty(2**20, device=device)
+        kept = torch.empty(2**21, device=device)
+        del freed
+        return torch.empty(2**18, device=device), kept
+
+    assert _measure.peak_memory(_measure.Side(run), device) == 4 * (2**20 + 2**21)
+
+
+def test_the_report_is_made_from_records_alone_and_is_always_the_same(tmp_path):
+    record, pages = tmp_path / "record.json", [tmp_path / "a.md", tmp_path / "b.md"]
+    main([*QUICK, "--no-compile", "--json", str(record)])
+    for page in pages:
+        assert main(["report", str(record), "--out", str(page), "--plot", str(tmp_path / "plots")]) == 0
+    text = pages[0].read_text()
+    assert text == pages[1].read_text()
+    assert "## ops, cpu, float32" in text
+    assert "`--quick`" in text
+    assert f"commit: {json.loads(record.read_text())['machine']['commit']}\n" in text
+    assert text.count("| 2 x 4 | forward+backward |") == 2
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        f"{OP}_cpu_float32_{mode}.png" for mode in ("backward", "both", "forward")
+    ]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": 0}'])
+def test_what_is_no_record_is_refused_by_name(tmp_path, capsys, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(path), "--out", str(tmp_path / "page.md")])
+    assert stopped.value.code == 2
+    assert "other.json" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_plain_vae_learns():
+    torch.manual_seed(0)
+    model, images = PlainVAE(pixels=16, hidden=32, latent=2), torch.eye(16).repeat(16, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = [train_epoch(model, optimizer, images, batch_size=32) for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST: set GENFUSE_DATA")
+def test_training_is_timed_beside_plain_pytorch(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    assert main(["training", "--quick", "--json", str(path)]) == 0
+    record = _record.load(path)
+    assert len(record["bars"]) == 2
+    assert all(bar["value"] > 0 for bar in record["bars"])
+    main(["report", str(path), "--out", str(tmp_path / "page.md")])
+    assert "| VAE on MNIST (640 images), an epoch, genfuse |" in (tmp_path / "page.md").read_text()
