@@ -70,6 +70,13 @@ def test_pytorchs_operator_check_passes(operator, device, implementation):
         torch.library.opcheck(function, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
+def test_a_profiler_sees_the_operator_by_name(operator, device):
+    inputs = tensors(operator, (3, 65), torch.float32, device)
+    with torch.profiler.profile() as profile:
+        operator.function(**inputs)
+    assert f"genfuse::{operator.name}" in {event.key for event in profile.key_averages()}
+
+
 def test_every_shape_that_has_no_elements_works(operator, device, implementation):
     for size in [(0, 4), (3, 0), (0, 0)]:
         inputs = tensors(operator, size, torch.float32, device)

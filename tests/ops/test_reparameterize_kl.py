@@ -29,6 +29,7 @@ def test_kl_is_that_of_torch_distributions(device, implementation):
     _, kl = reparameterize_kl(mu, logvar)
     expected = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(torch.zeros_like(mu), 1.0)).sum(-1)
     torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(ops.kl_per_dimension(mu, logvar).sum(-1), expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (5, 7), (2, 1025)], ids=str)

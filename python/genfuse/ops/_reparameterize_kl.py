@@ -11,7 +11,20 @@ from genfuse.ops._op import _C
 
 def formula(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     sigma = (0.5 * logvar).exp()
-    return mu + sigma * eps, 0.5 * (mu**2 + sigma**2 - 1 - logvar).sum(-1)
+    return mu + sigma * eps, _kl(mu, logvar, sigma).sum(-1)
+
+
+def _kl(mu: Tensor, logvar: Tensor, sigma: Tensor) -> Tensor:
+    return 0.5 * (mu**2 + sigma**2 - 1 - logvar)
+
+
+def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each element, in nats, in plain PyTorch (arXiv 1312.6114, appendix B).
+
+    For what needs the terms of `reparameterize_kl`'s sum one by one. mu, logvar and the
+    result are of one shape.
+    """
+    return _kl(mu, logvar, (0.5 * logvar).exp())
 
 
 def gradient(gz: Tensor, gkl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
