@@ -55,6 +55,7 @@ class GenerativeModel(nn.Module):
 
     genfuse_api: ClassVar[int] = plugins.API
     Config: ClassVar[type]
+    plugin: str | None = None  # what the user typed to make it
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -132,4 +133,6 @@ def create(name: str, data: "Dataset | None" = None, **settings: Any) -> Generat
     cls = plugins.load("models", name)
     if not (isinstance(cls, type) and issubclass(cls, GenerativeModel)):
         raise PluginError(f"{plugins.find('models', name)} is not a subclass of genfuse.models.GenerativeModel")
-    return cls(configure(cls, settings, data))
+    model = cls(configure(cls, settings, data))
+    model.plugin = name
+    return model

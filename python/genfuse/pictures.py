@@ -1,0 +1,276 @@
+"""Pictures of a trained model: which ones follows from the verbs that it has.
+
+Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is written beside its place and renamed.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genfuse._files import replacing
+from genfuse.models import GenerativeModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from genfuse.data import Dataset
+
+SAMPLES = 64  # in a grid
+PAIRS = 16  # of originals and reconstructions
+POINTS = 4000  # in a scatter plot or a histogram
+COLUMNS = 6  # of a table
+CELL = 64  # pixels that the shorter side of a small image is enlarged to
+DATA, MODEL = "#3b6ea5", "#d1495b"
+CONTEXT: Any = {  # for every figure
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "font.size": 10,
+    "figure.dpi": 150,
+}
+
+
+@torch.no_grad()
+def draw(folder: str | Path, model: GenerativeModel, data: "Dataset", metrics: list[dict[str, Any]]) -> list[Path]:
+    """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
+
+    Images: samples.png, and reconstructions.png with ``reconstruct``. Tables: samples.png, two columns as points beside
+    the data's, more as histograms over them. latent.png with ``encode``, curves.png where there are ``metrics``. Draws
+    from a fixed seed, and leaves torch's global generators alone; the model should be in evaluation mode.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+
+    def at(name: str) -> Path:
+        drawn.append(folder / name)
+        return drawn[-1]
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        # Not the first ones: the test split may be sorted by label.
+        chosen = torch.randperm(len(data.splits["test"]))[:POINTS].to(model.device)
+        test = data.batch("test", chosen)
+        generator = torch.Generator(model.device).manual_seed(0)
+        if data.is_image:
+            sample_grid(model.sample(SAMPLES, generator=generator), at("samples.png"))
+        elif data.shape == (2,):
+            scatter(test.x, model.sample(len(test.x), generator=generator), at("samples.png"), data.scaling)
+        elif len(data.shape) == 1:
+            histograms(test.x, model.sample(len(test.x), generator=generator), at("samples.png"), data.scaling)
+        if data.is_image and hasattr(model, "reconstruct"):
+            originals = test.x[:PAIRS]
+            reconstructions(originals, model.reconstruct(originals), at("reconstructions.png"))  # type: ignore[operator]
+        if hasattr(model, "encode"):
+            latent_space(_posterior_means(model, test.x), test.y, at("latent.png"))
+    if any(entry["split"] == "train" for entry in metrics):
+        curves(metrics, at("curves.png"))
+    return drawn
+
+
+def sample_grid(images: Tensor, path: str | Path) -> None:
+    """Images (N, C, H, W) in a grid as square as it gets; small ones enlarged, each pixel a block."""
+    columns = math.ceil(len(images) / math.isqrt(len(images)))
+    pixels = _tiled(_pixels(images), columns)
+    from PIL import Image
+
+    with replacing(Path(path)) as beside:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(beside, format="PNG")
+
+
+def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) -> None:
+    """Rows of originals (N, C, H, W), each over the row of their reconstructions."""
+    pairs = _pixels(originals), _pixels(reconstructed)
+    columns = min(8, len(originals))
+    rows = [images[i : i + columns] for i in range(0, len(originals), columns) for images in pairs]
+    grid = _tiled(np.concatenate([_filled(row, columns) for row in rows]), columns)
+    from matplotlib.transforms import blended_transform_factory
+
+    width, height, label = columns * 0.8, columns * 0.8 * grid.shape[0] / grid.shape[1], 1.2  # inches
+    with _figure(path, (label + width, height), layout=None) as figure:
+        left = label / (label + width)
+        axes = figure.add_axes((left, 0, 1 - left, 1))
+        axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+        where = blended_transform_factory(figure.transFigure, axes.transData)
+        for i in range(len(rows)):
+            text = "reconstruction" if i % 2 else "original"
+            y = (i + 0.5) * grid.shape[0] / len(rows)
+            axes.text(left * 0.93, y, text, transform=where, ha="right", va="center", size=9)
+
+
+def latent_space(means: Tensor, labels: Tensor | None, path: str | Path) -> None:
+    """Posterior means (N, D) coloured by labels (N,); beyond two dimensions, their two principal components."""
+    points = means.double().cpu().numpy()
+    title, names = "posterior means", ("z1", "z2")
+    if points.shape[1] > 2:
+        points, shares = principal_components(points)
+        title = f"posterior means: 2 of {means.shape[1]} principal components, {shares.sum():.0%} of the variance"
+        names = f"component 1 ({shares[0]:.0%})", f"component 2 ({shares[1]:.0%})"
+    elif points.shape[1] == 1:
+        points = np.column_stack([points, np.random.default_rng(0).normal(size=len(points))])
+        names = "z1", "(spread at random)"
+    with _figure(path, (6.4, 5.2)) as figure:
+        axes = figure.add_subplot()
+        axes.set(title=title, xlabel=names[0], ylabel=names[1])
+        axes.set_aspect("equal", adjustable="datalim")
+        _coloured(axes, points, None if labels is None else labels.cpu().numpy())
+
+
+def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two principal components of points (N, D), (N, 2), and each one's share of the variance, (2,)."""
+    centred = points - points.mean(0)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    shares = singular**2 / max((singular**2).sum(), np.finfo(float).tiny)
+    return centred @ axes[:2].T, shares[:2]
+
+
+def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Each loss term of each player over the steps: the training split as a line, the test split as dots on a line."""
+    series: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for entry in metrics:
+        if entry["split"] in ("train", "test"):
+            for name, value in entry.items():
+                if name not in ("step", "epoch", "split", "player", "lr", "examples_per_second"):
+                    series[entry["player"], name][entry["split"]].append((entry["step"], value))
+    several = len({player for player, _ in series}) > 1
+    columns = min(3, len(series))
+    rows = math.ceil(len(series) / columns)
+    with _figure(path, (4.2 * columns, 3.2 * rows)) as figure:
+        for i, ((player, name), splits) in enumerate(series.items(), 1):
+            axes = figure.add_subplot(rows, columns, i)
+            axes.set(title=f"{player}: {name}" if several else name, xlabel="step")
+            for split, colour in (("train", DATA), ("test", MODEL)):
+                if split in splits:
+                    steps, values = zip(*splits[split], strict=True)
+                    axes.plot(steps, values, color=colour, label=split, lw=1.4, marker="." if len(steps) < 60 else None)
+            axes.set_ylim(*_without_the_fall([v for points in splits.values() for _, v in points]))
+            if i == 1:
+                axes.legend()
+
+
+def scatter(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None) -> None:
+    """Points (N, 2) of the data beside samples (N, 2), on the same axes; in original units with a `Scaling`."""
+    names = (scaling and scaling.names) or ("x1", "x2")
+    both = _original_units(x, scaling), _original_units(samples, scaling)
+    low, high = np.quantile(both[0], (0.0, 1.0), axis=0)  # stray samples must not shrink the data
+    margin = 0.1 * (high - low) + 1e-9
+    with _figure(path, (8.4, 4.2)) as figure:
+        for i, (title, points, colour) in enumerate((("data", both[0], DATA), ("samples", both[1], MODEL)), 1):
+            axes = figure.add_subplot(1, 2, i)
+            axes.set(title=title, xlabel=names[0], ylabel=names[1])
+            axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, color=colour, linewidths=0)
+            axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+
+
+def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None) -> None:
+    """The first columns of a table (N, D), data and samples over each other; in original units with a `Scaling`."""
+    data, drawn = _original_units(x, scaling), _original_units(samples, scaling)
+    count = min(COLUMNS, data.shape[1])
+    names = (scaling and scaling.names) or [f"column {i + 1}" for i in range(count)]
+    columns = min(3, count)
+    with _figure(path, (3.6 * columns, 2.8 * math.ceil(count / columns))) as figure:
+        for i in range(count):
+            axes = figure.add_subplot(math.ceil(count / columns), columns, i + 1)
+            low, high = np.quantile(data[:, i], (0.001, 0.999))
+            bins = np.linspace(low, high if high > low else low + 1, 40)
+            for values, colour, label in ((data, DATA, "data"), (drawn, MODEL, "samples")):
+                # Per example, so that samples outside the bins lower the histogram and do not sharpen it.
+                weights = np.full(len(values), 1 / len(values))
+                axes.hist(values[:, i], list(bins), weights=weights, color=colour, alpha=0.55, label=label)
+            axes.set(title=names[i], yticks=[])
+            if i == 0:
+                axes.legend()
+
+
+def _posterior_means(model: GenerativeModel, x: Tensor) -> Tensor:
+    """The means (N, D) that ``encode`` gives, alone or as the first of a pair."""
+    encoded = [model.encode(part) for part in x.split(500)]  # type: ignore[operator]
+    return torch.cat([each if isinstance(each, Tensor) else each[0] for each in encoded]).flatten(1)
+
+
+def _coloured(axes: "Axes", points: np.ndarray, labels: np.ndarray | None) -> None:
+    """Points (N, 2) in the colours of their labels: with a legend for up to 20 of them, else with a colour bar."""
+    style: Any = {"s": 9, "alpha": 0.75, "linewidths": 0}
+    if labels is None:
+        axes.scatter(points[:, 0], points[:, 1], color=DATA, **style)
+        return
+    classes = np.unique(labels)
+    if len(classes) > 20:
+        shown = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)
+        axes.figure.colorbar(shown, label="label")
+        return
+    for i, label in enumerate(classes):
+        x, y = points[labels == label].T
+        axes.scatter(x, y, color=f"C{i}" if len(classes) <= 10 else _hue(i), label=label, **style)
+    axes.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+
+
+def _hue(i: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["tab20"](i)
+
+
+def _without_the_fall(values: list[float]) -> tuple[float | None, float | None]:
+    """Limits that leave out the steep fall of the first steps, which would press the rest into a line."""
+    ordered = np.sort(np.asarray(values))
+    low, high = ordered[0], np.quantile(ordered, 0.95)
+    if len(ordered) < 20 or ordered[-1] - low < 2 * (high - low):
+        return None, None
+    margin = 0.08 * (high - low) + 1e-9
+    return float(low - margin), float(high + margin)
+
+
+def _original_units(x: Tensor, scaling: Any) -> np.ndarray:
+    return (x if scaling is None else scaling.restore(x)).double().cpu().numpy()
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """(N, C, H, W) in [0, 1] as (N, H, W, C) of bytes. More than three channels: the first; two: the first."""
+    images = images if images.shape[1] in (1, 3) else images[:, :1]
+    return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _filled(images: np.ndarray, columns: int) -> np.ndarray:
+    """Black images added until the last row is full."""
+    return np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)))
+
+
+def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
+    """(N, H, W, C) as one image of rows of ``columns``, enlarged to be seen, with dark lines between."""
+    images = _filled(images, columns)
+    tall, wide, channels = images.shape[1:]
+    scale = max(1, math.ceil(CELL / min(tall, wide)))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    line = max(1, min(tall, wide) * scale // 32)
+    images = np.pad(images, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=40)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
+    grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, channels)
+    return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=40)
+
+
+@contextmanager
+def _figure(
+    path: str | Path, size: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
+) -> Iterator["Figure"]:
+    """A figure that becomes the picture ``path``, made without pyplot and so without a display or global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(CONTEXT):
+        figure = Figure(size, layout=layout)
+        yield figure
+        with replacing(Path(path)) as beside:
+            figure.savefig(beside, format="png")

@@ -1,0 +1,368 @@
+"""The training loop. It knows players and steps, and no kind of model."""
+
+import math
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genfuse.errors import NonFiniteLossError, RunError
+from genfuse.models import Batch, GenerativeModel, Player
+from genfuse.training.progress import Progress
+from genfuse.training.run import STATE, Checkpoint, Recorder
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from genfuse.data import Dataset
+    from genfuse.training.trainer import Trainer
+
+ORDER, NOISE, TEST = range(3)  # what a random stream is for
+TEST_EXAMPLES = 10_000  # at most so many are looked at after each epoch
+
+
+def seed_of(*key: int) -> int:
+    """A seed from several integers. Mixed, since torch's CPU generator uses the low 32 bits of a seed alone."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """Where torch's global generators are read and set: the CPU's, and the device's own."""
+    return {"cpu": torch.random, **({} if device.type == "cpu" else {device.type: torch.get_device_module(device)})}
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Put torch's global generators back in the end. (torch.random.fork_rng does not know mps.)"""
+    before = {kind: generator.get_rng_state() for kind, generator in generators(device).items()}
+    try:
+        yield
+    finally:
+        for kind, generator in generators(device).items():
+            generator.set_rng_state(before[kind])
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], int]]:
+    """Hold the first SIGINT or SIGTERM back; yields a function that gives its number, or 0 so far.
+
+    The second one has the effect that it had before.
+    """
+    caught = 0
+    before: dict[int, Any] = {}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def catch(number: int, frame: Any) -> None:
+        nonlocal caught
+        caught = number
+        put_back()
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: caught
+    finally:
+        put_back()
+
+
+class Loop:
+    """One training: a model, its players' optimizers, and how far they are.
+
+    ``step`` counts updates. The player of an update, its epoch and its place in the epoch follow from it.
+    """
+
+    def __init__(
+        self, trainer: "Trainer", fabric: "Fabric", model: GenerativeModel, players: list[Player], data: "Dataset"
+    ) -> None:
+        self.trainer, self.fabric, self.model, self.players = trainer, fabric, model, players
+        self.data = data.to(fabric.device)
+        self.trained = {p.name: [w for w in p.parameters if w.requires_grad] for p in players}
+        self.optimizers = {p.name: p.optimizer(self.trained[p.name]) for p in players}
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["base_lr"] = group["lr"] if trainer.lr is None else trainer.lr
+                group["lr"] = group["base_lr"]
+        precision = fabric.strategy.precision
+        if precision.precision != "64-true":
+            # Fabric would round the data, which a likelihood must see as they are; autocast rounds where it may.
+            precision.convert_input = lambda data: data  # type: ignore[method-assign]
+        self.precision = precision
+        wrapped, *self._steppers = fabric.setup(model, *self.optimizers.values())
+        wrapped.mark_forward_method("loss")
+        # A single process can leave out Fabric's wrapper, and with it its cost per step.
+        self._training_loss = wrapped.loss if fabric.world_size > 1 else self._loss
+
+        # Every process takes as many examples of a batch: the few that are too many wait for another epoch's order.
+        self.examples = len(data.splits["train"]) // fabric.world_size * fabric.world_size
+        self.steps_per_epoch = math.ceil(self.examples / trainer.batch_size)
+        self.total = trainer.epochs * self.steps_per_epoch
+        self.cycle = [i for i, player in enumerate(players) for _ in range(player.steps)]
+        self.step = 0
+        self.checkpointed: int | None = None  # the step of the last checkpoint
+        self.recorder: Recorder | None = None
+        self.unseen: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
+
+    def run(self, out: Path | None, config: dict[str, Any] | None) -> None:
+        """Train to the end, from the last checkpoint in ``out`` where the trainer resumes."""
+        torch.manual_seed(seed_of(self.trainer.seed, NOISE, self.fabric.global_rank))
+        self.model.train()
+        if out is not None and self.trainer.resume:
+            self._load(out)
+        if out is not None and config is not None:
+            self._open(out, config)
+        try:
+            with deferred_interrupts() as interrupt, Progress(self.total, self.step) as self.progress:
+                self._train(interrupt)
+        finally:
+            for weights in self.trained.values():
+                for weight in weights:
+                    weight.requires_grad_(True)
+            self.model.eval()
+            if self.recorder:
+                self.recorder.close()
+        if interrupt():
+            signal.raise_signal(interrupt())
+
+    def _train(self, interrupt: Callable[[], int]) -> None:
+        trainer, batch_size = self.trainer, self.trainer.batch_size
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        checkpoint_every = trainer.checkpoint_every or self.steps_per_epoch
+        active = None
+        self._restart_clock()
+        while self.step < self.total:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
+            order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
+            seconds = 0.0
+            for index in order.to(self.fabric.device).split(batch_size)[first:]:
+                player = self.cycle[self.step % len(self.cycle)]
+                if player != active:
+                    self._activate(active := player)
+                self._update(player, index if world == 1 else index[rank::world])
+                self.step += 1
+                self.seen += len(index)
+                self.progress.step(self.step, epoch + 1)
+
+                epoch_ends = self.step % self.steps_per_epoch == 0
+                due = epoch_ends or self.step % checkpoint_every == 0
+                if due or len(self.unseen) >= trainer.log_every or (world == 1 and interrupt()):
+                    seconds += self._look()
+                    stop = interrupt() if world == 1 else self._agreed(interrupt())
+                    if epoch_ends:
+                        self._end_epoch(seconds)
+                    if stop or self.step == self.total or self.step % checkpoint_every == 0:
+                        self._save()
+                    if stop:
+                        return
+                    self._restart_clock()
+
+    def _update(self, player: int, index: Tensor) -> None:
+        name, stepper = self.players[player].name, self._steppers[player]
+        optimizer = self.optimizers[name]
+        loss, terms = self._training_loss(self.data.batch("train", index), name)
+        self.fabric.backward(loss)
+        if self.trainer.grad_clip is not None:
+            if scaler := getattr(self.precision, "scaler", None):
+                scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained[name], self.trainer.grad_clip)
+        if self.trainer.schedule != "constant":
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * self.trainer.factor(self.step, self.total)
+        stepper.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            self.model.after_step(name)
+        self.unseen.append((self.step + 1, name, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}))
+
+    def _loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.precision.forward_context():
+            return self.model.loss(self.precision.convert_input(batch), player)
+
+    def _activate(self, player: int) -> None:
+        """Gradients for one player alone, where there are several."""
+        if len(self.players) > 1:
+            for weights in self.trained.values():
+                for weight in weights:
+                    weight.requires_grad_(False)
+            for weight in self.trained[self.players[player].name]:
+                weight.requires_grad_(True)
+
+    def _restart_clock(self) -> None:
+        self.seen, self.clock = 0, time.perf_counter()
+
+    def _look(self) -> float:
+        """Fetch and log the loss terms since the last look: the one place that waits for the device.
+
+        Returns the seconds since the clock was started. Raises NonFiniteLossError.
+        """
+        fetched = torch.stack([term.float() for _, _, terms in self.unseen for term in terms.values()])
+        values = iter(self._reduced(fetched, "mean").tolist())
+        seconds = time.perf_counter() - self.clock
+        losses = [(step, player, {name: next(values) for name in terms}) for step, player, terms in self.unseen]
+        self.unseen = []
+        for step, name, terms in losses:
+            bad = [term for term, value in terms.items() if not math.isfinite(value)]
+            if bad:
+                term = next((term for term in bad if term != "loss"), "loss")
+                raise NonFiniteLossError(
+                    f"the loss is not finite at step {step} (epoch {self._epoch(step)}, player {name}): "
+                    f"{term} is {terms[term]}; {self._last_checkpoint()}"
+                )
+
+        rate = self.seen / seconds
+        shown = {}
+        for player in self.players:
+            sums: dict[str, list[float]] = defaultdict(list)
+            for _, name, terms in losses:
+                if name == player.name:
+                    for term, value in terms.items():
+                        sums[term].append(value)
+            if sums:
+                means = {term: sum(each) / len(each) for term, each in sums.items()}
+                lr = self.optimizers[player.name].param_groups[0]["lr"]
+                self._log("train", {"player": player.name, **means, "lr": lr, "examples_per_second": rate})
+                prefix = f"{player.name} " if len(self.players) > 1 else ""
+                shown.update({prefix + term: value for term, value in means.items()})
+        self.progress.terms(shown, rate)
+        return seconds
+
+    def _end_epoch(self, seconds: float) -> None:
+        """Log how long the epoch trained, and the loss on the test split."""
+        if self.recorder is None:  # no folder, or another process has it
+            return
+        facts = {"seconds": seconds}
+        if self.fabric.device.type == "cuda":
+            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
+        self._log("epoch", facts)
+        for player, means in self._test():
+            self._log("test", {"player": player, **means})
+
+    @torch.no_grad()
+    def _test(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """The mean loss terms of each player on the test split, with the same noise every time."""
+        count = min(len(self.data.splits["test"]), TEST_EXAMPLES)
+        self.model.eval()
+        with forked_rng(self.fabric.device):
+            for player in self.players:
+                torch.manual_seed(seed_of(self.trainer.seed, TEST))
+                sums: dict[str, Any] = defaultdict(float)
+                for start in range(0, count, self.trainer.batch_size):
+                    part = slice(start, min(start + self.trainer.batch_size, count))
+                    loss, terms = self._loss(self.data.batch("test", part), player.name)
+                    for name, value in {"loss": loss, **terms}.items():
+                        sums[name] += value.double() * (part.stop - start)
+                yield player.name, {name: float(value) / count for name, value in sums.items()}
+        self.model.train()
+
+    def _log(self, split: str, entry: dict[str, Any]) -> None:
+        if self.recorder:
+            shown = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in entry.items()}
+            self.recorder.log({"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown})
+
+    def _epoch(self, step: int) -> int:
+        """The epoch, from 1, that an update belongs to."""
+        return (step - 1) // self.steps_per_epoch + 1
+
+    def _agreed(self, number: int) -> int:
+        """The interrupt that any process got, so that all of them stop at the same step."""
+        flag = torch.tensor(float(number), device=self.fabric.device)
+        return int(self._reduced(flag, "max"))
+
+    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
+        """The same from every process."""
+        reduced = self.fabric.all_reduce(tensor, reduce_op=how)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _last_checkpoint(self) -> str:
+        if self.trainer.out is None:
+            return "there is no checkpoint, as the run has no folder"
+        return f"the last good checkpoint, of step {self.checkpointed}, is {Path(self.trainer.out) / STATE}"
+
+    def _open(self, out: Path, config: dict[str, Any]) -> None:
+        checkpoint = self._checkpoint()
+        if self.fabric.is_global_zero:
+            if self.trainer.resume:
+                self.recorder = Recorder.continued(out, config, self.step)
+            else:
+                self.recorder = Recorder.begin(out, config, checkpoint)
+        self.checkpointed = self.step
+
+    def _save(self) -> None:
+        if self.trainer.out is None or self.checkpointed == self.step:
+            return
+        checkpoint = self._checkpoint()
+        if self.recorder:
+            self.recorder.save(checkpoint)
+        self.checkpointed = self.step
+
+    def _checkpoint(self) -> Checkpoint:
+        """All that `_load` needs. Raises NonFiniteLossError where a weight is NaN or infinite."""
+        if not all(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).tolist()):
+            names = ", ".join(name for name, w in self.model.named_parameters() if not w.isfinite().all())
+            raise NonFiniteLossError(
+                f"the loss was finite up to step {self.step}, but these weights are not: {names}; "
+                f"{self._last_checkpoint()}"
+            )
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        for name, optimizer in self.optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    where = f"optimizer.{name}.{index}.{key}"
+                    if isinstance(value, Tensor):
+                        tensors[where] = value
+                    else:
+                        scalars[where] = value
+        for kind, generator in generators(self.fabric.device).items():
+            state = generator.get_rng_state()
+            rows = torch.zeros(self.fabric.world_size, len(state), dtype=state.dtype, device=self.fabric.device)
+            rows[self.fabric.global_rank] = state
+            tensors[f"generator.{kind}"] = self._reduced(rows, "sum")
+        facts = {
+            "step": self.step,
+            "processes": self.fabric.world_size,
+            "scalars": scalars,
+            "scaler": self.precision.state_dict(),
+        }
+        return Checkpoint(self.model.state_dict(), tensors, facts)
+
+    def _load(self, path: Path) -> None:
+        checkpoint = Checkpoint.read(path)
+        processes = checkpoint.facts["processes"]
+        if processes != self.fabric.world_size:
+            raise RunError(
+                f"the run {path} cannot be resumed with another number of processes: was {processes}, "
+                f"now {self.fabric.world_size}"
+            )
+        self.step = checkpoint.facts["step"]
+        if self.step > self.total:
+            raise RunError(
+                f"the run {path} has trained {self.step} steps, more than the {self.total} of {self.trainer.epochs} "
+                "epochs: resume it with more epochs"
+            )
+        self.model.load_state_dict(checkpoint.weights)
+        self.precision.load_state_dict(checkpoint.facts["scaler"])
+        states: dict[str, dict[int, dict[str, Any]]] = {name: defaultdict(dict) for name in self.optimizers}
+        for where, value in {**checkpoint.others, **checkpoint.facts["scalars"]}.items():
+            kind, _, rest = where.partition(".")
+            if kind == "optimizer":
+                name, index, key = rest.rsplit(".", 2)
+                states[name][int(index)][key] = value
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": states[name]})
+        for kind, generator in generators(self.fabric.device).items():
+            if f"generator.{kind}" in checkpoint.others:  # a run may go on on another device
+                row = checkpoint.others[f"generator.{kind}"][self.fabric.global_rank]
+                generator.set_rng_state(row.clone())  # of a view, torch reads the wrong bytes

@@ -1,0 +1,254 @@
+"""A run that was stopped, in whatever way, ends in the same bytes as one that was not."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+import genfuse
+from genfuse.errors import RunError
+from genfuse.training import Run
+
+CLOCKS = ("seconds", "examples_per_second")
+
+
+@pytest.fixture
+def start():
+    """Start `tiny_models.train` in a process of its own, quickly: it is forked from one that has imported all."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        [
+            "genfuse.training",
+            "genfuse.models.vae",
+            "lightning_fabric",
+            "torch.utils.tensorboard",
+            "sklearn.datasets",
+            "rich",
+        ]
+    )
+    started = []
+
+    def start(*args, **options):
+        process = server.Process(target=tiny_models.train, args=args, kwargs=options)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def finish(process):
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def timeless(run):
+    return [{key: value for key, value in entry.items() if key not in CLOCKS} for entry in run.metrics()]
+
+
+def assert_same_run(a, b):
+    for name in ("model.safetensors", "state.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert timeless(Run(a)) == timeless(Run(b))
+
+
+def commit(out):
+    """When the run was last saved, or None."""
+    try:
+        return (out / "state.safetensors").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.is_alive(), f"the training ended with {process.exitcode}"
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kills"), [("tiny", {}, 8), ("duel", {}, 3), ("vae", {"hidden": (16,), "latent_dim": 2}, 3)]
+)
+def test_killed_again_and_again_and_resumed_it_ends_in_the_same_bytes(name, settings, kills, start, tmp_path):
+    options = {"epochs": 20, "batch_size": 128, "checkpoint_every": 1, "log_every": 5}
+    finish(start(name, tmp_path / "whole", settings, **options))
+    moments = random.Random(0)
+    killed = tmp_path / "killed"
+    steps = []
+    for _ in range(kills):
+        before = commit(killed)
+        process = start(name, killed, settings, **options)
+        wait_for(lambda: commit(killed) != before, process)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.1))  # a step and its checkpoint take some milliseconds: it lands anywhere
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        steps.append(checkpointed_step(killed))
+    assert steps == sorted(steps)
+    assert 0 < steps[-1] < 240
+    finish(start(name, killed, settings, **options))
+    assert_same_run(tmp_path / "whole", killed)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
+
+
+def checkpointed_step(out):
+    from genfuse.training.run import Checkpoint
+
+    return Checkpoint.read(out).facts["step"]
+
+
+@pytest.mark.parametrize(("number", "exitcode"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_an_interrupt_saves_the_step_that_it_meets(number, exitcode, start, tmp_path):
+    options = {"epochs": 3, "batch_size": 100, "log_every": 2, "checkpoint_every": 1000}
+    slow = {"seconds_per_step": 0.02}
+    out = tmp_path / "run"
+    process = start("tiny", out, slow, **options)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(Run(out).metrics()) >= 3, process)
+    assert checkpointed_step(out) == 0
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == exitcode
+    assert 6 <= checkpointed_step(out) < 45
+    finish(start("tiny", out, slow, **options))
+    finish(start("tiny", tmp_path / "whole", slow, **options))
+    for name in ("model.safetensors", "state.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_interrupt_stops_at_once(start, tmp_path):
+    out = tmp_path / "run"
+    process = start("tiny", out, {"seconds_per_step": 60.0}, epochs=1)
+    wait_for(lambda: (out / "tensorboard").exists(), process)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_mixes_nothing(
+    make, digits, trainer, tmp_path, same_weights, monkeypatch
+):
+    from genfuse.training import run as module
+
+    def fail_on_weights(path, tensors, facts, write=module.write_tensors):
+        if path.name == "model.safetensors" and facts["step"] == 15:
+            raise KeyboardInterrupt
+        write(path, tensors, facts)
+
+    monkeypatch.setattr(module, "write_tensors", fail_on_weights)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    monkeypatch.undo()
+    run = Run(tmp_path / "run")
+    assert same_weights(run.model().state_dict(), make("tiny").state_dict())  # of step 0, whole
+    run.trainer().fit(make("tiny"), digits)
+    whole = trainer(out=tmp_path / "whole").fit(make("tiny"), digits)
+    assert_same_run(run.path, whole.path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "duel"])
+def test_more_epochs_continue_as_if_they_had_been_asked_for(name, make, digits, trainer, tmp_path):
+    whole = trainer(epochs=4, out=tmp_path / "whole").fit(make(name), digits)
+    parts = trainer(epochs=2, out=tmp_path / "parts").fit(make(name), digits)
+    torch.manual_seed(99)
+    parts.trainer(epochs=4).fit(parts.model(), parts.data())
+    assert_same_run(whole.path, parts.path)
+    assert Run(parts.path).config["training"]["epochs"] == 4
+
+
+def test_resuming_a_finished_run_changes_nothing(make, digits, trainer, tmp_path):
+    run = trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    before = (run.path / "state.safetensors").read_bytes(), run.metrics()
+    model = make("tiny")
+    run.trainer().fit(model, digits)
+    assert ((run.path / "state.safetensors").read_bytes(), run.metrics()) == before
+    assert torch.equal(model.net[0].weight, run.model().net[0].weight)
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_cut(make, digits, trainer, tmp_path):
+    run = trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    lines = run.metrics()
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write(
+            json.dumps({"step": 31, "epoch": 3, "split": "train", "player": "model", "loss": 1e9}) + "\n" + '{"st'
+        )
+    run.trainer().fit(make("tiny"), digits)
+    assert run.metrics() == lines
+
+
+def test_every_difference_that_breaks_the_promise_is_named(make, digits, trainer, tmp_path):
+    trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    other = trainer(out=tmp_path / "run", resume=True, batch_size=64, seed=3, lr=0.1, grad_clip=1.0)
+    with pytest.raises(RunError) as caught:
+        other.fit(make("tiny", seconds_per_step=0.001), genfuse.load_data("digits", binarize="static"))
+    for part in (
+        "model seconds_per_step: was 0.0, now 0.001",
+        "data binarize: was 'none', now 'static'",
+        "data fingerprint",
+        "training batch_size: was 100, now 64",
+        "training seed: was 0, now 3",
+        "training lr: was None, now 0.1",
+        "training grad_clip: was None, now 1.0",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_cosine_schedule_is_bound_to_its_number_of_epochs(make, digits, trainer, tmp_path):
+    run = trainer(schedule="cosine", out=tmp_path / "run").fit(make("tiny"), digits)
+    with pytest.raises(RunError, match="training epochs: was 2, now 3"):
+        run.trainer(epochs=3).fit(make("tiny"), digits)
+
+
+def test_fewer_epochs_than_were_trained_are_refused(make, digits, trainer, tmp_path):
+    run = trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    before = (run.path / "config.json").read_text()
+    with pytest.raises(RunError, match="has trained 30 steps, more than the 15 of 1 epochs"):
+        run.trainer(epochs=1).fit(make("tiny"), digits)
+    assert (run.path / "config.json").read_text() == before
+
+
+def test_nothing_to_resume_is_an_error(make, digits, trainer, tmp_path):
+    with pytest.raises(RunError, match=r"there is no run folder .* to resume"):
+        trainer(out=tmp_path / "absent", resume=True).fit(make("tiny"), digits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("name", ["plain", "duel"])
+def test_two_processes_train_one_model(name, make, digits, trainer, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, tiny_models.__file__, name, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    for file in ("model.safetensors", "state.safetensors"):
+        assert Path(tmp_path, "whole", file).read_bytes() == Path(tmp_path, "parts", file).read_bytes()
+    if name == "plain":  # without noise, the same as one process
+        model = make("plain")
+        trainer(batch_size=64).fit(model, digits)
+        assert torch.allclose(ranks[0]["mean"], model.mean, atol=1e-5)
+    with pytest.raises(RunError, match="number of processes: was 2, now 1"):
+        Run(tmp_path / "whole").trainer(epochs=3).fit(make(name), digits)

@@ -1,0 +1,296 @@
+import io
+import math
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import Config, Plain, Tiny
+
+import genfuse
+from genfuse import plugins
+from genfuse.errors import NonFiniteLossError, SettingsError
+from genfuse.training import Trainer
+
+
+def train_lines(run, player="model"):
+    return [entry for entry in run.metrics() if entry["split"] == "train" and entry["player"] == player]
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_ready_to_use(make, digits, trainer, tmp_path):
+    model = make("tiny")
+    run = trainer(epochs=5, out=tmp_path / "run").fit(model, digits)
+    test = [entry["loss"] for entry in run.metrics() if entry["split"] == "test"]
+    assert len(test) == 5
+    assert test[-1] < 0.7 * test[0]
+    assert not model.training
+
+
+def test_without_a_folder_nothing_is_written(make, digits, trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make("tiny")
+    before = model.net[0].weight.clone()
+    assert trainer().fit(model, digits) is None
+    assert not torch.equal(model.net[0].weight, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_players_cycle_and_only_the_active_one_has_gradients(make, digits, trainer):
+    model = make("duel")
+    trainer(epochs=1).fit(model, digits)
+    assert [player for player, _ in model.history] == (["critic", "critic", "generator"] * 5)[:15]
+    for player, wanted in model.history:
+        assert wanted == {name: name == player for name in ("critic", "generator")}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.abs().max() <= 0.05 for parameter in model.critic.parameters())
+
+
+def counted(examples):
+    return Counter(example.numpy().tobytes() for example in examples)
+
+
+def test_an_epoch_shows_every_example_once_in_an_order_of_its_own(make, digits, trainer):
+    everything = digits.batch("train", slice(None)).x
+    steps = math.ceil(len(everything) / 110)
+
+    def seen(seed):
+        model = make("plain")
+        trainer(seed=seed, batch_size=110).fit(model, digits)
+        epochs = model.seen[:steps], model.seen[steps:]
+        assert [len(batch.x) for batch in epochs[1]] == [110] * (steps - 1) + [len(everything) % 110]
+        return [torch.cat([batch.x for batch in epoch]) for epoch in epochs]
+
+    first, second = seen(0)
+    for epoch in (first, second):
+        assert counted(epoch) == counted(everything)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, seen(0)[0])
+    assert not torch.equal(first, seen(1)[0])
+
+
+def test_frozen_weights_stay(make, digits, trainer):
+    model = make("tiny")
+    trainer().fit(model, digits)
+    assert torch.equal(model.frozen, torch.ones(64))
+    assert not model.frozen.requires_grad
+
+
+def test_global_generators_are_as_before(make, digits, trainer, tmp_path):
+    model = make("tiny")
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    trainer(out=tmp_path / "run", pictures=True).fit(model, digits)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_global_state(make, digits, trainer, same_weights):
+    def weights(disturbance, seed):
+        model = make("tiny")
+        torch.manual_seed(disturbance)
+        trainer(seed=seed).fit(model, digits)
+        return model.state_dict()
+
+    assert same_weights(weights(1, 0), weights(2, 0))
+    assert not same_weights(weights(1, 0), weights(1, 1))
+
+
+def test_learning_rate_and_cosine_schedule(make, digits, trainer, tmp_path):
+    run = trainer(out=tmp_path / "run", lr=0.01, schedule="cosine", log_every=1).fit(make("tiny"), digits)
+    rates = [entry["lr"] for entry in train_lines(run)]
+    assert rates == pytest.approx([0.01 * 0.5 * (1 + math.cos(math.pi * i / 30)) for i in range(30)])
+
+
+def test_without_lr_each_player_keeps_its_own(make, digits, trainer, tmp_path):
+    run = trainer(out=tmp_path / "run").fit(make("duel"), digits)
+    assert {entry["lr"] for entry in train_lines(run, "critic")} == {1e-2}
+    assert {entry["lr"] for entry in train_lines(run, "generator")} == {1e-3}
+
+
+def test_gradients_are_clipped_to_the_norm(make, digits, trainer):
+    model = make("plain")  # SGD at 0.1 from 0; one step moves it by 0.1 of the clipped gradient
+    trainer(epochs=1, batch_size=2000, grad_clip=0.5).fit(model, digits)
+    assert model.mean.norm().item() == pytest.approx(0.05, rel=1e-5)
+
+
+def test_clipping_with_a_gradient_scaler_sees_the_true_gradients(make, digits, trainer, tmp_path, monkeypatch):
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
+
+    def half(self, players):  # the public way is refused without CUDA, but the scaler itself works on the CPU
+        return Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu"))
+
+    monkeypatch.setattr(Trainer, "_fabric", half)
+    model = make("plain")
+    run = trainer(epochs=1, batch_size=2000, grad_clip=0.5, out=tmp_path / "run").fit(model, digits)
+    assert model.mean.norm().item() == pytest.approx(0.05, rel=1e-3)
+    again = make("plain")
+    run.trainer(epochs=2).fit(again, digits)
+    assert again.mean.norm().item() == pytest.approx(0.1, rel=0.01)
+
+
+def test_curves_hold_the_mean_since_the_last_line(make, digits, trainer, tmp_path):
+    every = trainer(out=tmp_path / "a", log_every=1).fit(make("tiny"), digits)
+    fourth = trainer(out=tmp_path / "b", log_every=4).fit(make("tiny"), digits)
+    losses = {entry["step"]: entry["loss"] for entry in train_lines(every)}
+    lines = train_lines(fourth)
+    assert [entry["step"] for entry in lines] == [4, 8, 12, 15, 19, 23, 27, 30]
+    for before, entry in zip([0, 4, 8, 12, 15, 19, 23, 27], lines, strict=True):
+        window = [losses[step] for step in range(before + 1, entry["step"] + 1)]
+        assert entry["loss"] == pytest.approx(sum(window) / len(window), rel=1e-5)
+    assert [entry["epoch"] for entry in lines] == [1] * 4 + [2] * 4
+
+
+def test_the_test_loss_is_the_mean_over_the_split_in_evaluation_mode(make, digits, trainer, tmp_path):
+    model = make("plain")
+    run = trainer(out=tmp_path / "run").fit(model, digits)
+    test = [entry for entry in run.metrics() if entry["split"] == "test"][-1]
+    with torch.no_grad():
+        expected = model.loss(digits.batch("test", slice(None)))[0].item()
+    assert test["loss"] == pytest.approx(expected, rel=1e-5)
+    assert test["error"] == test["loss"]
+
+
+class Breaking(Plain):
+    """Its error is NaN from a certain step on, its loss with it."""
+
+    def loss(self, batch, player="model"):
+        loss, terms = super().loss(batch, player)
+        terms["fine"] = loss.detach()
+        if len(self.seen) >= 23:
+            terms["error"] = terms["error"] * float("nan")
+            loss = loss * float("nan")
+        return loss, terms
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(digits, trainer, tmp_path):
+    model = Breaking(Config())
+    model.plugin = "plain"
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer(epochs=5, out=tmp_path / "run").fit(model, digits)
+    message = str(caught.value)
+    for part in ("step 23 (epoch 2, player model)", "error is nan", "step 15", str(tmp_path / "run/state.safetensors")):
+        assert part in message
+    run = genfuse.Run(tmp_path / "run")
+    assert all(weight.isfinite().all() for weight in run.model().parameters())
+    assert max(entry["step"] for entry in run.metrics()) == 15
+
+
+def test_a_loss_that_is_not_finite_without_a_folder(digits, trainer):
+    with pytest.raises(NonFiniteLossError, match=r"step 23 .*there is no checkpoint"):
+        trainer(epochs=5).fit(Breaking(Config()), digits)
+
+
+class Exploding(Plain):
+    """Its weights are infinite after step 15, the last of an epoch, though every loss so far was finite."""
+
+    def after_step(self, player):
+        if len(self.seen) == 15:
+            self.mean.data.fill_(math.inf)
+
+
+def test_weights_that_are_not_finite_are_never_saved(digits, trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("genfuse.training.loop.Loop._end_epoch", lambda self, seconds: None)
+    model = Exploding(Config())
+    model.plugin = "plain"
+    with pytest.raises(NonFiniteLossError, match="finite up to step 15, but these weights are not: mean"):
+        trainer(out=tmp_path / "run").fit(model, digits)
+    assert genfuse.Run(tmp_path / "run").model().mean.isfinite().all()
+
+
+def test_a_class_that_is_no_plugin_is_refused_with_a_folder_before_training(digits, trainer, tmp_path):
+    model = Breaking(Config())
+    with pytest.raises(SettingsError, match="not registered as a model"):
+        trainer(out=tmp_path / "run").fit(model, digits)
+    assert model.seen == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_made_from_its_registered_class_is_found(digits, trainer, tmp_path):
+    run = trainer(epochs=1, out=tmp_path / "run").fit(Tiny(Config()), digits)
+    assert run.config["model"]["name"] == "tiny"
+    assert isinstance(run.model(), plugins.load("models", "tiny"))
+
+
+def test_bf16_mixed_rounds_no_data_and_no_weights(make, digits, trainer):
+    model = make("plain")
+    trainer(precision="bf16-mixed", epochs=1).fit(model, digits)
+    assert all(batch.x.dtype == torch.float32 for batch in model.seen)
+    assert model.mean.dtype == torch.float32
+    tiny = make("tiny")
+    outputs = []
+    tiny.net[0].register_forward_hook(lambda module, args, output: outputs.append(output.dtype))
+    trainer(precision="bf16-mixed", epochs=1).fit(tiny, digits)
+    assert set(outputs) == {torch.bfloat16}
+
+
+def test_64_true_computes_in_float64(make, digits, trainer, tmp_path):
+    model = make("plain")
+    run = trainer(precision="64-true", epochs=1, out=tmp_path / "run", pictures=True).fit(model, digits)
+    assert model.mean.dtype == torch.float64
+    assert all(batch.x.dtype == torch.float64 for batch in model.seen)
+    assert run.model().mean.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "16-mixed"}, "16-mixed needs CUDA"),
+        ({"device": "cuda"}, "device 'cuda': this machine"),
+        ({"device": "cuda:1"}, "device 'cuda:1': this machine"),
+    ],
+)
+def test_what_needs_cuda_says_so(options, message, make, digits, trainer):
+    with pytest.raises(SettingsError, match=message):
+        trainer(**options).fit(make("plain"), digits)
+
+
+def test_a_device_of_an_unknown_kind_is_named(make, digits, trainer):
+    with pytest.raises(SettingsError, match="got 'gpu'"):
+        trainer(device="gpu").fit(make("plain"), digits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"checkpoint_every": 0},
+        {"log_every": -1},
+        {"devices": 0},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"grad_clip": -1.0},
+        {"seed": -1},
+        {"schedule": "linear"},
+        {"precision": "8-true"},
+        {"resume": True},
+        {"resume": True, "overwrite": True, "out": "x"},
+    ],
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(SettingsError, match=next(iter(options))):
+        Trainer(**options)
+
+
+def test_data_of_another_shape_are_refused_before_anything_is_written(make, trainer, tmp_path):
+    with pytest.raises(SettingsError, match="shape"):
+        trainer(out=tmp_path / "run").fit(make("tiny"), genfuse.load_data("toy:moons"))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_progress_bar_shows_on_a_terminal_only(make, digits, trainer, monkeypatch):
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        trainer(log_every=1).fit(make("tiny"), digits)
+        text = stream.getvalue()
+        assert all((part in text) == shown for part in ("examples/s", "error", "epoch 2", "100%"))
+        assert shown or not text
