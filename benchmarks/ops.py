@@ -41,14 +41,14 @@ BARS = (
 
 def _differentiable(result: Any) -> list[Tensor]:
     results = [result] if isinstance(result, Tensor) else result
-    return [tensor for tensor in results if tensor.requires_grad]
+    return [tensor for tensor in results if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
 def _task(function: Callable, inputs: dict[str, Any], mode: str) -> Callable[[], object]:
     """What is timed. Gradients are returned and never accumulated; those of the results are made beforehand."""
     if mode == "forward":
         return lambda: function(**inputs)
-    leaves = _differentiable([value for value in inputs.values() if isinstance(value, Tensor)])
+    leaves = _differentiable(list(inputs.values()))
     results = _differentiable(function(**inputs))
     grads = [torch.randn_like(result) for result in results]
     if mode == "backward":
@@ -104,6 +104,8 @@ def _compare(operator: ops.Operator, size: tuple[int, ...], args: Namespace) -> 
     moved["both"] = moved["forward"] + moved["backward"]
     for mode in args.mode or MODES:
         inputs = operator.example(size, dtype, device)
+        if mode != "forward" and not _differentiable(list(inputs.values())):
+            continue
         results = {"eager": {"error": operator.error(size, dtype, device, eager=True)}, "compile": {}, **facts}
         sides = {"copy": Side(_copy(moved[mode], device)), "eager": Side(_task(operator.eager, inputs, mode))}
         try:

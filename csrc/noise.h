@@ -1,11 +1,21 @@
 #pragma once
-// A stream of Philox normals for loops on the CPU: element i of the stream is word i % 4 of counter i / 4.
+// A stream of random numbers for loops on the CPU: element i comes from word i % 4 of counter i / 4.
 #include "philox.h"
 #include "rows.h"
 
 namespace genfuse {
 
+// What becomes of two neighbouring words.
 template <class T>
+struct Normal {
+  static GENFUSE_HD Pair<T> of(uint32_t word0, uint32_t word1) { return normals(word0, word1, T()); }
+};
+template <class T>
+struct Uniform {
+  static GENFUSE_HD Pair<T> of(uint32_t word0, uint32_t word1) { return {uniform<T>(word0), uniform<T>(word1)}; }
+};
+
+template <class T, class Distribution = Normal<T>>
 class Noise {
  public:
   Noise(uint64_t key, int64_t ahead) : key_(key), ahead_(ahead) {}
@@ -34,7 +44,7 @@ class Noise {
       for (int w = 0; w < 4; w += 2) {
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) {
-          const Pair<T> pair = normals(words[w][l], words[w + 1][l], T());
+          const Pair<T> pair = Distribution::of(words[w][l], words[w + 1][l]);
           planes[w][l] = pair.first, planes[w + 1][l] = pair.second;
         }
       }

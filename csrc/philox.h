@@ -34,10 +34,22 @@ struct Pair {
   T first, second;
 };
 
+// Uniforms in (0, 1]: (word + 0.5) 2^-32, of which the largest are rounded to 1 in float32.
+template <class T>
+GENFUSE_HD T uniform(uint32_t word);
+template <>
+GENFUSE_HD float uniform<float>(uint32_t word) {
+  return centre(word) * 0x1p-32f;
+}
+template <>
+GENFUSE_HD double uniform<double>(uint32_t word) {
+  return (double(word) + 0.5) * 0x1p-32;
+}
+
 // Box-Muller: sqrt(-2 ln u0) (cos, sin)(2 pi u1) with u = (word + 0.5) 2^-32.
 GENFUSE_HD Pair<double> normals(uint32_t word0, uint32_t word1, double) {
-  const double radius = sqrt(-2. * log((double(word0) + 0.5) * 0x1p-32));
-  const double angle = 6.283185307179586 * ((double(word1) + 0.5) * 0x1p-32);
+  const double radius = sqrt(-2. * log(uniform<double>(word0)));
+  const double angle = 6.283185307179586 * uniform<double>(word1);
   return {radius * cos(angle), radius * sin(angle)};
 }
 
@@ -46,7 +58,7 @@ GENFUSE_HD Pair<double> normals(uint32_t word0, uint32_t word1, double) {
 // cosf into one scalar call), and the GPU computes the same.
 GENFUSE_HD Pair<float> normals(uint32_t word0, uint32_t word1, float) {
   // ln u = e ln 2 + ln(1 + x) with 1 + x in [sqrt(1/2), sqrt(2)). For e = 0, x = u - 1 comes from the complement.
-  const float u = centre(word0) * 0x1p-32f;
+  const float u = uniform<float>(word0);
   const int32_t bits = bit_cast<int32_t>(u) - 0x3f3504f3;
   const int32_t e = bits >> 23;
   const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);

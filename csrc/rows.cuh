@@ -8,12 +8,13 @@
 namespace genfuse {
 
 constexpr int kThreads = 256;
+constexpr int64_t kMostBlocks = 1 << 20;  // of a grid that strides over its work
 
 // A block of kThreads serves kThreads / Lanes rows; the grid strides over the rows, of which there may be any number.
 template <int Lanes>
 int blocks_for(int64_t rows) {
   constexpr int64_t per_block = kThreads / Lanes;
-  return int(std::min<int64_t>((rows + per_block - 1) / per_block, 1 << 20));
+  return int(std::min((rows + per_block - 1) / per_block, kMostBlocks));
 }
 
 template <int Lanes>

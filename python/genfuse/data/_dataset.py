@@ -13,6 +13,7 @@ from torch import Tensor
 from genfuse import plugins
 from genfuse.errors import DataError, PluginError
 from genfuse.models import Batch
+from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
 
@@ -155,8 +156,8 @@ class Dataset:
         if self.levels is None:
             return Batch(x, y)
         x = x.float().div_((self.stored_levels or self.levels) - 1)
-        if self.binarize == "dynamic":  # uniform < 0 never and uniform < 1 always; torch.bernoulli takes twice the time
-            x = torch.rand(x.shape, generator=generator, device=x.device).lt_(x)
+        if self.binarize == "dynamic":
+            x = bernoulli(x, generator=generator)
         return Batch(x, y)
 
     def binarized(self, how: Binarize, seed: int = 0) -> "Dataset":

@@ -77,7 +77,7 @@ class GenerativeModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot sample")
 
     def check_data(self, data: "Dataset") -> None:
-        """Raise SettingsError where the model was made for examples of another shape. Extend it for what else counts."""
+        """Raise SettingsError where the model was made for examples of another shape. Extend it for other facts."""
         if self.config.shape != data.shape:
             raise SettingsError(
                 f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "

@@ -1,5 +1,6 @@
 """Fused operators for generative models. This package needs nothing but torch."""
 
+from genfuse.ops._bernoulli import bernoulli as bernoulli
 from genfuse.ops._op import OPERATORS as OPERATORS
 from genfuse.ops._op import Operator as Operator
 from genfuse.ops._op import available as available

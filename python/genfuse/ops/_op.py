@@ -98,7 +98,7 @@ class Operator:
     eager: Callable  # the same as one writes it in plain PyTorch; takes also what `replay` returns
     kernels: tuple[Kernel, ...]
     sizes: tuple[tuple[int, ...], ...]  # from launch-bound to bandwidth-bound
-    example: Callable[..., dict[str, Any]]  # (size, dtype, device) -> arguments of `function`; leaves require grad
+    example: Callable[..., dict[str, Any]]  # (size, dtype, device) -> arguments of `function`
     moved: Callable[
         [tuple[int, ...], int], tuple[int, int]
     ]  # (size, itemsize) -> bytes that must move, forward, backward
@@ -132,6 +132,8 @@ def _results(function: Callable, arguments: dict[str, Any]) -> list[Tensor]:
     outputs = function(**arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
+    if not leaves:
+        return outputs
     cotangents = [
         torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape).to(o.device, o.dtype) for o in outputs
     ]

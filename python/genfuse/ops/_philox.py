@@ -34,12 +34,17 @@ def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return c0, c1, c2, c3
 
 
-def normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normals: element i is number i % 4 of counter i // 4, by Box-Muller with u = (word + 0.5) / 2^32."""
+def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniforms in (0, 1), float64: element i is (word + 0.5) / 2^32 of word i % 4 of counter i // 4."""
     n = math.prod(shape)
-    words = philox(torch.arange((n + 3) // 4, device=key.device), key)
-    u0, u1, u2, u3 = ((word.double() + 0.5) * 2.0**-32 for word in words)
-    r, s = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
-    a, b = 2 * math.pi * u1, 2 * math.pi * u3
-    four = torch.stack([r * a.cos(), r * a.sin(), s * b.cos(), s * b.sin()], dim=-1)
-    return four.reshape(-1)[:n].reshape(shape).to(dtype)
+    words = torch.stack(philox(torch.arange((n + 3) // 4, device=key.device), key), dim=-1)
+    return ((words.double() + 0.5) * 2.0**-32).reshape(-1)[:n].reshape(shape)
+
+
+def normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normals by Box-Muller: sqrt(-2 ln u) (cos, sin)(2 pi v) of each two neighbours u, v of the uniforms."""
+    n = math.prod(shape)
+    u, v = uniform(key, (n + n % 2,)).view(-1, 2).unbind(-1)
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return pairs.reshape(-1)[:n].reshape(shape).to(dtype)

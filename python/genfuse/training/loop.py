@@ -39,6 +39,15 @@ def generators(device: torch.device) -> dict[str, Any]:
     return {"cpu": torch.random, **({} if device.type == "cpu" else {device.type: torch.get_device_module(device)})}
 
 
+def keep_freed_memory() -> None:
+    """Keep glibc from giving the memory of each step's temporaries back to the system, to be faulted in again.
+
+    It gives back what is free beyond twice the largest mapped block that was ever freed, up to 32 MB; so free one. No
+    page of it is touched. On the CPU this is some 5% of a small model's step.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
     """Put torch's global generators back in the end. (torch.random.fork_rng does not know mps.)"""
@@ -116,6 +125,7 @@ class Loop:
     def run(self, out: Path | None, config: dict[str, Any] | None) -> None:
         """Train to the end, from the last checkpoint in ``out`` where the trainer resumes."""
         torch.manual_seed(seed_of(self.trainer.seed, NOISE, self.fabric.global_rank))
+        keep_freed_memory()
         self.model.train()
         if out is not None and self.trainer.resume:
             self._load(out)

@@ -157,7 +157,8 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
             raise RunError(f"{path} is taken, and by something that will not be overwritten: {error}") from None
         if not overwrite:
             raise RunError(
-                f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite (in Python: resume=True, overwrite=True)"
+                f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite "
+                "(in Python: resume=True, overwrite=True)"
             )
     elif path.exists() and not path.is_dir():
         raise RunError(f"{path} exists and is not a folder")

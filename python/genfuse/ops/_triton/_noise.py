@@ -1,39 +1,59 @@
-"""Philox normals inside Triton kernels, number for number those of ops/_philox.py and csrc/philox.h."""
+"""Philox uniforms and normals inside Triton kernels, number for number those of ops/_philox.py and csrc/philox.h."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def _uniform(word, WIDE: tl.constexpr):
+    """(word + 0.5) 2^-32."""
+    if WIDE:
+        centre = word.to(tl.float64) + 0.5
+    else:  # both halves of a word are exact in float32, so their sum is rounded once
+        centre = (word >> 16).to(tl.float32) * 65536.0 + ((word & 0xFFFF).to(tl.float32) + 0.5)
+    return centre * 2.3283064365386963e-10
+
+
+@triton.jit
 def _pair(word0, word1, WIDE: tl.constexpr):
     """Box-Muller of two words: sqrt(-2 ln u0) (cos, sin)(2 pi u1), u = (word + 0.5) 2^-32."""
     if WIDE:
-        ln = tl.log((word0.to(tl.float64) + 0.5) * 2.3283064365386963e-10)
-        angle = (word1.to(tl.float64) + 0.5) * 1.4629180792671596e-9  # 2 pi 2^-32
+        ln = tl.log(_uniform(word0, WIDE))
+        angle = _uniform(word1, WIDE) * 6.283185307179586
     else:
-        # Both halves of a word are exact in float32, so their sum is rounded once.
-        u = (word0 >> 16).to(tl.float32) * 65536.0 + ((word0 & 0xFFFF).to(tl.float32) + 0.5)
-        rest = word0 ^ 0xFFFFFFFF
-        v = ((rest >> 16).to(tl.float32) * 65536.0 + ((rest & 0xFFFF).to(tl.float32) + 0.5)) * 2.3283064365386963e-10
         # Next to u = 1, ln u = ln(1 - v) by its series: u itself has lost v's digits.
+        v = _uniform(word0 ^ 0xFFFFFFFF, WIDE)
         series = -v * (1.0 + v * (0.5 + v * (0.3333333333 + 0.25 * v)))
-        ln = tl.where(v < 0.015625, series, tl.log(u * 2.3283064365386963e-10))
+        ln = tl.where(v < 0.015625, series, tl.log(_uniform(word0, WIDE)))
         # The angle within half a turn, as a signed number, keeps the digits of small angles.
-        angle = (word1.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.4629180792671596e-9
+        angle = (word1.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.4629180792671596e-9  # 2 pi 2^-32
     radius = tl.sqrt(-2.0 * ln)
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 
 @triton.jit
+def uniforms(seed, first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Elements [first, first + BLOCK) of the stream of uniforms; ``first`` is a multiple of 4."""
+    w0, w1, w2, w3 = _words(seed, first // 4 + tl.arange(0, BLOCK // 4))
+    return _in_order(_uniform(w0, WIDE), _uniform(w1, WIDE), _uniform(w2, WIDE), _uniform(w3, WIDE), BLOCK)
+
+
+@triton.jit
+def _in_order(a, b, c, d, BLOCK: tl.constexpr):
+    """The four numbers of each counter, one after the other: (BLOCK,) from four (BLOCK // 4,)."""
+    # join puts its two operands on a new last axis: [[a, b], [c, d]] of each counter in that order.
+    return tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (BLOCK,))
+
+
+@triton.jit
 def normals(seed, first, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """Elements [first, first + BLOCK) of the stream; ALIGNED says that ``first`` is a multiple of 4."""
+    """Elements [first, first + BLOCK) of the stream of normals; ALIGNED says that ``first`` is a multiple of 4."""
     if ALIGNED:
         counter = first // 4 + tl.arange(0, BLOCK // 4)
         w0, w1, w2, w3 = _words(seed, counter)
         a, b = _pair(w0, w1, WIDE)
         c, d = _pair(w2, w3, WIDE)
-        # join puts its two operands on a new last axis: [[a, b], [c, d]] of each counter in that order.
-        return tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (BLOCK,))
+        return _in_order(a, b, c, d, BLOCK)
     element = first + tl.arange(0, BLOCK)
     w0, w1, w2, w3 = _words(seed, element // 4)
     upper = (element & 2) != 0

@@ -1,0 +1,26 @@
+#pragma once
+#include <cstdint>
+
+namespace genfuse::bernoulli {
+
+// Addresses of `n` contiguous elements each.
+struct Problem {
+  int dtype;
+  const void* p;
+  const uint64_t* seed;
+  int64_t n;
+};
+
+struct Forward {
+  void* x;
+};
+
+namespace cpu {
+void run(const Problem&, const Forward&);
+}
+
+namespace cuda {
+void run(const Problem&, const Forward&, void* stream);
+}
+
+}  // namespace genfuse::bernoulli

@@ -1,0 +1,44 @@
+"""The Triton kernels compile for a GPU where there is none. What they compute, the interpreter shows elsewhere."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from genfuse.ops._triton import bernoulli
+from genfuse.ops._triton import reparameterize_kl as module
+
+
+def check(kernel, types, fixed):
+    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+    binary = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+    assert len(binary.asm["cubin"]) > 1000
+
+
+for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp16", False)):
+    types = {"p": storage, "seed": "*i64", "x": storage, "n": "i64"}
+    check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
+    sums = "*fp64" if wide else "*fp32"
+    for aligned in (True, False):
+        for noise in (True, False):
+            for kernel, tensors in (
+                (module.forward_kernel, {"z": storage, "kl": sums}),
+                (module.backward_kernel, {"gz": storage, "gkl": sums, "gmu": storage, "glogvar": storage}),
+            ):
+                fixed = {"BLOCK": 128, "ALIGNED": aligned, "WIDE": wide, "seed" if noise else "noise": None}
+                types = {"mu": storage, "mu_stride": "i64", "logvar": storage, "logvar_stride": "i64", "seed": "*i64",
+                         "noise": storage, **tensors, "rows": "i64", "cols": "i32", "samples": "i32"}
+                check(kernel, types, fixed)
+print("compiled")
+"""
+
+
+def test_the_triton_kernels_compile_for_sm_90_without_a_gpu():
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "compiled", run.stderr[-2000:]
