@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
+_C: Any  # the compiled module, or None
 try:
-    from genfuse import _C
-
+    _C = importlib.import_module("genfuse._C")
     _why_not = ""
 except ImportError as error:  # installed without a compiler, or with GENFUSE_PURE=1
     _C = None
