@@ -151,6 +151,8 @@ def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
         for i, ((player, name), splits) in enumerate(series.items(), 1):
             axes = figure.add_subplot(rows, columns, i)
             axes.set(title=f"{player}: {name}" if several else name, xlabel="step")
+            if (i - 1) % columns == 0:
+                axes.set_ylabel("nats per example")
             for split, colour in (("train", DATA), ("test", MODEL)):
                 if split in splits:
                     steps, values = zip(*splits[split], strict=True)

@@ -115,7 +115,8 @@ def test_a_leading_axis_of_samples_is_kept(likelihood, levels):
 def test_samples_have_the_mean_and_the_grid_of_the_data(likelihood, levels):
     params = torch.randn(*SHAPE, likelihood.parameters_per_cell)
     draws = likelihood.sample(params.expand(20_000, *params.shape), torch.Generator().manual_seed(0))
-    error = draws.std(0) / math.sqrt(len(draws))
+    # A cell that is almost certain may have been drawn alike every time.
+    error = (draws.std(0) / math.sqrt(len(draws))).clamp(min=1 / len(draws))
     assert ((draws.mean(0) - likelihood.mean(params)).abs() < 5 * error).all()
     if levels is not None:
         assert set(draws.unique().tolist()) <= set((torch.arange(levels) / (levels - 1)).tolist())
