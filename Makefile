@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json
-	$(BIN)/python -m benchmarks training --json build/training.json
+	$(BIN)/python -m benchmarks training --quality --json build/training.json
 	$(BIN)/python -m benchmarks report build/ops.json build/training.json --out docs/benchmarks.md
 
 clean:
