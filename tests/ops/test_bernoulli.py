@@ -5,7 +5,7 @@ import scipy.stats
 import torch
 
 from genfuse import ops
-from genfuse.ops import bernoulli
+from genfuse.ops import _philox, bernoulli
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -71,3 +71,17 @@ def test_it_compiles_into_one_graph_and_draws_as_eager_calls_do():
 def test_a_dtype_without_probabilities_is_refused():
     with pytest.raises(ValueError, match=r"p must be float32, .* got torch.uint8"):
         bernoulli(torch.ones(3, dtype=torch.uint8))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements_are_addressed():
+    n = 2**31 + 4096
+    try:
+        p = torch.full((n,), 0.5, dtype=torch.bfloat16)
+        drawn = bernoulli(p, generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        pytest.skip(f"needs 9 GB: {error}")
+    seed = _philox.seed(p, torch.Generator().manual_seed(0))
+    words = torch.stack(_philox.philox(torch.arange(2**31 // 4, n // 4), seed), dim=-1)
+    expected = ((words.double() + 0.5) * 2.0**-32).float() <= 0.5
+    assert torch.equal(drawn[2**31 :] == 1, expected.flatten())
