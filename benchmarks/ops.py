@@ -28,6 +28,12 @@ class Speed(NamedTuple):
 
 
 BARS = (
+    Speed("affine_coupling", (65536, 64), "both", "eager", 3.0),
+    Speed("affine_coupling", (4096, 64), "both", "eager", 3.0),
+    Speed("affine_coupling", (256, 32), "both", "eager", 1.0),
+    Speed("affine_coupling", (65536, 64), "both", "compile", 1.8),
+    Speed("affine_coupling", (4096, 64), "both", "compile", 1.8),
+    Speed("affine_coupling", (256, 32), "both", "compile", 1.0),
     Speed("reparameterize_kl", (16384, 256), "both", "eager", 2.5),
     Speed("reparameterize_kl", (1024, 128), "both", "eager", 2.5),
     Speed("reparameterize_kl", (128, 32), "both", "eager", 1.0),

@@ -6,6 +6,7 @@
 
 namespace genfuse {
 
+void bind_affine_coupling(pybind11::module_&);
 void bind_bernoulli(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
 
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
     const genfuse::Words out = genfuse::philox(c[0], c[1], c[2], c[3], k[0], k[1]);
     return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
   });
+  genfuse::bind_affine_coupling(m);
   genfuse::bind_bernoulli(m);
   genfuse::bind_reparameterize_kl(m);
 }

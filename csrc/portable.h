@@ -24,6 +24,14 @@
 #define GENFUSE_UNROLL(n)
 #endif
 
+// Says of the loop that follows that its iterations are independent. GCC heeds `omp simd` less than this: it still
+// checks whether arrays overlap, in blocks, and takes neighbours in one array for overlapping.
+#if defined(__GNUC__) && !defined(__clang__)
+#define GENFUSE_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define GENFUSE_INDEPENDENT _Pragma("omp simd")
+#endif
+
 // A function marked so is compiled once per level of x86-64 and chosen when the module is loaded (an ifunc, hence
 // glibc). It cannot stand on a template, and what it calls must be inlined into it to be compiled for its level.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
@@ -38,9 +46,13 @@ namespace genfuse {
 template <class To, class From>
 GENFUSE_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+#if defined(__GNUC__) && !defined(__CUDACC__)
+  return __builtin_bit_cast(To, from);  // a copy through memory may keep a loop from being vectorised
+#else
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
+#endif
 }
 
 // exp for a loop that the compiler can vectorise without -ffast-math, which would break NaN and inf, and without the
@@ -68,6 +80,46 @@ GENFUSE_HD float exp_(float x) {
 #endif
 }
 GENFUSE_HD double exp_(double x) { return exp(x); }
+
+// ln(1 + x) for x in [sqrt(1/2) - 1, sqrt(2) - 1], by the polynomial of Cephes' logf.
+GENFUSE_HD float log1p_near_0(float x) {
+  float p = 7.0376836292e-2f;
+  p = p * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  return x + x * x * (x * p - 0.5f);
+}
+
+// tanh for a vectorised loop: Cephes' polynomial near 0, where 1 - exp(-2 |x|) would lose its digits.
+GENFUSE_HD float tanh_(float x) {
+#ifdef __CUDA_ARCH__
+  return tanhf(x);
+#else
+  const float a = fabsf(x), e = exp_(-2.f * a), z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float far = (1.f - e) / (1.f + e);
+  return a < 0.625f ? x + x * z * p : (x < 0.f ? -far : far);
+#endif
+}
+GENFUSE_HD double tanh_(double x) { return tanh(x); }
+
+// ln(1 + exp(x)), without overflow.
+GENFUSE_HD float softplus(float x) {
+  const float u = exp_(-fabsf(x));  // in (0, 1]: 1 + u is halved where it is beyond sqrt(2)
+  const bool beyond = u > 0.41421356f;
+  const float ln = log1p_near_0(beyond ? 0.5f * (u - 1.f) : u) + (beyond ? 0.69314718f : 0.f);
+  return (x > 0.f ? x : 0.f) + (x != x ? x : ln);
+}
+GENFUSE_HD double softplus(double x) { return (x > 0. ? x : 0.) + log1p(exp(-fabs(x))); }
 
 // float16 and bfloat16 as they lie in memory. All arithmetic on them is float32's.
 struct Half {

@@ -14,26 +14,17 @@ def operator(request):
     return ops.OPERATORS[request.param]
 
 
-def tensors(operator, size, dtype, device):
-    return {k: v for k, v in operator.example(size, dtype, device).items() if isinstance(v, torch.Tensor)}
+def leaves(arguments):
+    """Those arguments that are differentiated, by name."""
+    return {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.requires_grad}
 
 
-def run(operator, inputs):
+def run(operator, arguments):
     """The operator forward and, where it is differentiable, backward; returns the gradients."""
-    outputs = operator.function(**inputs)
+    outputs = operator.function(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs]) if leaves else ()
-
-
-def seeded(operator):
-    """The operator as a pure function of its tensors: the same noise at every call."""
-
-    def function(*args, names):
-        torch.manual_seed(0)
-        return operator.function(**dict(zip(names, args, strict=True)))
-
-    return function
+    inputs = leaves(arguments)
+    return torch.autograd.grad(outputs, list(inputs.values()), [torch.ones_like(o) for o in outputs]) if inputs else ()
 
 
 class Recorder(TorchDispatchMode):
@@ -61,42 +52,47 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_agree_with_finite_differences(operator, order, device, implementation):
-    inputs = tensors(operator, (2, 5), torch.float64, device)
-    if not any(tensor.requires_grad for tensor in inputs.values()):
+    arguments = operator.example((2, 5), torch.float64, device)
+    inputs = leaves(arguments)
+    if not inputs:
         pytest.skip(f"{operator.name} is not differentiable")
+
+    def function(*values):
+        torch.manual_seed(0)  # the same noise at every call
+        return operator.function(**{**arguments, **dict(zip(inputs, values, strict=True))})
+
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
-    function = seeded(operator)
-    assert check(lambda *args: function(*args, names=inputs), tuple(inputs.values()))
+    assert check(function, tuple(inputs.values()))
 
 
 def test_pytorchs_operator_check_passes(operator, device, implementation):
-    inputs = tensors(operator, (3, 65), torch.float32, device)
+    arguments = operator.example((3, 65), torch.float32, device)
     with Recorder() as recorder:
-        run(operator, inputs)
+        run(operator, arguments)
     assert {f._schema.name for f, _ in recorder.calls} == {f"genfuse::{k.name}" for k in operator.kernels}
     for function, args in recorder.calls:
         torch.library.opcheck(function, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
 def test_a_profiler_sees_the_operator_by_name(operator, device):
-    inputs = tensors(operator, (3, 65), torch.float32, device)
+    arguments = operator.example((3, 65), torch.float32, device)
     with torch.profiler.profile() as profile:
-        operator.function(**inputs)
+        operator.function(**arguments)
     assert f"genfuse::{operator.name}" in {event.key for event in profile.key_averages()}
 
 
 def test_every_shape_that_has_no_elements_works(operator, device, implementation):
     for size in [(0, 4), (3, 0), (0, 0)]:
-        inputs = tensors(operator, size, torch.float32, device)
-        gradients = run(operator, inputs)
-        assert all(g.shape == size for g in gradients)
+        arguments = operator.example(size, torch.float32, device)
+        gradients = run(operator, arguments)
+        assert [g.shape for g in gradients] == [tensor.shape for tensor in leaves(arguments).values()]
 
 
 def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(operator, monkeypatch):
     monkeypatch.setattr(ops._op, "_C", None)
-    inputs = tensors(operator, (2, 4), torch.float32, "cpu")
+    arguments = operator.example((2, 4), torch.float32, "cpu")
     with ops.use("native"), pytest.raises(RuntimeError, match=f"{operator.name} has no native implementation on cpu"):
-        operator.function(**inputs)
+        operator.function(**arguments)
     with ops.use("auto"):  # chosen automatically, it falls back
-        operator.function(**inputs)
+        operator.function(**arguments)
         assert {choice[2] for choice in ops.choices() if choice[1] == "cpu"} == {"reference"}

@@ -9,7 +9,7 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from genfuse.ops._triton import bernoulli
+from genfuse.ops._triton import affine_coupling, bernoulli
 from genfuse.ops._triton import reparameterize_kl as module
 
 
@@ -23,6 +23,13 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     types = {"p": storage, "seed": "*i64", "x": storage, "n": "i64"}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
+    types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "mask": "*u8", "y": storage,
+             "logdet": sums, "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "cols": "i32",
+             "split": "i32"}
+    for kind, inverse, mask in ((0, False, True), (1, True, False), (2, False, False), (2, True, True)):
+        fixed = {"KIND": kind, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide, **({} if mask else {"mask": None})}
+        check(affine_coupling.forward_kernel, types, fixed)
+        check(affine_coupling.backward_kernel, types, fixed)
     for aligned in (True, False):
         for noise in (True, False):
             for kernel, tensors in (

@@ -1,0 +1,183 @@
+#include "affine_coupling/launch.h"
+#include "affine_coupling/math.h"
+#include "bindings.h"
+#include "rows.h"
+
+namespace genfuse::affine_coupling::cpu {
+namespace {
+
+// Bits that are all set for columns that move, and 0 for those that the mask keeps after all. What is to be 0 there is
+// put through a bitwise and: a selection would become a branch, and no loop with one in it is vectorised.
+template <class Bits>
+class Moving {
+ public:
+  explicit Moving(const Problem& p) : mask_(p.mask) {
+    for (Bits& bits : buffer_) bits = ~Bits(0);
+  }
+
+  // Of n columns from j0 on. Most rows are no longer than a block, which then serves all of them.
+  GENFUSE_HD const Bits* at(int64_t j0, int64_t n) {
+    if (mask_ && j0 != filled_) {
+      for (int64_t j = 0; j < n; ++j) buffer_[j] = mask_[j0 + j] ? Bits(0) : ~Bits(0);
+      filled_ = j0;
+    }
+    return buffer_;
+  }
+
+ private:
+  const uint8_t* mask_;
+  int64_t filled_ = -1;
+  Bits buffer_[kBlock];
+};
+
+GENFUSE_HD float masked(float x, uint32_t bits) { return bit_cast<float>(bit_cast<uint32_t>(x) & bits); }
+GENFUSE_HD double masked(double x, uint64_t bits) { return bit_cast<double>(bit_cast<uint64_t>(x) & bits); }
+
+template <class T>
+using bits_of = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <class S>
+GENFUSE_HD void copy(const S* from, S* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) to[j] = from[j];
+}
+
+template <Kind kind, bool inverse, class S>
+GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const int64_t moved = p.cols - p.split;
+  T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
+  Moving<bits_of<T>> moving(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x_row = element<S>(p.x, i * p.x_stride);
+    const S* raw_row = element<S>(p.params, i * p.params_stride);
+    S* y_row = element<S>(out.y, i * p.cols);
+    copy(x_row, y_row, p.split);
+    T sum = 0;
+    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
+      const int64_t n = std::min(kBlock, moved - j0);
+      const auto* moves = moving.at(j0, n);
+      const T* x = read(x_row + p.split + j0, n, x_buffer);
+      const T* raw = read(raw_row + j0, n, raw_buffer);
+      const T* shift = read(raw_row + moved + j0, n, shift_buffer);
+      S* y = y_row + p.split + j0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < n; ++j) {
+        const T s = masked(log_scale<kind>(raw[j]).value, moves[j]), t = masked(shift[j], moves[j]);
+        store(y[j], apply(factor(x[j], t, inverse), scale(s, inverse), t, inverse));
+        sum += s;
+      }
+    }
+    *element<T>(out.logdet, i) = inverse ? -sum : sum;
+  }
+}
+
+template <Kind kind, bool inverse, class S>
+GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const int64_t moved = p.cols - p.split;
+  T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
+  Moving<bits_of<T>> moving(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x_row = element<S>(p.x, i * p.x_stride);
+    const S* raw_row = element<S>(p.params, i * p.params_stride);
+    const S* gy_row = element<S>(out.gy, i * p.cols);
+    S* gx_row = element<S>(out.gx, i * p.cols);
+    const T glogdet = *element<T>(out.glogdet, i);
+    copy(gy_row, gx_row, p.split);
+    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
+      const int64_t n = std::min(kBlock, moved - j0);
+      const auto* moves = moving.at(j0, n);
+      const T* x = read(x_row + p.split + j0, n, x_buffer);
+      const T* raw = read(raw_row + j0, n, raw_buffer);
+      const T* shift = read(raw_row + moved + j0, n, shift_buffer);
+      const T* gy = read(gy_row + p.split + j0, n, gy_buffer);
+      S* gx = gx_row + p.split + j0;
+      S* graw = element<S>(out.gparams, i * 2 * moved + j0);
+      S* gshift = graw + moved;
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const LogScale<T> bounded = log_scale<kind>(raw[j]);
+        const T s = masked(bounded.value, moves[j]), t = masked(shift[j], moves[j]);
+        const Grad<T> g =
+            grad(gy[j], glogdet, factor(x[j], t, inverse), scale(s, inverse), bounded.derivative, inverse);
+        store(gx[j], g.x);
+        store(graw[j], masked(g.raw, moves[j]));
+        store(gshift[j], masked(g.shift, moves[j]));
+      }
+    }
+  }
+}
+
+// Each way has loops of its own: one that decided for itself would not be vectorised.
+template <Kind kind, class S, class Out>
+GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
+  if (p.inverse) {
+    rows_of<kind, true, S>(p, out, begin, end);
+  } else {
+    rows_of<kind, false, S>(p, out, begin, end);
+  }
+}
+
+#define GENFUSE_ROWS(S, Out)                                                                        \
+  GENFUSE_SIMD void tanh_rows(S, const Problem& p, const Out& out, int64_t begin, int64_t end) {    \
+    either_way<Kind::tanh, S>(p, out, begin, end);                                                  \
+  }                                                                                                 \
+  GENFUSE_SIMD void exp_rows(S, const Problem& p, const Out& out, int64_t begin, int64_t end) {     \
+    either_way<Kind::exp, S>(p, out, begin, end);                                                   \
+  }                                                                                                 \
+  GENFUSE_SIMD void sigmoid_rows(S, const Problem& p, const Out& out, int64_t begin, int64_t end) { \
+    either_way<Kind::sigmoid, S>(p, out, begin, end);                                               \
+  }
+GENFUSE_ROWS(float, Forward)
+GENFUSE_ROWS(float, Backward)
+GENFUSE_ROWS(double, Forward)
+GENFUSE_ROWS(double, Backward)
+GENFUSE_ROWS(Half, Forward)
+GENFUSE_ROWS(Half, Backward)
+GENFUSE_ROWS(BFloat16, Forward)
+GENFUSE_ROWS(BFloat16, Backward)
+#undef GENFUSE_ROWS
+
+template <class Out>
+void run_rows(const Problem& p, const Out& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
+      switch (Kind(p.kind)) {
+        case Kind::tanh: return tanh_rows(storage, p, out, begin, end);
+        case Kind::exp: return exp_rows(storage, p, out, begin, end);
+        case Kind::sigmoid: return sigmoid_rows(storage, p, out, begin, end);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out) { run_rows(p, out); }
+void run(const Problem& p, const Backward& out) { run_rows(p, out); }
+
+}  // namespace genfuse::affine_coupling::cpu
+
+namespace genfuse {
+
+void bind_affine_coupling(pybind11::module_& m) {
+  using namespace affine_coupling;
+  m.def("affine_coupling", [](int dtype, int kind, bool inverse, Address x, int64_t x_stride, Address params,
+                              int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t split, Address y,
+                              Address logdet, int device, Address stream) {
+    const Problem p{dtype, kind, inverse, at<void>(x), at<void>(params), x_stride, params_stride, at<uint8_t>(mask),
+                    rows,  cols, split};
+    GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
+  });
+  m.def("affine_coupling_backward", [](int dtype, int kind, bool inverse, Address x, int64_t x_stride, Address params,
+                                       int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t split,
+                                       Address gy, Address glogdet, Address gx, Address gparams, int device,
+                                       Address stream) {
+    const Problem p{dtype, kind, inverse, at<void>(x), at<void>(params), x_stride, params_stride, at<uint8_t>(mask),
+                    rows,  cols, split};
+    GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
+  });
+}
+
+}  // namespace genfuse

@@ -1,0 +1,86 @@
+#include "affine_coupling/launch.h"
+#include "affine_coupling/math.h"
+#include "rows.cuh"
+
+namespace genfuse::affine_coupling::cuda {
+namespace {
+
+// Whether a moved column passes through after all.
+__device__ bool kept(const Problem& p, int64_t j) { return p.mask && p.mask[j]; }
+
+template <int Lanes, Kind kind, class S>
+__global__ void kernel(Problem p, Forward out) {
+  using T = compute_t<S>;
+  const int64_t moved = p.cols - p.split;
+  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+    const S* x = static_cast<const S*>(p.x) + row * p.x_stride;
+    const S* raw = static_cast<const S*>(p.params) + row * p.params_stride;
+    S* y = static_cast<S*>(out.y) + row * p.cols;
+    for (int64_t j = lane<Lanes>(); j < p.split; j += Lanes) y[j] = x[j];
+    T sum = 0;
+    for (int64_t j = lane<Lanes>(); j < moved; j += Lanes) {
+      const bool keep = kept(p, j);
+      const T s = keep ? T(0) : log_scale<kind>(T(load(raw[j]))).value, t = keep ? T(0) : T(load(raw[moved + j]));
+      const T f = factor(T(load(x[p.split + j])), t, p.inverse);
+      store(y[p.split + j], apply(f, scale(s, p.inverse), t, p.inverse));
+      sum += s;
+    }
+    sum = row_sum<Lanes>(sum);
+    if (lane<Lanes>() == 0) static_cast<T*>(out.logdet)[row] = p.inverse ? -sum : sum;
+  }
+}
+
+template <int Lanes, Kind kind, class S>
+__global__ void kernel(Problem p, Backward out) {
+  using T = compute_t<S>;
+  const int64_t moved = p.cols - p.split;
+  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+    const S* x = static_cast<const S*>(p.x) + row * p.x_stride;
+    const S* raw = static_cast<const S*>(p.params) + row * p.params_stride;
+    const S* gy = static_cast<const S*>(out.gy) + row * p.cols;
+    S* gx = static_cast<S*>(out.gx) + row * p.cols;
+    S* graw = static_cast<S*>(out.gparams) + row * 2 * moved;
+    const T glogdet = static_cast<const T*>(out.glogdet)[row];
+    for (int64_t j = lane<Lanes>(); j < p.split; j += Lanes) gx[j] = gy[j];
+    for (int64_t j = lane<Lanes>(); j < moved; j += Lanes) {
+      const bool keep = kept(p, j);
+      const LogScale<T> s = log_scale<kind>(T(load(raw[j])));
+      const T f = factor(T(load(x[p.split + j])), T(load(raw[moved + j])), p.inverse), g = load(gy[p.split + j]);
+      const Grad<T> out_grad = grad(g, glogdet, f, scale(s.value, p.inverse), s.derivative, p.inverse);
+      store(gx[p.split + j], keep ? g : out_grad.x);
+      store(graw[j], keep ? T(0) : out_grad.raw);
+      store(graw[moved + j], keep ? T(0) : out_grad.shift);
+    }
+  }
+}
+
+template <int Lanes, class S, class Out>
+void launch(const Problem& p, const Out& out, cudaStream_t stream) {
+  const int blocks = blocks_for<Lanes>(p.rows);
+  switch (Kind(p.kind)) {
+    case Kind::tanh: return kernel<Lanes, Kind::tanh, S><<<blocks, kThreads, 0, stream>>>(p, out);
+    case Kind::exp: return kernel<Lanes, Kind::exp, S><<<blocks, kThreads, 0, stream>>>(p, out);
+    case Kind::sigmoid: return kernel<Lanes, Kind::sigmoid, S><<<blocks, kThreads, 0, stream>>>(p, out);
+  }
+}
+
+template <class Out>
+void run_rows(const Problem& p, const Out& out, void* stream) {
+  if (p.rows == 0) return;  // a launch of no blocks is an error
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (p.cols <= 1024) {
+      launch<32, S>(p, out, static_cast<cudaStream_t>(stream));
+    } else {
+      launch<kThreads, S>(p, out, static_cast<cudaStream_t>(stream));
+    }
+  });
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+
+}  // namespace genfuse::affine_coupling::cuda

@@ -1,0 +1,38 @@
+#pragma once
+#include <cstdint>
+
+namespace genfuse::affine_coupling {
+
+// Addresses, and strides in elements. x is (rows, cols); params is (rows, 2 (cols - split)), first all raw log-scales,
+// then all shifts. The first `split` columns pass through, and those where mask (cols - split), which may be null, is
+// not 0. Results are contiguous; logdet (rows) is float32 where the rest is of 16 bits.
+struct Problem {
+  int dtype;
+  int kind;
+  bool inverse;
+  const void *x, *params;
+  int64_t x_stride, params_stride;
+  const uint8_t* mask;
+  int64_t rows, cols, split;
+};
+
+struct Forward {
+  void *y, *logdet;
+};
+
+struct Backward {
+  const void *gy, *glogdet;
+  void *gx, *gparams;
+};
+
+namespace cpu {
+void run(const Problem&, const Forward&);
+void run(const Problem&, const Backward&);
+}  // namespace cpu
+
+namespace cuda {
+void run(const Problem&, const Forward&, void* stream);
+void run(const Problem&, const Backward&, void* stream);
+}  // namespace cuda
+
+}  // namespace genfuse::affine_coupling

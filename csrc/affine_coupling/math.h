@@ -1,0 +1,54 @@
+#pragma once
+#include "portable.h"
+
+// y = x exp(s) + t and its inverse (y - t) exp(-s), with a log-scale s that is bounded as `Kind` says.
+namespace genfuse::affine_coupling {
+
+enum class Kind { tanh, exp, sigmoid };
+
+template <class T>
+struct LogScale {
+  T value, derivative;  // by the raw parameter
+};
+
+template <Kind kind, class T>
+GENFUSE_HD LogScale<T> log_scale(T raw) {
+  if constexpr (kind == Kind::tanh) {
+    const T s = tanh_(raw);
+    return {s, T(1) - s * s};
+  } else if constexpr (kind == Kind::exp) {
+    return {raw, T(1)};
+  } else {  // of sigmoid(raw + 2), as in Glow
+    const T a = raw + T(2);
+    return {-softplus(-a), T(1) / (T(1) + exp_(a))};
+  }
+}
+
+// What is multiplied by the scale: x, or on the way back what is left of it without the shift.
+template <class T>
+GENFUSE_HD T factor(T x, T t, bool inverse) {
+  return inverse ? x - t : x;
+}
+
+template <class T>
+GENFUSE_HD T scale(T s, bool inverse) {
+  return exp_(inverse ? -s : s);
+}
+
+template <class T>
+GENFUSE_HD T apply(T factor, T scale, T t, bool inverse) {
+  return factor * scale + (inverse ? T(0) : t);
+}
+
+template <class T>
+struct Grad {
+  T x, raw, shift;
+};
+
+template <class T>
+GENFUSE_HD Grad<T> grad(T gy, T glogdet, T factor, T scale, T derivative, bool inverse) {
+  const T gx = gy * scale, gs = gx * factor + glogdet;
+  return {gx, (inverse ? -gs : gs) * derivative, inverse ? -gx : gy};
+}
+
+}  // namespace genfuse::affine_coupling
