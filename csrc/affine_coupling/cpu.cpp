@@ -84,6 +84,10 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     const S* gy_row = element<S>(out.gy, i * p.cols);
     S* gx_row = element<S>(out.gx, i * p.cols);
     const T glogdet = *element<T>(out.glogdet, i);
+    prefetch(x_row + kRowsAhead * p.x_stride + p.split, moved);
+    prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
+    prefetch(gy_row + kRowsAhead * p.cols, p.cols);
+    prefetch(gx_row + kRowsAhead * p.cols, p.cols);
     copy(gy_row, gx_row, p.split);
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
