@@ -7,6 +7,7 @@
 namespace genfuse {
 
 void bind_bernoulli(pybind11::module_&);
+void bind_rational_quadratic_spline(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
 
 namespace {
@@ -52,5 +53,6 @@ PYBIND11_MODULE(_C, m) {
     return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
   });
   genfuse::bind_bernoulli(m);
+  genfuse::bind_rational_quadratic_spline(m);
   genfuse::bind_reparameterize_kl(m);
 }

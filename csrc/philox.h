@@ -63,17 +63,7 @@ GENFUSE_HD Pair<float> normals(uint32_t word0, uint32_t word1, float) {
   const int32_t e = bits >> 23;
   const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
   const float x = e == 0 ? -0x1p-32f * centre(~word0) : mantissa - 1.f;
-  float p = 7.0376836292e-2f;
-  p = p * x - 1.1514610310e-1f;
-  p = p * x + 1.1676998740e-1f;
-  p = p * x - 1.2420140846e-1f;
-  p = p * x + 1.4249322787e-1f;
-  p = p * x - 1.6668057665e-1f;
-  p = p * x + 2.0000714765e-1f;
-  p = p * x - 2.4999993993e-1f;
-  p = p * x + 3.3333331174e-1f;
-  const float k = float(e);
-  const float ln = k * 0.693359375f + (x + (x * x * (x * p - 0.5f) - k * 2.12194440e-4f));
+  const float ln = ln_reduced(x, float(e));
   const float radius = sqrtf(-2.f * ln);
   // 2 pi u1 = quarter (pi / 2) + angle, |angle| <= pi / 4.
   const uint32_t quarter = (word1 + 0x20000000u) >> 30;

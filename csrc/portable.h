@@ -69,6 +69,53 @@ GENFUSE_HD float exp_(float x) {
 }
 GENFUSE_HD double exp_(double x) { return exp(x); }
 
+// k ln 2 + ln(1 + x) for 1 + x in [sqrt(1/2), sqrt(2)): polynomial of Cephes' logf.
+GENFUSE_HD float ln_reduced(float x, float k) {
+  float p = 7.0376836292e-2f;
+  p = p * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  return k * 0.693359375f + (x + (x * x * (x * p - 0.5f) - k * 2.12194440e-4f));
+}
+
+// log as exp_ is exp, within 2 ulp; 0, denormals, negative numbers, inf and NaN as in logf.
+GENFUSE_HD float log_(float x) {
+#ifdef __CUDA_ARCH__
+  return logf(x);
+#else
+  const bool denormal = x < 0x1p-126f;
+  const int32_t bits = bit_cast<int32_t>(denormal ? x * 0x1p23f : x) - 0x3f3504f3;
+  const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
+  const float ln = ln_reduced(mantissa - 1.f, float(bits >> 23) - (denormal ? 23.f : 0.f));
+  const float special = x == 0.f ? -HUGE_VALF : (x > 0.f ? x : NAN);
+  return x > 0.f && x < HUGE_VALF ? ln : special;
+#endif
+}
+GENFUSE_HD double log_(double x) { return log(x); }
+
+// ln(1 + e^x), relatively accurate for all x.
+GENFUSE_HD float softplus(float x) {
+  const float z = exp_(-fabsf(x)), positive = x > 0.f ? x : 0.f;
+#ifdef __CUDA_ARCH__
+  return positive + log1pf(z);
+#else
+  const bool small = z < 0.41421356f;
+  return positive + ln_reduced(small ? z : 0.5f * (z - 1.f), small ? 0.f : 1.f);
+#endif
+}
+GENFUSE_HD double softplus(double x) { return (x > 0. ? x : 0.) + log1p(exp(-fabs(x))); }
+
+template <class T>
+GENFUSE_HD T sigmoid(T x) {
+  const T z = exp_(x < 0 ? x : -x);
+  return (x < 0 ? z : T(1)) / (T(1) + z);
+}
+
 // float16 and bfloat16 as they lie in memory. All arithmetic on them is float32's.
 struct Half {
   uint16_t bits;
