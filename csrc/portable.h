@@ -93,7 +93,7 @@ GENFUSE_HD float log_(float x) {
   const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
   const float ln = ln_reduced(mantissa - 1.f, float(bits >> 23) - (denormal ? 23.f : 0.f));
   const float special = x == 0.f ? -HUGE_VALF : (x > 0.f ? x : NAN);
-  return x > 0.f && x < HUGE_VALF ? ln : special;
+  return (x > 0.f) & (x < HUGE_VALF) ? ln : special;
 #endif
 }
 GENFUSE_HD double log_(double x) { return log(x); }

@@ -14,7 +14,7 @@ constexpr int kLanes = 32;
 
 template <class T>
 GENFUSE_HD void softmax(T* e, int64_t bins) {
-  alignas(64) T most[kLanes], sum[kLanes];
+  T most[kLanes], sum[kLanes];
   for (int l = 0; l < kLanes; ++l) most[l] = e[l], sum[l] = 0;
   for (int64_t k = 1; k < bins; ++k) {
 #pragma omp simd
@@ -23,8 +23,9 @@ GENFUSE_HD void softmax(T* e, int64_t bins) {
   for (int64_t k = 0; k < bins; ++k) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      e[k * kLanes + l] = exp_(e[k * kLanes + l] - most[l]);
-      sum[l] += e[k * kLanes + l];
+      const T x = exp_(e[k * kLanes + l] - most[l]);
+      e[k * kLanes + l] = x;
+      sum[l] += x;
     }
   }
 #pragma omp simd
@@ -37,25 +38,25 @@ GENFUSE_HD void softmax(T* e, int64_t bins) {
 
 // Of one axis: the share of the bin that each lane is in, and that of all before it.
 template <class T>
-struct Picked {
-  alignas(64) T before[kLanes], here[kLanes];
+struct alignas(64) Picked {
+  T before[kLanes], here[kLanes];
 };
 
 // Finds the bins, and numbers them as T so that all lanes are of one width.
 template <class T>
-GENFUSE_HD void search(const T* share, int64_t bins, const Axis<T>& axis, const T* at, T* bin, Picked<T>& to) {
-  alignas(64) T sum[kLanes];
+GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* at, T* bin, Picked<T>& to) {
+  T sum[kLanes];
   for (int l = 0; l < kLanes; ++l) bin[l] = to.before[l] = 0, sum[l] = to.here[l] = share[l];
   for (int64_t k = 1; k < bins; ++k) {
     const T number = T(k);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const T next = share[k * kLanes + l];
-      const bool past = at[l] >= axis.knot(number, sum[l]);
-      bin[l] = past ? number : bin[l];
-      to.before[l] = past ? sum[l] : to.before[l];
-      to.here[l] = past ? next : to.here[l];
-      sum[l] += next;
+      const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l], n0 = bin[l];
+      const bool past = at[l] >= axis.knot(number, before);
+      bin[l] = past ? number : n0;
+      to.before[l] = past ? before : b0;
+      to.here[l] = past ? next : h0;
+      sum[l] = before + next;
     }
   }
 }
@@ -63,188 +64,241 @@ GENFUSE_HD void search(const T* share, int64_t bins, const Axis<T>& axis, const 
 template <class T>
 GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) {
   for (int l = 0; l < kLanes; ++l) to.before[l] = 0, to.here[l] = share[l];
-  alignas(64) T sum[kLanes];
+  T sum[kLanes];
   for (int l = 0; l < kLanes; ++l) sum[l] = share[l];
   for (int64_t k = 1; k < bins; ++k) {
     const T number = T(k);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const T next = share[k * kLanes + l];
+      const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l];
       const bool past = bin[l] >= number;
-      to.before[l] = past ? sum[l] : to.before[l];
-      to.here[l] = past ? next : to.here[l];
-      sum[l] += next;
+      to.before[l] = past ? before : b0;
+      to.here[l] = past ? next : h0;
+      sum[l] = before + next;
     }
   }
 }
 
-template <class S>
-struct Block {
-  using T = compute_t<S>;
-  const Problem& p;
-  const Constants<T> c;
+// Grad of all lanes; of derivatives as they are before softplus.
+template <class T>
+struct alignas(64) Gradients {
+  T gx[kLanes], x[kLanes], y[kLanes], w[kLanes], h[kLanes], d0[kLanes], d1[kLanes];
+};
+
+template <class T>
+struct alignas(64) Lanes {
   T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares
   int n;   // lanes in use
   int64_t row[kLanes];
-  alignas(64) T x[kLanes], at[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
+  T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
   Picked<T> w, h;
 
-  GENFUSE_HD Block(const Problem& p, T* raw) : p(p), c(p), raw(raw) {}
-
-  // Takes up the n coordinates from `first` on, counted over all rows.
-  GENFUSE_HD void load_at(int64_t first, int64_t count) {
-    n = int(std::min<int64_t>(kLanes, count));
-    const int64_t bins = p.bins, inner = p.width() - 2 * bins;
-    T* d = raw + 2 * bins * kLanes;
-    int64_t i = first / p.cols, j = first % p.cols;
-    for (int l = 0; l < kLanes; ++l) {
-      row[l] = i;
-      const S* from = element<S>(p.params, i * p.params_stride + j * p.width());
-      x[l] = load(*element<S>(p.x, i * p.x_stride + j));
-      for (int64_t k = 0; k < 2 * bins; ++k) raw[k * kLanes + l] = load(from[k]);
-      T* to = d + (p.tails == kLinear ? kLanes : 0);
-      for (int64_t k = 0; k < inner; ++k) to[k * kLanes + l] = load(from[2 * bins + k]);
-      if (l < n - 1 && ++j == p.cols) j = 0, ++i;  // lanes that are not in use repeat the last
-    }
-    if (p.tails == kNone) return;
-    for (int l = 0; l < kLanes; ++l) {
-      if (p.tails == kLinear) d[l] = T(p.edge);
-      d[bins * kLanes + l] = d[l];
-    }
-  }
-
-  GENFUSE_HD void find() {
-    const int64_t bins = p.bins;
-    softmax(raw, bins);
-    softmax(raw + bins * kLanes, bins);
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) at[l] = fold(x[l], c).at;
-    if (c.inverse) {
-      search(raw + bins * kLanes, bins, c.y, at, bin, h);
-      pick(raw, bins, bin, w);
-    } else {
-      search(raw, bins, c.x, at, bin, w);
-      pick(raw + bins * kLanes, bins, bin, h);
-    }
-    const T* d = raw + 2 * bins * kLanes;
-    for (int l = 0; l < kLanes; ++l) d0[l] = d[l], d1[l] = d[kLanes + l];
-    for (int64_t k = 1; k < bins; ++k) {
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) {
-        const bool past = bin[l] >= T(k);
-        d0[l] = past ? d[k * kLanes + l] : d0[l];
-        d1[l] = past ? d[(k + 1) * kLanes + l] : d1[l];
-      }
-    }
-  }
-
-  GENFUSE_HD Bin<T> at_lane(int l) const {
-    return {c.x.knot(bin[l], w.before[l]), c.y.knot(bin[l], h.before[l]),   c.x.size(w.here[l]),
-            c.y.size(h.here[l]),           c.min_derivative + softplus(d0[l]), c.min_derivative + softplus(d1[l])};
+  GENFUSE_HD Folded<T> folded(int l) const { return {at[l], turns[l], inside[l] != T(0)}; }
+  GENFUSE_HD Bin<T> bin_of(int l, const Constants<T>& c) const {
+    return {c.x.knot(bin[l], w.before[l]),
+            c.y.knot(bin[l], h.before[l]),
+            c.x.size(w.here[l]),
+            c.y.size(h.here[l]),
+            c.min_derivative + softplus(d0[l]),
+            c.min_derivative + softplus(d1[l])};
   }
 };
 
-template <class S, class T>
-GENFUSE_HD void compute(const Problem& p, const Forward& out, T* scratch, int64_t begin, int64_t end) {
-  Block<S> block(p, scratch);
-  alignas(64) T y[kLanes], logdet[kLanes];
-  T* sums = element<T>(out.logdet, 0);
-  for (int64_t i = begin; i < end; ++i) sums[i] = 0;
-  double sum = 0;
-  for (int64_t first = begin * p.cols; first < end * p.cols; first += kLanes) {
-    block.load_at(first, end * p.cols - first);
-    block.find();
+template <class T>
+GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
+  const int64_t bins = p.bins;
+  T *widths = b.raw, *heights = widths + bins * kLanes, *d = heights + bins * kLanes;
+  softmax(widths, bins);
+  softmax(heights, bins);
+  for (int l = 0; l < kLanes; ++l) {
+    const Folded<T> f = fold(b.x[l], c);
+    b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;
+  }
+  if (p.inverse) {
+    search(heights, bins, c.y, b.at, b.bin, b.h);
+    pick(widths, bins, b.bin, b.w);
+  } else {
+    search(widths, bins, c.x, b.at, b.bin, b.w);
+    pick(heights, bins, b.bin, b.h);
+  }
+  for (int l = 0; l < kLanes; ++l) b.d0[l] = d[l], b.d1[l] = d[kLanes + l];
+  for (int64_t k = 1; k < bins; ++k) {
+    const T number = T(k);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const Value<T> v = value(block.x[l], fold(block.x[l], block.c), block.at_lane(l), block.c);
-      y[l] = v.y, logdet[l] = v.logdet;
+      const bool past = b.bin[l] >= number;
+      const T left = d[k * kLanes + l], right = d[(k + 1) * kLanes + l], d0 = b.d0[l], d1 = b.d1[l];
+      b.d0[l] = past ? left : d0;
+      b.d1[l] = past ? right : d1;
     }
-    int64_t j = first % p.cols;
-    for (int l = 0; l < block.n; ++l) {
-      store(*element<S>(out.y, first + l), y[l]);
-      sum += logdet[l];
-      if (++j == p.cols) sums[block.row[l]] = T(sum), sum = 0, j = 0;
-    }
+  }
+}
+
+template <bool Inverse, class T>
+GENFUSE_HD void values_of(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const Value<T> v = value<Inverse>(b.x[l], b.folded(l), b.bin_of(l, c), c);
+    y[l] = v.y, logdet[l] = v.logdet;
+  }
+}
+
+template <bool Inverse, class T>
+GENFUSE_HD void gradients_of(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* glogdet,
+                             Gradients<T>& out) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const Grad<T> g = grad<Inverse>(gy[l], glogdet[l], b.folded(l), b.bin_of(l, c));
+    out.gx[l] = g.gx, out.x[l] = g.x, out.y[l] = g.y, out.w[l] = g.w, out.h[l] = g.h;
+    out.d0[l] = g.d0 * sigmoid(b.d0[l]), out.d1[l] = g.d1 * sigmoid(b.d1[l]);
   }
 }
 
 // Turns the shares of one axis into the gradients of their raw parameters.
 template <class T>
-GENFUSE_HD void raw_gradients(T* share, int64_t bins, const Axis<T>& axis, const T* bin, const Picked<T>& picked,
+GENFUSE_HD void raw_gradients(T* share, int64_t bins, Axis<T> axis, const T* bin, const Picked<T>& picked,
                               const T* gknot, const T* gsize) {
   for (int64_t k = 0; k < bins; ++k) {
     const T number = T(k);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const T mean = gknot[l] * picked.before[l] + gsize[l] * picked.here[l];
-      const T g = number < bin[l] ? gknot[l] : (number == bin[l] ? gsize[l] : T(0));
+      const T knot = gknot[l], size = gsize[l], mean = knot * picked.before[l] + size * picked.here[l];
+      const T own = number == bin[l] ? size : T(0), g = number < bin[l] ? knot : own;
       share[k * kLanes + l] = axis.raw(share[k * kLanes + l], g - mean);
     }
   }
 }
 
+// Puts the gradients of the raw parameters in the place of the parameters.
+template <class T>
+GENFUSE_HD void all_raw_gradients(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) {
+  const int64_t bins = p.bins;
+  T *heights = b.raw + bins * kLanes, *d = heights + bins * kLanes;
+  raw_gradients(b.raw, bins, c.x, b.bin, b.w, g.x, g.w);
+  raw_gradients(heights, bins, c.y, b.bin, b.h, g.y, g.h);
+  for (int64_t k = 0; k <= bins; ++k) {
+    const T number = T(k);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T bin = b.bin[l], left = g.d0[l], right = g.d1[l];
+      d[k * kLanes + l] = bin == number ? left : (bin == number - T(1) ? right : T(0));
+    }
+  }
+  if (p.tails == kCircular) {
+    for (int l = 0; l < kLanes; ++l) d[l] += d[bins * kLanes + l];
+  }
+}
+
+// Each a function of its own: inlined into one, GCC gives up some of the loops.
+#define GENFUSE_LANES(T)                                                                                           \
+  GENFUSE_SIMD void find(Lanes<T>& b, const Problem& p, const Constants<T>& c) { find_bins(b, p, c); }             \
+  GENFUSE_SIMD void values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                            \
+    values_of<false>(b, c, y, logdet);                                                                             \
+  }                                                                                                                \
+  GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                    \
+    values_of<true>(b, c, y, logdet);                                                                              \
+  }                                                                                                                \
+  GENFUSE_SIMD void gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl, Gradients<T>& g) { \
+    gradients_of<false>(b, c, gy, gl, g);                                                                          \
+  }                                                                                                                \
+  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl,          \
+                                      Gradients<T>& g) {                                                           \
+    gradients_of<true>(b, c, gy, gl, g);                                                                           \
+  }                                                                                                                \
+  GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) {          \
+    all_raw_gradients(b, p, c, g);                                                                                 \
+  }
+GENFUSE_LANES(float)
+GENFUSE_LANES(double)
+#undef GENFUSE_LANES
+
+// Takes up the coordinates from `first` on, up to `count` of them, counted over all rows.
 template <class S, class T>
-GENFUSE_HD void compute(const Problem& p, const Backward& out, T* scratch, int64_t begin, int64_t end) {
-  Block<S> block(p, scratch);
-  const int64_t bins = p.bins, width = p.width();
-  T *raw = scratch, *d = raw + 2 * bins * kLanes;
-  alignas(64) T gy[kLanes], glogdet[kLanes], gx[kLanes], gxk[kLanes], gyk[kLanes], gw[kLanes], gh[kLanes], gd0[kLanes],
-      gd1[kLanes];
+void load_lanes(Lanes<T>& b, const Problem& p, int64_t first, int64_t count) {
+  b.n = int(std::min<int64_t>(kLanes, count));
+  const int64_t bins = p.bins, inner = p.width() - 2 * bins;
+  T *d = b.raw + 2 * bins * kLanes, *inner_d = d + (p.tails == kLinear ? kLanes : 0);
+  int64_t i = first / p.cols, j = first % p.cols;
+  for (int l = 0; l < kLanes; ++l) {
+    b.row[l] = i;
+    b.x[l] = load(*element<S>(p.x, i * p.x_stride + j));
+    const S* from = element<S>(p.params, i * p.params_stride + j * p.width());
+    for (int64_t k = 0; k < 2 * bins; ++k) b.raw[k * kLanes + l] = load(from[k]);
+    for (int64_t k = 0; k < inner; ++k) inner_d[k * kLanes + l] = load(from[2 * bins + k]);
+    if (l < b.n - 1 && ++j == p.cols) j = 0, ++i;  // lanes that are not in use repeat the last
+  }
+  if (p.tails == kNone) return;
+  for (int l = 0; l < kLanes; ++l) {
+    if (p.tails == kLinear) d[l] = T(p.edge);
+    d[bins * kLanes + l] = d[l];
+  }
+}
+
+template <class S, class T>
+void rows(const Problem& p, const Forward& out, T* scratch, int64_t begin, int64_t end) {
+  const Constants<T> c(p);
+  Lanes<T> b;
+  b.raw = scratch;
+  T y[kLanes], logdet[kLanes];
+  T* sums = element<T>(out.logdet, 0);
+  for (int64_t i = begin; i < end; ++i) sums[i] = 0;
+  double sum = 0;
   for (int64_t first = begin * p.cols; first < end * p.cols; first += kLanes) {
-    block.load_at(first, end * p.cols - first);
-    block.find();
-    for (int l = 0; l < kLanes; ++l) {
-      gy[l] = l < block.n ? load(*element<S>(out.gy, first + l)) : T(0);
-      glogdet[l] = *element<T>(out.glogdet, block.row[l]);
+    load_lanes<S>(b, p, first, end * p.cols - first);
+    find(b, p, c);
+    if (p.inverse) {
+      inverse_values(b, c, y, logdet);
+    } else {
+      values(b, c, y, logdet);
     }
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const Grad<T> g = grad(gy[l], glogdet[l], fold(block.x[l], block.c), block.at_lane(l), block.c);
-      gx[l] = g.gx, gxk[l] = g.x, gyk[l] = g.y, gw[l] = g.w, gh[l] = g.h;
-      gd0[l] = g.d0 * sigmoid(block.d0[l]), gd1[l] = g.d1 * sigmoid(block.d1[l]);
-    }
-    raw_gradients(raw, bins, block.c.x, block.bin, block.w, gxk, gw);
-    raw_gradients(raw + bins * kLanes, bins, block.c.y, block.bin, block.h, gyk, gh);
-    for (int64_t k = 0; k <= bins; ++k) {
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) {
-        d[k * kLanes + l] = (block.bin[l] == T(k) ? gd0[l] : T(0)) + (block.bin[l] == T(k - 1) ? gd1[l] : T(0));
-      }
-    }
-    if (p.tails == kCircular) {
-      for (int l = 0; l < kLanes; ++l) d[l] += d[bins * kLanes + l];
-    }
-    for (int l = 0; l < block.n; ++l) {
-      store(*element<S>(out.gx, first + l), gx[l]);
-      S* to = element<S>(out.gparams, (first + l) * width);
-      for (int64_t k = 0; k < 2 * bins; ++k) store(to[k], raw[k * kLanes + l]);
-      const T* from = d + (p.tails == kLinear ? kLanes : 0);
-      for (int64_t k = 0; k < width - 2 * bins; ++k) store(to[2 * bins + k], from[k * kLanes + l]);
+    int64_t j = first % p.cols;
+    for (int l = 0; l < b.n; ++l) {
+      store(*element<S>(out.y, first + l), y[l]);
+      sum += logdet[l];
+      if (++j == p.cols) sums[b.row[l]] = T(sum), sum = 0, j = 0;
     }
   }
 }
 
-#define GENFUSE_ROWS(S, Out)                                                                                        \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Out& out, compute_t<S>* scratch, int64_t begin, int64_t end) { \
-    compute<S>(p, out, scratch, begin, end);                                                                        \
+template <class S, class T>
+void rows(const Problem& p, const Backward& out, T* scratch, int64_t begin, int64_t end) {
+  const Constants<T> c(p);
+  Lanes<T> b;
+  b.raw = scratch;
+  T gy[kLanes], glogdet[kLanes];
+  Gradients<T> g;
+  const int64_t bins = p.bins, width = p.width();
+  const T* d = scratch + (2 * bins + (p.tails == kLinear ? 1 : 0)) * kLanes;
+  for (int64_t first = begin * p.cols; first < end * p.cols; first += kLanes) {
+    load_lanes<S>(b, p, first, end * p.cols - first);
+    find(b, p, c);
+    for (int l = 0; l < kLanes; ++l) {
+      gy[l] = l < b.n ? load(*element<S>(out.gy, first + l)) : T(0);
+      glogdet[l] = *element<T>(out.glogdet, b.row[l]);
+    }
+    if (p.inverse) {
+      inverse_gradients(b, c, gy, glogdet, g);
+    } else {
+      gradients(b, c, gy, glogdet, g);
+    }
+    to_raw(b, p, c, g);
+    for (int l = 0; l < b.n; ++l) {
+      store(*element<S>(out.gx, first + l), g.gx[l]);
+      S* to = element<S>(out.gparams, (first + l) * width);
+      for (int64_t k = 0; k < 2 * bins; ++k) store(to[k], scratch[k * kLanes + l]);
+      for (int64_t k = 0; k < width - 2 * bins; ++k) store(to[2 * bins + k], d[k * kLanes + l]);
+    }
   }
-GENFUSE_ROWS(float, Forward)
-GENFUSE_ROWS(double, Forward)
-GENFUSE_ROWS(Half, Forward)
-GENFUSE_ROWS(BFloat16, Forward)
-GENFUSE_ROWS(float, Backward)
-GENFUSE_ROWS(double, Backward)
-GENFUSE_ROWS(Half, Backward)
-GENFUSE_ROWS(BFloat16, Backward)
-#undef GENFUSE_ROWS
+}
 
 template <class Out>
 void run_rows(const Problem& p, const Out& out) {
   dispatch(p.dtype, [&](auto storage) {
-    using T = compute_t<decltype(storage)>;
+    using S = decltype(storage);
+    using T = compute_t<S>;
     for_rows(p.rows, p.cols * p.bins, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(size_t((3 * p.bins + 1) * kLanes));
-      rows(storage, p, out, scratch.data(), begin, end);
+      rows<S>(p, out, scratch.data(), begin, end);
     });
   });
 }

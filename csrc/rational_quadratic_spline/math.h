@@ -23,16 +23,16 @@ template <class T>
 struct Constants {
   Axis<T> x, y;
   T bound, min_derivative;
-  bool none, circular, inverse;
+  T outside;  // what is added there to the identity: NaN where there is no outside
+  bool circular;
 
   explicit Constants(const Problem& p)
       : x(p, p.min_width),
         y(p, p.min_height),
         bound(T(p.bound)),
         min_derivative(T(p.min_derivative)),
-        none(p.tails == kNone),
-        circular(p.tails == kCircular),
-        inverse(p.inverse) {}
+        outside(p.tails == kNone ? T(NAN) : T(0)),
+        circular(p.tails == kCircular) {}
 };
 
 // A coordinate moved into the box.
@@ -48,7 +48,7 @@ GENFUSE_HD Folded<T> fold(T x, const Constants<T>& c) {
     const T turns = T(2) * c.bound * std::floor((x + c.bound) / (T(2) * c.bound));
     return {x - turns, turns, true};
   }
-  const bool inside = x >= -c.bound && x <= c.bound;
+  const bool inside = (x >= -c.bound) & (x <= c.bound);
   return {inside ? x : T(0), T(0), inside};
 }
 
@@ -101,21 +101,22 @@ struct Value {
   T y, logdet;
 };
 
-template <class T>
-GENFUSE_HD Value<T> value(T x, const Folded<T>& f, const Bin<T>& b, const Constants<T>& c) {
-  T y, logdet;
-  if (c.inverse) {
-    const Point<T> p = at_y(f.at, b);
-    y = b.x + p.theta * b.w;
-    y = y < -c.bound ? -c.bound : (y > c.bound ? c.bound : y);
-    logdet = -log_(p.slope());
+template <bool Inverse, class T>
+GENFUSE_HD Point<T> point(T at, const Bin<T>& b) {
+  if constexpr (Inverse) {
+    return at_y(at, b);
   } else {
-    const Point<T> p = at_x(f.at, b);
-    y = b.y + b.h * p.value(b);
-    logdet = log_(p.slope());
+    return at_x(at, b);
   }
-  const T outside = c.none ? T(NAN) : x;
-  return {f.inside ? y + f.turns : outside, f.inside ? logdet : T(0)};
+}
+
+template <bool Inverse, class T>
+GENFUSE_HD Value<T> value(T x, const Folded<T>& f, const Bin<T>& b, const Constants<T>& c) {
+  const Point<T> p = point<Inverse>(f.at, b);
+  const T along = Inverse ? b.x + p.theta * b.w : b.y + b.h * p.value(b);
+  const T y = along < -c.bound ? -c.bound : (along > c.bound ? c.bound : along);
+  const T logdet = log_(p.slope());
+  return {f.inside ? y + f.turns : x + c.outside, f.inside ? (Inverse ? -logdet : logdet) : T(0)};
 }
 
 // Gradients for x, the corner, size and end derivatives of the bin.
@@ -124,32 +125,26 @@ struct Grad {
   T gx, x, y, w, h, d0, d1;
 };
 
-template <class T>
-GENFUSE_HD Grad<T> grad(T gy, T glog, const Folded<T>& f, const Bin<T>& b, const Constants<T>& c) {
-  const Point<T> p = c.inverse ? at_y(f.at, b) : at_x(f.at, b);
-  const T log_m = T(2) * (p.theta * (b.d1 - p.delta) + p.q * (p.delta - b.d0)) / p.m;
-  const T log_x = (log_m - T(2) * (b.d0 + b.d1 - T(2) * p.delta) * (p.q - p.theta) * p.below) / b.w;
-  T g = gy, gl = glog;
-  Grad<T> out;
-  if (c.inverse) {  // by the implicit function theorem
-    g = -(gy - glog * log_x) / p.slope();
-    gl = -glog;
-    out.gx = -g;
-    out.x = gy;
-  } else {
-    out.gx = gy * p.slope() + glog * log_x;
-    out.x = -out.gx;
-  }
-  const T v = p.value(b), gh_below = g * b.h * p.below, t_below = T(2) * p.t * p.below, inv_m = T(1) / p.m;
+template <bool Inverse, class T>
+GENFUSE_HD Grad<T> grad(T gy, T glog, const Folded<T>& f, const Bin<T>& b) {
+  const Point<T> p = point<Inverse>(f.at, b);
+  const T inv_m = T(1) / p.m, inv_w = T(1) / b.w, slope = p.slope();
+  const T log_m = T(2) * (p.theta * (b.d1 - p.delta) + p.q * (p.delta - b.d0)) * inv_m;
+  const T log_x = (log_m - T(2) * (b.d0 + b.d1 - T(2) * p.delta) * (p.q - p.theta) * p.below) * inv_w;
+  // The inverse by the implicit function theorem: as forward, at its result, with these in place of gy and glog.
+  const T g = Inverse ? (glog * log_x - gy) / slope : gy;
+  const T gl = Inverse ? -glog : glog;
+  const T gx = Inverse ? -g : gy * slope + glog * log_x;
+  const T gxk = Inverse ? gy : -gx;
+  const T v = p.value(b), gh_below = g * b.h * p.below, t_below = T(2) * p.t * p.below;
   const T gdelta = gh_below * p.below * p.t * (b.d1 * p.theta * p.theta - b.d0 * p.q * p.q) +
                    gl * (T(2) / p.delta + T(2) * p.t * inv_m - T(2) * (T(1) - T(2) * p.t) * p.below);
-  out.d0 = gh_below * p.t * (T(1) - v) + gl * (p.q * p.q * inv_m - t_below);
-  out.d1 = gl * (p.theta * p.theta * inv_m - t_below) - gh_below * p.t * v;
-  out.y = g;
-  out.w = out.x * p.theta - gdelta * p.delta / b.w;
-  out.h = g * v + gdelta / b.w;
-  if (!f.inside) out = {gy, T(0), T(0), T(0), T(0), T(0), T(0)};
-  return out;
+  const T gd0 = gh_below * p.t * (T(1) - v) + gl * (p.q * p.q * inv_m - t_below);
+  const T gd1 = gl * (p.theta * p.theta * inv_m - t_below) - gh_below * p.t * v;
+  const T gw = gxk * p.theta - gdelta * p.delta * inv_w, gh = g * v + gdelta * inv_w;
+  const bool in = f.inside;
+  return {in ? gx : gy,    in ? gxk : T(0), in ? g : T(0),  in ? gw : T(0),
+          in ? gh : T(0), in ? gd0 : T(0), in ? gd1 : T(0)};
 }
 
 }  // namespace genfuse::rational_quadratic_spline

@@ -340,7 +340,7 @@ def eager(x: Tensor, params: Tensor, *, bins: int, bound: float, inverse: bool =
 def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
     make = torch.Generator().manual_seed(1)
     x = 1.5 * torch.randn(size, generator=make)  # some of it in the tails
-    params = 0.3 * torch.randn((*size, 23), generator=make)
+    params = 0.1 * torch.randn((*size, 23), generator=make)
     x, params = (t.to(device, dtype).detach().requires_grad_() for t in (x, params))
     return {"x": x, "params": params}
 
