@@ -38,7 +38,7 @@ GENFUSE_HD void softmax(T* e, int64_t bins) {
 
 // Of one axis: the share of the bin that each lane is in, and that of all before it.
 template <class T>
-struct alignas(64) Picked {
+struct Picked {
   T before[kLanes], here[kLanes];
 };
 
@@ -81,28 +81,28 @@ GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) 
 
 // Grad of all lanes; of derivatives as they are before softplus.
 template <class T>
-struct alignas(64) Gradients {
+struct Gradients {
   T gx[kLanes], x[kLanes], y[kLanes], w[kLanes], h[kLanes], d0[kLanes], d1[kLanes];
 };
 
 template <class T>
-struct alignas(64) Lanes {
+struct Lanes {
   T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares
   int n;   // lanes in use
   int64_t row[kLanes];
   T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
+  T corner_x[kLanes], corner_y[kLanes], width[kLanes], height[kLanes], slope0[kLanes], slope1[kLanes];
   Picked<T> w, h;
-
-  GENFUSE_HD Folded<T> folded(int l) const { return {at[l], turns[l], inside[l] != T(0)}; }
-  GENFUSE_HD Bin<T> bin_of(int l, const Constants<T>& c) const {
-    return {c.x.knot(bin[l], w.before[l]),
-            c.y.knot(bin[l], h.before[l]),
-            c.x.size(w.here[l]),
-            c.y.size(h.here[l]),
-            c.min_derivative + softplus(d0[l]),
-            c.min_derivative + softplus(d1[l])};
-  }
 };
+
+template <class T>
+GENFUSE_HD void finish(const Picked<T>& picked, const T* bin, Axis<T> axis, T* corner, T* size) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    corner[l] = axis.knot(bin[l], picked.before[l]);
+    size[l] = axis.size(picked.here[l]);
+  }
+}
 
 template <class T>
 GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
@@ -132,26 +132,49 @@ GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
       b.d1[l] = past ? right : d1;
     }
   }
-}
-
-template <bool Inverse, class T>
-GENFUSE_HD void values_of(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {
+  finish(b.w, b.bin, c.x, b.corner_x, b.width);
+  finish(b.h, b.bin, c.y, b.corner_y, b.height);
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const Value<T> v = value<Inverse>(b.x[l], b.folded(l), b.bin_of(l, c), c);
+    b.slope0[l] = c.min_derivative + softplus(b.d0[l]);
+    b.slope1[l] = c.min_derivative + softplus(b.d1[l]);
+  }
+}
+
+// What the formulas take. Through pointers: GCC vectorises no loop that reads members of a structure in a structure.
+template <class T>
+struct Columns {
+  const T *x, *at, *turns, *inside, *corner_x, *corner_y, *width, *height, *slope0, *slope1, *d0, *d1;
+
+  GENFUSE_HD explicit Columns(const Lanes<T>& b)
+      : x(b.x), at(b.at), turns(b.turns), inside(b.inside), corner_x(b.corner_x), corner_y(b.corner_y),
+        width(b.width), height(b.height), slope0(b.slope0), slope1(b.slope1), d0(b.d0), d1(b.d1) {}
+  GENFUSE_HD Folded<T> folded(int l) const { return {at[l], turns[l], inside[l] != T(0)}; }
+  GENFUSE_HD Bin<T> bin(int l) const { return {corner_x[l], corner_y[l], width[l], height[l], slope0[l], slope1[l]}; }
+};
+
+template <bool Inverse, class T>
+GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>& constants, T* y, T* logdet) {
+  const Columns<T> b(lanes);
+  const Constants<T> c = constants;
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const Value<T> v = value<Inverse>(b.x[l], b.folded(l), b.bin(l), c);
     y[l] = v.y, logdet[l] = v.logdet;
   }
 }
 
 template <bool Inverse, class T>
-GENFUSE_HD void gradients_of(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* glogdet,
-                             Gradients<T>& out) {
+GENFUSE_HD void gradients_of(const Lanes<T>& lanes, const T* gy, const T* glogdet, Gradients<T>& out) {
+  const Columns<T> b(lanes);
+  T *gx = out.gx, *x = out.x, *y = out.y, *w = out.w, *h = out.h, *d0 = out.d0, *d1 = out.d1;
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const Grad<T> g = grad<Inverse>(gy[l], glogdet[l], b.folded(l), b.bin_of(l, c));
-    out.gx[l] = g.gx, out.x[l] = g.x, out.y[l] = g.y, out.w[l] = g.w, out.h[l] = g.h;
-    out.d0[l] = g.d0 * sigmoid(b.d0[l]), out.d1[l] = g.d1 * sigmoid(b.d1[l]);
+    const Grad<T> g = grad<Inverse>(gy[l], glogdet[l], b.folded(l), b.bin(l));
+    gx[l] = g.gx, x[l] = g.x, y[l] = g.y, w[l] = g.w, h[l] = g.h, d0[l] = g.d0, d1[l] = g.d1;
   }
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) d0[l] *= sigmoid(b.d0[l]), d1[l] *= sigmoid(b.d1[l]);
 }
 
 // Turns the shares of one axis into the gradients of their raw parameters.
@@ -198,12 +221,11 @@ GENFUSE_HD void all_raw_gradients(Lanes<T>& b, const Problem& p, const Constants
   GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                    \
     values_of<true>(b, c, y, logdet);                                                                              \
   }                                                                                                                \
-  GENFUSE_SIMD void gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl, Gradients<T>& g) { \
-    gradients_of<false>(b, c, gy, gl, g);                                                                          \
+  GENFUSE_SIMD void gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {                        \
+    gradients_of<false>(b, gy, gl, g);                                                                          \
   }                                                                                                                \
-  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl,          \
-                                      Gradients<T>& g) {                                                           \
-    gradients_of<true>(b, c, gy, gl, g);                                                                           \
+  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {                \
+    gradients_of<true>(b, gy, gl, g);                                                                           \
   }                                                                                                                \
   GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) {          \
     all_raw_gradients(b, p, c, g);                                                                                 \
@@ -277,9 +299,9 @@ void rows(const Problem& p, const Backward& out, T* scratch, int64_t begin, int6
       glogdet[l] = *element<T>(out.glogdet, b.row[l]);
     }
     if (p.inverse) {
-      inverse_gradients(b, c, gy, glogdet, g);
+      inverse_gradients(b, gy, glogdet, g);
     } else {
-      gradients(b, c, gy, glogdet, g);
+      gradients(b, gy, glogdet, g);
     }
     to_raw(b, p, c, g);
     for (int l = 0; l < b.n; ++l) {
