@@ -1,6 +1,8 @@
 #pragma once
 #include <cstdint>
 
+#include "portable.h"
+
 namespace genfuse::rational_quadratic_spline {
 
 enum Tails { kLinear, kNone, kCircular };
@@ -17,7 +19,7 @@ struct Problem {
   double bound, min_width, min_height, min_derivative;
   double edge;  // the raw derivative of both ends under linear tails
 
-  int64_t width() const { return 3 * bins + (tails == kLinear ? -1 : tails == kNone ? 1 : 0); }  // P
+  GENFUSE_HD int64_t width() const { return 3 * bins + (tails == kLinear ? -1 : tails == kNone ? 1 : 0); }  // P
 };
 
 struct Forward {

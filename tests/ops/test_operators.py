@@ -55,7 +55,8 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
     ours = operator.error(size, dtype, device)
     eager = operator.error(size, dtype, device, eager=True)
     # Triton's interpreter cuts float32 down to bfloat16 where hardware rounds: one unit in place of half of one.
-    floor = 16 * torch.finfo(dtype).eps if dtype.itemsize > 2 else torch.finfo(dtype).eps
+    # In float64 the truth that errors are held against has errors as large as they are.
+    floor = {2: 1, 4: 16, 8: 64}[dtype.itemsize] * torch.finfo(dtype).eps
     assert ours <= 2 * eager + floor
 
 
