@@ -147,8 +147,18 @@ struct Columns {
   const T *x, *at, *turns, *inside, *corner_x, *corner_y, *width, *height, *slope0, *slope1, *d0, *d1;
 
   GENFUSE_HD explicit Columns(const Lanes<T>& b)
-      : x(b.x), at(b.at), turns(b.turns), inside(b.inside), corner_x(b.corner_x), corner_y(b.corner_y),
-        width(b.width), height(b.height), slope0(b.slope0), slope1(b.slope1), d0(b.d0), d1(b.d1) {}
+      : x(b.x),
+        at(b.at),
+        turns(b.turns),
+        inside(b.inside),
+        corner_x(b.corner_x),
+        corner_y(b.corner_y),
+        width(b.width),
+        height(b.height),
+        slope0(b.slope0),
+        slope1(b.slope1),
+        d0(b.d0),
+        d1(b.d1) {}
 };
 
 template <bool Inverse, class T>
@@ -215,22 +225,22 @@ GENFUSE_HD void all_raw_gradients(Lanes<T>& b, const Problem& p, const Constants
 }
 
 // Each a function of its own: inlined into one, GCC gives up some of the loops.
-#define GENFUSE_LANES(T)                                                                                           \
-  GENFUSE_SIMD void find(Lanes<T>& b, const Problem& p, const Constants<T>& c) { find_bins(b, p, c); }             \
-  GENFUSE_SIMD void values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                            \
-    values_of<false>(b, c, y, logdet);                                                                             \
-  }                                                                                                                \
-  GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                    \
-    values_of<true>(b, c, y, logdet);                                                                              \
-  }                                                                                                                \
-  GENFUSE_SIMD void gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {                        \
-    gradients_of<false>(b, gy, gl, g);                                                                          \
-  }                                                                                                                \
-  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {                \
-    gradients_of<true>(b, gy, gl, g);                                                                           \
-  }                                                                                                                \
-  GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) {          \
-    all_raw_gradients(b, p, c, g);                                                                                 \
+#define GENFUSE_LANES(T)                                                                                  \
+  GENFUSE_SIMD void find(Lanes<T>& b, const Problem& p, const Constants<T>& c) { find_bins(b, p, c); }    \
+  GENFUSE_SIMD void values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                   \
+    values_of<false>(b, c, y, logdet);                                                                    \
+  }                                                                                                       \
+  GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {           \
+    values_of<true>(b, c, y, logdet);                                                                     \
+  }                                                                                                       \
+  GENFUSE_SIMD void gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {             \
+    gradients_of<false>(b, gy, gl, g);                                                                    \
+  }                                                                                                       \
+  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {     \
+    gradients_of<true>(b, gy, gl, g);                                                                     \
+  }                                                                                                       \
+  GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) { \
+    all_raw_gradients(b, p, c, g);                                                                        \
   }
 GENFUSE_LANES(float)
 GENFUSE_LANES(double)
@@ -342,8 +352,8 @@ void bind_rational_quadratic_spline(pybind11::module_& m) {
         [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
            int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
            double min_derivative, double edge, Address y, Address logdet, int device, Address stream) {
-          const Problem p{dtype, at<void>(x), at<void>(params), x_stride,       params_stride, rows, cols, bins, tails,
-                          inverse, bound,     min_width,        min_height,     min_derivative, edge};
+          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols, bins, tails,
+                          inverse, bound,       min_width,        min_height, min_derivative, edge};
           GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
         });
   m.def("rational_quadratic_spline_backward",
@@ -351,8 +361,8 @@ void bind_rational_quadratic_spline(pybind11::module_& m) {
            int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
            double min_derivative, double edge, Address gy, Address glogdet, Address gx, Address gparams, int device,
            Address stream) {
-          const Problem p{dtype, at<void>(x), at<void>(params), x_stride,       params_stride, rows, cols, bins, tails,
-                          inverse, bound,     min_width,        min_height,     min_derivative, edge};
+          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols, bins, tails,
+                          inverse, bound,       min_width,        min_height, min_derivative, edge};
           GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
         });
 }

@@ -68,7 +68,7 @@ struct Coordinate {
       pick(heights, k, h);
     }
     d0 = derivative(p, raw + 2 * p.bins, k), d1 = derivative(p, raw + 2 * p.bins, k + 1);
-    bin = {c.x.knot(T(k), w.before), c.y.knot(T(k), h.before),       c.x.size(w.here),
+    bin = {c.x.knot(T(k), w.before), c.y.knot(T(k), h.before),        c.x.size(w.here),
            c.y.size(h.here),         c.min_derivative + softplus(d0), c.min_derivative + softplus(d1)};
   }
 
@@ -120,7 +120,8 @@ __global__ void backward_kernel(Problem p, Constants<compute_t<S>> c, Backward o
       const T x = load(static_cast<const S*>(p.x)[row * p.x_stride + j]);
       const T gy = load(static_cast<const S*>(out.gy)[i]);
       const Coordinate<S> at(p, c, params + j * p.width(), x);
-      const Grad<T> g = p.inverse ? grad<true>(gy, glogdet, at.folded, at.bin) : grad<false>(gy, glogdet, at.folded, at.bin);
+      const Grad<T> g =
+          p.inverse ? grad<true>(gy, glogdet, at.folded, at.bin) : grad<false>(gy, glogdet, at.folded, at.bin);
       store(static_cast<S*>(out.gx)[i], g.gx);
       S* to = static_cast<S*>(out.gparams) + i * p.width();
       raw_gradients(at.widths, c.x, at.k, at.w, g.x, g.w, to);

@@ -82,8 +82,8 @@ GENFUSE_HD Point<T> at_x(T x, const Bin<T>& b) {
   return Point<T>(theta, T(1) - theta, b.h / b.w, b);
 }
 
-// In r = (y - y_k) / h, the discriminant of (29) is (d0 (1 - r) - d1 r)^2 + 4 delta^2 r (1 - r): never below 0. Of its two
-// forms of one root, each is free of cancellation on one side of e = 0.
+// In r = (y - y_k) / h, the discriminant of (29) is (d0 (1 - r) - d1 r)^2 + 4 delta^2 r (1 - r): never below 0. Of its
+// two forms of one root, each is free of cancellation on one side of e = 0.
 template <class T>
 GENFUSE_HD Point<T> at_y(T y, const Bin<T>& b) {
   const T delta = b.h / b.w, r = unit((y - b.y) / b.h), p = T(1) - r;
@@ -143,7 +143,7 @@ GENFUSE_HD Grad<T> grad(T gy, T glog, const Folded<T>& f, const Bin<T>& b) {
   const T gd1 = gl * (p.theta * p.theta * inv_m - t_below) - gh_below * p.t * v;
   const T gw = gxk * p.theta - gdelta * p.delta * inv_w, gh = g * v + gdelta * inv_w;
   const bool in = f.inside;
-  return {in ? gx : gy,    in ? gxk : T(0), in ? g : T(0),  in ? gw : T(0),
+  return {in ? gx : gy,   in ? gxk : T(0), in ? g : T(0),  in ? gw : T(0),
           in ? gh : T(0), in ? gd0 : T(0), in ? gd1 : T(0)};
 }
 

@@ -97,7 +97,10 @@ def test_every_shape_that_has_no_elements_works(operator, device, implementation
 def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(operator, monkeypatch):
     monkeypatch.setattr(ops._op, "_C", None)
     inputs = tensors(operator, (2, 4), torch.float32, "cpu")
-    with ops.use("native"), pytest.raises(RuntimeError, match=f"{operator.kernels[0].name} has no native implementation on cpu"):
+    with (
+        ops.use("native"),
+        pytest.raises(RuntimeError, match=f"{operator.kernels[0].name} has no native implementation on cpu"),
+    ):
         operator.function(**inputs)
     with ops.use("auto"):  # chosen automatically, it falls back
         operator.function(**inputs)

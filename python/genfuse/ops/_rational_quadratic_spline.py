@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from genfuse.ops import _op
 from genfuse.ops._op import _C
@@ -181,9 +181,7 @@ def reference(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor
     return y.to(x.dtype).contiguous(), logdet.contiguous()
 
 
-def backward_reference(
-    gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor]:
+def backward_reference(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     s, wide = Settings(*settings), _wide(x)
     x_, params_ = x.to(wide), params.to(wide)
     if s.inverse:
@@ -220,14 +218,13 @@ def _native_backward(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *se
     return gx, gparams
 
 
-_SETTINGS = (
-    "int bins, float bound, str tails, bool inverse, float min_width, float min_height, float min_derivative"
-)
+_SETTINGS = "int bins, float bound, str tails, bool inverse, float min_width, float min_height, float min_derivative"
 _forward = _op.define(
     f"rational_quadratic_spline(Tensor x, Tensor params, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=reference,
     fake=_outputs,
     native=_native,
+    triton="rational_quadratic_spline:forward",
 )
 _backward = _op.define(
     f"rational_quadratic_spline_backward(Tensor gy, Tensor glogdet, Tensor x, Tensor params, {_SETTINGS}) "
@@ -235,6 +232,7 @@ _backward = _op.define(
     reference=backward_reference,
     fake=_gradients,
     native=_native_backward,
+    triton="rational_quadratic_spline:backward",
 )
 
 
