@@ -42,6 +42,10 @@ BARS = (
     Speed("reparameterize_kl", (1024, 128), "both", "compile", 2.0),
     Speed("reparameterize_kl", (128, 32), "both", "compile", 2.0),
     Speed("reparameterize_kl", (1, 8), "both", "compile", 2.0),
+    Speed("rational_quadratic_spline", (4096, 32), "both", "eager", 5.0),
+    Speed("rational_quadratic_spline", (4096, 32), "both", "compile", 3.0),
+    Speed("rational_quadratic_spline_inverse", (4096, 32), "both", "eager", 5.0),
+    Speed("rational_quadratic_spline_inverse", (4096, 32), "both", "compile", 3.0),
 )
 
 

@@ -8,6 +8,7 @@ namespace genfuse {
 
 void bind_affine_coupling(pybind11::module_&);
 void bind_bernoulli(pybind11::module_&);
+void bind_rational_quadratic_spline(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
 
 namespace {
@@ -54,5 +55,6 @@ PYBIND11_MODULE(_C, m) {
   });
   genfuse::bind_affine_coupling(m);
   genfuse::bind_bernoulli(m);
+  genfuse::bind_rational_quadratic_spline(m);
   genfuse::bind_reparameterize_kl(m);
 }

@@ -63,8 +63,7 @@ GENFUSE_HD Pair<float> normals(uint32_t word0, uint32_t word1, float) {
   const int32_t e = bits >> 23;
   const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
   const float x = e == 0 ? -0x1p-32f * centre(~word0) : mantissa - 1.f;
-  const float k = float(e);
-  const float ln = k * 0.693359375f + (log1p_near_0(x) - k * 2.12194440e-4f);
+  const float ln = ln_reduced(x, float(e));
   const float radius = sqrtf(-2.f * ln);
   // 2 pi u1 = quarter (pi / 2) + angle, |angle| <= pi / 4.
   const uint32_t quarter = (word1 + 0x20000000u) >> 30;

@@ -81,8 +81,8 @@ GENFUSE_HD float exp_(float x) {
 }
 GENFUSE_HD double exp_(double x) { return exp(x); }
 
-// ln(1 + x) for x in [sqrt(1/2) - 1, sqrt(2) - 1], by the polynomial of Cephes' logf.
-GENFUSE_HD float log1p_near_0(float x) {
+// k ln 2 + ln(1 + x) for 1 + x in [sqrt(1/2), sqrt(2)): polynomial of Cephes' logf.
+GENFUSE_HD float ln_reduced(float x, float k) {
   float p = 7.0376836292e-2f;
   p = p * x - 1.1514610310e-1f;
   p = p * x + 1.1676998740e-1f;
@@ -92,7 +92,40 @@ GENFUSE_HD float log1p_near_0(float x) {
   p = p * x + 2.0000714765e-1f;
   p = p * x - 2.4999993993e-1f;
   p = p * x + 3.3333331174e-1f;
-  return x + x * x * (x * p - 0.5f);
+  return k * 0.693359375f + (x + (x * x * (x * p - 0.5f) - k * 2.12194440e-4f));
+}
+
+// log as exp_ is exp, within 2 ulp; 0, denormals, negative numbers, inf and NaN as in logf.
+GENFUSE_HD float log_(float x) {
+#ifdef __CUDA_ARCH__
+  return logf(x);
+#else
+  const bool denormal = x < 0x1p-126f;
+  const int32_t bits = bit_cast<int32_t>(denormal ? x * 0x1p23f : x) - 0x3f3504f3;
+  const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
+  const float ln = ln_reduced(mantissa - 1.f, float(bits >> 23) - (denormal ? 23.f : 0.f));
+  const float special = x == 0.f ? -HUGE_VALF : (x > 0.f ? x : NAN);
+  return (x > 0.f) & (x < HUGE_VALF) ? ln : special;
+#endif
+}
+GENFUSE_HD double log_(double x) { return log(x); }
+
+// ln(1 + e^x), relatively accurate for all x.
+GENFUSE_HD float softplus(float x) {
+  const float z = exp_(-fabsf(x)), positive = x > 0.f ? x : 0.f;
+#ifdef __CUDA_ARCH__
+  return positive + log1pf(z);
+#else
+  const bool small = z < 0.41421356f;
+  return positive + ln_reduced(small ? z : 0.5f * (z - 1.f), small ? 0.f : 1.f);
+#endif
+}
+GENFUSE_HD double softplus(double x) { return (x > 0. ? x : 0.) + log1p(exp(-fabs(x))); }
+
+template <class T>
+GENFUSE_HD T sigmoid(T x) {
+  const T z = exp_(x < 0 ? x : -x);
+  return (x < 0 ? z : T(1)) / (T(1) + z);
 }
 
 // tanh for a vectorised loop: the rational function of Eigen's ptanh, within 4 ulp, and 1 where tanh rounds to it.
@@ -118,15 +151,6 @@ GENFUSE_HD float tanh_(float x) {
 #endif
 }
 GENFUSE_HD double tanh_(double x) { return tanh(x); }
-
-// ln(1 + exp(x)), without overflow.
-GENFUSE_HD float softplus(float x) {
-  const float u = exp_(-fabsf(x));  // in (0, 1]: 1 + u is halved where it is beyond sqrt(2)
-  const bool beyond = u > 0.41421356f;
-  const float ln = log1p_near_0(beyond ? 0.5f * (u - 1.f) : u) + (beyond ? 0.69314718f : 0.f);
-  return (x > 0.f ? x : 0.f) + (x != x ? x : ln);
-}
-GENFUSE_HD double softplus(double x) { return (x > 0. ? x : 0.) + log1p(exp(-fabs(x))); }
 
 // float16 and bfloat16 as they lie in memory. All arithmetic on them is float32's.
 struct Half {

@@ -46,7 +46,8 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
     ours = operator.error(size, dtype, device)
     eager = operator.error(size, dtype, device, eager=True)
     # Triton's interpreter cuts float32 down to bfloat16 where hardware rounds: one unit in place of half of one.
-    floor = 16 * torch.finfo(dtype).eps if dtype.itemsize > 2 else torch.finfo(dtype).eps
+    # In float64 the truth that errors are held against has errors as large as they are.
+    floor = {2: 1, 4: 16, 8: 64}[dtype.itemsize] * torch.finfo(dtype).eps
     assert ours <= 2 * eager + floor
 
 
@@ -78,7 +79,7 @@ def test_a_profiler_sees_the_operator_by_name(operator, device):
     arguments = operator.example((3, 65), torch.float32, device)
     with torch.profiler.profile() as profile:
         operator.function(**arguments)
-    assert f"genfuse::{operator.name}" in {event.key for event in profile.key_averages()}
+    assert f"genfuse::{operator.kernels[0].name}" in {event.key for event in profile.key_averages()}
 
 
 def test_every_shape_that_has_no_elements_works(operator, device, implementation):
@@ -91,7 +92,8 @@ def test_every_shape_that_has_no_elements_works(operator, device, implementation
 def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(operator, monkeypatch):
     monkeypatch.setattr(ops._op, "_C", None)
     arguments = operator.example((2, 4), torch.float32, "cpu")
-    with ops.use("native"), pytest.raises(RuntimeError, match=f"{operator.name} has no native implementation on cpu"):
+    missing = f"{operator.kernels[0].name} has no native implementation on cpu"
+    with ops.use("native"), pytest.raises(RuntimeError, match=missing):
         operator.function(**arguments)
     with ops.use("auto"):  # chosen automatically, it falls back
         operator.function(**arguments)

@@ -10,6 +10,7 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from genfuse.ops._triton import affine_coupling, bernoulli
+from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
 
@@ -40,6 +41,14 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
                 types = {"mu": storage, "mu_stride": "i64", "logvar": storage, "logvar_stride": "i64", "seed": "*i64",
                          "noise": storage, **tensors, "rows": "i64", "cols": "i32", "samples": "i32"}
                 check(kernel, types, fixed)
+    settings = {"bound": 3.0, "min_w": 1e-3, "min_h": 1e-3, "min_d": 1e-3, "edge": 0.54, "BINS": 8, "TILE": 8}
+    for tails, width in enumerate((23, 25, 24)):
+        for inverse in (False, True):
+            fixed = {**settings, "WIDTH": width, "TAILS": tails, "INVERSE": inverse, "BLOCK": 32, "WIDE": wide}
+            types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "cols": "i32"}
+            check(spline.forward_kernel, {**types, "y": storage, "logdet": sums}, fixed)
+            types |= {"gy": storage, "glogdet": sums, "gx": storage, "gparams": storage}
+            check(spline.backward_kernel, types, fixed)
 print("compiled")
 """
 

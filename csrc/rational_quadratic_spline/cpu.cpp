@@ -1,0 +1,370 @@
+#include <vector>
+
+#include "bindings.h"
+#include "rational_quadratic_spline/launch.h"
+#include "rational_quadratic_spline/math.h"
+#include "rows.h"
+
+namespace genfuse::rational_quadratic_spline::cpu {
+namespace {
+
+// Coordinates worked on at a time, across rows. Their parameters are turned so that one parameter of all lanes lies
+// together; loops over bins stand outside of those over lanes, which are vectorised.
+constexpr int kLanes = 32;
+
+template <class T>
+GENFUSE_HD void softmax(T* e, int64_t bins) {
+  T most[kLanes], sum[kLanes];
+  for (int l = 0; l < kLanes; ++l) most[l] = e[l], sum[l] = 0;
+  for (int64_t k = 1; k < bins; ++k) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) most[l] = e[k * kLanes + l] > most[l] ? e[k * kLanes + l] : most[l];
+  }
+  for (int64_t k = 0; k < bins; ++k) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T x = exp_(e[k * kLanes + l] - most[l]);
+      e[k * kLanes + l] = x;
+      sum[l] += x;
+    }
+  }
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) sum[l] = T(1) / sum[l];
+  for (int64_t k = 0; k < bins; ++k) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) e[k * kLanes + l] *= sum[l];
+  }
+}
+
+// Of one axis: the share of the bin that each lane is in, and that of all before it.
+template <class T>
+struct Picked {
+  T before[kLanes], here[kLanes];
+};
+
+// Finds the bins, and numbers them as T so that all lanes are of one width.
+template <class T>
+GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* at, T* bin, Picked<T>& to) {
+  T sum[kLanes];
+  for (int l = 0; l < kLanes; ++l) bin[l] = to.before[l] = 0, sum[l] = to.here[l] = share[l];
+  for (int64_t k = 1; k < bins; ++k) {
+    const T number = T(k);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l], n0 = bin[l];
+      const bool past = at[l] >= axis.knot(number, before);
+      bin[l] = past ? number : n0;
+      to.before[l] = past ? before : b0;
+      to.here[l] = past ? next : h0;
+      sum[l] = before + next;
+    }
+  }
+}
+
+template <class T>
+GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) {
+  for (int l = 0; l < kLanes; ++l) to.before[l] = 0, to.here[l] = share[l];
+  T sum[kLanes];
+  for (int l = 0; l < kLanes; ++l) sum[l] = share[l];
+  for (int64_t k = 1; k < bins; ++k) {
+    const T number = T(k);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l];
+      const bool past = bin[l] >= number;
+      to.before[l] = past ? before : b0;
+      to.here[l] = past ? next : h0;
+      sum[l] = before + next;
+    }
+  }
+}
+
+// Grad of all lanes; of derivatives as they are before softplus.
+template <class T>
+struct Gradients {
+  T gx[kLanes], x[kLanes], y[kLanes], w[kLanes], h[kLanes], d0[kLanes], d1[kLanes];
+};
+
+template <class T>
+struct Lanes {
+  T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares
+  int n;   // lanes in use
+  int64_t row[kLanes];
+  T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
+  T corner_x[kLanes], corner_y[kLanes], width[kLanes], height[kLanes], slope0[kLanes], slope1[kLanes];
+  Picked<T> w, h;
+};
+
+template <class T>
+GENFUSE_HD void finish(const Picked<T>& picked, const T* bin, Axis<T> axis, T* corner, T* size) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    corner[l] = axis.knot(bin[l], picked.before[l]);
+    size[l] = axis.size(picked.here[l]);
+  }
+}
+
+template <class T>
+GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
+  const int64_t bins = p.bins;
+  T *widths = b.raw, *heights = widths + bins * kLanes, *d = heights + bins * kLanes;
+  softmax(widths, bins);
+  softmax(heights, bins);
+  for (int l = 0; l < kLanes; ++l) {
+    const Folded<T> f = fold(b.x[l], c);
+    b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;
+  }
+  if (p.inverse) {
+    search(heights, bins, c.y, b.at, b.bin, b.h);
+    pick(widths, bins, b.bin, b.w);
+  } else {
+    search(widths, bins, c.x, b.at, b.bin, b.w);
+    pick(heights, bins, b.bin, b.h);
+  }
+  for (int l = 0; l < kLanes; ++l) b.d0[l] = d[l], b.d1[l] = d[kLanes + l];
+  for (int64_t k = 1; k < bins; ++k) {
+    const T number = T(k);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const bool past = b.bin[l] >= number;
+      const T left = d[k * kLanes + l], right = d[(k + 1) * kLanes + l], d0 = b.d0[l], d1 = b.d1[l];
+      b.d0[l] = past ? left : d0;
+      b.d1[l] = past ? right : d1;
+    }
+  }
+  finish(b.w, b.bin, c.x, b.corner_x, b.width);
+  finish(b.h, b.bin, c.y, b.corner_y, b.height);
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    b.slope0[l] = c.min_derivative + softplus(b.d0[l]);
+    b.slope1[l] = c.min_derivative + softplus(b.d1[l]);
+  }
+}
+
+// What the formulas take, through pointers: members of a structure within a structure stop GCC from vectorising.
+template <class T>
+struct Columns {
+  const T *x, *at, *turns, *inside, *corner_x, *corner_y, *width, *height, *slope0, *slope1, *d0, *d1;
+
+  GENFUSE_HD explicit Columns(const Lanes<T>& b)
+      : x(b.x),
+        at(b.at),
+        turns(b.turns),
+        inside(b.inside),
+        corner_x(b.corner_x),
+        corner_y(b.corner_y),
+        width(b.width),
+        height(b.height),
+        slope0(b.slope0),
+        slope1(b.slope1),
+        d0(b.d0),
+        d1(b.d1) {}
+};
+
+template <bool Inverse, class T>
+GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>& constants, T* y, T* logdet) {
+  const Columns<T> b(lanes);
+  const Constants<T> c = constants;
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
+    const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
+    const Value<T> v = value<Inverse>(b.x[l], folded, bin, c);
+    y[l] = v.y, logdet[l] = v.logdet;
+  }
+}
+
+template <bool Inverse, class T>
+GENFUSE_HD void gradients_of(const Lanes<T>& lanes, const T* gy, const T* glogdet, Gradients<T>& out) {
+  const Columns<T> b(lanes);
+  T *gx = out.gx, *x = out.x, *y = out.y, *w = out.w, *h = out.h, *d0 = out.d0, *d1 = out.d1;
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
+    const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
+    const Grad<T> g = grad<Inverse>(gy[l], glogdet[l], folded, bin);
+    gx[l] = g.gx, x[l] = g.x, y[l] = g.y, w[l] = g.w, h[l] = g.h, d0[l] = g.d0, d1[l] = g.d1;
+  }
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) d0[l] *= sigmoid(b.d0[l]), d1[l] *= sigmoid(b.d1[l]);
+}
+
+// Turns the shares of one axis into the gradients of their raw parameters.
+template <class T>
+GENFUSE_HD void raw_gradients(T* share, int64_t bins, Axis<T> axis, const T* bin, const Picked<T>& picked,
+                              const T* gknot, const T* gsize) {
+  for (int64_t k = 0; k < bins; ++k) {
+    const T number = T(k);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T knot = gknot[l], size = gsize[l], mean = knot * picked.before[l] + size * picked.here[l];
+      const T own = number == bin[l] ? size : T(0), g = number < bin[l] ? knot : own;
+      share[k * kLanes + l] = axis.raw(share[k * kLanes + l], g - mean);
+    }
+  }
+}
+
+// Puts the gradients of the raw parameters in the place of the parameters.
+template <class T>
+GENFUSE_HD void all_raw_gradients(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) {
+  const int64_t bins = p.bins;
+  T *heights = b.raw + bins * kLanes, *d = heights + bins * kLanes;
+  raw_gradients(b.raw, bins, c.x, b.bin, b.w, g.x, g.w);
+  raw_gradients(heights, bins, c.y, b.bin, b.h, g.y, g.h);
+  for (int64_t k = 0; k <= bins; ++k) {
+    const T number = T(k);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T bin = b.bin[l], left = g.d0[l], right = g.d1[l];
+      d[k * kLanes + l] = bin == number ? left : (bin == number - T(1) ? right : T(0));
+    }
+  }
+  if (p.tails == kCircular) {
+    for (int l = 0; l < kLanes; ++l) d[l] += d[bins * kLanes + l];
+  }
+}
+
+// Each a function of its own: inlined into one, GCC gives up some of the loops.
+#define GENFUSE_LANES(T)                                                                                  \
+  GENFUSE_SIMD void find(Lanes<T>& b, const Problem& p, const Constants<T>& c) { find_bins(b, p, c); }    \
+  GENFUSE_SIMD void values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                   \
+    values_of<false>(b, c, y, logdet);                                                                    \
+  }                                                                                                       \
+  GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {           \
+    values_of<true>(b, c, y, logdet);                                                                     \
+  }                                                                                                       \
+  GENFUSE_SIMD void gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {             \
+    gradients_of<false>(b, gy, gl, g);                                                                    \
+  }                                                                                                       \
+  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const T* gy, const T* gl, Gradients<T>& g) {     \
+    gradients_of<true>(b, gy, gl, g);                                                                     \
+  }                                                                                                       \
+  GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) { \
+    all_raw_gradients(b, p, c, g);                                                                        \
+  }
+GENFUSE_LANES(float)
+GENFUSE_LANES(double)
+#undef GENFUSE_LANES
+
+// Takes up the coordinates from `first` on, up to `count` of them, counted over all rows.
+template <class S, class T>
+void load_lanes(Lanes<T>& b, const Problem& p, int64_t first, int64_t count) {
+  b.n = int(std::min<int64_t>(kLanes, count));
+  const int64_t bins = p.bins, inner = p.width() - 2 * bins;
+  T *d = b.raw + 2 * bins * kLanes, *inner_d = d + (p.tails == kLinear ? kLanes : 0);
+  int64_t i = first / p.cols, j = first % p.cols;
+  for (int l = 0; l < kLanes; ++l) {
+    b.row[l] = i;
+    b.x[l] = load(*element<S>(p.x, i * p.x_stride + j));
+    const S* from = element<S>(p.params, i * p.params_stride + j * p.width());
+    for (int64_t k = 0; k < 2 * bins; ++k) b.raw[k * kLanes + l] = load(from[k]);
+    for (int64_t k = 0; k < inner; ++k) inner_d[k * kLanes + l] = load(from[2 * bins + k]);
+    if (l < b.n - 1 && ++j == p.cols) j = 0, ++i;  // lanes that are not in use repeat the last
+  }
+  if (p.tails == kNone) return;
+  for (int l = 0; l < kLanes; ++l) {
+    if (p.tails == kLinear) d[l] = T(p.edge);
+    d[bins * kLanes + l] = d[l];
+  }
+}
+
+template <class S, class T>
+void rows(const Problem& p, const Forward& out, T* scratch, int64_t begin, int64_t end) {
+  const Constants<T> c(p);
+  Lanes<T> b;
+  b.raw = scratch;
+  T y[kLanes], logdet[kLanes];
+  T* sums = element<T>(out.logdet, 0);
+  for (int64_t i = begin; i < end; ++i) sums[i] = 0;
+  double sum = 0;
+  for (int64_t first = begin * p.cols; first < end * p.cols; first += kLanes) {
+    load_lanes<S>(b, p, first, end * p.cols - first);
+    find(b, p, c);
+    if (p.inverse) {
+      inverse_values(b, c, y, logdet);
+    } else {
+      values(b, c, y, logdet);
+    }
+    int64_t j = first % p.cols;
+    for (int l = 0; l < b.n; ++l) {
+      store(*element<S>(out.y, first + l), y[l]);
+      sum += logdet[l];
+      if (++j == p.cols) sums[b.row[l]] = T(sum), sum = 0, j = 0;
+    }
+  }
+}
+
+template <class S, class T>
+void rows(const Problem& p, const Backward& out, T* scratch, int64_t begin, int64_t end) {
+  const Constants<T> c(p);
+  Lanes<T> b;
+  b.raw = scratch;
+  T gy[kLanes], glogdet[kLanes];
+  Gradients<T> g;
+  const int64_t bins = p.bins, width = p.width();
+  const T* d = scratch + (2 * bins + (p.tails == kLinear ? 1 : 0)) * kLanes;
+  for (int64_t first = begin * p.cols; first < end * p.cols; first += kLanes) {
+    load_lanes<S>(b, p, first, end * p.cols - first);
+    find(b, p, c);
+    for (int l = 0; l < kLanes; ++l) {
+      gy[l] = l < b.n ? load(*element<S>(out.gy, first + l)) : T(0);
+      glogdet[l] = *element<T>(out.glogdet, b.row[l]);
+    }
+    if (p.inverse) {
+      inverse_gradients(b, gy, glogdet, g);
+    } else {
+      gradients(b, gy, glogdet, g);
+    }
+    to_raw(b, p, c, g);
+    for (int l = 0; l < b.n; ++l) {
+      store(*element<S>(out.gx, first + l), g.gx[l]);
+      S* to = element<S>(out.gparams, (first + l) * width);
+      for (int64_t k = 0; k < 2 * bins; ++k) store(to[k], scratch[k * kLanes + l]);
+      for (int64_t k = 0; k < width - 2 * bins; ++k) store(to[2 * bins + k], d[k * kLanes + l]);
+    }
+  }
+}
+
+template <class Out>
+void run_rows(const Problem& p, const Out& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    using T = compute_t<S>;
+    for_rows(p.rows, p.cols * p.bins, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(size_t((3 * p.bins + 1) * kLanes));
+      rows<S>(p, out, scratch.data(), begin, end);
+    });
+  });
+}
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out) { run_rows(p, out); }
+void run(const Problem& p, const Backward& out) { run_rows(p, out); }
+
+}  // namespace genfuse::rational_quadratic_spline::cpu
+
+namespace genfuse {
+
+void bind_rational_quadratic_spline(pybind11::module_& m) {
+  using namespace rational_quadratic_spline;
+  m.def("rational_quadratic_spline",
+        [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
+           int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
+           double min_derivative, double edge, Address y, Address logdet, int device, Address stream) {
+          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols, bins, tails,
+                          inverse, bound,       min_width,        min_height, min_derivative, edge};
+          GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
+        });
+  m.def("rational_quadratic_spline_backward",
+        [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
+           int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
+           double min_derivative, double edge, Address gy, Address glogdet, Address gx, Address gparams, int device,
+           Address stream) {
+          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols, bins, tails,
+                          inverse, bound,       min_width,        min_height, min_derivative, edge};
+          GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
+        });
+}
+
+}  // namespace genfuse

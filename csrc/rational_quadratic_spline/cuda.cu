@@ -1,0 +1,168 @@
+#include "rational_quadratic_spline/launch.h"
+#include "rational_quadratic_spline/math.h"
+#include "rows.cuh"
+
+namespace genfuse::rational_quadratic_spline::cuda {
+namespace {
+
+// A thread takes one coordinate at a time. It goes over its raw parameters anew for each step, which the first-level
+// cache holds, and keeps none of them: arrays that are indexed by a variable lie in memory.
+template <class S>
+struct Softmax {
+  using T = compute_t<S>;
+  const S* raw;
+  int64_t bins;
+  T most, scale;
+
+  __device__ Softmax(const S* raw, int64_t bins) : raw(raw), bins(bins), most(load(raw[0])) {
+    for (int64_t k = 1; k < bins; ++k) most = load(raw[k]) > most ? load(raw[k]) : most;
+    T sum = 0;
+    for (int64_t k = 0; k < bins; ++k) sum += exp_(load(raw[k]) - most);
+    scale = T(1) / sum;
+  }
+  __device__ T share(int64_t k) const { return exp_(load(raw[k]) - most) * scale; }
+};
+
+// Of one axis: the share of the bin that is meant, and that of all before it.
+template <class T>
+struct Picked {
+  T before, here;
+};
+
+template <class S, class T>
+__device__ int64_t search(const Softmax<S>& shares, const Axis<T>& axis, T at, Picked<T>& to) {
+  int64_t bin = 0;
+  T sum = shares.share(0);
+  to = {T(0), sum};
+  for (int64_t k = 1; k < shares.bins; ++k) {
+    const T next = shares.share(k);
+    if (at >= axis.knot(T(k), sum)) bin = k, to = {sum, next};
+    sum += next;
+  }
+  return bin;
+}
+
+template <class S, class T>
+__device__ void pick(const Softmax<S>& shares, int64_t bin, Picked<T>& to) {
+  to = {T(0), shares.share(0)};
+  for (int64_t k = 1; k <= bin; ++k) to = {to.before + to.here, shares.share(k)};
+}
+
+template <class S>
+struct Coordinate {
+  using T = compute_t<S>;
+  Softmax<S> widths, heights;
+  Folded<T> folded;
+  Picked<T> w, h;
+  int64_t k;
+  T d0, d1;  // raw
+  Bin<T> bin;
+
+  __device__ Coordinate(const Problem& p, const Constants<T>& c, const S* raw, T x)
+      : widths(raw, p.bins), heights(raw + p.bins, p.bins), folded(fold(x, c)) {
+    if (p.inverse) {
+      k = search(heights, c.y, folded.at, h);
+      pick(widths, k, w);
+    } else {
+      k = search(widths, c.x, folded.at, w);
+      pick(heights, k, h);
+    }
+    d0 = derivative(p, raw + 2 * p.bins, k), d1 = derivative(p, raw + 2 * p.bins, k + 1);
+    bin = {c.x.knot(T(k), w.before), c.y.knot(T(k), h.before),        c.x.size(w.here),
+           c.y.size(h.here),         c.min_derivative + softplus(d0), c.min_derivative + softplus(d1)};
+  }
+
+  // The raw derivative at a knot.
+  static __device__ T derivative(const Problem& p, const S* raw, int64_t knot) {
+    if (p.tails == kNone) return load(raw[knot]);
+    if (p.tails == kCircular) return load(raw[knot == p.bins ? 0 : knot]);
+    return knot == 0 || knot == p.bins ? T(p.edge) : T(load(raw[knot - 1]));
+  }
+};
+
+template <int Lanes, class S>
+__global__ void forward_kernel(Problem p, Constants<compute_t<S>> c, Forward out) {
+  using T = compute_t<S>;
+  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+    const S* params = static_cast<const S*>(p.params) + row * p.params_stride;
+    T sum = 0;
+    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
+      const T x = load(static_cast<const S*>(p.x)[row * p.x_stride + j]);
+      const Coordinate<S> at(p, c, params + j * p.width(), x);
+      const Value<T> v = p.inverse ? value<true>(x, at.folded, at.bin, c) : value<false>(x, at.folded, at.bin, c);
+      store(static_cast<S*>(out.y)[row * p.cols + j], v.y);
+      sum += v.logdet;
+    }
+    sum = row_sum<Lanes>(sum);
+    if (lane<Lanes>() == 0) static_cast<T*>(out.logdet)[row] = sum;
+  }
+}
+
+// From the gradients for a bin's corner and size on one axis, those for the raw parameters of the axis.
+template <class S, class T>
+__device__ void raw_gradients(const Softmax<S>& shares, const Axis<T>& axis, int64_t bin, const Picked<T>& picked,
+                              T gknot, T gsize, S* to) {
+  const T mean = gknot * picked.before + gsize * picked.here;
+  for (int64_t k = 0; k < shares.bins; ++k) {
+    const T g = k < bin ? gknot : (k == bin ? gsize : T(0));
+    store(to[k], axis.raw(shares.share(k), g - mean));
+  }
+}
+
+template <int Lanes, class S>
+__global__ void backward_kernel(Problem p, Constants<compute_t<S>> c, Backward out) {
+  using T = compute_t<S>;
+  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+    const S* params = static_cast<const S*>(p.params) + row * p.params_stride;
+    const T glogdet = static_cast<const T*>(out.glogdet)[row];
+    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
+      const int64_t i = row * p.cols + j, bins = p.bins;
+      const T x = load(static_cast<const S*>(p.x)[row * p.x_stride + j]);
+      const T gy = load(static_cast<const S*>(out.gy)[i]);
+      const Coordinate<S> at(p, c, params + j * p.width(), x);
+      const Grad<T> g =
+          p.inverse ? grad<true>(gy, glogdet, at.folded, at.bin) : grad<false>(gy, glogdet, at.folded, at.bin);
+      store(static_cast<S*>(out.gx)[i], g.gx);
+      S* to = static_cast<S*>(out.gparams) + i * p.width();
+      raw_gradients(at.widths, c.x, at.k, at.w, g.x, g.w, to);
+      raw_gradients(at.heights, c.y, at.k, at.h, g.y, g.h, to + bins);
+      const T gd0 = g.d0 * sigmoid(at.d0), gd1 = g.d1 * sigmoid(at.d1);
+      const int64_t first = p.tails == kLinear ? 1 : 0, count = p.width() - 2 * bins;
+      for (int64_t k = 0; k < count; ++k) {
+        T gd = at.k == k + first ? gd0 : T(0);
+        if (at.k + 1 == k + first || (p.tails == kCircular && k == 0 && at.k + 1 == bins)) gd += gd1;
+        store(to[2 * bins + k], gd);
+      }
+    }
+  }
+}
+
+template <int Lanes, class S>
+void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
+  forward_kernel<Lanes, S><<<blocks_for<Lanes>(p.rows), kThreads, 0, stream>>>(p, Constants<compute_t<S>>(p), out);
+}
+template <int Lanes, class S>
+void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
+  backward_kernel<Lanes, S><<<blocks_for<Lanes>(p.rows), kThreads, 0, stream>>>(p, Constants<compute_t<S>>(p), out);
+}
+
+template <class Out>
+void run_rows(const Problem& p, const Out& out, void* stream) {
+  if (p.rows == 0) return;  // a launch of no blocks is an error
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (p.cols <= 32 * 8) {
+      launch<32, S>(p, out, static_cast<cudaStream_t>(stream));
+    } else {
+      launch<kThreads, S>(p, out, static_cast<cudaStream_t>(stream));
+    }
+  });
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+
+}  // namespace genfuse::rational_quadratic_spline::cuda

@@ -1,0 +1,44 @@
+#pragma once
+#include <cstdint>
+
+#include "portable.h"
+
+namespace genfuse::rational_quadratic_spline {
+
+enum Tails { kLinear, kNone, kCircular };
+
+// Addresses, and strides between rows in elements. x is (rows, cols), params (rows, cols, P) with neighbouring
+// coordinates P apart; logdet is (rows), float32 where the rest is of 16 bits.
+struct Problem {
+  int dtype;
+  const void *x, *params;
+  int64_t x_stride, params_stride, rows, cols;
+  int64_t bins;
+  int tails;
+  bool inverse;
+  double bound, min_width, min_height, min_derivative;
+  double edge;  // the raw derivative of both ends under linear tails
+
+  GENFUSE_HD int64_t width() const { return 3 * bins + (tails == kLinear ? -1 : tails == kNone ? 1 : 0); }  // P
+};
+
+struct Forward {
+  void *y, *logdet;
+};
+
+struct Backward {
+  const void *gy, *glogdet;
+  void *gx, *gparams;  // all contiguous
+};
+
+namespace cpu {
+void run(const Problem&, const Forward&);
+void run(const Problem&, const Backward&);
+}  // namespace cpu
+
+namespace cuda {
+void run(const Problem&, const Forward&, void* stream);
+void run(const Problem&, const Backward&, void* stream);
+}  // namespace cuda
+
+}  // namespace genfuse::rational_quadratic_spline

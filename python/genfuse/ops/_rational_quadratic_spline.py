@@ -1,0 +1,361 @@
+"""Monotonic rational-quadratic splines and their log-determinant, from a conditioner's raw output, in one pass."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from genfuse.ops import _op
+from genfuse.ops._op import _C
+
+TAILS = {"linear": 0, "none": 1, "circular": 2}  # as launch.h numbers them
+EXTRA = {"linear": -1, "none": 1, "circular": 0}  # raw derivatives, beyond one a bin
+
+
+class Settings(NamedTuple):
+    """What all kernels take after their tensors."""
+
+    bins: int
+    bound: float
+    tails: str
+    inverse: bool
+    min_width: float
+    min_height: float
+    min_derivative: float
+
+    @property
+    def params(self) -> int:
+        return 3 * self.bins + EXTRA[self.tails]
+
+    @property
+    def edge(self) -> float:
+        """The raw derivative of both ends under linear tails: it means 1."""
+        return math.log(math.expm1(1 - self.min_derivative)) if self.tails == "linear" else 0.0
+
+
+class _Bin(NamedTuple):
+    """The bin that a point is in: its index, lower corner, width, height, and the derivatives at its ends."""
+
+    k: Tensor
+    x: Tensor
+    y: Tensor
+    w: Tensor
+    h: Tensor
+    d0: Tensor
+    d1: Tensor
+
+
+def _shares(params: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The bins' shares of width and height beyond the minimum, and the raw derivatives at all knots."""
+    widths, heights, d = params.split([s.bins, s.bins, s.params - 2 * s.bins], -1)
+    if s.tails == "linear":
+        d = F.pad(d, (1, 1), value=s.edge)
+    elif s.tails == "circular":
+        d = torch.cat([d, d[..., :1]], -1)
+    return widths.softmax(-1), heights.softmax(-1), d
+
+
+def _find(at: Tensor, shares: tuple[Tensor, Tensor, Tensor], s: Settings, *, along_y: bool) -> _Bin:
+    def knots(share: Tensor, minimum: float) -> tuple[Tensor, Tensor]:
+        size = 2 * s.bound * (minimum + (1 - minimum * s.bins) * share)
+        return F.pad(size.cumsum(-1)[..., :-1], (1, 0)) - s.bound, size
+
+    (x, w), (y, h) = knots(shares[0], s.min_width), knots(shares[1], s.min_height)
+    d = s.min_derivative + F.softplus(shares[2])
+    k = (at.detach()[..., None] >= (y if along_y else x)[..., 1:]).sum(-1, keepdim=True)
+    return _Bin(k, *(t.gather(-1, k)[..., 0] for t in (x, y, w, h, d[..., :-1], d[..., 1:])))
+
+
+def _unit(t: Tensor) -> Tensor:
+    """t, which only rounding takes out of [0, 1], moved back; the derivative stays 1."""
+    return t + (t.clamp(0, 1) - t).detach()
+
+
+def _folded(x: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """x inside the box, what was taken from it, and where it was inside."""
+    if s.tails == "circular":
+        turns = 2 * s.bound * torch.floor((x.detach() + s.bound) / (2 * s.bound))
+        return x - turns, turns, torch.ones_like(x, dtype=torch.bool)
+    inside = x.abs() <= s.bound
+    return torch.where(inside, x, 0.0), torch.zeros_like(x), inside
+
+
+def formula(x: Tensor, params: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    at, turns, inside = _folded(x, s)
+    b = _find(at, _shares(params, s), s, along_y=s.inverse)
+    delta = b.h / b.w
+    if s.inverse:
+        # Equation 29 in r = (y - y_k) / h has the discriminant (d0 (1 - r) - d1 r)^2 + 4 delta^2 r (1 - r): never
+        # below 0. Of its two forms of one root, each is free of cancellation on one side of e = 0.
+        r = _unit((at - b.y) / b.h)
+        most = torch.finfo(x.dtype).max ** 0.5 / 2
+        e = ((b.d0 * (1 - r) - b.d1 * r) / (2 * delta)).clamp(-most, most)
+        rest = r * (1 - r)
+        root = (e * e + rest).sqrt()
+        other = torch.where(e >= 0, e + root, rest / (root - e.clamp(max=0)))
+        theta, q = r / (r + other), other / (r + other)
+        y = (b.x + theta * b.w).clamp(-s.bound, s.bound)
+    else:
+        theta = _unit((at - b.x) / b.w)
+        q = 1 - theta
+    t = theta * q
+    below = delta * (1 - 2 * t) + (b.d0 + b.d1) * t
+    if not s.inverse:
+        y = b.y + b.h * ((delta * theta**2 + b.d0 * t) / below)
+    ratio = delta / below
+    logdet = ((b.d1 * theta**2 + 2 * delta * t + b.d0 * q**2) * ratio * ratio).log()
+    logdet = torch.where(inside, -logdet if s.inverse else logdet, 0.0).sum(-1)
+    return torch.where(inside, y + turns, math.nan if s.tails == "none" else x), logdet
+
+
+def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """Gradients for x and params; of the inverse, whose result x is here, for what it was taken of and params."""
+    at, _, inside = _folded(x, s)
+    shares = _shares(params, s)
+    b = _find(at, shares, s, along_y=False)
+    delta = b.h / b.w
+    theta = _unit((at - b.x) / b.w)
+    q = 1 - theta
+    t = theta * q
+    below = 1 / (delta * (1 - 2 * t) + (b.d0 + b.d1) * t)
+    m = b.d1 * theta**2 + 2 * delta * t + b.d0 * q**2
+    v = (delta * theta**2 + b.d0 * t) * below  # y = y_k + h v
+    slope = delta * below * (m * (delta * below))
+    g_log = glogdet.unsqueeze(-1)
+    log_m = 2 * (theta * (b.d1 - delta) + q * (delta - b.d0)) / m
+    log_x = (log_m - 2 * (b.d0 + b.d1 - 2 * delta) * (q - theta) * below) / b.w
+    if s.inverse:  # by the implicit function theorem
+        g = -(gy - g_log * log_x) / slope
+        g_log = -g_log
+        gx, gxk = -g, gy
+    else:
+        g = gy
+        gx = gy * slope + g_log * log_x
+        gxk = -gx
+    gh_below = g * b.h * below
+    gdelta = gh_below * below * t * (b.d1 * theta**2 - b.d0 * q**2) + g_log * (
+        2 / delta + 2 * t / m - 2 * (1 - 2 * t) * below
+    )
+    gd0 = gh_below * t * (1 - v) + g_log * (q**2 / m - 2 * t * below)
+    gd1 = -gh_below * t * v + g_log * (theta**2 / m - 2 * t * below)
+    gw, gh = gxk * theta - gdelta * delta / b.w, g * v + gdelta / b.w
+
+    index = torch.arange(s.bins + 1, device=x.device)
+    here, past = index == b.k, index == b.k + 1
+
+    def raw(share: Tensor, minimum: float, gknot: Tensor, gsize: Tensor) -> Tensor:
+        g = torch.where(index[:-1] < b.k, gknot[..., None], torch.where(here[..., :-1], gsize[..., None], 0.0))
+        return 2 * s.bound * (1 - minimum * s.bins) * share * (g - (g * share).sum(-1, keepdim=True))
+
+    gd = torch.where(here, gd0[..., None], torch.where(past, gd1[..., None], 0.0)) * shares[2].sigmoid()
+    if s.tails == "linear":
+        gd = gd[..., 1:-1]
+    elif s.tails == "circular":
+        gd = torch.cat([gd[..., :1] + gd[..., -1:], gd[..., 1:-1]], -1)
+    gparams = torch.cat([raw(shares[0], s.min_width, gxk, gw), raw(shares[1], s.min_height, g, gh), gd], -1)
+    return torch.where(inside, gx, gy), torch.where(inside[..., None], gparams, 0.0)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """The type that is computed in, which is also that of the logdet: a sum of many terms does not fit 16 bits."""
+    return t.dtype if t.dtype is torch.float64 else torch.float32
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _outputs(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty(x.shape[:-1], dtype=_wide(x))
+
+
+def _gradients(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(params)
+
+
+def reference(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    y, logdet = formula(x.to(_wide(x)), params.to(_wide(x)), Settings(*settings))
+    return y.to(x.dtype).contiguous(), logdet.contiguous()
+
+
+def backward_reference(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    s, wide = Settings(*settings), _wide(x)
+    x_, params_ = x.to(wide), params.to(wide)
+    if s.inverse:
+        x_, _ = formula(x_, params_, s)
+    gx, gparams = gradient(gy.to(wide), glogdet, x_, params_, s)
+    return gx.to(x.dtype).contiguous(), gparams.to(x.dtype).contiguous()
+
+
+def _problem(x: Tensor, params: Tensor, s: Settings) -> tuple[list, tuple]:
+    """What both compiled kernels take first, and the tensors whose addresses stand in it."""
+    x, x_stride = _op.rows(x)
+    params, params_stride = _op.rows(params.flatten(-2))
+    return [
+        _op.DTYPES[x.dtype],
+        x.data_ptr(), x_stride, params.data_ptr(), params_stride, x.shape[:-1].numel(), x.shape[-1],
+        s.bins, TAILS[s.tails], s.inverse, s.bound, s.min_width, s.min_height, s.min_derivative, s.edge,
+    ], (x, params)  # fmt: skip
+
+
+def _native(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    y, logdet = _outputs(x, params)
+    problem, _alive = _problem(x, params, Settings(*settings))
+    _C.rational_quadratic_spline(*problem, y.data_ptr(), logdet.data_ptr(), *_op.place(x))
+    return y, logdet
+
+
+def _native_backward(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    gx, gparams = _gradients(gy, glogdet, x, params)
+    gy, glogdet = gy.contiguous(), glogdet.contiguous()
+    problem, _alive = _problem(x, params, Settings(*settings))
+    _C.rational_quadratic_spline_backward(
+        *problem, gy.data_ptr(), glogdet.data_ptr(), gx.data_ptr(), gparams.data_ptr(), *_op.place(x)
+    )
+    return gx, gparams
+
+
+_SETTINGS = "int bins, float bound, str tails, bool inverse, float min_width, float min_height, float min_derivative"
+_forward = _op.define(
+    f"rational_quadratic_spline(Tensor x, Tensor params, {_SETTINGS}) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=_outputs,
+    native=_native,
+    triton="rational_quadratic_spline:forward",
+)
+_backward = _op.define(
+    f"rational_quadratic_spline_backward(Tensor gy, Tensor glogdet, Tensor x, Tensor params, {_SETTINGS}) "
+    "-> (Tensor, Tensor)",
+    reference=backward_reference,
+    fake=_gradients,
+    native=_native_backward,
+    triton="rational_quadratic_spline:backward",
+)
+
+
+class RationalQuadraticSpline(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, params)
+        ctx.settings = settings
+        return _forward(x, params, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
+        x, params = ctx.saved_tensors
+        # Grad mode is on in here only under create_graph=True: then stay differentiable.
+        if not torch.is_grad_enabled():
+            gradients = _backward(gy, glogdet, x, params, *ctx.settings)
+        else:
+            s, wide = Settings(*ctx.settings), _wide(x)
+            at = RationalQuadraticSpline.apply(x, params, *s)[0] if s.inverse else x
+            gx, gparams = gradient(gy.to(wide), glogdet, at.to(wide), params.to(wide), s)
+            gradients = gx.to(x.dtype), gparams.to(x.dtype)
+        return *gradients, *[None] * len(ctx.settings)
+
+
+def rational_quadratic_spline(
+    x: Tensor,
+    params: Tensor,
+    *,
+    bins: int,
+    bound: float,
+    tails: str = "linear",
+    inverse: bool = False,
+    min_width: float = 1e-3,
+    min_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    r"""Transform each coordinate by a monotonic rational-quadratic spline of its own, with the log-determinant.
+
+    Durkan et al., "Neural Spline Flows" (arXiv 1906.04032), section 3.1 and appendix A.1. From raw parameters, as a
+    conditioner returns them: with raw widths a, raw heights b and raw derivatives c of a coordinate,
+
+    .. math::
+        w = 2 B (\mathrm{min\_width} + (1 - K \mathrm{min\_width}) \operatorname{softmax}(a)), \qquad
+        d = \mathrm{min\_derivative} + \operatorname{softplus}(c),
+
+    heights as widths, and knots from -B to B on both axes. These are nflows' meanings. The inverse solves its quadratic
+    equation in a form whose discriminant cannot fall below 0. Differentiable to any order.
+
+    Args:
+        x: (..., D), of any strides; float32, float64, float16 or bfloat16.
+        params: (..., D, P), of x's dtype, or of 16 bits beside a float32 x: for each coordinate ``bins`` raw widths,
+            ``bins`` raw heights, and raw derivatives: at the bins - 1 inner knots for linear tails, at all bins + 1
+            for none, at the first ``bins`` for circular, whose last is the first.
+        bins: K, the number of bins.
+        bound: B; the spline maps [-B, B] to itself, in the units of x.
+        tails: outside the box "linear" is the identity, whose derivative 1 holds at both ends; "circular" goes on
+            periodically, f(x + 2B) = f(x) + 2B; "none" has no outside: see Raises.
+        inverse: whether to map y back to x.
+        min_width, min_height: least size of a bin, as a share of the box.
+        min_derivative: least derivative at a knot.
+
+    Returns:
+        y, of x's shape and dtype, contiguous; and the log-determinant of what was done, forward or inverse, (...), in
+        nats, float64 for float64 and float32 for all others.
+
+    Raises:
+        ValueError: for arguments whose shapes, dtypes, devices or sizes do not go together; and, with tails="none", for
+            an x outside the box. That check waits for the device, once a call; under torch.compile it is left out, and
+            such an x gives NaN.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    if not 0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}")
+    if tails not in TAILS:
+        raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {tails!r}")
+    for name, least in (("min_width", min_width), ("min_height", min_height)):
+        if not 0 < least <= 1 / bins:
+            raise ValueError(f"{name} must be above 0 and at most 1 / bins = {1 / bins:g}, got {least}")
+    if not 0 < min_derivative < 1:
+        raise ValueError(f"min_derivative must be between 0 and 1, got {min_derivative}")
+    settings = Settings(bins, float(bound), tails, inverse, min_width, min_height, min_derivative)
+    if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
+        params = params.float()
+    shape = (*x.shape, settings.params)
+    if (
+        params.shape != shape
+        or params.dtype is not x.dtype
+        or params.device != x.device
+        or x.dtype not in _op.DTYPES
+        or not x.dim()
+    ):
+        _op.complain_unless_like(x, "x", params=(params, shape))
+    if tails == "none" and not torch.compiler.is_compiling() and bool((x.detach().abs() > bound).any()):
+        raise ValueError(f'x must lie in [-{bound:g}, {bound:g}] with tails="none", got {float(x.abs().max()):g}')
+    return RationalQuadraticSpline.apply(x, params, *settings)
+
+
+def eager(x: Tensor, params: Tensor, *, bins: int, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    return formula(x, params, Settings(bins, bound, "linear", inverse, 1e-3, 1e-3, 1e-3))
+
+
+def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    make = torch.Generator().manual_seed(1)
+    x = 1.5 * torch.randn(size, generator=make)  # some of it in the tails
+    params = 0.1 * torch.randn((*size, 23), generator=make)
+    x, params = (t.to(device, dtype).detach().requires_grad_() for t in (x, params))
+    return {"x": x, "params": params}
+
+
+def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    n, d = size
+    # x, params, y, logdet; gy, glogdet, x, params, gx, gparams
+    return (n * d * (2 + 23) + n) * itemsize, (n * d * (3 + 2 * 23) + n) * itemsize
+
+
+for _name, _inverse in (("rational_quadratic_spline", False), ("rational_quadratic_spline_inverse", True)):
+    _op.OPERATORS[_name] = _op.Operator(
+        name=_name,
+        function=partial(rational_quadratic_spline, bins=8, bound=3.0, inverse=_inverse),
+        eager=partial(eager, bins=8, bound=3.0, inverse=_inverse),
+        kernels=(_forward, _backward),
+        sizes=((1, 8), (128, 16), (4096, 32)),
+        example=_example,
+        moved=_moved,
+    )

@@ -1,0 +1,270 @@
+"""Rational-quadratic splines: their own Jacobian, round trips, tails, knots, extremes, bad input."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from genfuse import ops
+from genfuse.ops import rational_quadratic_spline
+
+EXTRA = {"linear": -1, "none": 1, "circular": 0}
+
+
+def example(tails="linear", shape=(7, 5), bins=8, dtype=torch.float64, scale=1.0, device="cpu"):
+    """x within (-3, 3), raw parameters, and the settings that go with them."""
+    make = torch.Generator().manual_seed(1)
+    x = 6 * torch.rand(shape, generator=make, dtype=torch.float64) - 3
+    params = scale * torch.randn((*shape, 3 * bins + EXTRA[tails]), generator=make, dtype=torch.float64)
+    settings = {"bins": bins, "bound": 3.0, "tails": tails}
+    return x.to(device, dtype).requires_grad_(), params.to(device, dtype).requires_grad_(), settings
+
+
+def knots(raw, minimum=1e-3, bound=3.0):
+    """Where bins begin and end, by the definition."""
+    share = raw.exp() / raw.exp().sum(-1, keepdim=True)
+    size = minimum + (1 - minimum * raw.shape[-1]) * share
+    return 2 * bound * F.pad(size.cumsum(-1), (1, 0)) - bound
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("bins", [1, 2, 8, 21])
+@pytest.mark.parametrize("tails", EXTRA)
+def test_the_logdet_is_that_of_the_jacobian(tails, bins, inverse, device, implementation):
+    x, params, settings = example(tails, bins=bins, device=device)
+    y, logdet = rational_quadratic_spline(x, params, **settings, inverse=inverse)
+    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)  # the Jacobian is diagonal
+    assert bool((slope > 0).all())
+    torch.testing.assert_close(logdet, slope.log().sum(-1), rtol=1e-9, atol=1e-9)
+    rows = torch.autograd.functional.jacobian(
+        lambda x: rational_quadratic_spline(x, params[0], **settings, inverse=inverse)[0], x[0].detach()
+    )
+    torch.testing.assert_close(torch.linalg.slogdet(rows)[1], logdet[0].detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", EXTRA)
+def test_derivatives_agree_with_finite_differences(tails, inverse, order, device, implementation):
+    x, params, settings = example(tails, (2, 3), bins=3, device=device)
+    check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
+    assert check(lambda x, p: rational_quadratic_spline(x, p, **settings, inverse=inverse), (x, params))
+
+
+@pytest.mark.parametrize("tails", EXTRA)
+def test_knots_go_to_knots_with_their_derivatives(tails, device, implementation):
+    _, params, settings = example(tails, (4, 1), bins=5, device=device)
+    x, y = knots(params[..., :5])[:, 0].detach(), knots(params[..., 5:10])[:, 0].detach()
+    inner = 1e-3 + F.softplus(params[..., 10:])[:, 0].detach()
+    one = torch.ones_like(inner[:, :1])
+    d = {"linear": torch.cat([one, inner, one], -1), "none": inner, "circular": torch.cat([inner, inner[:, :1]], -1)}
+    # Every knot of a row is a row of its own, with that row's parameters.
+    at = x.clamp(-3, 3).reshape(-1, 1).requires_grad_()
+    got, _ = rational_quadratic_spline(at, params.repeat_interleave(6, 0), **settings)
+    torch.testing.assert_close(got, y.reshape(-1, 1), rtol=0, atol=1e-12)
+    (slope,) = torch.autograd.grad(got.sum(), at)
+    torch.testing.assert_close(slope.view(4, 6), d[tails], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tails", EXTRA)
+def test_the_inverse_is_one(tails, device, implementation):
+    x, params, settings = example(tails, (50, 9), device=device)
+    y, forward = rational_quadratic_spline(x, params, **settings)
+    back, inverse = rational_quadratic_spline(y, params, **settings, inverse=True)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(inverse, -forward, rtol=0, atol=1e-8)
+
+
+def test_it_is_monotonic(device, implementation):
+    _, params, settings = example(shape=(1, 6), dtype=torch.float32, scale=3.0, device=device)
+    x = torch.linspace(-4, 4, 1001, device=device)[:, None].expand(1001, 6)
+    for inverse in (False, True):
+        y, _ = rational_quadratic_spline(x, params.expand(1001, 6, -1), **settings, inverse=inverse)
+        assert float(y.detach().diff(dim=0).min()) > -2e-6  # to rounding
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_linear_tails_are_the_identity(inverse, device, implementation):
+    x, params, settings = example(device=device)
+    inf = float("inf")
+    outside = torch.tensor([3.0000001, -3.1, 100.0, inf, -inf], device=device, dtype=x.dtype).expand(7, 5)
+    outside = outside.clone().requires_grad_()
+    y, logdet = rational_quadratic_spline(outside, params, **settings, inverse=inverse)
+    assert torch.equal(y, outside)
+    assert torch.equal(logdet, torch.zeros_like(logdet))
+    gx, gparams = torch.autograd.grad(y.sum() + logdet.sum(), (outside, params))
+    assert torch.equal(gx, torch.ones_like(gx))
+    assert torch.equal(gparams, torch.zeros_like(gparams))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_circular_tails_go_on_periodically(inverse, device, implementation):
+    x, params, settings = example("circular", device=device)
+    y, logdet = rational_quadratic_spline(x, params, **settings, inverse=inverse)
+    for turns in (-2, 1):
+        further, same = rational_quadratic_spline(x + 6 * turns, params, **settings, inverse=inverse)
+        torch.testing.assert_close(further, y + 6 * turns)
+        torch.testing.assert_close(same, logdet)
+    ends = torch.tensor([-3.0, 3.0], device=device, dtype=x.dtype)[:, None].requires_grad_()
+    at_ends, _ = rational_quadratic_spline(ends, params[:1, :1].expand(2, 1, -1), **settings, inverse=inverse)
+    assert torch.equal(at_ends, ends)
+    (slopes,) = torch.autograd.grad(at_ends.sum(), ends)
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+@pytest.mark.parametrize("scale", range(1, 9))
+def test_the_inverse_in_float32_is_as_good_as_float64_rounded(scale, device, implementation):
+    n = (64, 32) if implementation == "triton" and device == "cpu" else (2048, 32)
+    y, params, settings = example(shape=n, dtype=torch.float32, scale=float(scale), device=device)
+    x, logdet = rational_quadratic_spline(y, params, **settings, inverse=True)
+    again, _ = rational_quadratic_spline(x, params, **settings)
+    with ops.use("reference"):
+        wide, wide_params = y.double(), params.double()
+        exact, _ = rational_quadratic_spline(wide, wide_params, **settings, inverse=True)
+        rounded, _ = rational_quadratic_spline(exact.float().double(), wide_params, **settings)
+    assert float((again - y).abs().max()) <= 4 * float((rounded - wide).abs().max())
+    assert bool(logdet.isfinite().all())
+    gradients = torch.autograd.grad((x + logdet[:, None]).sum(), (y, params))
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", EXTRA)
+def test_gradients_are_finite_inside_outside_and_on_the_knots(tails, inverse, device, implementation):
+    for dtype in (torch.float32, torch.float64):
+        _, params, settings = example(tails, (4, 1), bins=5, dtype=dtype, scale=3.0, device=device)
+        raw = params[..., 5:10] if inverse else params[..., :5]
+        at = knots(raw)[:, 0].detach().clamp(-3, 3)
+        if tails != "none":
+            at = torch.cat([at[:, 1:], torch.tensor([[3.5], [-40.0], [3.0], [-3.0]], device=device, dtype=dtype)], -1)
+        at = at.reshape(-1, 1).requires_grad_()
+        many = params.repeat_interleave(len(at) // 4, 0)
+        y, logdet = rational_quadratic_spline(at, many, **settings, inverse=inverse)
+        gradients = torch.autograd.grad(y.sum() + logdet.sum(), (at, params), create_graph=True)
+        again = torch.autograd.grad(sum(g.sum() for g in gradients), (at, params))
+        assert all(bool(t.isfinite().all()) for t in (y, logdet, *gradients, *again))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("size", [1e3, 1e30])
+def test_no_finite_parameters_make_a_nan(size, inverse, device, implementation):
+    x, params, settings = example(shape=(64, 5), dtype=torch.float32, scale=size, device=device)
+    y, logdet = rational_quadratic_spline(x, params, **settings, inverse=inverse)
+    assert not bool(y.isnan().any())
+    assert not bool(logdet.isnan().any())
+    assert float(y.abs().max()) <= 3
+
+
+def test_a_nan_stays_where_it_is(device, implementation):
+    x, params, settings = example(dtype=torch.float32, device=device)
+    clean, clean_logdet = rational_quadratic_spline(x, params, **settings)
+    x, params = x.detach().clone(), params.detach().clone()
+    x[1, 2] = params[3, 4, 5] = float("nan")
+    y, logdet = rational_quadratic_spline(x, params, **settings)
+    bad = torch.zeros_like(x, dtype=torch.bool)
+    bad[1, 2] = bad[3, 4] = True
+    assert torch.equal(y.isnan(), bad)
+    torch.testing.assert_close(y[~bad], clean.detach()[~bad])
+    rest = [0, 2, 4, 5, 6]
+    torch.testing.assert_close(logdet[rest], clean_logdet.detach()[rest])
+
+
+def test_16_bit_parameters_are_read_as_they_are(device, implementation):
+    for dtype in (torch.bfloat16, torch.float16):
+        x, params, settings = example(dtype=dtype, device=device)
+        y, logdet = rational_quadratic_spline(x, params, **settings)
+        expected, expected_logdet = rational_quadratic_spline(x.float(), params.float(), **settings)
+        assert y.dtype is dtype
+        assert logdet.dtype is torch.float32
+        torch.testing.assert_close(y, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)
+        torch.testing.assert_close(logdet, expected_logdet, rtol=1e-4, atol=1e-4)
+        # As under autocast: only the conditioner is of 16 bits.
+        y, logdet = rational_quadratic_spline(x.float(), params, **settings)
+        torch.testing.assert_close((y, logdet), (expected, expected_logdet))
+        (gparams,) = torch.autograd.grad(y.sum(), params)
+        assert gparams.dtype is dtype
+
+
+def test_slices_of_a_conditioners_output_are_not_copied(monkeypatch, device, implementation):
+    x, params, settings = example(shape=(6, 4), device=device)
+    both = torch.cat([params.flatten(1), params.flatten(1)], -1)
+    sliced = both[:, 4 * 23 :].view(6, 4, 23)
+    assert not sliced.is_contiguous()
+    copies = []
+    monkeypatch.setattr(ops._op, "rows", lambda t, rows=ops._op.rows: copies.append(rows(t)[0] is not t) or rows(t))
+    got = rational_quadratic_spline(x, sliced, **settings)
+    assert not any(copies)
+    torch.testing.assert_close(got, rational_quadratic_spline(x, params, **settings))
+
+
+def test_any_strides_give_the_same(device, implementation):
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, 6, generator=make, dtype=torch.float64).to(device).transpose(0, 2)[..., ::2]
+    params = torch.randn(23, 3, 4, 6, generator=make, dtype=torch.float64).to(device).permute(3, 2, 1, 0)
+    results = []
+    for copy in (False, True):
+        u, p = ((t.contiguous() if copy else t).detach().requires_grad_() for t in (x, params))
+        y, logdet = rational_quadratic_spline(u, p, bins=8, bound=3.0)
+        results.append((y, logdet, *torch.autograd.grad(y.sin().sum() + logdet.sin().sum(), (u, p))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert results[0][0].is_contiguous()
+
+
+@pytest.mark.skipif(ops._op._C is None, reason="no compiled kernels")
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    x, params, settings = example(shape=(3001, 7), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            y, logdet = rational_quadratic_spline(x, params, **settings)
+            results.append((y, logdet, *torch.autograd.grad(y.sum() + logdet.sum(), (x, params))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", EXTRA)
+def test_it_compiles_into_one_graph(tails, inverse):
+    x, params, settings = example(tails)
+
+    def step(x, params):
+        y, logdet = rational_quadratic_spline(x, params, **settings, inverse=inverse)
+        return (y**2).sum() + logdet.sum()
+
+    ours = torch.autograd.grad(torch.compile(step, fullgraph=True)(x, params), (x, params))
+    for a, b in zip(ours, torch.autograd.grad(step(x, params), (x, params)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_spline_without_tails_refuses_what_lies_outside(device, implementation):
+    x, params, settings = example("none", dtype=torch.float32, device=device)
+    x = x.detach().clone()
+    x[0, 0] = 3.5
+    with pytest.raises(ValueError, match=r'x must lie in \[-3, 3\] with tails="none", got 3.5'):
+        rational_quadratic_spline(x, params, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": torch.zeros(3, 4, 24)}, r"params must have shape \(3, 4, 23\), got \(3, 4, 24\)"),
+        ({"params": torch.zeros(3, 4, 23).double()}, r"params must have x's dtype torch.float32, got torch.float64"),
+        ({"params": torch.zeros(3, 4, 23, device="meta")}, r"params must be on x's device cpu, got meta"),
+        ({"x": torch.zeros(3, 4).int()}, r"x must be float32, .* got torch.int32"),
+        ({"x": torch.zeros(())}, r"x must have at least one axis"),
+        ({"bins": 0}, r"bins must be at least 1, got 0"),
+        ({"bound": -1.0}, r"bound must be positive and finite, got -1.0"),
+        ({"tails": "box"}, r"tails must be one of linear, none, circular, got 'box'"),
+        ({"min_width": 0.2}, r"min_width must be above 0 and at most 1 / bins = 0.125, got 0.2"),
+        ({"min_height": 0.0}, r"min_height must be above 0"),
+        ({"min_derivative": 1.0}, r"min_derivative must be between 0 and 1, got 1.0"),
+    ],
+)
+def test_a_bad_argument_is_named(change, message):
+    arguments = {"x": torch.zeros(3, 4), "params": torch.zeros(3, 4, 23), "bins": 8, "bound": 3.0}
+    with pytest.raises(ValueError, match=message):
+        rational_quadratic_spline(**{**arguments, **change})
