@@ -1,5 +1,6 @@
 """`Trainer`: the options of a training, and what is checked before it starts."""
 
+import atexit
 import dataclasses
 import math
 import os
@@ -105,6 +106,8 @@ class Trainer:
             if self.resume:
                 run.check_same(out, config)
         fabric.launch()
+        if fabric.world_size > 1:
+            atexit.register(_leave_group)
         if self.batch_size % fabric.world_size:
             raise SettingsError(
                 f"batch_size {self.batch_size} cannot be shared equally by {fabric.world_size} processes"
@@ -164,3 +167,9 @@ class Trainer:
             strategy=DDPStrategy(find_unused_parameters=players > 1) if several else "auto",
             precision=self.precision,
         )
+
+
+def _leave_group() -> None:
+    """Join the threads of torch.distributed before the process ends, which aborts where they are still running."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
