@@ -56,36 +56,27 @@ def eager(
     return formula(x, params, mask, 0 if mask is not None else int(mask_or_split), scale, inverse)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    """The type that is computed in, which is also that of logdet: a sum of many terms does not fit 16 bits."""
-    return t.dtype if t.dtype is torch.float64 else torch.float32
-
-
 def _outputs(
     x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty((x.shape[0],), dtype=_wide(x))
+    return _op.like(x), x.new_empty((x.shape[0],), dtype=_op.wide(x))
 
 
 def _gradients(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(params)
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return _op.like(x), _op.like(params)
 
 
 def reference(
     x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    y, logdet = formula(x.to(_wide(x)), params.to(_wide(x)), mask, split, scale, inverse)
+    y, logdet = formula(x.to(_op.wide(x)), params.to(_op.wide(x)), mask, split, scale, inverse)
     return y.to(x.dtype).contiguous(), logdet.contiguous()
 
 
 def backward_reference(
     gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
+    wide = _op.wide(x)
     gx, gparams = gradient(gy.to(wide), glogdet, x.to(wide), params.to(wide), mask, split, scale, inverse)
     return gx.to(x.dtype).contiguous(), gparams.to(x.dtype).contiguous()
 

@@ -18,17 +18,13 @@ def eager(p: Tensor, noise: Tensor | None = None) -> Tensor:
     return torch.bernoulli(p) if noise is None else formula(p, noise)
 
 
-def _wide(p: Tensor) -> torch.dtype:
-    return p.dtype if p.dtype is torch.float64 else torch.float32
-
-
 def _output(p: Tensor, seed: Tensor) -> Tensor:
     return torch.empty_like(p, memory_format=torch.contiguous_format)
 
 
 def reference(p: Tensor, seed: Tensor) -> Tensor:
-    u = _philox.uniform(seed, tuple(p.shape)).to(_wide(p))
-    return formula(p.to(_wide(p)), u).to(p.dtype).contiguous()
+    u = _philox.uniform(seed, tuple(p.shape)).to(_op.wide(p))
+    return formula(p.to(_op.wide(p)), u).to(p.dtype).contiguous()
 
 
 def _native(p: Tensor, seed: Tensor) -> Tensor:
@@ -74,7 +70,7 @@ def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str
 def _replay(arguments: dict[str, Any]) -> dict[str, Any]:
     p = arguments["p"]
     # As rounded where it is compared: a draw is 0 or 1, and no tolerance would forgive another rounding.
-    return {"noise": _philox.uniform(_philox.seed(p), tuple(p.shape)).to(_wide(p)).double()}
+    return {"noise": _philox.uniform(_philox.seed(p), tuple(p.shape)).to(_op.wide(p)).double()}
 
 
 _op.OPERATORS["bernoulli"] = _op.Operator(

@@ -259,6 +259,16 @@ def rows(t: Tensor) -> tuple[Tensor, int]:
     return t.contiguous(), t.shape[-1]
 
 
+def wide(t: Tensor) -> torch.dtype:
+    """The type that is computed in, which is also that of sums: many terms do not fit 16 bits."""
+    return t.dtype if t.dtype is torch.float64 else torch.float32
+
+
+def like(t: Tensor) -> Tensor:
+    """Room for a result of t's shape and dtype, contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def place(t: Tensor) -> tuple[int, int]:
     """Device index and raw stream as the compiled kernels take them; -1 is the CPU."""
     if not t.is_cuda:

@@ -159,30 +159,21 @@ def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, s: Settings
     return torch.where(inside, gx, gy), torch.where(inside[..., None], gparams, 0.0)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    """The type that is computed in, which is also that of the logdet: a sum of many terms does not fit 16 bits."""
-    return t.dtype if t.dtype is torch.float64 else torch.float32
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def _outputs(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty(x.shape[:-1], dtype=_wide(x))
+    return _op.like(x), x.new_empty(x.shape[:-1], dtype=_op.wide(x))
 
 
 def _gradients(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(params)
+    return _op.like(x), _op.like(params)
 
 
 def reference(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    y, logdet = formula(x.to(_wide(x)), params.to(_wide(x)), Settings(*settings))
+    y, logdet = formula(x.to(_op.wide(x)), params.to(_op.wide(x)), Settings(*settings))
     return y.to(x.dtype).contiguous(), logdet.contiguous()
 
 
 def backward_reference(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    s, wide = Settings(*settings), _wide(x)
+    s, wide = Settings(*settings), _op.wide(x)
     x_, params_ = x.to(wide), params.to(wide)
     if s.inverse:
         x_, _ = formula(x_, params_, s)
@@ -250,7 +241,7 @@ class RationalQuadraticSpline(torch.autograd.Function):
         if not torch.is_grad_enabled():
             gradients = _backward(gy, glogdet, x, params, *ctx.settings)
         else:
-            s, wide = Settings(*ctx.settings), _wide(x)
+            s, wide = Settings(*ctx.settings), _op.wide(x)
             at = RationalQuadraticSpline.apply(x, params, *s)[0] if s.inverse else x
             gx, gparams = gradient(gy.to(wide), glogdet, at.to(wide), params.to(wide), s)
             gradients = gx.to(x.dtype), gparams.to(x.dtype)

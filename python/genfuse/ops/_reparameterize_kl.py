@@ -45,37 +45,28 @@ def _shape(mu: Tensor, samples: int | None) -> tuple[int, ...]:
     return tuple(mu.shape) if samples is None else (samples, *mu.shape)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    """The type that is computed in, which is also that of the KL: a sum of many terms does not fit 16 bits."""
-    return t.dtype if t.dtype is torch.float64 else torch.float32
-
-
 def _outputs(
     mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor]:
-    z = _like(mu) if samples is None else mu.new_empty((samples, *mu.shape))
-    return z, mu.new_empty((*mu.shape[:-1],), dtype=_wide(mu))
+    z = _op.like(mu) if samples is None else mu.new_empty((samples, *mu.shape))
+    return z, mu.new_empty((*mu.shape[:-1],), dtype=_op.wide(mu))
 
 
 def _gradients(gz: Tensor, gkl: Tensor, mu: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(mu), _like(mu)
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return _op.like(mu), _op.like(mu)
 
 
 def _eps(mu: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None) -> Tensor:
     if noise is not None:
-        return noise.to(_wide(mu))
+        return noise.to(_op.wide(mu))
     assert seed is not None
-    return _philox.normal(seed, _shape(mu, samples), _wide(mu))
+    return _philox.normal(seed, _shape(mu, samples), _op.wide(mu))
 
 
 def reference(
     mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(mu)
+    wide = _op.wide(mu)
     z, kl = formula(mu.to(wide), logvar.to(wide), _eps(mu, seed, noise, samples))
     return z.to(mu.dtype).contiguous(), kl.contiguous()
 
@@ -83,7 +74,7 @@ def reference(
 def backward_reference(
     gz: Tensor, gkl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(mu)
+    wide = _op.wide(mu)
     gmu, glogvar = gradient(gz.to(wide), gkl, mu.to(wide), logvar.to(wide), _eps(mu, seed, noise, samples))
     return gmu.to(mu.dtype).contiguous(), glogvar.to(mu.dtype).contiguous()
 
@@ -160,9 +151,9 @@ class ReparameterizeKL(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *_backward(gz, gkl, mu, logvar, seed, noise, ctx.samples), None, gnoise, None
         if noise is None:  # made again: the sample of a standard normal
-            zero = torch.zeros_like(mu, dtype=_wide(mu), requires_grad=False)
+            zero = torch.zeros_like(mu, dtype=_op.wide(mu), requires_grad=False)
             noise, _ = _forward(zero, zero, seed, None, ctx.samples)
-        wide = _wide(mu)
+        wide = _op.wide(mu)
         gmu, glogvar = gradient(gz.to(wide), gkl, mu.to(wide), logvar.to(wide), noise.to(wide))
         return gmu.to(mu.dtype), glogvar.to(mu.dtype), None, gnoise, None
 
