@@ -1,0 +1,108 @@
+"""Invertible maps with their log-determinant, and how they are put together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Transform(nn.Module):
+    """Base: a differentiable bijection y = f(x), applied to each example, maybe given a context.
+
+    A subclass gives `forward` and `inverse`. Both take examples (N, ...) and a context (N, C) or None, and return the
+    transformed examples and the log-determinant of what was done, log |det dy/dx| or log |det dx/dy|, (N,) in nats.
+    A flow is trained in the direction of `forward`, which by convention leads from the data to the base distribution.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+
+class Inverse(Transform):
+    """A transform the other way round."""
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(x, context)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform(y, context)
+
+
+class Composite(Transform):
+    """Transforms one after another.
+
+    With ``reversible`` the activations of a forward pass are not kept: the backward pass recomputes each layer's input
+    from its output by its inverse (arXiv 1707.04585), so that memory does not grow with the number of layers. It costs
+    one more pass, and gradients are as exact as the inverses are. Gradients of first order only; layers must have the
+    same result at every call, which dropout does not.
+    """
+
+    def __init__(self, transforms: Sequence[Transform], *, reversible: bool = False) -> None:
+        super().__init__()
+        self.transforms = nn.ModuleList(transforms)
+        self.reversible = reversible
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.reversible and torch.is_grad_enabled():
+            return _Reversible.apply(self, x, context, *self.parameters())  # type: ignore[no-any-return]
+        return self.run(x, context)
+
+    def run(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward` with all activations kept for the backward pass."""
+        total: Tensor | None = None
+        for transform in self.transforms:
+            x, logdet = transform(x, context)
+            total = logdet if total is None else total + logdet
+        return x, x.new_zeros(len(x)) if total is None else total
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = None
+        for transform in reversed(self.transforms):
+            y, logdet = transform.inverse(y, context)  # type: ignore[operator]
+            total = logdet if total is None else total + logdet
+        return y, y.new_zeros(len(y)) if total is None else total
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, composite: Composite, x: Tensor, context: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, logdet = composite.run(x, context)
+        ctx.composite, ctx.weights = composite, weights
+        ctx.save_for_backward(y, context)
+        return y, logdet
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
+        y, context = ctx.saved_tensors
+        y, gcontext, gweights = y.detach(), None, {}
+        for transform in reversed(ctx.composite.transforms):
+            with torch.no_grad():
+                x, _ = transform.inverse(y, context)
+            with torch.enable_grad():
+                leaves = [x.requires_grad_()]
+                own = None
+                if context is not None:
+                    leaves.append(own := context.detach().requires_grad_(context.requires_grad))
+                weights = [w for w in transform.parameters() if w.requires_grad]
+                wanted = [leaf for leaf in (*leaves, *weights) if leaf.requires_grad]
+                gradients = torch.autograd.grad(transform(x, own), wanted, (gy, glogdet), allow_unused=True)
+            found = dict(zip(map(id, wanted), gradients, strict=True))
+            y, gy = x.detach(), found[id(x)]
+            if own is not None and (g := found.get(id(own))) is not None:
+                gcontext = g if gcontext is None else gcontext + g
+            for w in weights:
+                g = found[id(w)]
+                gweights[id(w)] = g if id(w) not in gweights or g is None else gweights[id(w)] + g
+        return None, gy, gcontext, *(gweights.get(id(w)) for w in ctx.weights)
