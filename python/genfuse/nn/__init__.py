@@ -1,8 +1,29 @@
 """Building blocks of the models."""
 
+from genfuse.nn._conditioners import ConvConditioner as ConvConditioner
+from genfuse.nn._conditioners import MLPConditioner as MLPConditioner
+from genfuse.nn._conditioners import ResidualMLP as ResidualMLP
 from genfuse.nn._conv import ConvDecoder as ConvDecoder
 from genfuse.nn._conv import conv_encoder as conv_encoder
+from genfuse.nn._coupling import AdditiveCoupling as AdditiveCoupling
+from genfuse.nn._coupling import AffineCoupling as AffineCoupling
+from genfuse.nn._coupling import Coupling as Coupling
+from genfuse.nn._coupling import SplineCoupling as SplineCoupling
+from genfuse.nn._coupling import checkerboard as checkerboard
+from genfuse.nn._coupling import half as half
+from genfuse.nn._image import Dequantize as Dequantize
+from genfuse.nn._image import Flatten as Flatten
+from genfuse.nn._image import Logit as Logit
+from genfuse.nn._image import Split as Split
+from genfuse.nn._image import Squeeze as Squeeze
+from genfuse.nn._linear import ActNorm as ActNorm
+from genfuse.nn._linear import LULinear as LULinear
+from genfuse.nn._linear import Permutation as Permutation
 from genfuse.nn._mlp import mlp as mlp
+from genfuse.nn._planar import Planar as Planar
+from genfuse.nn._planar import Radial as Radial
 from genfuse.nn._transform import Composite as Composite
 from genfuse.nn._transform import Inverse as Inverse
 from genfuse.nn._transform import Transform as Transform
+from genfuse.nn._autoregressive import AutoregressiveAffine as AutoregressiveAffine
+from genfuse.nn._autoregressive import AutoregressiveSpline as AutoregressiveSpline

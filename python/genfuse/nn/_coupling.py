@@ -1,0 +1,105 @@
+"""Coupling layers: some coordinates pass through and decide what is done to the others."""
+
+import torch
+from torch import Tensor, nn
+
+from genfuse.errors import SettingsError
+from genfuse.nn._conditioners import start_spline
+from genfuse.nn._transform import Transform
+from genfuse.ops import affine_coupling, rational_quadratic_spline
+from genfuse.ops._affine_coupling import Scale
+
+
+def half(features: int) -> int:
+    """How many of the features pass through a coupling: half of them, rounded down.
+
+    Raises SettingsError for fewer than two, of which none would be left to decide what is done to the other.
+    """
+    if features < 2:
+        raise SettingsError(f"a coupling needs at least 2 features, or channels, got {features}; a model of one: maf")
+    return features // 2
+
+
+def checkerboard(height: int, width: int, first: bool) -> Tensor:
+    """Mask (H, W) of every other cell, the top left one included where ``first`` is true; True passes through."""
+    return (torch.arange(height)[:, None] + torch.arange(width)).remainder(2).bool() != first
+
+
+class Coupling(Transform):
+    """Base: the first ``split`` features (channels, of images) pass through, or those where a mask is True.
+
+    ``conditioner(kept, context)`` makes the raw parameters of the moved features; with a mask it is shown all
+    coordinates, the moved ones set to 0, and makes parameters for all.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, conditioner: nn.Module, mask_or_split: Tensor | int) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+        masked = isinstance(mask_or_split, Tensor)
+        self.split = 0 if isinstance(mask_or_split, Tensor) else mask_or_split
+        self.register_buffer("mask", mask_or_split if masked else None, persistent=False)
+
+    def raw(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The conditioner's output, of x's type, which autocast may have narrowed."""
+        kept = x[:, : self.split] if self.mask is None else x * self.mask
+        return self.conditioner(kept, context).to(x.dtype)
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The moved features transformed, or with ``inverse`` put back, and the log-determinant."""
+        raise NotImplementedError(f"{type(self).__name__} has no couple")
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.couple(x, context, False)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.couple(y, context, True)
+
+
+class AffineCoupling(Coupling):
+    """y = x exp(s) + t (RealNVP, arXiv 1605.08803, section 3.2); ``scale`` bounds s, as in `ops.affine_coupling`.
+
+    The conditioner makes 2 raw parameters per moved feature: first all log-scales, then all shifts.
+    """
+
+    def __init__(self, conditioner: nn.Module, mask_or_split: Tensor | int, scale: Scale = "tanh") -> None:
+        super().__init__(conditioner, mask_or_split)
+        self.scale: Scale = scale
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        where = self.split if self.mask is None else self.mask
+        return affine_coupling(x, self.raw(x, context), where, scale=self.scale, inverse=inverse)
+
+
+class AdditiveCoupling(Coupling):
+    """y = x + t, which keeps volume (NICE, arXiv 1410.8516): the conditioner makes one shift per moved feature."""
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift = self.raw(x, context)
+        if inverse:
+            shift = -shift
+        if self.mask is None:
+            y = torch.cat([x[:, : self.split], x[:, self.split :] + shift], 1)
+        else:
+            y = x + shift * ~self.mask
+        return y, x.new_zeros(len(x))
+
+
+class SplineCoupling(Coupling):
+    """A rational-quadratic spline per moved feature (arXiv 1906.04032); of vectors, or of images by channels.
+
+    The conditioner makes 3 ``bins`` - 1 raw parameters per moved feature, those of a feature beside each other. Outside
+    [-bound, bound] the spline is the identity.
+    """
+
+    def __init__(self, conditioner: nn.Module, split: int, bins: int = 8, bound: float = 3.0) -> None:
+        super().__init__(conditioner, split)
+        self.bins, self.bound = bins, bound
+        start_spline(conditioner.last, bins, 3 * bins - 1)  # type: ignore[arg-type]
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        moved = x[:, self.split :]
+        raw = self.raw(x, context).unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
+        y, logdet = rational_quadratic_spline(moved, raw, bins=self.bins, bound=self.bound, inverse=inverse)
+        return torch.cat([x[:, : self.split], y], 1), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet

@@ -1,0 +1,116 @@
+"""Layers at the data's end of a flow: from levels to real numbers, and between the shapes of images."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfuse.errors import SettingsError
+from genfuse.nn._transform import Transform
+from genfuse.ops import standard_normal_log_prob
+
+
+class Squeeze(Transform):
+    """Each 2x2 square of cells becomes one cell of four times the channels: (N, C, H, W) -> (N, 4 C, H / 2, W / 2)."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return F.pixel_shuffle(y, 2), y.new_zeros(len(y))
+
+
+class Flatten(Transform):
+    """Examples of ``shape`` become vectors."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return y.unflatten(1, self.shape), y.new_zeros(len(y))
+
+
+class Split(Transform):
+    """The multi-scale step (arXiv 1605.08803, section 3.6): half of the channels leave, the others go on through
+    ``rest``; the result is a vector of both.
+
+    What leaves is first normalised by ``prior``, a coupling that lets the channels that go on pass through: to the base
+    distribution it is a learned prior of the channels that leave, given those that stay.
+    """
+
+    def __init__(self, prior: Transform, rest: Transform, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.prior, self.rest = prior, rest
+        self.shape, self.kept = shape, shape[0] // 2
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, logdet = self.prior(x, context)
+        z, more = self.rest(x[:, : self.kept], context)
+        return torch.cat([z, x[:, self.kept :].flatten(1)], 1), logdet + more
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        channels, height, width = self.shape
+        cells = self.kept * height * width
+        x, logdet = self.rest.inverse(y[:, :cells], context)
+        left = y[:, cells:].unflatten(1, (channels - self.kept, height, width))
+        x, more = self.prior.inverse(torch.cat([x, left], 1), context)
+        return x, logdet + more
+
+
+class Logit(Transform):
+    """y = logit(a + (1 - 2 a) x) of x in [0, 1] (arXiv 1605.08803, section 4.1; 1705.07057, appendix), per coordinate."""
+
+    def __init__(self, a: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < a < 0.5:
+            raise SettingsError(f"the logit's margin must be between 0 and 0.5, got {a}")
+        self.a = a
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = torch.logit(self.a + (1 - 2 * self.a) * x)
+        return y, self._logdet(y)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (torch.sigmoid(y) - self.a) / (1 - 2 * self.a), -self._logdet(y)
+
+    def _logdet(self, y: Tensor) -> Tensor:
+        # d logit(p) / dp = 1 / (p (1 - p)), whose logarithm is softplus(y) + softplus(-y)
+        each = F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.a)
+        return each.flatten(1).sum(1)
+
+
+class Dequantize(nn.Module):
+    """Levels k = 0 ... K - 1, given as x = k / (K - 1), become real numbers v = (k + u) / K in [0, 1).
+
+    u is uniform (arXiv 1511.01844, section 3.1), or drawn by ``noise``, a transform from standard normal noise of x's
+    shape, whose result goes through a sigmoid, with x - 1/2 as its context (variational: arXiv 1902.00275, section 3.1).
+    """
+
+    def __init__(self, levels: int, noise: Transform | None = None) -> None:
+        super().__init__()
+        self.levels, self.noise = levels, noise
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """v, and what is to be added to its log-density: E[log p(v) + this] <= log P(x), (N,) nats."""
+        k = (x * (self.levels - 1)).round()
+        log_weight = x.new_full((len(x),), -math.log(self.levels) * x[0].numel() if len(x) else 0.0)
+        if self.noise is None:
+            u = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        else:
+            eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            u, logdet = self.noise(eps, x - 0.5)
+            # log q(u | x) = log N(eps) - logdet - log |d sigmoid|
+            log_weight = log_weight - standard_normal_log_prob(eps.flatten(1), -logdet)
+            log_weight = log_weight - (F.softplus(u) + F.softplus(-u)).flatten(1).sum(1)
+            u = u.sigmoid()
+        # Rounding must not carry k + u over to the next level.
+        return torch.minimum((k + u) / self.levels, (k + 1) / self.levels * (1 - 1e-6)), log_weight
+
+    def inverse(self, v: Tensor) -> Tensor:
+        """x of the level that v lies in."""
+        return (v * self.levels).floor().clamp(0, self.levels - 1) / (self.levels - 1)

@@ -1,0 +1,140 @@
+"""Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfuse.nn._transform import Transform
+from genfuse.ops import actnorm
+
+
+class _Reorder(torch.autograd.Function):
+    """Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.orders = back, order
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Reorder.apply(g, *ctx.orders), None, None
+
+
+class Permutation(Transform):
+    """Features (of images: channels) in another order; feature i of the result is feature ``order[i]``."""
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    @classmethod
+    def reversed(cls, features: int) -> "Permutation":
+        return cls(torch.arange(features).flip(0))
+
+    @classmethod
+    def random(cls, features: int) -> "Permutation":
+        return cls(torch.randperm(features))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _Reorder.apply(x, self.order, self.back), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _Reorder.apply(y, self.back, self.order), y.new_zeros(len(y))
+
+
+class LULinear(Transform):
+    """y = W x + b of vectors (N, D), or of the channels of images (N, C, H, W): Glow's 1x1 convolution.
+
+    W = L U P with a fixed permutation P, L unit lower and U upper triangular (arXiv 1807.03039, section 3.2). The
+    logarithms of U's diagonal are parameters, so that the log-determinant is their sum, and the inverse is two
+    triangular solves. The diagonal's signs are fixed.
+
+    It starts as a random permutation, or ("rotation") as a random rotation.
+    """
+
+    back: Tensor
+    signs: Tensor
+
+    def __init__(self, features: int, start: Literal["permutation", "rotation"] = "permutation") -> None:
+        super().__init__()
+        p, lower, upper = torch.eye(features)[torch.randperm(features)], torch.eye(features), torch.eye(features)
+        if start == "rotation":
+            rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
+            p, lower, upper = (t.float() for t in torch.linalg.lu(rotation.T))
+            # rotation.T = P L U, so rotation = U^T L^T P^T: its transposed factors, scaled to a unit lower triangle
+            diagonal = upper.diagonal()
+            p, lower, upper = p.T, (upper / diagonal[:, None]).T, (lower * diagonal).T
+        self.register_buffer("back", p.argmax(0))  # x = (P x)[back]
+        self.register_buffer("signs", upper.diagonal().sign())
+        self.triangles = nn.Parameter(lower.tril(-1) + upper.triu(1))  # L below the diagonal, U above it
+        self.log_diagonal = nn.Parameter(upper.diagonal().abs().log())
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L and U."""
+        lower = self.triangles.tril(-1) + torch.eye(len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
+        return lower, self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lower, upper = self.factors()
+        weight = (lower @ upper).index_select(1, self.back)
+        y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
+        return y.to(x.dtype), self._logdet(x)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lower, upper = self.factors()
+        columns = y.movedim(1, 0).flatten(1) - self.bias[:, None]
+        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
+        columns = torch.linalg.solve_triangular(upper, columns, upper=True).index_select(0, self.back)
+        return columns.view(-1, len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        cells = x[0, 0].numel() if x.dim() > 2 else 1
+        return (cells * self.log_diagonal.sum()).expand(len(x))
+
+
+class ActNorm(Transform):
+    """y = x exp(s) + t per feature, or per channel of images, (arXiv 1807.03039, section 3.1).
+
+    s and t are parameters; the first batch in training mode sets them so that its features have mean 0 and variance 1.
+    A feature that is constant in that batch is only shifted. With several processes the batch is that of all of them.
+    """
+
+    started: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.shift = nn.Parameter(torch.zeros(features))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self._asked = False  # whether `started` is known to be true, without waiting for the device
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training and not self._asked and len(x):
+            if not self.started:
+                self._start(x.detach())
+            self._asked = True
+        return actnorm(x, self.log_scale, self.shift)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return actnorm(y, self.log_scale, self.shift, inverse=True)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        values = x.movedim(1, 0).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+        moments = torch.stack([values.mean(1), values.square().mean(1)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(moments)
+            moments /= torch.distributed.get_world_size()
+        mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()
+        log_scale = torch.where(std > 1e-6 * mean.abs(), -std.log(), 0.0)
+        self.log_scale.copy_(log_scale)
+        self.shift.copy_(-mean * log_scale.exp())
+        self.started.fill_(True)

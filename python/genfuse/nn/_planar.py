@@ -1,0 +1,103 @@
+"""Planar and radial layers (arXiv 1505.05770, section 4.1), constrained to be invertible, and with their inverse."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfuse.nn._transform import Transform
+
+BISECTIONS = 60  # halve any bracket of float64 down to its last digits
+
+
+class _Amortised(Transform):
+    """Base: a few raw parameters, learned, plus (with a context) a linear map of the context."""
+
+    def __init__(self, start: Tensor, context: int) -> None:
+        super().__init__()
+        self.parameters_ = nn.Parameter(start)
+        self.amortised = nn.Linear(context, len(start), bias=False) if context else None
+        if self.amortised is not None:
+            nn.init.normal_(self.amortised.weight, std=1e-3)
+
+    def raw(self, context: Tensor | None) -> Tensor:
+        """(1, P), or with a context (N, P)."""
+        if self.amortised is None or context is None:
+            return self.parameters_[None]
+        return self.parameters_ + self.amortised(context).to(self.parameters_.dtype)
+
+
+class Planar(_Amortised):
+    """f(x) = x + u tanh(w x + b): equation 10. u is moved along w so that w u > -1: appendix A.1.
+
+    The inverse solves a = w y - (w u) tanh(a + b) for a = w x, which grows with a and so has one root, by bisection. It
+    is ill-conditioned where w u is near -1. The inverse is differentiable to first order.
+    """
+
+    def __init__(self, features: int, context: int = 0) -> None:
+        w, u = torch.randn(features) / features**0.5, 0.1 * torch.randn(features)
+        super().__init__(torch.cat([w, u, torch.zeros(1)]), context)
+
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        raw = self.raw(context)
+        features = raw.shape[1] // 2
+        w, u, b = raw[:, :features], raw[:, features:-1], raw[:, -1]
+        wu = (w * u).sum(1, keepdim=True)
+        allowed = F.softplus(wu) - 1
+        u = u + (allowed - wu) * w / w.square().sum(1, keepdim=True).clamp(min=1e-12)
+        return w, u, b, (w * u).sum(1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        w, u, b, wu = self._parts(context)
+        h = torch.tanh((w * x).sum(1) + b)
+        return x + u * h[:, None], torch.log1p(wu * (1 - h * h))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        w, u, b, wu = self._parts(context)
+        wy = (w * y).sum(1)
+        with torch.no_grad():
+            low, high = wy - wu.abs(), wy + wu.abs()
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                below = middle + wu * torch.tanh(middle + b) < wy
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            a = (low + high) / 2
+        h = torch.tanh(a + b)
+        slope = 1 + wu * (1 - h * h)
+        a = a - (a + wu * h - wy) / slope.detach()  # a Newton step, which has the root's derivatives
+        h = torch.tanh(a + b)
+        return y - u * h[:, None], -torch.log1p(wu * (1 - h * h))
+
+
+class Radial(_Amortised):
+    """f(x) = x + b h (x - x0) with h = 1 / (a + |x - x0|): equation 14. a > 0 and b > -a: appendix A.2.
+
+    In the distance r from x0 it is r (1 + b h), whose inverse is the root of a quadratic equation.
+    """
+
+    def __init__(self, features: int, context: int = 0) -> None:
+        super().__init__(torch.cat([torch.randn(features), torch.zeros(2)]), context)
+
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        raw = self.raw(context)
+        a = F.softplus(raw[:, -2])
+        return raw[:, :-2], a, F.softplus(raw[:, -1]) - a
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        centre, a, b = self._parts(context)
+        offset = x - centre
+        h = 1 / (a + torch.linalg.vector_norm(offset, dim=1))
+        return x + (b * h)[:, None] * offset, self._logdet(x.shape[1], a, b, h)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        centre, a, b = self._parts(context)
+        offset = y - centre
+        distance = torch.linalg.vector_norm(offset, dim=1)
+        p = a + b - distance  # r^2 + p r - a distance = 0; of its root's two forms, the one without cancellation
+        root = (p * p + 4 * a * distance).sqrt()
+        r = torch.where(p > 0, 2 * a * distance / (p.clamp(min=0) + root), (root - p) / 2)
+        h = 1 / (a + r)
+        return centre + offset / (1 + b * h)[:, None], -self._logdet(y.shape[1], a, b, h)
+
+    @staticmethod
+    def _logdet(features: int, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+        return (features - 1) * torch.log1p(b * h) + torch.log1p(a * b * h * h)
