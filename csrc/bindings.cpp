@@ -6,10 +6,12 @@
 
 namespace genfuse {
 
+void bind_actnorm(pybind11::module_&);
 void bind_affine_coupling(pybind11::module_&);
 void bind_bernoulli(pybind11::module_&);
 void bind_rational_quadratic_spline(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
+void bind_standard_normal_log_prob(pybind11::module_&);
 
 namespace {
 
@@ -53,8 +55,10 @@ PYBIND11_MODULE(_C, m) {
     const genfuse::Words out = genfuse::philox(c[0], c[1], c[2], c[3], k[0], k[1]);
     return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
   });
+  genfuse::bind_actnorm(m);
   genfuse::bind_affine_coupling(m);
   genfuse::bind_bernoulli(m);
   genfuse::bind_rational_quadratic_spline(m);
   genfuse::bind_reparameterize_kl(m);
+  genfuse::bind_standard_normal_log_prob(m);
 }

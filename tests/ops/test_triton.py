@@ -9,7 +9,7 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from genfuse.ops._triton import affine_coupling, bernoulli
+from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, standard_normal_log_prob
 from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
@@ -31,6 +31,17 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
         fixed = {"KIND": kind, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide, **({} if mask else {"mask": None})}
         check(affine_coupling.forward_kernel, types, fixed)
         check(affine_coupling.backward_kernel, types, fixed)
+    types = {"z": storage, "z_stride": "i64", "logdet": sums, "log_prob": sums, "g": sums, "gz": storage, "cols": "i32"}
+    for missing in ({}, {"logdet": None}):
+        check(standard_normal_log_prob.forward_kernel, types, {"BLOCK": 64, "WIDE": wide, **missing})
+    check(standard_normal_log_prob.backward_kernel, types, {"BLOCK": 64, "WIDE": wide})
+    types = {"x": storage, "x_stride": "i64", "log_scale": sums, "shift": sums, "y": storage, "logdet": sums,
+             "gy": storage, "glogdet": sums, "gx": storage, "partial": sums, "rows": "i64", "channels": "i32",
+             "cells": "i32"}
+    for inverse, images in ((False, True), (True, False)):
+        fixed = {"INVERSE": inverse, "IMAGES": images, "BLOCK": 64, "WIDE": wide}
+        check(actnorm.forward_kernel, types, fixed)
+        check(actnorm.backward_kernel, types, {**fixed, "ROWS": 4})
     for aligned in (True, False):
         for noise in (True, False):
             for kernel, tensors in (

@@ -1,5 +1,6 @@
 """Fused operators for generative models. This package needs nothing but torch."""
 
+from genfuse.ops._actnorm import actnorm as actnorm
 from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
 from genfuse.ops._bernoulli import bernoulli as bernoulli
 from genfuse.ops._op import OPERATORS as OPERATORS
@@ -11,3 +12,4 @@ from genfuse.ops._op import use as use
 from genfuse.ops._rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
 from genfuse.ops._reparameterize_kl import kl_per_dimension as kl_per_dimension
 from genfuse.ops._reparameterize_kl import reparameterize_kl as reparameterize_kl
+from genfuse.ops._standard_normal_log_prob import standard_normal_log_prob as standard_normal_log_prob

@@ -276,19 +276,20 @@ def place(t: Tensor) -> tuple[int, int]:
     return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
 
 
-def complain_unless_like(first: Tensor, name: str, **others: tuple[Tensor, tuple[int, ...]]) -> None:
+def complain_unless_like(first: Tensor, name: str, **others: tuple) -> None:
     """Raise a ValueError that names the argument which the kernels cannot take together with ``first``.
 
-    ``others`` maps names to (tensor, shape that it must have).
+    ``others`` maps names to (tensor, shape that it must have), and a dtype that it may have beside first's.
     """
     if first.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, float64, float16 or bfloat16, got {first.dtype}")
     if not first.dim():
         raise ValueError(f"{name} must have at least one axis, got a scalar")
-    for other, (tensor, shape) in others.items():
+    for other, (tensor, shape, *also) in others.items():
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{other} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype is not first.dtype:
-            raise ValueError(f"{other} must have {name}'s dtype {first.dtype}, got {tensor.dtype}")
+        if tensor.dtype not in (first.dtype, *also):
+            or_also = "".join(f" or {dtype}" for dtype in also if dtype is not first.dtype)
+            raise ValueError(f"{other} must have {name}'s dtype {first.dtype}{or_also}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{other} must be on {name}'s device {first.device}, got {tensor.device}")

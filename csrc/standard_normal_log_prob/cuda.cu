@@ -1,0 +1,57 @@
+#include "rows.cuh"
+#include "standard_normal_log_prob/launch.h"
+#include "standard_normal_log_prob/math.h"
+
+namespace genfuse::standard_normal_log_prob::cuda {
+namespace {
+
+template <int Lanes, class S>
+__global__ void kernel(Problem p, Forward out) {
+  using T = compute_t<S>;
+  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+    const S* z = static_cast<const S*>(p.z) + row * p.z_stride;
+    T squares = 0;
+    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
+      const T value = load(z[j]);
+      squares += value * value;
+    }
+    squares = row_sum<Lanes>(squares);
+    if (lane<Lanes>() == 0) {
+      const T logdet = out.logdet ? static_cast<const T*>(out.logdet)[row] : T(0);
+      static_cast<T*>(out.log_prob)[row] = log_prob(squares, T(p.cols), logdet);
+    }
+  }
+}
+
+template <int Lanes, class S>
+__global__ void kernel(Problem p, Backward out) {
+  using T = compute_t<S>;
+  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+    const S* z = static_cast<const S*>(p.z) + row * p.z_stride;
+    S* gz = static_cast<S*>(out.gz) + row * p.cols;
+    const T g = static_cast<const T*>(out.g)[row];
+    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) store(gz[j], grad(g, T(load(z[j]))));
+  }
+}
+
+template <class Out>
+void run_rows(const Problem& p, const Out& out, void* stream) {
+  if (p.rows == 0) return;  // a launch of no blocks is an error
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    if (p.cols <= 1024) {
+      kernel<32, S><<<blocks_for<32>(p.rows), kThreads, 0, queue>>>(p, out);
+    } else {
+      kernel<kThreads, S><<<blocks_for<kThreads>(p.rows), kThreads, 0, queue>>>(p, out);
+    }
+  });
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+
+}  // namespace genfuse::standard_normal_log_prob::cuda

@@ -1,0 +1,34 @@
+#pragma once
+#include <cstdint>
+
+namespace genfuse::standard_normal_log_prob {
+
+// Addresses, and the stride between rows of z (rows, cols) in elements. All else is contiguous; logdet, which may be
+// null, log_prob and its gradient g (rows) are float32 where the rest is of 16 bits.
+struct Problem {
+  int dtype;
+  const void* z;
+  int64_t z_stride, rows, cols;
+};
+
+struct Forward {
+  const void* logdet;
+  void* log_prob;
+};
+
+struct Backward {
+  const void* g;
+  void* gz;
+};
+
+namespace cpu {
+void run(const Problem&, const Forward&);
+void run(const Problem&, const Backward&);
+}  // namespace cpu
+
+namespace cuda {
+void run(const Problem&, const Forward&, void* stream);
+void run(const Problem&, const Backward&, void* stream);
+}  // namespace cuda
+
+}  // namespace genfuse::standard_normal_log_prob
