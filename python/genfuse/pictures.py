@@ -29,6 +29,7 @@ POINTS = 4000  # in a scatter plot or a histogram
 COLUMNS = 6  # of a table
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
 DATA, MODEL = "#3b6ea5", "#d1495b"
+SPLITS = {"train": DATA, "validation": "#e09f3e", "test": MODEL}  # in curves
 CONTEXT: Any = {  # for every figure
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -137,10 +138,10 @@ def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Each loss term of each player over the steps: the training split as a line, the test split as dots on a line."""
+    """Each loss term of each player over the steps: the training split as a line, the others with dots on it."""
     series: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for entry in metrics:
-        if entry["split"] in ("train", "test"):
+        if entry["split"] in SPLITS:
             for name, value in entry.items():
                 if name not in ("step", "epoch", "split", "player", "lr", "examples_per_second"):
                     series[entry["player"], name][entry["split"]].append((entry["step"], value))
@@ -153,7 +154,7 @@ def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
             axes.set(title=f"{player}: {name}" if several else name, xlabel="step")
             if (i - 1) % columns == 0:
                 axes.set_ylabel("nats per example")
-            for split, colour in (("train", DATA), ("test", MODEL)):
+            for split, colour in SPLITS.items():
                 if split in splits:
                     steps, values = zip(*splits[split], strict=True)
                     axes.plot(steps, values, color=colour, label=split, lw=1.4, marker="." if len(steps) < 60 else None)

@@ -26,7 +26,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, float | int | list[float]]]:
-    """Measure ``model`` on the train and test splits of ``data``: a dict of plain numbers per split.
+    """Measure ``model`` on the train, validation and test splits of ``data``: a dict of plain numbers per split.
 
     ``examples`` is how many were used: all, or the first ``limit`` of each split. The rest are means over them, each
     given where the model has the verb for it:
@@ -49,7 +49,7 @@ def evaluate(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return {
                 name: _evaluate_split(model, data, name, samples, limit, seed)
-                for name in ("train", "test")
+                for name in ("train", "validation", "test")
                 if name in data.splits
             }
     finally:
