@@ -230,6 +230,22 @@ def test_train_ends_with_where_the_run_is_and_what_to_do_next(capsys, tmp_path):
     assert err == ""  # no progress bar where there is no terminal
 
 
+def test_the_best_weights_are_kept_and_named(capsys, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(300, 3))
+    np.savez(tmp_path / "parts.npz", train=rows[:200], validation=rows[200:250], test=rows[250:])
+    out = tmp_path / "run"
+    train = ["train", "vae", "--data", f"npz:{tmp_path / 'parts.npz'}", *GAUSSIAN, "--out", str(out)]
+    assert main([*train, "--steps", "5", "--keep", "best"]) == 0
+    said = capsys.readouterr().out
+    assert f"run: {out}: 3 epochs, 5 steps" in said
+    assert re.search(r"validation: model: loss", said)
+    best = min((e for e in genfuse.Run(out).metrics() if e["split"] == "validation"), key=lambda entry: entry["loss"])
+    assert f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}" in said
+    assert main(["evaluate", str(out), "--samples", "2"]) == 0
+    assert list(json.loads((out / "evaluation.json").read_text())) == ["train", "validation", "test"]
+    assert "use keep='last'" in fails(capsys, "train", "vae", "--data", "digits", "--keep", "best", *QUICK)
+
+
 def test_the_folder_is_named_by_model_and_data_where_it_is_not_given(monkeypatch, tmp_path, table):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.csv").write_bytes(table.read_bytes())

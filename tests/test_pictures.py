@@ -1,11 +1,17 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import multivariate_normal
+from torch.distributions import MultivariateNormal
 
 import genfuse
 from genfuse import pictures
-from genfuse.data import Scaling
+from genfuse.data import Dataset, Scaling, Split
+from genfuse.models import GenerativeModel
 
 
 def opened(path):
@@ -91,6 +97,115 @@ def test_tables_are_shown_in_original_units(tmp_path, monkeypatch):
     assert len(drawn) == 2 * 6  # the first six columns
     assert drawn[0] == pytest.approx(x[:, 0].double().numpy() * 10 + 100)
     assert drawn[11] == pytest.approx(samples[:, 5].double().numpy() * 10 + 100)
+
+
+@dataclass(frozen=True)
+class AffineConfig:
+    shape: tuple[int, ...] = (2,)
+    conditional: bool = False
+    steps: int = 2
+
+
+class Affine(GenerativeModel):
+    """x = step(... step(z)) with step(x) = x A^T + b, b = (0, 3 y) where it is conditional: a Gaussian."""
+
+    Config = AffineConfig
+    device = torch.device("cpu")
+    A = torch.tensor([[1.0, 0.0], [0.3, 0.2]])
+
+    def trajectory(self, z, y=None):
+        assert (y is None) != self.config.conditional
+        points = [z]
+        for _ in range(self.config.steps):
+            points.append(points[-1] @ self.A.T)
+        if y is not None:
+            points[-1] = points[-1] + torch.stack([torch.zeros(len(y)), 3.0 * y], 1)
+        return points
+
+    def sample(self, n, *, y=None, generator=None):
+        return self.trajectory(torch.randn(n, 2, generator=generator), y)[-1]
+
+    def log_prob(self, x, y=None):
+        assert (y is None) != self.config.conditional
+        mean = torch.zeros(len(x), 2) if y is None else torch.stack([torch.zeros(len(y)), 3.0 * y], 1)
+        power = torch.linalg.matrix_power(self.A, self.config.steps)
+        return MultivariateNormal(mean, power @ power.T).log_prob(x)
+
+    def encode(self, x, y=None):
+        assert (y is None) != self.config.conditional
+        return x
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by the name of the picture."""
+    drawn = {}
+
+    def keep(self, file, format, save=Figure.savefig):
+        drawn[file.name.removeprefix(".").removesuffix(".new")] = self
+        save(self, file, format=format)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return drawn
+
+
+def test_a_density_is_that_of_scipy_in_original_units(tmp_path, figures):
+    scaling = Scaling(mean=(100.0, -3.0), std=(10.0, 0.2), names=("height", "share"))
+    model = Affine(AffineConfig())
+    x = model.sample(4000)
+    pictures.density(model.log_prob, x, x[:1000], tmp_path / "density.png", scaling)
+    heat, data, samples, _ = figures["density.png"].axes
+    image = heat.images[0]
+    left, right, bottom, top = image.get_extent()
+    values = np.asarray(image.get_array())
+    rows, columns = values.shape
+    cell = (right - left) / columns * (top - bottom) / rows
+    assert values.sum() * cell == pytest.approx(1, abs=1e-2)
+    A = np.diag(scaling.std) @ np.linalg.matrix_power(model.A.double().numpy(), 2)
+    for i, j in ((100, 100), (110, 120), (60, 80)):
+        at = left + (j + 0.5) * (right - left) / columns, bottom + (i + 0.5) * (top - bottom) / rows
+        assert values[i, j] == pytest.approx(multivariate_normal(scaling.mean, A @ A.T).pdf(at), rel=1e-3)
+    assert image.origin == "lower"
+    for axes, points in ((data, x), (samples, x[:1000])):
+        assert np.asarray(axes.collections[0].get_offsets()) == pytest.approx(scaling.restore(points).numpy())
+        assert (axes.get_xlim(), axes.get_ylim(), axes.get_xlabel()) == ((left, right), (bottom, top), "height")
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"), [(1, [0, 1]), (2, [0, 1, 2]), (7, list(range(8))), (21, [0, 3, 6, 9, 12, 15, 18, 21])]
+)
+def test_a_flow_is_shown_from_the_base_to_the_data(steps, shown, tmp_path, figures):
+    trajectory = Affine(AffineConfig(steps=steps)).trajectory(torch.randn(200, 2))
+    pictures.flow(trajectory, tmp_path / "flow.png")
+    panels = figures["flow.png"].axes
+    titles = ["base", *(f"after {k} of {steps}" for k in shown[1:-1]), "data space"]
+    assert [axes.get_title() for axes in panels] == titles
+    colours = panels[0].collections[0].get_facecolor()
+    assert len(np.unique(colours, axis=0)) > 150
+    for axes, k in zip(panels, shown, strict=True):
+        assert np.asarray(axes.collections[0].get_offsets()) == pytest.approx(trajectory[k].numpy())
+        assert np.array_equal(axes.collections[0].get_facecolor(), colours)
+        assert axes.get_aspect() == 1
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_flows_in_two_dimensions_are_drawn_with_the_labels_of_the_data(conditional, tmp_path, figures):
+    y = torch.arange(300) % 3 // 2  # a third of the labels is 1
+    x = Affine(AffineConfig(conditional=True)).sample(300, y=y)
+    data = Dataset("gaussians", {part: Split(x, y) for part in ("train", "test")})
+    drawn = pictures.draw(tmp_path, Affine(AffineConfig(conditional=conditional)), data, [])
+    assert [path.name for path in drawn] == ["samples.png", "density.png", "flow.png", "latent.png"]
+    samples = np.asarray(figures["samples.png"].axes[1].collections[0].get_offsets())
+    flowed = np.asarray(figures["flow.png"].axes[-1].collections[0].get_offsets())
+    image = figures["density.png"].axes[0].images[0]
+    bottom, top = image.get_extent()[2:]
+    rows = np.asarray(image.get_array()).sum(1)
+    upper = rows[np.linspace(bottom, top, len(rows)) > 1.5].sum() / rows.sum()
+    share = 1 / 3 if conditional else 0
+    assert [(samples[:, 1] > 1.5).mean(), (flowed[:, 1] > 1.5).mean()] == pytest.approx([share, share], abs=1e-2)
+    assert upper == pytest.approx(share, abs=1e-2)
+    assert figures["latent.png"].axes[0].get_title() == "the test split, encoded"
 
 
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):

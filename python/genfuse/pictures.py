@@ -5,8 +5,10 @@ Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is wr
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,8 +29,11 @@ SAMPLES = 64  # in a grid
 PAIRS = 16  # of originals and reconstructions
 POINTS = 4000  # in a scatter plot or a histogram
 COLUMNS = 6  # of a table
+GRID = 200  # cells along each side of a density
+PANELS = 8  # of a flow
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
 DATA, MODEL = "#3b6ea5", "#d1495b"
+SPLITS = {"train": DATA, "validation": "#e09f3e", "test": MODEL}  # in curves
 CONTEXT: Any = {  # for every figure
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,8 +51,10 @@ def draw(folder: str | Path, model: GenerativeModel, data: "Dataset", metrics: l
     """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
 
     Images: samples.png, and reconstructions.png with ``reconstruct``. Tables: samples.png, two columns as points beside
-    the data's, more as histograms over them. latent.png with ``encode``, curves.png where there are ``metrics``. Draws
-    from a fixed seed, and leaves torch's global generators alone; the model should be in evaluation mode.
+    the data's, more as histograms over them. Two columns: density.png with ``log_prob`` and flow.png with
+    ``trajectory``. latent.png with ``encode``, curves.png where there are ``metrics``. A conditional model is given
+    labels drawn from the test split. Draws from a fixed seed, and leaves torch's global generators alone; the model
+    should be in evaluation mode.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,17 +70,25 @@ def draw(folder: str | Path, model: GenerativeModel, data: "Dataset", metrics: l
         chosen = torch.randperm(len(data.splits["test"]))[:POINTS].to(model.device)
         test = data.batch("test", chosen)
         generator = torch.Generator(model.device).manual_seed(0)
+        labels = test.y if model.conditional else None
         if data.is_image:
-            sample_grid(model.sample(SAMPLES, generator=generator), at("samples.png"))
-        elif data.shape == (2,):
-            scatter(test.x, model.sample(len(test.x), generator=generator), at("samples.png"), data.scaling)
+            images = model.sample(SAMPLES, generator=generator, **_given(_repeated(labels, SAMPLES)))
+            sample_grid(images, at("samples.png"))
         elif len(data.shape) == 1:
-            histograms(test.x, model.sample(len(test.x), generator=generator), at("samples.png"), data.scaling)
+            samples = model.sample(len(test.x), generator=generator, **_given(labels))
+            (scatter if data.shape == (2,) else histograms)(test.x, samples, at("samples.png"), data.scaling)
+        if data.shape == (2,) and "log_prob" in model.likelihoods:
+            density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
+        if data.shape == (2,) and hasattr(model, "trajectory"):
+            z = torch.randn(POINTS, 2, generator=generator, device=model.device)
+            flow(model.trajectory(z, **_given(_repeated(labels, POINTS))), at("flow.png"))  # type: ignore[operator]
         if data.is_image and hasattr(model, "reconstruct"):
             originals = test.x[:PAIRS]
-            reconstructions(originals, model.reconstruct(originals), at("reconstructions.png"))  # type: ignore[operator]
+            given = _given(_repeated(labels, len(originals)))
+            reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))  # type: ignore[operator]
         if hasattr(model, "encode"):
-            latent_space(_posterior_means(model, test.x), test.y, at("latent.png"))
+            points, title = _latents(model, test.x, labels)
+            latent_space(points, test.y, at("latent.png"), title)
     if any(entry["split"] == "train" for entry in metrics):
         curves(metrics, at("curves.png"))
     return drawn
@@ -110,13 +125,12 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) 
             axes.text(left * 0.93, y, text, transform=where, ha="right", va="center", size=9)
 
 
-def latent_space(means: Tensor, labels: Tensor | None, path: str | Path) -> None:
-    """Posterior means (N, D) coloured by labels (N,); beyond two dimensions, their two principal components."""
-    points = means.double().cpu().numpy()
-    title, names = "posterior means", ("z1", "z2")
+def latent_space(latents: Tensor, labels: Tensor | None, path: str | Path, title: str = "posterior means") -> None:
+    """Latents (N, D) coloured by labels (N,); beyond two dimensions, their two principal components."""
+    points, names = latents.double().cpu().numpy(), ("z1", "z2")
     if points.shape[1] > 2:
         points, shares = principal_components(points)
-        title = f"posterior means: 2 of {means.shape[1]} principal components, {shares.sum():.0%} of the variance"
+        title += f": 2 of {latents.shape[1]} principal components, {shares.sum():.0%} of the variance"
         names = f"component 1 ({shares[0]:.0%})", f"component 2 ({shares[1]:.0%})"
     elif points.shape[1] == 1:
         points = np.column_stack([points, np.random.default_rng(0).normal(size=len(points))])
@@ -137,10 +151,10 @@ def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Each loss term of each player over the steps: the training split as a line, the test split as dots on a line."""
+    """Each loss term of each player over the steps: the training split as a line, the others with dots on it."""
     series: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for entry in metrics:
-        if entry["split"] in ("train", "test"):
+        if entry["split"] in SPLITS:
             for name, value in entry.items():
                 if name not in ("step", "epoch", "split", "player", "lr", "examples_per_second"):
                     series[entry["player"], name][entry["split"]].append((entry["step"], value))
@@ -153,7 +167,7 @@ def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
             axes.set(title=f"{player}: {name}" if several else name, xlabel="step")
             if (i - 1) % columns == 0:
                 axes.set_ylabel("nats per example")
-            for split, colour in (("train", DATA), ("test", MODEL)):
+            for split, colour in SPLITS.items():
                 if split in splits:
                     steps, values = zip(*splits[split], strict=True)
                     axes.plot(steps, values, color=colour, label=split, lw=1.4, marker="." if len(steps) < 60 else None)
@@ -166,14 +180,66 @@ def scatter(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None) -
     """Points (N, 2) of the data beside samples (N, 2), on the same axes; in original units with a `Scaling`."""
     names = (scaling and scaling.names) or ("x1", "x2")
     both = _original_units(x, scaling), _original_units(samples, scaling)
-    low, high = np.quantile(both[0], (0.0, 1.0), axis=0)  # stray samples must not shrink the data
-    margin = 0.1 * (high - low) + 1e-9
+    low, high = _box(both[0])  # stray samples must not shrink the data
     with _figure(path, (8.4, 4.2)) as figure:
         for i, (title, points, colour) in enumerate((("data", both[0], DATA), ("samples", both[1], MODEL)), 1):
             axes = figure.add_subplot(1, 2, i)
             axes.set(title=title, xlabel=names[0], ylabel=names[1])
             axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, color=colour, linewidths=0)
-            axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+
+
+def density(
+    log_prob: Callable[[Tensor], Tensor], x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
+) -> None:
+    """The density exp(log_prob(x)), (N, 2) -> (N,), over the box of the data, beside points of data and samples (N, 2).
+
+    With a `Scaling` in original units, of the points and of the density, which is then divided by the two std.
+    """
+    names = (scaling and scaling.names) or ("x1", "x2")
+    points, drawn = _original_units(x, scaling), _original_units(samples, scaling)
+    low, high = _box(points)
+    edges = np.linspace(low, high, GRID + 1)
+    across, up = np.meshgrid(*(0.5 * (edges[1:] + edges[:-1])).T)  # (GRID, GRID): rows go up, columns across
+    grid = torch.from_numpy(np.stack([across.ravel(), up.ravel()], 1))
+    grid = (grid if scaling is None else scaling.apply(grid)).to(x)
+    logs = torch.cat([log_prob(part) for part in grid.split(4096)]).double().cpu().numpy()
+    values = np.exp(logs - (0 if scaling is None else np.log(scaling.std).sum())).reshape(GRID, GRID)
+    with _figure(path, (12.6, 4.2)) as figure:
+        panels = figure.subplots(1, 3, sharex=True, sharey=True)
+        for axes, title in zip(panels, ("density", "data", "samples"), strict=True):
+            axes.set(title=title, xlabel=names[0], xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        panels[0].set_ylabel(names[1])
+        panels[0].grid(False)
+        # The few brightest cells would press the rest into black.
+        shown = panels[0].imshow(
+            values, extent=(low[0], high[0], low[1], high[1]), origin="lower", aspect="auto", cmap="magma",
+            vmin=0, vmax=np.nanquantile(values, 0.999),
+        )  # fmt: skip
+        figure.colorbar(shown, ax=panels[0])
+        for axes, cloud, colour in zip(panels[1:], (points, drawn), (DATA, MODEL), strict=True):
+            axes.scatter(cloud[:, 0], cloud[:, 1], s=4, alpha=0.5, color=colour, linewidths=0)
+
+
+def flow(trajectory: Sequence[Tensor], path: str | Path) -> None:
+    """Points (N, 2) from the base over each step of a flow to the data, at most `PANELS` of them chosen evenly.
+
+    A point has the colour of its angle in the base all the way, and is the darker, the further out it was there. Each
+    panel has a scale of its own.
+    """
+    last = len(trajectory) - 1
+    chosen = np.linspace(0, last, min(PANELS, last + 1)).round().astype(int)
+    colours = _by_place(trajectory[0].double().cpu().numpy())
+    with _figure(path, (2.3 * len(chosen), 2.6)) as figure:
+        for axes, k in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
+            points = trajectory[k].double().cpu().numpy()
+            low, high = np.quantile(points, (0.002, 0.998), axis=0)  # a few stray points must not shrink the rest
+            middle, half = (low + high) / 2, 0.55 * (high - low).max() + 1e-9
+            axes.scatter(points[:, 0], points[:, 1], s=3, c=colours, linewidths=0)
+            axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+            axes.set_aspect("equal")
+            axes.tick_params(labelsize=7)
+            axes.set_title("base" if k == 0 else "data space" if k == last else f"after {k} of {last}", fontsize=10)
 
 
 def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None) -> None:
@@ -196,10 +262,48 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
                 axes.legend()
 
 
-def _posterior_means(model: GenerativeModel, x: Tensor) -> Tensor:
-    """The means (N, D) that ``encode`` gives, alone or as the first of a pair."""
-    encoded = [model.encode(part) for part in x.split(500)]  # type: ignore[operator]
-    return torch.cat([each if isinstance(each, Tensor) else each[0] for each in encoded]).flatten(1)
+def _given(labels: Tensor | None) -> dict[str, Any]:
+    """What the verbs of a model take beside the examples."""
+    return {} if labels is None else {"y": labels}
+
+
+def _repeated(labels: Tensor | None, n: int) -> Tensor | None:
+    """The first n labels, from the start again where there are fewer."""
+    return None if labels is None else labels[torch.arange(n, device=labels.device) % len(labels)]
+
+
+def _log_prob(model: Any, labels: Tensor | None, x: Tensor) -> Tensor:
+    """log p(x), (N,), for x (N, ...); of a conditional model that of the mixture over its labels as often as given."""
+    if labels is None:
+        return model.log_prob(x)
+    classes, counts = labels.unique(return_counts=True)
+    each = [model.log_prob(x, y=label.expand(len(x))) for label in classes]
+    return torch.logsumexp(torch.stack(each, 1) + (counts / len(labels)).log(), 1)
+
+
+def _latents(model: Any, x: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
+    """What ``encode`` makes of x, (N, D), and what to call it: posterior means, where it gives the pair of a VAE."""
+    parts = zip(x.split(500), repeat(None) if labels is None else labels.split(500), strict=False)
+    encoded = [model.encode(part, **_given(y)) for part, y in parts]
+    exact = isinstance(encoded[0], Tensor)
+    latents = torch.cat([each if exact else each[0] for each in encoded]).flatten(1)
+    return latents, "the test split, encoded" if exact else "posterior means"
+
+
+def _box(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest corner, (2,), of points (N, 2), with a margin."""
+    low, high = points.min(0), points.max(0)
+    margin = 0.1 * (high - low) + 1e-9
+    return low - margin, high + margin
+
+
+def _by_place(points: np.ndarray) -> np.ndarray:
+    """A colour (N, 3) for each of points (N, 2) around the origin: its angle as the hue, darker further out."""
+    from matplotlib.colors import hsv_to_rgb
+
+    angle = np.arctan2(points[:, 1], points[:, 0]) / (2 * np.pi) % 1
+    rank = np.hypot(*points.T).argsort().argsort() / len(points)
+    return hsv_to_rgb(np.stack([angle, 0.35 + 0.6 * rank, 0.95 - 0.35 * rank], 1))
 
 
 def _coloured(axes: "Axes", points: np.ndarray, labels: np.ndarray | None) -> None:

@@ -1,9 +1,13 @@
 import json
+import math
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
-from genfuse.data import Dataset, Split
+from genfuse.data import Dataset, Split, load_data
 from genfuse.errors import SettingsError
 from genfuse.metrics import evaluate
 from genfuse.models import GenerativeModel
@@ -28,7 +32,9 @@ def vae() -> VAE:
 def test_means_are_those_of_the_whole_split():
     model, data = vae(), dataset()
     found = evaluate(model, data, samples=4)
-    assert found.keys() == {"train", "test"}
+    assert {split: of_split["examples"] for split, of_split in found.items()} == {
+        "train": 700, "validation": 5, "test": 30
+    }  # fmt: skip
     x = data.batch("train", slice(None)).x
     with torch.no_grad():
         mu, logvar = model.encode(x)
@@ -100,6 +106,69 @@ def test_a_model_is_measured_by_the_verbs_that_it_has():
 
     model = Uniform(VAEConfig(shape=(1, 4, 3)))
     assert evaluate(model, dataset())["test"] == {"examples": 30, "log_prob": -2.5}
+
+
+@dataclass(frozen=True)
+class BellConfig:
+    shape: tuple[int, ...] = (2,)
+    levels: int | None = None
+    classes: int | None = None
+    conditional: bool = False
+
+
+class Bell(GenerativeModel):
+    """N(0, 1) of each cell, or N(y, 1); of discrete data, a bound with noise and the same in bits."""
+
+    Config = BellConfig
+    device = torch.device("cpu")
+
+    def log_prob(self, x, y=None):
+        mean = 0 if y is None else y[:, None]
+        return -0.5 * ((x.flatten(1) - mean).square() + math.log(2 * math.pi)).sum(1)
+
+    def elbo(self, x, y=None):
+        return self.log_prob(x + torch.rand_like(x), y)
+
+    def bits_per_dim(self, x, y=None):
+        return -self.elbo(x, y) / (math.log(2) * math.prod(self.config.shape))
+
+    def encode(self, x, y=None):
+        return x.flatten(1)
+
+    @property
+    def likelihoods(self):
+        return ("log_prob",) if self.config.levels is None else ("elbo", "bits_per_dim")
+
+
+def test_a_model_says_which_of_its_verbs_are_likelihoods():
+    found = evaluate(Bell(BellConfig(shape=(1, 4, 3), levels=6)), dataset())["train"]
+    assert found.keys() == {"examples", "elbo", "bits_per_dim"}
+    assert found["bits_per_dim"] == pytest.approx(-found["elbo"] / (12 * math.log(2)), rel=1e-6)
+
+
+def test_the_density_of_a_table_in_its_own_units_is_that_of_scipy(tmp_path):
+    rows = np.random.default_rng(0).normal([170, -3], [10, 0.2], (500, 2))
+    np.save(tmp_path / "table.npy", rows)
+    data = load_data(f"npy:{tmp_path / 'table.npy'}")
+    found = evaluate(Bell(BellConfig()), data)["train"]
+    own = data.scaling.restore(data.splits["train"].x).numpy()
+    oracle = multivariate_normal(data.scaling.mean, np.diag(np.square(data.scaling.std)))
+    assert found["log_prob_original_units"] == pytest.approx(oracle.logpdf(own).mean(), rel=1e-5)
+    assert found["log_prob_original_units"] < found["log_prob"] - 0.5
+    assert "log_prob_original_units" not in evaluate(Bell(BellConfig()), load_data("toy:moons"), limit=10)["test"]
+
+
+def test_a_conditional_model_is_given_the_labels():
+    y = torch.arange(40) % 4
+    split = Split(torch.full((40, 2), 3.0), y)
+    data = Dataset("labelled", {"train": split, "test": split})
+    model = Bell(BellConfig(classes=4, conditional=True))
+    expected = -((3 - y) ** 2).double().mean().item() - math.log(2 * math.pi)
+    assert evaluate(model, data)["test"]["log_prob"] == pytest.approx(expected)
+    bare = Dataset("bare", {"train": split, "test": Split(split.x)})
+    with pytest.raises(SettingsError, match=r"needs labels, but the data set 'bare' has none in its splits test: use"):
+        evaluate(model, bare)
+    assert evaluate(Bell(BellConfig()), bare)["test"]["log_prob"] == pytest.approx(-9 - math.log(2 * math.pi))
 
 
 def test_wrong_numbers_and_other_data_are_refused():

@@ -17,6 +17,7 @@ import torch
 import genfuse
 from genfuse.errors import RunError
 from genfuse.training import Run
+from genfuse.training.run import Checkpoint, read_tensors
 
 CLOCKS = ("seconds", "examples_per_second")
 
@@ -81,10 +82,16 @@ def wait_for(condition, process):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "kills"), [("tiny", {}, 8), ("duel", {}, 3), ("vae", {"hidden": (16,), "latent_dim": 2}, 3)]
+    ("name", "settings", "kills", "more"),
+    [
+        ("tiny", {}, 8, {}),
+        ("tiny", {}, 4, {"steps": 204, "keep": "best", "lr": 1.0}),
+        ("duel", {}, 3, {}),
+        ("vae", {"hidden": (16,), "latent_dim": 2}, 3, {}),
+    ],
 )
-def test_killed_again_and_again_and_resumed_it_ends_in_the_same_bytes(name, settings, kills, start, tmp_path):
-    options = {"epochs": 20, "batch_size": 128, "checkpoint_every": 1, "log_every": 5}
+def test_killed_again_and_again_and_resumed_it_ends_in_the_same_bytes(name, settings, kills, more, start, tmp_path):
+    options = {"epochs": 24, "batch_size": 128, "checkpoint_every": 1, "log_every": 5, **more}
     finish(start(name, tmp_path / "whole", settings, **options))
     moments = random.Random(0)
     killed = tmp_path / "killed"
@@ -99,15 +106,15 @@ def test_killed_again_and_again_and_resumed_it_ends_in_the_same_bytes(name, sett
         assert process.exitcode == -signal.SIGKILL
         steps.append(checkpointed_step(killed))
     assert steps == sorted(steps)
-    assert 0 < steps[-1] < 240
+    assert 0 < steps[-1] < options.get("steps", 240)
     finish(start(name, killed, settings, **options))
     assert_same_run(tmp_path / "whole", killed)
+    _, facts = read_tensors(killed / "model.safetensors")
+    assert (facts["step"] < checkpointed_step(killed)) == ("keep" in options)  # the best ones are not the last
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
 
 
 def checkpointed_step(out):
-    from genfuse.training.run import Checkpoint
-
     return Checkpoint.read(out).facts["step"]
 
 
@@ -163,6 +170,24 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_mixes_nothing(
     assert_same_run(run.path, whole.path)
 
 
+def test_a_kill_between_the_last_two_renames_is_mended(make, digits, trainer, tmp_path, monkeypatch):
+    from genfuse.training import run as module
+
+    whole = trainer(out=tmp_path / "whole").fit(make("tiny"), digits)
+
+    def fail_on_weights(path, tensors, facts, write=module.write_tensors):
+        if path.name == "model.safetensors" and facts["step"] == 30:
+            raise KeyboardInterrupt
+        write(path, tensors, facts)
+
+    monkeypatch.setattr(module, "write_tensors", fail_on_weights)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    monkeypatch.undo()
+    Run(tmp_path / "run").trainer().fit(make("tiny"), digits)
+    assert_same_run(tmp_path / "run", whole.path)
+
+
 @pytest.mark.parametrize("name", ["tiny", "duel"])
 def test_more_epochs_continue_as_if_they_had_been_asked_for(name, make, digits, trainer, tmp_path):
     whole = trainer(epochs=4, out=tmp_path / "whole").fit(make(name), digits)
@@ -171,6 +196,28 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for(name, make, digits, 
     parts.trainer(epochs=4).fit(parts.model(), parts.data())
     assert_same_run(whole.path, parts.path)
     assert Run(parts.path).config["training"]["epochs"] == 4
+
+
+def test_more_steps_continue_as_if_they_had_been_asked_for(make, digits, trainer, tmp_path):
+    whole = trainer(steps=40, out=tmp_path / "whole").fit(make("tiny"), digits)
+    parts = trainer(steps=20, out=tmp_path / "parts").fit(make("tiny"), digits)
+    assert checkpointed_step(parts.path) == 20
+    parts.trainer(steps=40).fit(parts.model(), parts.data())
+    for name in ("model.safetensors", "state.safetensors"):
+        assert (whole.path / name).read_bytes() == (parts.path / name).read_bytes()
+    with pytest.raises(RunError, match="has trained 40 steps, more than the 35: resume it with more steps"):
+        whole.trainer(steps=35).fit(make("tiny"), digits)
+
+
+def test_a_run_that_is_older_than_an_option_is_resumed(make, digits, trainer, tmp_path):
+    run = trainer(out=tmp_path / "run").fit(make("tiny"), digits)
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    for option in ("keep", "steps"):
+        del config["training"][option]
+    path.write_text(json.dumps(config))
+    Run(run.path).trainer(epochs=3).fit(make("tiny"), digits)
+    assert checkpointed_step(run.path) == 45
 
 
 def test_resuming_a_finished_run_changes_nothing(make, digits, trainer, tmp_path):
@@ -195,9 +242,11 @@ def test_what_was_logged_after_the_last_checkpoint_is_cut(make, digits, trainer,
 
 def test_every_difference_that_breaks_the_promise_is_named(make, digits, trainer, tmp_path):
     trainer(out=tmp_path / "run").fit(make("tiny"), digits)
-    other = trainer(out=tmp_path / "run", resume=True, batch_size=64, seed=3, lr=0.1, grad_clip=1.0)
+    other = trainer(out=tmp_path / "run", resume=True, batch_size=64, seed=3, lr=0.1, grad_clip=1.0, keep="best")
     with pytest.raises(RunError) as caught:
-        other.fit(make("tiny", seconds_per_step=0.001), genfuse.load_data("digits", binarize="static"))
+        other.fit(
+            make("tiny", seconds_per_step=0.001), tiny_models.validated(genfuse.load_data("digits", binarize="static"))
+        )
     for part in (
         "model seconds_per_step: was 0.0, now 0.001",
         "data binarize: was 'none', now 'static'",
@@ -206,6 +255,7 @@ def test_every_difference_that_breaks_the_promise_is_named(make, digits, trainer
         "training seed: was 0, now 3",
         "training lr: was None, now 0.1",
         "training grad_clip: was None, now 1.0",
+        "training keep: was 'last', now 'best'",
     ):
         assert part in str(caught.value)
 
@@ -214,6 +264,8 @@ def test_a_cosine_schedule_is_bound_to_its_number_of_epochs(make, digits, traine
     run = trainer(schedule="cosine", out=tmp_path / "run").fit(make("tiny"), digits)
     with pytest.raises(RunError, match="training epochs: was 2, now 3"):
         run.trainer(epochs=3).fit(make("tiny"), digits)
+    with pytest.raises(RunError, match="training steps: was None, now 60"):
+        run.trainer(steps=60).fit(make("tiny"), digits)
 
 
 def test_fewer_epochs_than_were_trained_are_refused(make, digits, trainer, tmp_path):

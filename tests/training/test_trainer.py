@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import Config, Plain, Tiny
+from tiny_models import Config, Plain, Tiny, validated
 
 import genfuse
 from genfuse import plugins
@@ -101,6 +101,19 @@ def test_learning_rate_and_cosine_schedule(make, digits, trainer, tmp_path):
     assert rates == pytest.approx([0.01 * 0.5 * (1 + math.cos(math.pi * i / 30)) for i in range(30)])
 
 
+def test_steps_take_the_place_of_epochs(make, digits, trainer, tmp_path):
+    run = trainer(steps=20, schedule="cosine", out=tmp_path / "run", log_every=1).fit(make("tiny"), digits)
+    lines = train_lines(run)
+    assert [entry["step"] for entry in lines] == list(range(1, 21))
+    assert [entry["lr"] for entry in lines] == pytest.approx(
+        [1e-3 * 0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
+    )
+    assert [(entry["step"], entry["epoch"]) for entry in run.metrics() if entry["split"] == "test"] == [
+        (15, 1),
+        (20, 2),
+    ]
+
+
 def test_without_lr_each_player_keeps_its_own(make, digits, trainer, tmp_path):
     run = trainer(out=tmp_path / "run").fit(make("duel"), digits)
     assert {entry["lr"] for entry in train_lines(run, "critic")} == {1e-2}
@@ -149,6 +162,56 @@ def test_the_test_loss_is_the_mean_over_the_split_in_evaluation_mode(make, digit
         expected = model.loss(digits.batch("test", slice(None)))[0].item()
     assert test["loss"] == pytest.approx(expected, rel=1e-5)
     assert test["error"] == test["loss"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_best_keeps_the_weights_of_the_lowest_validation_loss(folder, digits, trainer, tmp_path):
+    class Wandering(Plain):
+        """Its weights after each update are given: 12 updates an epoch."""
+
+        def after_step(self, player):
+            with torch.no_grad():
+                self.mean.fill_({12: 0.9, 24: 0.3, 36: 0.8}.get(len(self.seen), 2.0))
+
+    data = validated(digits)
+    model = Wandering(Config())
+    model.plugin = "plain"
+    run = trainer(steps=40, keep="best", out=tmp_path / "run" if folder else None).fit(model, data)
+    assert torch.equal(model.mean, torch.full((64,), 0.3))
+    if not folder:
+        assert run is None
+        return
+    assert torch.equal(run.model().mean, model.mean)
+    lines = [entry for entry in run.metrics() if entry["split"] == "validation"]
+    assert [entry["step"] for entry in lines] == [12, 24, 36, 40]
+    x = data.batch("validation", slice(None)).x.flatten(1)
+    assert lines[1]["loss"] == pytest.approx((x - 0.3).square().sum(1).mean().item(), rel=1e-5)
+    again = Wandering(Config())
+    again.plugin = "plain"
+    run.trainer().fit(again, data)
+    assert torch.equal(again.mean, model.mean)
+
+
+def test_best_without_a_finite_validation_loss_keeps_the_last_weights(digits, trainer, tmp_path):
+    class Blind(Plain):
+        def loss(self, batch, player="model"):
+            loss, terms = super().loss(batch, player)
+            return (loss, terms) if self.training else (loss * math.nan, terms)
+
+    model = Blind(Config())
+    model.plugin = "plain"
+    run = trainer(epochs=1, keep="best", out=tmp_path / "run").fit(model, validated(digits))
+    assert torch.equal(run.model().mean, model.mean)
+    assert model.mean.norm() > 0
+
+
+def test_best_needs_a_validation_split_and_one_player(make, digits, trainer, tmp_path):
+    best = trainer(keep="best", out=tmp_path / "run")
+    with pytest.raises(SettingsError, match=r"'digits' has none, only train, test: use keep='last', or data that has"):
+        best.fit(make("tiny"), digits)
+    with pytest.raises(SettingsError, match=r"one player.* Duel has 2 \(critic, generator\): use keep='last'"):
+        best.fit(make("duel"), validated(digits))
+    assert list(tmp_path.iterdir()) == []
 
 
 class Breaking(Plain):
@@ -255,6 +318,7 @@ def test_a_device_of_an_unknown_kind_is_named(make, digits, trainer):
     "options",
     [
         {"epochs": 0},
+        {"steps": 0},
         {"batch_size": 0},
         {"checkpoint_every": 0},
         {"log_every": -1},
@@ -264,6 +328,7 @@ def test_a_device_of_an_unknown_kind_is_named(make, digits, trainer):
         {"grad_clip": -1.0},
         {"seed": -1},
         {"schedule": "linear"},
+        {"keep": "first"},
         {"precision": "8-true"},
         {"resume": True},
         {"resume": True, "overwrite": True, "out": "x"},

@@ -2,13 +2,14 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import genfuse
+from genfuse.data import Split
 from genfuse.models import GenerativeModel, Player, adam
 
 
@@ -109,11 +110,19 @@ class Plain(GenerativeModel):
         return self.mean.expand(n, 64).view(n, 1, 8, 8)
 
 
+def validated(data):
+    """The same data with a validation split: the last 300 examples of the training split."""
+    train = data.splits["train"]
+    parts = {"train": slice(None, -300), "validation": slice(-300, None)}
+    held_out = {part: Split(train.x[rows], train.y[rows]) for part, rows in parts.items()}
+    return replace(data, splits={**data.splits, **held_out})
+
+
 def train(name, out, settings=None, **options):
     """What the tests run in a process of their own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = genfuse.load_data("digits")
+    data = validated(genfuse.load_data("digits"))
     model = genfuse.create(name, data, **(settings or {}))
     resume = Path(out).exists()
     options = {"device": "cpu", "pictures": False, **options}

@@ -17,7 +17,7 @@ usage: genfuse COMMAND [options]
   list [models|datasets]     what can be trained, and on what
   train MODEL --data NAME    train a model and leave a run folder
   sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
-  evaluate RUN               ELBO, IWAE bound, reconstruction error and KL of a trained model
+  evaluate RUN               likelihood, bounds, reconstruction error and KL of a trained model
   doctor                     versions, hardware, chosen kernels and plugins of this installation
 
   --help      of genfuse, of a command, and of `genfuse train MODEL`: its settings
@@ -33,7 +33,7 @@ TRAIN_USAGE = """\
 Train a model and leave a run folder: settings, weights, metrics and pictures.
 
 usage: genfuse train MODEL --data NAME [options]
-       genfuse train --resume RUN [--epochs N]
+       genfuse train --resume RUN [--epochs N | --steps N]
 
 Each model has settings of its own: `genfuse train MODEL --help` shows them with all other options.
 `genfuse list datasets` shows the data sets.

@@ -113,11 +113,13 @@ def evaluate(
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
-    """Measure the model of a run on the train and test splits of its data; writes RUN/evaluation.json.
+    """Measure the model of a run on the splits of its data: train, test, and validation where there is one.
 
-    What is measured depends on the model. A VAE: ELBO and IWAE bound in nats per example, mean squared error of a
-    reconstructed cell, KL of each latent dimension in nats, and how many latent dimensions are active (arXiv
-    1509.00519). The same run, data and options give the same numbers.
+    What is measured depends on the model. A flow: the exact log-density in nats per example, for tables in their
+    original units too; for images a bound, in nats and in bits per dimension. A VAE: ELBO and IWAE bound in nats per
+    example, mean squared error of a reconstructed cell, KL of each latent dimension in nats, and how many latent
+    dimensions are active (arXiv 1509.00519). The same run, data and options give the same numbers, which
+    RUN/evaluation.json holds too.
 
     example:
       genfuse evaluate runs/vae --samples 50 --limit 2000

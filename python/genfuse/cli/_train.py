@@ -124,7 +124,7 @@ def _parse(model: str, args: list[str]) -> Job:
             data: What to train on, of `genfuse list datasets`; some take an argument, as csv:PATH or toy:moons.
             data_root: Folder of the data sets that are read from files.
             out: Run folder to make.
-            resume: Run to continue with its own settings, to its end or to a larger --epochs.
+            resume: Run to continue with its own settings, to its end or to a larger --epochs or --steps.
             config: YAML or JSON file of these options, as {data: digits, epochs: 5, model: {latent-dim: 8}}; the
                 command line wins over it.
         """
@@ -201,11 +201,14 @@ def _how_to_continue(out: Path, data_root: Path | None) -> str:
 def _summarize(run: Run) -> None:
     """Where the run lies, the last of its metrics, its pictures, and what to do next."""
     last = {(entry["split"], entry["player"]): entry for entry in run.metrics() if "player" in entry}
-    step = max(entry["step"] for entry in last.values())
-    print(f"run: {run.path}: {run.config['training']['epochs']} epochs, {step} steps")
+    end = max(last.values(), key=lambda entry: entry["step"])
+    print(f"run: {run.path}: {end['epoch']} epochs, {end['step']} steps")
     for (split, player), entry in last.items():
         numbers = ", ".join(f"{key} {value:.5g}" for key, value in entry.items() if isinstance(value, float))
         print(f"{split}: {player}: {numbers}")
+    if validated := [entry for entry in run.metrics() if entry["split"] == "validation"]:
+        best = min(validated, key=lambda entry: entry["loss"])
+        print(f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}")
     for picture in sorted((run.path / "pictures").glob("*.png")):
         print(f"picture: {picture}")
     path = shlex.quote(str(run.path))

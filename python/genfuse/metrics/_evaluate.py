@@ -26,19 +26,22 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, float | int | list[float]]]:
-    """Measure ``model`` on the train and test splits of ``data``: a dict of plain numbers per split.
+    """Measure ``model`` on the train, validation and test splits of ``data``: a dict of plain numbers per split.
 
     ``examples`` is how many were used: all, or the first ``limit`` of each split. The rest are means over them, each
     given where the model has the verb for it:
 
-    - ``log_prob`` (exact), ``elbo`` and ``iwae_bound_K`` with K = ``samples``, all nats per example;
+    - what ``model.likelihoods`` names: ``log_prob`` (exact) and ``elbo`` in nats per example, ``bits_per_dim``;
+    - ``log_prob_original_units``: of a table's rows before they were standardized, log p(x) - sum log std, which can be
+      compared across scalings;
+    - ``iwae_bound_K`` with K = ``samples``, nats per example;
     - ``reconstruction_error``: squared error of a reconstructed cell;
     - ``kl`` and ``kl_per_dimension``: KL(q(z | x) || p(z)) in nats, where ``encode`` returns mu and logvar;
     - ``active_units``: how many latent dimensions have Var_x E[z | x] above 0.01 (arXiv 1509.00519, section 5.2).
 
-    The same seed gives the same numbers; torch's global generators and the model's mode are left as they were. Memory
-    does not grow with the number of examples. Raises SettingsError where samples or limit is below 1, and what
-    ``model.check_data`` raises.
+    A conditional model is given the labels. The same seed gives the same numbers; torch's global generators and the
+    model's mode are left as they were. Memory does not grow with the number of examples. Raises SettingsError where
+    samples or limit is below 1, and what ``model.check_data`` raises.
     """
     if samples < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"samples and limit must be at least 1, got samples={samples} and limit={limit}")
@@ -49,7 +52,7 @@ def evaluate(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return {
                 name: _evaluate_split(model, data, name, samples, limit, seed)
-                for name in ("train", "test")
+                for name in ("train", "validation", "test")
                 if name in data.splits
             }
     finally:
@@ -66,10 +69,12 @@ def _evaluate_split(
     sums: dict[str, Any] = defaultdict(float)
     for start in range(0, int(examples), rows):
         batch = data.batch(split, slice(start, min(start + rows, int(examples))), generator)
-        torch.manual_seed(seed + start)
-        for name, value in _measure(model, batch.x.to(model.device, dtype), samples).items():
+        given = {"y": batch.y.to(model.device)} if model.conditional and batch.y is not None else {}
+        for name, value in _measure(model, batch.x.to(model.device, dtype), given, samples, seed + start).items():
             sums[name] += value.double().sum(0).cpu()
     means = {name: value / examples for name, value in sums.items()}
+    if data.scaling and "log_prob" in means:
+        means["log_prob_original_units"] = means["log_prob"] - sum(map(math.log, data.scaling.std))
 
     result: dict[str, float | int | list[float]] = {"examples": int(examples)}
     mu, mu_squared = means.pop("_mu", None), means.pop("_mu_squared", None)
@@ -79,17 +84,18 @@ def _evaluate_split(
     return result
 
 
-def _measure(model: Any, x: Tensor, samples: int) -> dict[str, Tensor]:
-    """What is measured of each example: (N,), or (N, D) per latent dimension."""
+def _measure(model: Any, x: Tensor, given: dict[str, Tensor], samples: int, seed: int) -> dict[str, Tensor]:
+    """What is measured of each example: (N,), or (N, D) per latent dimension. ``given`` holds the labels, if any."""
     found = {}
-    for verb in ("log_prob", "elbo"):
-        if hasattr(model, verb):
-            found[verb] = getattr(model, verb)(x)
+    torch.manual_seed(seed)
+    for verb in model.likelihoods:
+        torch.manual_seed(seed)  # the same noise for each, so that bits per dimension are those of the ELBO
+        found[verb] = getattr(model, verb)(x, **given)
     if hasattr(model, "iwae_bound"):
-        found[f"iwae_bound_{samples}"] = model.iwae_bound(x, samples)
+        found[f"iwae_bound_{samples}"] = model.iwae_bound(x, samples, **given)
     if hasattr(model, "reconstruct"):
-        found["reconstruction_error"] = (model.reconstruct(x) - x).square().flatten(1).mean(1)
-    if hasattr(model, "encode") and isinstance(posterior := model.encode(x), tuple):
+        found["reconstruction_error"] = (model.reconstruct(x, **given) - x).square().flatten(1).mean(1)
+    if hasattr(model, "encode") and isinstance(posterior := model.encode(x, **given), tuple):
         mu, logvar = posterior
         kl = kl_per_dimension(mu, logvar)
         found |= {"kl": kl.sum(1), "kl_per_dimension": kl, "_mu": mu.double(), "_mu_squared": mu.double().square()}

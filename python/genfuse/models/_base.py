@@ -50,7 +50,9 @@ class GenerativeModel(nn.Module):
 
     A subclass names its settings, a frozen dataclass, as ``Config``, builds its networks in ``__init__(config)``, and
     implements `loss` and `sample`. Everything else that it can do shows in which of these verbs it has:
-    ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats; ``encode``, ``decode`` and ``reconstruct``.
+    ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats; ``encode``, ``decode`` and ``reconstruct``;
+    ``trajectory(z)``, a list of what each step of a flow makes of a base sample z (N, D): z itself first, data last.
+    A `conditional` model takes labels (N,) in each of them as ``y=``.
     """
 
     genfuse_api: ClassVar[int] = plugins.API
@@ -76,12 +78,36 @@ class GenerativeModel(nn.Module):
         """Draw n examples, (n, *shape), in the range of the data that the model was trained on."""
         raise NotImplementedError(f"{type(self).__name__} cannot sample")
 
+    @property
+    def likelihoods(self) -> tuple[str, ...]:
+        """The verbs that say how likely examples (N, *shape) are, (N,) each: ``log_prob`` and ``elbo``, as it has them.
+
+        Override it where the verbs that can be used depend on the settings, or there are others.
+        """
+        return tuple(verb for verb in ("log_prob", "elbo") if hasattr(self, verb))
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it models p(x | y) and takes labels: by default, its setting ``conditional``.
+
+        Its labels are 0 .. ``classes`` - 1, which is a setting too.
+        """
+        return getattr(self.config, "conditional", False)
+
     def check_data(self, data: "Dataset") -> None:
-        """Raise SettingsError where the model was made for examples of another shape. Extend it for other facts."""
+        """Raise SettingsError where the model was made for other examples, or for labels that ``data`` does not have.
+
+        Extend it for other facts.
+        """
         if self.config.shape != data.shape:
             raise SettingsError(
                 f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "
                 f"{self.config.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
+            )
+        if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):
+            raise SettingsError(
+                f"the model is conditional and needs labels, but the data set {data.name!r} has none in its splits "
+                f"{', '.join(bare)}: use a data set with labels, or a model without `conditional`"
             )
 
     @property

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from genfuse.training.trainer import Trainer
 
 ORDER, NOISE, TEST = range(3)  # what a random stream is for
-TEST_EXAMPLES = 10_000  # at most so many are looked at after each epoch
+TEST_EXAMPLES = 10_000  # at most so many of the test split are looked at after each epoch
 
 
 def seed_of(*key: int) -> int:
@@ -115,10 +115,12 @@ class Loop:
         # Every process takes as many examples of a batch: the few that are too many wait for another epoch's order.
         self.examples = len(data.splits["train"]) // fabric.world_size * fabric.world_size
         self.steps_per_epoch = math.ceil(self.examples / trainer.batch_size)
-        self.total = trainer.epochs * self.steps_per_epoch
+        self.total = trainer.steps or trainer.epochs * self.steps_per_epoch
         self.cycle = [i for i, player in enumerate(players) for _ in range(player.steps)]
         self.step = 0
         self.checkpointed: int | None = None  # the step of the last checkpoint
+        self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
+        self.best: tuple[int, dict[str, Tensor]] | None = None
         self.recorder: Recorder | None = None
         self.unseen: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
 
@@ -134,6 +136,8 @@ class Loop:
         try:
             with deferred_interrupts() as interrupt, Progress(self.total, self.step) as self.progress:
                 self._train(interrupt)
+            if self.best:
+                self.model.load_state_dict(self.best[1])
         finally:
             for weights in self.trained.values():
                 for weight in weights:
@@ -164,7 +168,7 @@ class Loop:
                 self.seen += len(index)
                 self.progress.step(self.step, epoch + 1)
 
-                epoch_ends = self.step % self.steps_per_epoch == 0
+                epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total
                 due = epoch_ends or self.step % checkpoint_every == 0
                 if due or len(self.unseen) >= trainer.log_every or (world == 1 and interrupt()):
                     seconds += self._look()
@@ -173,7 +177,7 @@ class Loop:
                         self._end_epoch(seconds)
                     if stop or self.step == self.total or self.step % checkpoint_every == 0:
                         self._save()
-                    if stop:
+                    if stop or self.step == self.total:
                         return
                     self._restart_clock()
 
@@ -248,28 +252,41 @@ class Loop:
         return seconds
 
     def _end_epoch(self, seconds: float) -> None:
-        """Log how long the epoch trained, and the loss on the test split."""
-        if self.recorder is None:  # no folder, or another process has it
-            return
-        facts = {"seconds": seconds}
-        if self.fabric.device.type == "cuda":
-            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
-        self._log("epoch", facts)
-        for player, means in self._test():
-            self._log("test", {"player": player, **means})
+        """Log how long the epoch trained, and the loss on the splits that are held out."""
+        if self.recorder:  # else there is no folder, or another process has it
+            facts = {"seconds": seconds}
+            if self.fabric.device.type == "cuda":
+                facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
+            self._log("epoch", facts)
+            for player, means in self._measure("test"):
+                self._log("test", {"player": player, **means})
+        if self.trainer.keep == "best":
+            self._validate()
+
+    def _validate(self) -> None:
+        """Log the loss on the whole validation split, and remember the weights if none had a lower one."""
+        for player, means in self._measure("validation"):
+            self._log("validation", {"player": player, **means})
+            loss = float(self._reduced(torch.tensor(means["loss"], device=self.fabric.device), "mean"))
+            if loss < self.lowest:  # which NaN is not
+                self.lowest = loss
+                self.best = self.step, {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
-    def _test(self) -> Iterator[tuple[str, dict[str, float]]]:
-        """The mean loss terms of each player on the test split, with the same noise every time."""
-        count = min(len(self.data.splits["test"]), TEST_EXAMPLES)
+    def _measure(self, split: str) -> Iterator[tuple[str, dict[str, float]]]:
+        """The mean loss terms of each player on a split that is held out, with the same noise every time."""
+        count = len(self.data.splits[split])
+        if split == "test":
+            count = min(count, TEST_EXAMPLES)
+        rows = max(self.trainer.batch_size, min(1000, 2**21 // math.prod(self.data.shape)))
         self.model.eval()
         with forked_rng(self.fabric.device):
             for player in self.players:
                 torch.manual_seed(seed_of(self.trainer.seed, TEST))
                 sums: dict[str, Any] = defaultdict(float)
-                for start in range(0, count, self.trainer.batch_size):
-                    part = slice(start, min(start + self.trainer.batch_size, count))
-                    loss, terms = self._loss(self.data.batch("test", part), player.name)
+                for start in range(0, count, rows):
+                    part = slice(start, min(start + rows, count))
+                    loss, terms = self._loss(self.data.batch(split, part), player.name)
                     for name, value in {"loss": loss, **terms}.items():
                         sums[name] += value.double() * (part.stop - start)
                 yield player.name, {name: float(value) / count for name, value in sums.items()}
@@ -304,7 +321,7 @@ class Loop:
         checkpoint = self._checkpoint()
         if self.fabric.is_global_zero:
             if self.trainer.resume:
-                self.recorder = Recorder.continued(out, config, self.step)
+                self.recorder = Recorder.continued(out, config, checkpoint)
             else:
                 self.recorder = Recorder.begin(out, config, checkpoint)
         self.checkpointed = self.step
@@ -346,7 +363,9 @@ class Loop:
             "scalars": scalars,
             "scaler": self.precision.state_dict(),
         }
-        return Checkpoint(self.model.state_dict(), tensors, facts)
+        if self.best:
+            facts["best"] = {"step": self.best[0], "loss": self.lowest}
+        return Checkpoint(self.model.state_dict(), tensors, facts, self.best[1] if self.best else {})
 
     def _load(self, path: Path) -> None:
         checkpoint = Checkpoint.read(path)
@@ -358,12 +377,15 @@ class Loop:
             )
         self.step = checkpoint.facts["step"]
         if self.step > self.total:
+            epochs = "" if self.trainer.steps else f" of {self.trainer.epochs} epochs"
             raise RunError(
-                f"the run {path} has trained {self.step} steps, more than the {self.total} of {self.trainer.epochs} "
-                "epochs: resume it with more epochs"
+                f"the run {path} has trained {self.step} steps, more than the {self.total}{epochs}: "
+                f"resume it with more {'epochs' if epochs else 'steps'}"
             )
         self.model.load_state_dict(checkpoint.weights)
         self.precision.load_state_dict(checkpoint.facts["scaler"])
+        if best := checkpoint.facts.get("best"):
+            self.best, self.lowest = (best["step"], checkpoint.best), best["loss"]
         states: dict[str, dict[int, dict[str, Any]]] = {name: defaultdict(dict) for name in self.optimizers}
         for where, value in {**checkpoint.others, **checkpoint.facts["scalars"]}.items():
             kind, _, rest = where.partition(".")

@@ -31,7 +31,7 @@ CONFIG, WEIGHTS, STATE, METRICS = "config.json", "model.safetensors", "state.saf
 PICTURES, TENSORBOARD = "pictures", "tensorboard"
 
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
-FREE = {"epochs", "device", "devices", "checkpoint_every", "log_every", "pictures"}
+FREE = {"epochs", "steps", "device", "devices", "checkpoint_every", "log_every", "pictures"}
 
 
 class Run:
@@ -166,12 +166,15 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
 
 def check_same(path: Path, config: dict[str, Any]) -> None:
     """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``."""
+    from genfuse.training.trainer import Trainer
+
     was = _read_config(path)
-    free = FREE if config["training"]["schedule"] == "constant" else FREE - {"epochs"}
+    defaults = dataclasses.asdict(Trainer())  # of options that are younger than the run
+    free = FREE if config["training"]["schedule"] == "constant" else FREE - {"epochs", "steps"}
     sections = {
         "model": lambda c: {"name": c["model"]["name"], **c["model"]["settings"]},
         "data": lambda c: {key: c["data"][key] for key in ("shape", "binarize", "fingerprint")},
-        "training": lambda c: {key: value for key, value in c["training"].items() if key not in free},
+        "training": lambda c: {k: v for k, v in {**defaults, **c["training"]}.items() if k not in free},
     }
     differences = []
     for section, settings_of in sections.items():
@@ -205,26 +208,35 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any])
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training needs to go on from a step: the weights, other tensors (optimizers, generators), plain facts."""
+    """What a training needs to go on from a step: the weights, other tensors (optimizers, generators), plain facts.
+
+    ``best`` holds the weights that the run is to be left with, where these are not the last; else nothing.
+    """
 
     weights: dict[str, Tensor]
     others: dict[str, Tensor]
     facts: dict[str, Any]
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         # Copies, since safetensors refuses tensors that share memory, as tied weights do.
-        weights, others = (
+        weights, others, best = (
             {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-            for tensors in (self.weights, self.others)
+            for tensors in (self.weights, self.others, self.best)
         )
-        write_tensors(path / STATE, {**{f"model.{key}": t for key, t in weights.items()}, **others}, self.facts)
-        write_tensors(path / WEIGHTS, weights, {"step": self.facts["step"]})
+        prefixed = {f"{kind}.{key}": t for kind, of in (("model", weights), ("best", best)) for key, t in of.items()}
+        write_tensors(path / STATE, {**prefixed, **others}, self.facts)
+        write_tensors(path / WEIGHTS, best or weights, {"step": (self.facts["best"] if best else self.facts)["step"]})
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
         tensors, facts = read_tensors(path / STATE)
-        weights = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
-        return cls(weights, {key: t for key, t in tensors.items() if not key.startswith("model.")}, facts)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "": {}}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition(".")
+            part, key = (kind, key) if kind in parts else ("", name)
+            parts[part][key] = tensor
+        return cls(parts["model"], parts[""], facts, parts["best"])
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -257,8 +269,10 @@ class Recorder:
         return cls(path, checkpoint.facts["step"])
 
     @classmethod
-    def continued(cls, path: Path, config: dict[str, Any], step: int) -> "Recorder":
-        """Continue a run from ``step``: what it logged after that step is forgotten."""
+    def continued(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint) -> "Recorder":
+        """Continue a run from its checkpoint: what it logged after that step is forgotten."""
+        step = checkpoint.facts["step"]
+        checkpoint.write(path)  # a kill may have left the weights of the one before beside its state
         entries = [entry for entry in Run(path).metrics() if entry["step"] <= step]
         with replacing(path / METRICS) as beside:
             beside.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")

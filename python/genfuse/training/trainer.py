@@ -32,6 +32,8 @@ class Trainer:
 
     epochs: int = 20
     """Passes over the training split."""
+    steps: int | None = None
+    """Updates in all; given, it takes the place of `epochs`, and the last pass may be cut short."""
     batch_size: int = 128
     """Examples per step, over all devices together."""
     lr: float | None = None
@@ -40,6 +42,9 @@ class Trainer:
     """The learning rate over the steps: as it is, or falling to 0 at the last step along half a cosine."""
     grad_clip: float | None = None
     """Largest norm of a player's gradient; a larger one is scaled down to it."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that the run is left with: the last ones, or those of the lowest loss on the validation split, which
+    is then measured at the end of each epoch."""
     seed: int = 0
     """Decides the order of the examples and the noise of the training; for the command the first weights too."""
     device: str = "auto"
@@ -62,7 +67,7 @@ class Trainer:
     """Replace the run in `out`."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "devices", "checkpoint_every", "log_every"):
+        for name in ("epochs", "steps", "batch_size", "devices", "checkpoint_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, got {value}")
@@ -72,6 +77,7 @@ class Trainer:
                 raise SettingsError(f"{name} must be a positive number, got {value}")
         for name, choices in (
             ("schedule", ("constant", "cosine")),
+            ("keep", ("last", "best")),
             ("precision", ("32-true", "bf16-mixed", "16-mixed", "64-true")),
         ):
             if getattr(self, name) not in choices:
@@ -86,9 +92,9 @@ class Trainer:
     def fit(self, model: GenerativeModel, data: "Dataset") -> run.Run | None:
         """Train ``model`` on the training split of ``data``; returns the run folder where ``out`` is given, else None.
 
-        The model is trained in place, and left on its device in evaluation mode. torch's global generators are as
-        before when it returns. The first interrupt (Ctrl-C, or SIGTERM) finishes the step and saves a checkpoint
-        before it takes effect; a second one takes effect at once.
+        The model is trained in place, and left on its device in evaluation mode with the weights that ``keep`` names.
+        torch's global generators are as before when it returns. The first interrupt (Ctrl-C, or SIGTERM) finishes the
+        step and saves a checkpoint before it takes effect; a second one takes effect at once.
 
         Raises SettingsError, DataError or RunError before anything is written, and NonFiniteLossError, with the
         step, the term and the last checkpoint, at a loss that is NaN or infinite.
@@ -97,6 +103,18 @@ class Trainer:
         players = list(model.players())
         if not players or len({player.name for player in players}) < len(players):
             raise SettingsError(f"{type(model).__name__} needs players of different names, got {players}")
+        if self.keep == "best" and len(players) > 1:
+            names = ", ".join(player.name for player in players)
+            raise SettingsError(
+                f"keep='best' needs a model with one player, whose loss says which weights are best; "
+                f"{type(model).__name__} has {len(players)} ({names}): use keep='last'"
+            )
+        if self.keep == "best" and "validation" not in data.splits:
+            raise SettingsError(
+                f"keep='best' needs a validation split, and the data set {data.name!r} has none, only "
+                f"{', '.join(data.splits)}: use keep='last', or data that has one, as a folder of train.csv, "
+                "validation.csv and test.csv"
+            )
         fabric = self._fabric(len(players))
         out = None if self.out is None else Path(self.out)
         config = None
