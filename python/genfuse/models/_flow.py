@@ -85,8 +85,8 @@ class FlowModel(GenerativeModel):
     """A normalizing flow: x = f^-1(z) of z ~ N(0, I), with an invertible f. A subclass gives `layers`.
 
     Real-valued examples x are (N, *shape), with exact densities in nats. Discrete ones, x = k / (levels - 1), are
-    dequantised: `elbo` is a lower bound of log P(x), and `bits_per_dim` the same in bits per cell. Latents z are (N, D),
-    as many as an example has cells. Labels y, (N,), are for conditional models, and for them alone.
+    dequantised: `elbo` is a lower bound of log P(x), and `bits_per_dim` the same in bits per cell. Latents z are
+    (N, D), as many as an example has cells. Labels y, (N,), are for conditional models, and for them alone.
     """
 
     config: FlowConfig

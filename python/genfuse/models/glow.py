@@ -75,7 +75,10 @@ class Glow(FlowModel):
                 if convolutional
                 else MLPConditioner(kept, outputs, c.hidden, c.context)
             )
-            yield AffineCoupling(network, kept, "sigmoid") if c.coupling == "affine" else AdditiveCoupling(network, kept)
+            if c.coupling == "affine":
+                yield AffineCoupling(network, kept, "sigmoid")
+            else:
+                yield AdditiveCoupling(network, kept)
 
     def _scale(self, shape: tuple[int, int, int], scales: int) -> Transform:
         """From images of this shape to vectors."""

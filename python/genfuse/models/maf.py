@@ -43,7 +43,7 @@ class MAF(FlowModel):
 
     def autoregressive(self) -> Transform:
         c = self.config
-        return AutoregressiveAffine(c.dimensions, c.hidden, c.context, c.scale)
+        return AutoregressiveAffine(c.dimensions, c.hidden, context=c.context, scale=c.scale)
 
 
 class IAF(MAF):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from genfuse.errors import SettingsError
 from genfuse.models._flow import FlowConfig, FlowModel
@@ -52,7 +53,7 @@ class NSF(FlowModel):
     """Neural spline flow with couplings: half of the coordinates decide on the splines of the others; between them
     linear layers by LU, which start as random permutations."""
 
-    Config: type = NSFConfig
+    Config: ClassVar[type] = NSFConfig
 
     def layers(self) -> Iterator[Transform]:
         c = self.config
@@ -76,9 +77,9 @@ class NSFAR(NSF):
     """Autoregressive neural spline flow: each coordinate's spline is decided by the coordinates before it. The density
     takes one pass; so does sampling, by one sweep over the hidden units."""
 
-    Config: type = NSFARConfig
+    Config: ClassVar[type] = NSFARConfig
 
     def spline(self) -> Transform:
         c = self.config
         assert isinstance(c, NSFARConfig)
-        return AutoregressiveSpline(c.dimensions, c.hidden, c.context, c.bins, c.bound)
+        return AutoregressiveSpline(c.dimensions, c.hidden, context=c.context, bins=c.bins, bound=c.bound)

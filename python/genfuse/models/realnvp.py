@@ -54,8 +54,8 @@ def check_scales(shape: tuple[int, ...], halvings: int, network: str) -> None:
         raise SettingsError(f"network {network!r} needs images, shape (C, H, W), got {shape}: use network 'mlp'")
     if any(side % 2**halvings for side in shape[1:]):
         raise SettingsError(
-            f"scales would halve height and width {halvings} times, but the images are {shape[1]}x{shape[2]}: use fewer "
-            "scales, or network 'mlp'"
+            f"scales would halve height and width {halvings} times, but the images are {shape[1]}x{shape[2]}: use "
+            "fewer scales, or network 'mlp'"
         )
 
 

@@ -1,5 +1,8 @@
 """Building blocks of the models."""
 
+from genfuse.nn._autoregressive import MADE as MADE
+from genfuse.nn._autoregressive import AutoregressiveAffine as AutoregressiveAffine
+from genfuse.nn._autoregressive import AutoregressiveSpline as AutoregressiveSpline
 from genfuse.nn._conditioners import ConvConditioner as ConvConditioner
 from genfuse.nn._conditioners import MLPConditioner as MLPConditioner
 from genfuse.nn._conditioners import ResidualMLP as ResidualMLP
@@ -25,5 +28,3 @@ from genfuse.nn._planar import Radial as Radial
 from genfuse.nn._transform import Composite as Composite
 from genfuse.nn._transform import Inverse as Inverse
 from genfuse.nn._transform import Transform as Transform
-from genfuse.nn._autoregressive import AutoregressiveAffine as AutoregressiveAffine
-from genfuse.nn._autoregressive import AutoregressiveSpline as AutoregressiveSpline

@@ -1,7 +1,7 @@
 """Networks that make a layer's raw parameters of what they are shown: (inputs, context) -> raw parameters.
 
-Vectors are (N, D) and their context (N, C); images are (N, C, H, W), and their context is (N, C) or an image of the same
-height and width. The last layer of each starts near 0, so that a flow starts near the identity.
+Vectors are (N, D) and their context (N, C); images are (N, C, H, W), and their context is (N, C) or an image of the
+same height and width. The last layer of each starts near 0, so that a flow starts near the identity.
 """
 
 import math
@@ -64,11 +64,11 @@ class ResidualMLP(nn.Module):
         if context is not None:
             context = context.to(x.dtype)
         h = self.first(x if context is None else torch.cat([x, context], -1))
-        for i, (one, two) in enumerate(self.blocks):  # type: ignore[misc]
-            inner = F.relu(one(F.relu(h)), inplace=True)
+        for i, block in enumerate(self.blocks):
+            inner = F.relu(block[0](F.relu(h)), inplace=True)  # type: ignore[index]
             if self.dropout:
                 inner = F.dropout(inner, self.dropout, self.training)
-            inner = two(inner)
+            inner = block[1](inner)  # type: ignore[index]
             if context is not None:
                 inner = inner * torch.sigmoid(self.gates[i](context))
             h = h + inner

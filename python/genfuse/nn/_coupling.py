@@ -37,9 +37,8 @@ class Coupling(Transform):
     def __init__(self, conditioner: nn.Module, mask_or_split: Tensor | int) -> None:
         super().__init__()
         self.conditioner = conditioner
-        masked = isinstance(mask_or_split, Tensor)
-        self.split = 0 if isinstance(mask_or_split, Tensor) else mask_or_split
-        self.register_buffer("mask", mask_or_split if masked else None, persistent=False)
+        mask, self.split = (mask_or_split, 0) if isinstance(mask_or_split, Tensor) else (None, mask_or_split)
+        self.register_buffer("mask", mask, persistent=False)
 
     def raw(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The conditioner's output, of x's type, which autocast may have narrowed."""

@@ -63,7 +63,7 @@ class Split(Transform):
 
 
 class Logit(Transform):
-    """y = logit(a + (1 - 2 a) x) of x in [0, 1] (arXiv 1605.08803, section 4.1; 1705.07057, appendix), per coordinate."""
+    """y = logit(a + (1 - 2 a) x) of each coordinate x in [0, 1] (arXiv 1605.08803, section 4.1)."""
 
     def __init__(self, a: float = 0.05) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class Logit(Transform):
 class Dequantize(nn.Module):
     """Levels k = 0 ... K - 1, given as x = k / (K - 1), become real numbers v = (k + u) / K in [0, 1).
 
-    u is uniform (arXiv 1511.01844, section 3.1), or drawn by ``noise``, a transform from standard normal noise of x's
-    shape, whose result goes through a sigmoid, with x - 1/2 as its context (variational: arXiv 1902.00275, section 3.1).
+    u is uniform (arXiv 1511.01844, section 3.1), or drawn by ``noise``, a transform of standard normal noise of x's
+    shape, with x - 1/2 as its context, whose result goes through a sigmoid (variational: arXiv 1902.00275).
     """
 
     def __init__(self, levels: int, noise: Transform | None = None) -> None:

@@ -53,7 +53,7 @@ class Composite(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.reversible and torch.is_grad_enabled():
-            return _Reversible.apply(self, x, context, *self.parameters())  # type: ignore[no-any-return]
+            return _Reversible.apply(self, x, context, *self.parameters())
         return self.run(x, context)
 
     def run(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,8 @@ class _Reversible(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
         y, context = ctx.saved_tensors
-        y, gcontext, gweights = y.detach(), None, {}
+        y, gcontext = y.detach(), None
+        gweights: dict[int, Tensor | None] = {}
         for transform in reversed(ctx.composite.transforms):
             with torch.no_grad():
                 x, _ = transform.inverse(y, context)
@@ -100,9 +101,12 @@ class _Reversible(torch.autograd.Function):
                 gradients = torch.autograd.grad(transform(x, own), wanted, (gy, glogdet), allow_unused=True)
             found = dict(zip(map(id, wanted), gradients, strict=True))
             y, gy = x.detach(), found[id(x)]
-            if own is not None and (g := found.get(id(own))) is not None:
-                gcontext = g if gcontext is None else gcontext + g
-            for w in weights:
-                g = found[id(w)]
-                gweights[id(w)] = g if id(w) not in gweights or g is None else gweights[id(w)] + g
+            if own is not None:
+                gcontext = _sum(gcontext, found.get(id(own)))
+            for w in weights:  # which several layers may share
+                gweights[id(w)] = _sum(gweights.get(id(w)), found[id(w)])
         return None, gy, gcontext, *(gweights.get(id(w)) for w in ctx.weights)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else (a if b is None else a + b)

@@ -216,8 +216,12 @@ def use(implementation: str) -> Iterator[None]:
 
 
 def available(device: str) -> list[str]:
-    """The implementations that every operator has on a type of device."""
-    return [i for i in ("native", "triton", "reference") if all(k.find(i, device)[0] for k in KERNELS.values())]
+    """The implementations that every operator which is written in them at all has on a type of device."""
+    return [
+        i
+        for i in ("native", "triton", "reference")
+        if all(k.find(i, device)[0] for k in KERNELS.values() if getattr(k, i) is not None)
+    ]
 
 
 def choices() -> list[tuple[str, str, str, str]]:

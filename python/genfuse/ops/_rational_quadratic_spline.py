@@ -31,9 +31,14 @@ class Settings(NamedTuple):
         return 3 * self.bins + EXTRA[self.tails]
 
     @property
+    def unit_derivative(self) -> float:
+        """The raw derivative that means 1."""
+        return math.log(math.expm1(1 - self.min_derivative))
+
+    @property
     def edge(self) -> float:
-        """The raw derivative of both ends under linear tails: it means 1."""
-        return math.log(math.expm1(1 - self.min_derivative)) if self.tails == "linear" else 0.0
+        """The raw derivative of both ends under linear tails."""
+        return self.unit_derivative if self.tails == "linear" else 0.0
 
 
 class _Bin(NamedTuple):
@@ -248,6 +253,28 @@ class RationalQuadraticSpline(torch.autograd.Function):
         return *gradients, *[None] * len(ctx.settings)
 
 
+def complain_unless_valid(s: Settings) -> None:
+    """Raise a ValueError that names the setting which makes no spline."""
+    if s.bins < 1:
+        raise ValueError(f"bins must be at least 1, got {s.bins}")
+    if not 0 < s.bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {s.bound}")
+    if s.tails not in TAILS:
+        raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {s.tails!r}")
+    for name, least in (("min_width", s.min_width), ("min_height", s.min_height)):
+        if not 0 < least <= 1 / s.bins:
+            raise ValueError(f"{name} must be above 0 and at most 1 / bins = {1 / s.bins:g}, got {least}")
+    if not 0 < s.min_derivative < 1:
+        raise ValueError(f"min_derivative must be between 0 and 1, got {s.min_derivative}")
+
+
+def complain_unless_inside(x: Tensor, name: str, s: Settings) -> None:
+    """Raise a ValueError where there is no outside, and x is there."""
+    if s.tails == "none" and not torch.compiler.is_compiling() and bool((x.detach().abs() > s.bound).any()):
+        box = f"[-{s.bound:g}, {s.bound:g}]"
+        raise ValueError(f'{name} must lie in {box} with tails="none", got {float(x.abs().max()):g}')
+
+
 def rational_quadratic_spline(
     x: Tensor,
     params: Tensor,
@@ -294,18 +321,8 @@ def rational_quadratic_spline(
             an x outside the box. That check waits for the device, once a call; under torch.compile it is left out, and
             such an x gives NaN.
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    if not 0 < bound < math.inf:
-        raise ValueError(f"bound must be positive and finite, got {bound}")
-    if tails not in TAILS:
-        raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {tails!r}")
-    for name, least in (("min_width", min_width), ("min_height", min_height)):
-        if not 0 < least <= 1 / bins:
-            raise ValueError(f"{name} must be above 0 and at most 1 / bins = {1 / bins:g}, got {least}")
-    if not 0 < min_derivative < 1:
-        raise ValueError(f"min_derivative must be between 0 and 1, got {min_derivative}")
     settings = Settings(bins, float(bound), tails, inverse, min_width, min_height, min_derivative)
+    complain_unless_valid(settings)
     if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
         params = params.float()
     shape = (*x.shape, settings.params)
@@ -317,8 +334,7 @@ def rational_quadratic_spline(
         or not x.dim()
     ):
         _op.complain_unless_like(x, "x", params=(params, shape))
-    if tails == "none" and not torch.compiler.is_compiling() and bool((x.detach().abs() > bound).any()):
-        raise ValueError(f'x must lie in [-{bound:g}, {bound:g}] with tails="none", got {float(x.abs().max()):g}')
+    complain_unless_inside(x, "x", settings)
     return RationalQuadraticSpline.apply(x, params, *settings)
 
 

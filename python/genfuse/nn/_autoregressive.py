@@ -1,0 +1,155 @@
+"""Masked autoregressive layers: each coordinate is transformed by what a masked network makes of those before it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfuse.nn._transform import Transform
+from genfuse.ops import affine_coupling, autoregressive_inverse, rational_quadratic_spline
+from genfuse.ops._affine_coupling import SCALES, Scale
+from genfuse.ops._rational_quadratic_spline import Settings, complain_unless_valid
+
+
+class MADE(nn.Module):
+    """Masked MLP with ReLU whose outputs for a feature depend on the features before it alone (arXiv 1502.03509).
+
+    Features come in their natural order. A hidden unit of degree k sees the first k of them; units of each layer are
+    sorted by degree, evenly spread. Maps x (N, D), and the context (N, C) if ``context`` is not 0, to ``outputs``
+    numbers for each feature, (N, D outputs): by feature, or with ``by_feature=False`` first the first of each feature.
+
+    Raises ValueError for no features, no hidden layer, or widths that are not positive.
+    """
+
+    def __init__(
+        self, features: int, hidden: Sequence[int], outputs: int, *, context: int = 0, by_feature: bool = True
+    ) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}")
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden must be at least one positive width, got {tuple(hidden)}")
+        self.context = nn.Linear(context, hidden[0], bias=False) if context else None
+        # Without a context, units of degree 0 would be constants.
+        first = 0 if context or features == 1 else 1
+        spread = features - first
+        each = torch.arange(features)
+        last = each.repeat_interleave(outputs) if by_feature else each.repeat(outputs)
+        degrees = [first + torch.arange(width) * spread // width for width in hidden]
+        edges = torch.arange(features + 1)
+        self.bounds = tuple(tuple(torch.searchsorted(d, edges).tolist()) for d in degrees)
+        seen = [each + 1, *degrees]  # from which degree on
+        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise([features, *hidden, len(last)]))
+        for i, (own, of) in enumerate(zip([*degrees, last], seen, strict=True)):
+            self.register_buffer(f"mask{i}", (own[:, None] >= of).float(), persistent=False)
+
+    def weights(self) -> list[Tensor]:
+        """Of each layer, masked; so whatever an optimizer does to entries outside the mask has no effect."""
+        return [layer.weight * self.get_buffer(f"mask{i}") for i, layer in enumerate(self.layers)]  # type: ignore[operator]
+
+    def biases(self) -> list[Tensor]:
+        return [layer.bias for layer in self.layers]  # type: ignore[misc]
+
+    def project(self, context: Tensor | None) -> Tensor | None:
+        """What the context adds to the first layer, (N, hidden[0]).
+
+        Raises ValueError for a context that is missing, or one that the network was not made for.
+        """
+        if (context is None) != (self.context is None):
+            wanted = "no context" if self.context is None else f"a context (N, {self.context.in_features})"
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(f"context: this network was made for {wanted}, got {got}")
+        return None if context is None or self.context is None else self.context(context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        added = self.project(context)
+        *hidden, last = zip(self.weights(), self.biases(), strict=True)
+        for i, (weight, bias) in enumerate(hidden):
+            a = F.linear(x, weight, bias)
+            x = (a if i or added is None else a + added).relu()
+        return F.linear(x, *last)
+
+
+class AutoregressiveAffine(Transform):
+    r"""Masked autoregressive flow's layer, :math:`y_i = x_i e^{s_i} + t_i` with s, t made of :math:`x_{<i}` by `MADE`.
+
+    MAF (arXiv 1705.07057) with its density in one pass; `Inverse` of it is a layer of IAF (arXiv 1606.04934), which
+    samples in one. The other way costs one sweep, about as much: see `genfuse.ops.autoregressive_inverse`.
+
+    Args:
+        features: D; x is (N, D).
+        hidden: widths of MADE's hidden layers.
+        context: C features of the context (N, C) that all depends on, or 0.
+        scale: how the log-scale s is bounded: "tanh", "exp" (not at all) or "sigmoid", as in `affine_coupling`.
+    """
+
+    def __init__(self, features: int, hidden: Sequence[int], *, context: int = 0, scale: Scale = "tanh") -> None:
+        super().__init__()
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        self.scale: Scale = scale
+        self.made = MADE(features, hidden, 2, context=context, by_feature=False)
+        _start_near_zero(self.made)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _inverse(self.made, y, context, scale=self.scale)
+
+
+class AutoregressiveSpline(Transform):
+    r"""Autoregressive neural spline layer: y_i is a rational-quadratic spline of x_i, made of :math:`x_{<i}` by `MADE`.
+
+    RQ-NSF (AR) of arXiv 1906.04032. The inverse costs one sweep: see `genfuse.ops.autoregressive_inverse`.
+
+    Args:
+        features: D; x is (N, D).
+        hidden: widths of MADE's hidden layers.
+        context: C features of the context (N, C) that all depends on, or 0.
+        bins: of each spline.
+        bound: each maps [-bound, bound] to itself, in the units of x.
+        tails: what is outside: "linear" (the identity), "circular" or "none", as in `rational_quadratic_spline`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int],
+        *,
+        context: int = 0,
+        bins: int = 8,
+        bound: float = 3.0,
+        tails: str = "linear",
+    ) -> None:
+        super().__init__()
+        settings = Settings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
+        complain_unless_valid(settings)
+        self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails}
+        self.made = MADE(features, hidden, settings.params, context=context)
+        _start_near_zero(self.made)
+        with torch.no_grad():  # equal bins and slopes of 1 make the identity
+            self.made.biases()[-1].view(features, -1)[:, 2 * bins :] = settings.unit_derivative
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        params = self.made(x, context).to(x.dtype)
+        return rational_quadratic_spline(x, params.view(*x.shape, -1), **self.settings)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _inverse(self.made, y, context, **self.settings)
+
+
+def _start_near_zero(made: MADE) -> None:
+    weight, bias = made.layers[-1].parameters()
+    with torch.no_grad():
+        weight.mul_(0.01)
+        bias.zero_()
+
+
+def _inverse(made: MADE, y: Tensor, context: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
+    added = made.project(context)
+    added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
+    return autoregressive_inverse(y, made.weights(), made.biases(), made.bounds, context=added, **settings)
