@@ -196,6 +196,8 @@ def test_help_of_a_model_shows_its_settings_with_meaning_and_default(capsys):
     out = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
     assert "--model.latent-dim INT dimensions of z (default: 20)" in out
     assert "--epochs INT Passes over the training split. (default: 20)" in out
+    assert "--steps {None}|INT Updates in all" in out
+    assert "--keep {last,best} Weights to end with: the last ones, or" in out
     assert "--data NAME What to train on" in out
     assert "--data.binarize {none,static,dynamic}" in out
     assert "example: genfuse train vae --data digits" in out
@@ -559,6 +561,81 @@ def test_samples_of_a_table_are_in_its_units(capsys, table_run, tmp_path):
     said = fails(capsys, "sample", table_run, "--out", tmp_path / "x.png")
     assert "examples of shape (3,): use --out" in said
     assert not (tmp_path / "x.png").exists()
+
+
+FLOW = """
+from dataclasses import dataclass
+import torch
+from genfuse.models import GenerativeModel
+
+@dataclass(frozen=True)
+class Config:
+    shape: tuple[int, ...] = (2,)
+    classes: int | None = None
+    conditional: bool = False  # whether it takes labels
+
+class Flow(GenerativeModel):
+    Config = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.mean = torch.nn.Parameter(torch.zeros(config.shape))
+    def loss(self, batch, player):
+        return -self.log_prob(batch.x, batch.y if self.conditional else None).mean(), {}
+    def log_prob(self, x, y=None):
+        return -0.5 * ((x - self.mean) ** 2).sum(1)
+    def sample(self, n, *, y=None, temperature=1.0, generator=None):
+        noise = temperature * torch.randn(n, *self.config.shape, generator=generator, device=self.device)
+        return noise if y is None else noise + 10 * y[:, None]
+"""
+
+
+@pytest.fixture
+def flow(acme) -> Path:
+    """A package with a model whose samples take temperature and labels."""
+    write_distribution(acme, "acme", "models", {"flow": "acme_flow:Flow"}, {"acme_flow": FLOW})
+    plugins.discover.cache_clear()
+    return acme
+
+
+TRAIN_FLOW = ["train", "flow", "--data", "toy:moons", "--steps", "2", "--no-pictures", "--device", "cpu"]
+
+
+def test_samples_take_a_temperature_and_a_label(capsys, flow, monkeypatch):
+    monkeypatch.chdir(flow)
+    drawn = []
+    monkeypatch.setattr("genfuse.pictures.scatter", lambda x, *args: drawn.append(x))
+    assert main([*TRAIN_FLOW, "--out", "run", "--model.conditional"]) == 0
+    assert main(["sample", "run", "--n", "2000", "--out", "any.npz", "--temperature", "0.5"]) == 0
+    with np.load("any.npz") as file:
+        x, y = file["x"], file["y"]
+    assert sorted(set(y.tolist())) == [0, 1]
+    assert y.mean() == pytest.approx(0.5, abs=0.05)
+    assert (x - 10 * y[:, None]).std() == pytest.approx(0.5, rel=0.05)
+    assert main(["sample", "run", "--n", "2000", "--out", "one.npy", "--label", "1"]) == 0
+    assert np.load("one.npy").mean(0) == pytest.approx([10, 10], abs=0.1)
+    assert main(["sample", "run", "--n", "2000", "--out", "one.png", "--label", "1"]) == 0
+    test = genfuse.load_data("toy:moons").splits["test"]
+    assert torch.equal(drawn[0], test.x[test.y == 1])  # the samples stand beside examples of their own label
+    assert "--label must be one of 0..1; got 2" in fails(capsys, "sample", "run", "--out", "x.npy", "--label", "2")
+    assert "got -1" in fails(capsys, "sample", "run", "--out", "x.npy", "--label", "-1")
+    assert main(["evaluate", "run", "--limit", "50"]) == 0
+    assert "log prob" in capsys.readouterr().out
+
+
+def test_temperature_and_label_are_refused_where_they_have_no_meaning(capsys, flow, run, monkeypatch):
+    monkeypatch.chdir(flow)
+    assert main([*TRAIN_FLOW, "--out", "plain"]) == 0
+    for temperature in ("0", "-1", "nan", "inf"):
+        said = fails(capsys, "sample", "plain", "--out", "x.npy", "--temperature", temperature)
+        assert "--temperature must be above 0 and finite; got" in said
+    assert "a Flow, was trained without labels" in fails(capsys, "sample", "plain", "--out", "x.npy", "--label", "0")
+    assert "a VAE, takes none" in fails(capsys, "sample", run, "--out", "x.npy", "--temperature", "0.5")
+    assert "a VAE, was trained without labels" in fails(capsys, "sample", run, "--out", "x.npy", "--label", "0")
+    assert not Path("x.npy").exists()
+    assert "needs labels, but the data set 'toy:checkerboard' has none" in fails(
+        capsys, "train", "flow", "--data", "toy:checkerboard", "--model.conditional", "--out", "bare"
+    )
+    assert not Path("bare").exists()
 
 
 def test_samples_in_two_dimensions_are_points(tmp_path):

@@ -136,11 +136,12 @@ if __name__ == "__main__":  # under torchrun: a whole run, and one in two parts
     import sys
 
     name, out = sys.argv[1:]
-    data = genfuse.load_data("digits")
+    data = validated(genfuse.load_data("digits"))
+    keep = "last" if name == "duel" else "best"
     for folder, parts in (("whole", (2,)), ("parts", (1, 2))):
         for epochs in parts:
             torch.manual_seed(0)
             model = genfuse.create(name, data)
-            options = {"device": "cpu", "batch_size": 64, "pictures": False, "resume": epochs > parts[0]}
+            options = {"device": "cpu", "batch_size": 64, "pictures": False, "keep": keep, "resume": epochs > parts[0]}
             run = genfuse.Trainer(epochs=epochs, out=Path(out, folder), **options).fit(model, data)
         torch.save(model.state_dict(), Path(out, f"{folder}-{os.environ['RANK']}.pt"))

@@ -1,6 +1,8 @@
 """All commands but ``train``. tyro makes their options and help of signature and docstring."""
 
+import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +15,8 @@ from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
+
+    from genfuse.models import GenerativeModel
 
 
 def list_(kind: Literal["models", "datasets", "all"] = "all", /) -> int:
@@ -37,6 +41,8 @@ def sample(
     *,
     out: Annotated[Path, arg(metavar="FILE")],
     n: int = 64,
+    label: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: drawn for each example)")] = None,
+    temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -44,8 +50,8 @@ def sample(
     """Draw from the model of a run: a picture, or the numbers.
 
     A .png is a grid of images, or points in 2 dimensions beside those of the data. A .npy is the array (n, *shape); a
-    .npz has it as `x`, and the `names` of a table's columns. Tables are in their original units; discrete data, such as
-    images, is in [0, 1].
+    .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model. Tables are in their
+    original units; discrete data, such as images, is in [0, 1].
 
     example:
       genfuse sample runs/vae --n 64 --out grid.png
@@ -54,6 +60,8 @@ def sample(
         run: run folder
         out: file to write: .png, .npy or .npz
         n: number of examples
+        label: conditional models: the label of all examples
+        temperature: models that take one, such as flows: above 0; below 1 for samples nearer to the modes
         seed: of the draws
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
@@ -62,6 +70,8 @@ def sample(
         raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}")
     if n < 1:
         raise SettingsError(f"--n must be at least 1; got {n}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise SettingsError(f"--temperature must be above 0 and finite; got {temperature}")
     _refuse_existing(out, overwrite)
 
     import numpy as np
@@ -80,24 +90,35 @@ def sample(
         )
     model = trained.model(_device(device))
     generator = torch.Generator(model.device).manual_seed(seed)
+    options = {} if temperature is None else {"temperature": temperature}
+    if options and "temperature" not in inspect.signature(model.sample).parameters:
+        raise SettingsError(f"--temperature: the model of {run}, a {type(model).__name__}, takes none: leave it out")
+    y = _labels(run, model, n, label, generator)
+    parts = []
     with torch.no_grad():  # in parts, since the networks' activations can be many times the size of what they draw
-        x = torch.cat([model.sample(min(n - i, 1024), generator=generator).cpu() for i in range(0, n, 1024)])
+        for i in range(0, n, 1024):
+            given = {} if y is None else {"y": y[i : i + 1024]}
+            parts.append(model.sample(min(n - i, 1024), generator=generator, **given, **options).cpu())
+    x = torch.cat(parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling
     if out.suffix == ".png" and len(shape) == 3:
         pictures.sample_grid(x, out)
     elif out.suffix == ".png":
-        data = trained.data()
-        every = max(1, len(data.splits["test"]) // n)
-        pictures.scatter(data.batch("test", slice(None, None, every)).x, x, out, scaling)
+        test = trained.data().batch("test", slice(None))
+        alike = None if label is None or test.y is None else test.y == label
+        points = test.x if alike is None or not alike.any() else test.x[alike]
+        pictures.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
     else:
         array = (x if scaling is None else scaling.restore(x)).numpy()
-        names: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
+        more: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
+        if y is not None:
+            more["y"] = y.cpu().numpy()
         with replacing(out) as beside, open(beside, "wb") as file:
             if out.suffix == ".npy":
                 np.save(file, array)
             else:
-                np.savez(file, x=array, **names)
+                np.savez(file, x=array, **more)
     print(out)
     return 0
 
@@ -170,6 +191,27 @@ def doctor(
 
 
 COMMANDS: dict[str, Callable[..., int]] = {"list": list_, "sample": sample, "evaluate": evaluate, "doctor": doctor}
+
+
+def _labels(
+    run: Path, model: "GenerativeModel", n: int, label: int | None, generator: "torch.Generator"
+) -> "torch.Tensor | None":
+    """The labels (n,) that a model is to be given: all the same, or drawn evenly; None where it takes none."""
+    import torch
+
+    if not model.conditional:
+        if label is not None:
+            raise SettingsError(
+                f"--label: the model of {run}, a {type(model).__name__}, was trained without labels: leave it out, or "
+                "sample from a conditional one"
+            )
+        return None
+    classes = model.config.classes
+    if label is None:
+        return torch.randint(classes, (n,), generator=generator, device=model.device)
+    if not 0 <= label < classes:
+        raise SettingsError(f"--label must be one of 0..{classes - 1}; got {label}")
+    return torch.full((n,), label, device=model.device)
 
 
 def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:

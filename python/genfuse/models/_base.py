@@ -75,7 +75,10 @@ class GenerativeModel(nn.Module):
         """Called after each update of ``player``: for weight clipping, warm-up counters and the like."""
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n examples, (n, *shape), in the range of the data that the model was trained on."""
+        """Draw n examples, (n, *shape), in the range of the data that the model was trained on.
+
+        A subclass may take more: labels ``y`` (n,), and ``temperature``, a factor of the base distribution's spread.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot sample")
 
     @property

@@ -43,8 +43,7 @@ class Trainer:
     grad_clip: float | None = None
     """Largest norm of a player's gradient; a larger one is scaled down to it."""
     keep: Literal["last", "best"] = "last"
-    """The weights that the run is left with: the last ones, or those of the lowest loss on the validation split, which
-    is then measured at the end of each epoch."""
+    """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch."""
     seed: int = 0
     """Decides the order of the examples and the noise of the training; for the command the first weights too."""
     device: str = "auto"
