@@ -7,6 +7,7 @@ import sklearn.decomposition
 import torch
 from torch import distributions
 
+import genfuse
 from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, SettingsError
 from genfuse.models import Batch
@@ -377,3 +378,82 @@ def test_samples_of_images_are_means_and_those_of_tables_are_draws():
 
     assert spread((1, 2, 2)) == 0.0
     assert 2.8 < spread((4,)) < 3.2
+
+
+FLOWS = ["planar", "radial", "iaf"]
+
+
+def with_posterior(posterior, **settings):
+    """A VAE of pairs with a posterior far from a Gaussian's shape, and wide, so that importance weights are bounded."""
+    torch.manual_seed(3)
+    settings = {"shape": (2,), "levels": None, "decoder": "gaussian", "latent_dim": 2, "hidden": (8,), **settings}
+    model = genfuse.create("vae", posterior=posterior, posterior_hidden=(8,), posterior_context=3, **settings).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+        model.encoder[1][-1].bias[2:4] += 1.5
+    return model
+
+
+@pytest.mark.parametrize("posterior", FLOWS)
+def test_the_kl_of_a_flow_posterior_is_the_integral_over_its_density(posterior):
+    model = with_posterior(posterior)
+    x = torch.randn(1, 2, dtype=torch.float64)
+    mu, logvar, context = model._encoded(x)
+    side = torch.linspace(-12, 12, 500, dtype=torch.float64)
+    z = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        z0, logdet = model.posterior.inverse(z, context.expand(len(z), -1))
+        log_q = torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(z0).sum(-1) + logdet
+        log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        cell = float(side[1] - side[0]) ** 2
+        assert abs(float(log_q.exp().sum() * cell) - 1) < 1e-3
+        exact = float((log_q.exp() * (log_q - log_p)).sum() * cell)
+        many = [t.expand(40_000, -1) for t in (mu, logvar, context)]
+        _, kl = model._draw(*many)
+    assert abs(float(kl.mean()) - exact) < 5 * float(kl.std()) / len(kl) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("posterior", FLOWS)
+def test_bounds_with_a_flow_posterior_approach_the_likelihood(posterior):
+    """p(x) by numeric integration over z: above the ELBO, and where the importance-weighted bound ends."""
+    model = with_posterior(posterior)
+    x = torch.randn(3, 2, dtype=torch.float64)
+    side = torch.linspace(-8, 8, 400, dtype=torch.float64)
+    z = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        joint = torch.stack([model._log_likelihood(row.expand(len(z), -1), z) + prior for row in x])
+        log_p = joint.logsumexp(1) + 2 * math.log(float(side[1] - side[0]))
+        elbo = torch.stack([model.elbo(x) for _ in range(200)]).mean(0)
+        bound = model.iwae_bound(x, samples=5_000)
+    assert (elbo < log_p).all()
+    torch.testing.assert_close(bound, log_p, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("posterior", FLOWS)
+def test_a_flow_posterior_trains_all_its_weights_and_has_all_verbs(posterior):
+    data = genfuse.load_data("digits")
+    model = genfuse.create("vae", data, posterior=posterior, latent_dim=3, hidden=(8,)).train()
+    batch = data.batch("train", slice(0, 6))
+    loss, terms = model.loss(batch)
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+    assert set(terms) == {"reconstruction", "kl"}
+    assert model.encode(batch.x).shape == (6, 3)
+    assert model.reconstruct(batch.x).shape == batch.x.shape
+    assert model.interpolate(batch.x[0], batch.x[1], 3).shape == (3, 1, 8, 8)
+    assert model.iwae_bound(batch.x, samples=3).shape == (6,)
+    several = genfuse.create("vae", data, posterior=posterior, latent_dim=3, hidden=(8,), iwae_samples=2)
+    assert several.loss(batch)[0].isfinite()
+
+
+def test_settings_of_a_flow_posterior_are_checked():
+    for settings, message in [
+        ({"posterior": "glow"}, "posterior must be one of gaussian, planar, radial, iaf"),
+        ({"posterior": "iaf", "posterior_hidden": ()}, "needs at least one entry of posterior_hidden"),
+        ({"posterior": "iaf", "posterior_layers": 0}, "posterior_layers must be at least 1"),
+        ({"posterior": "planar", "free_bits": 0.5}, "free_bits act on the KL of each latent dimension"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            VAEConfig(**settings)

@@ -3,14 +3,24 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from genfuse.errors import DataError, SettingsError
 from genfuse.models._base import Batch, GenerativeModel
-from genfuse.nn import ConvDecoder, conv_encoder, mlp
+from genfuse.nn import (
+    AutoregressiveAffine,
+    Composite,
+    ConvDecoder,
+    Permutation,
+    Planar,
+    Radial,
+    Transform,
+    conv_encoder,
+    mlp,
+)
 from genfuse.nn.likelihoods import (
     Bernoulli,
     Categorical,
@@ -19,7 +29,7 @@ from genfuse.nn.likelihoods import (
     Likelihood,
     at_least_float32,
 )
-from genfuse.ops import kl_per_dimension, reparameterize_kl
+from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 Network = Literal["mlp", "conv"]
 Decoder = Literal["bernoulli", "gaussian", "categorical", "discretized-logistic"]
 Variance = Literal["fixed", "shared", "per-cell"]
+Posterior = Literal["gaussian", "planar", "radial", "iaf"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +58,26 @@ class VAEConfig:
     beta_warmup: int = 0  # steps over which the weight of the KL grows from 0 to beta
     free_bits: float = 0.0  # nats of KL per latent dimension, in the mean over a batch, that cost nothing to use
     iwae_samples: int = 1  # more than 1: train the importance-weighted bound with this many samples
+    posterior: Posterior = "gaussian"  # q(z | x): diagonal, or what a flow of this kind makes of a diagonal one
+    posterior_layers: int = 4  # of that flow
+    posterior_hidden: tuple[int, ...] = (64, 64)  # iaf: widths of each layer's network
+    posterior_context: int = 32  # features of x that the encoder hands to that flow
 
     def __post_init__(self) -> None:
-        for name, least in (("latent_dim", 1), ("iwae_samples", 1), ("beta_warmup", 0), ("beta", 0), ("free_bits", 0)):
+        least_of = {"latent_dim": 1, "iwae_samples": 1, "posterior_layers": 1, "posterior_context": 1}
+        for name, least in {**least_of, "beta_warmup": 0, "beta": 0, "free_bits": 0}.items():
             value = getattr(self, name)
             if not least <= value < math.inf:
                 raise SettingsError(f"{name} must be at least {least} and finite, got {value}")
-        for name, choices in (("network", Network), ("decoder", Decoder), ("variance", Variance)):
+        choices_of = {"network": Network, "decoder": Decoder, "variance": Variance, "posterior": Posterior}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise SettingsError(
                     f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}"
                 )
         if not 0 < self.sigma < math.inf:
             raise SettingsError(f"sigma must be above 0 and finite, got {self.sigma}")
-        for name in ("shape", "hidden", "channels"):
+        for name in ("shape", "hidden", "channels", "posterior_hidden"):
             if any(size < 1 for size in getattr(self, name)):
                 raise SettingsError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
         if not self.shape:
@@ -74,6 +91,13 @@ class VAEConfig:
             raise SettingsError(
                 f"decoder {self.decoder!r} needs discrete data, levels of 2 or more, got {self.levels}: "
                 "use decoder 'gaussian' for real-valued data"
+            )
+        if self.posterior == "iaf" and not self.posterior_hidden:
+            raise SettingsError("posterior 'iaf' needs at least one entry of posterior_hidden, got ()")
+        if self.posterior != "gaussian" and self.free_bits > 0:
+            raise SettingsError(
+                f"free_bits act on the KL of each latent dimension, which posterior {self.posterior!r} does not have: "
+                "leave them at 0, or use beta_warmup"
             )
         if self.iwae_samples > 1 and (self.beta, self.beta_warmup, self.free_bits) != (1.0, 0, 0.0):
             raise SettingsError(
@@ -91,8 +115,25 @@ def _likelihood(config: VAEConfig) -> Likelihood:
     return (Categorical if config.decoder == "categorical" else DiscretizedLogistic)(config.levels)
 
 
+def _flow(config: VAEConfig) -> Composite | None:
+    """What turns the diagonal Gaussian z0 into q(z | x), with the encoder's features as its context: from z0 to z."""
+    d, context, layers = config.latent_dim, config.posterior_context, config.posterior_layers
+    if config.posterior == "gaussian":
+        return None
+    if config.posterior == "iaf":
+        steps: list[Transform] = []
+        for _ in range(
+            layers
+        ):  # arXiv 1606.04934, algorithm 1; the order of the dimensions is reversed after each step
+            made = AutoregressiveAffine(d, config.posterior_hidden, context=context, scale="sigmoid")
+            steps += [made, Permutation.reversed(d)]
+        return Composite(steps)
+    layer = Planar if config.posterior == "planar" else Radial
+    return Composite([layer(d, context) for _ in range(layers)])
+
+
 class VAE(GenerativeModel):
-    """Variational autoencoder with a standard normal prior p(z) and a diagonal Gaussian q(z | x).
+    """Variational autoencoder with a standard normal prior p(z) and a diagonal Gaussian q(z | x), or a flow of it.
 
     Examples x are (N, *shape), latents z (N, D), densities (N,) in nats.
     """
@@ -106,14 +147,16 @@ class VAE(GenerativeModel):
         self.likelihood = _likelihood(config)
         shape, hidden, per_cell = config.shape, config.hidden, self.likelihood.parameters_per_cell
         cells = math.prod(shape)
+        self.posterior = _flow(config)
+        outputs = 2 * config.latent_dim + (config.posterior_context if self.posterior else 0)
         self.encoder: nn.Module
         self.decoder: nn.Module
         if config.network == "conv":
             image = (shape[0], shape[1], shape[2])
-            self.encoder = conv_encoder(image, config.channels, hidden, 2 * config.latent_dim)
+            self.encoder = conv_encoder(image, config.channels, hidden, outputs)
             self.decoder = ConvDecoder(config.latent_dim, hidden, config.channels, image, per_cell)
         else:
-            self.encoder = nn.Sequential(nn.Flatten(), mlp([cells, *hidden, 2 * config.latent_dim]))
+            self.encoder = nn.Sequential(nn.Flatten(), mlp([cells, *hidden, outputs]))
             self.decoder = nn.Sequential(
                 mlp([config.latent_dim, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell))
             )
@@ -150,13 +193,13 @@ class VAE(GenerativeModel):
         1606.04934, appendix C.8, with each latent dimension a group of its own. With ``iwae_samples`` above 1 the total
         is the negative importance-weighted bound, arXiv 1509.00519, equation 8.
         """
-        mu, logvar = self.encode(batch.x)
+        mu, logvar, context = self._encoded(batch.x)
         if self.config.iwae_samples > 1:
-            z, _ = reparameterize_kl(mu, logvar, samples=self.config.iwae_samples)
-            log_w = self._log_weight(batch.x, z, mu, logvar)
-            iwae = (math.log(len(z)) - log_w.logsumexp(0)).mean()
+            z0, _ = reparameterize_kl(mu, logvar, samples=self.config.iwae_samples)
+            log_w = self._log_weight(batch.x, z0, mu, logvar, context)
+            iwae = (math.log(len(z0)) - log_w.logsumexp(0)).mean()
             return iwae, {"iwae": iwae.detach()}
-        z, kl_per_example = reparameterize_kl(mu, logvar)
+        z, kl_per_example = self._draw(mu, logvar, context)
         reconstruction = -self._log_likelihood(batch.x, z).mean()
         kl = kl_per_example.mean()
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -164,16 +207,40 @@ class VAE(GenerativeModel):
             kl = kl_per_dimension(mu, logvar).mean(0).clamp(min=self.config.free_bits).sum()
         return reconstruction + self.beta() * kl, terms
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and logvar of q(z | x), each (N, D): the two halves, not copied, of the encoder's output.
+    def encode(self, x: Tensor) -> Any:
+        """mu and logvar of q(z | x), each (N, D): two parts, not copied, of the encoder's output.
+
+        Where the posterior is a flow, which has no such numbers: what it makes of the Gaussian's mean, z (N, D).
 
         Raises DataError where x is not (N, *shape).
         """
+        mu, logvar, context = self._encoded(x)
+        return (mu, logvar) if self.posterior is None else self.posterior(mu, context)[0]
+
+    def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """mu and logvar of the Gaussian, each (N, D), and the flow's context (N, C), if there is a flow."""
         if x.shape[1:] != self.config.shape:
             wanted = ", ".join(map(str, self.config.shape))
             raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
-        mu, logvar = at_least_float32(self.encoder(x)).chunk(2, dim=-1)
-        return mu, logvar
+        out, d = at_least_float32(self.encoder(x)), self.config.latent_dim
+        return out[:, :d], out[:, d : 2 * d], None if self.posterior is None else out[:, 2 * d :]
+
+    def _draw(
+        self, mu: Tensor, logvar: Tensor, context: Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """z ~ q(z | x), (N, D), and KL(q(z | x) || p(z)), (N,), in closed form; where the posterior is a flow by that
+        draw, log q(z | x) - log p(z), with the Gaussian's own entropy in closed form (arXiv 1505.05770, equation 15).
+        """
+        z, kl = reparameterize_kl(mu, logvar, generator=generator)
+        if self.posterior is None:
+            return z, kl
+        z, logdet = self.posterior(z, context)
+        entropy = 0.5 * (logvar + (1 + math.log(2 * math.pi))).sum(-1)
+        return z, -entropy - standard_normal_log_prob(z, logdet)
+
+    def _mean_latent(self, x: Tensor) -> Tensor:
+        encoded = self.encode(x)
+        return encoded if isinstance(encoded, Tensor) else encoded[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """E[x | z], (..., *shape), for latents (..., D)."""
@@ -181,7 +248,7 @@ class VAE(GenerativeModel):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x | z] at the mean of q(z | x), (N, *shape)."""
-        return self.decode(self.encode(x)[0])
+        return self.decode(self._mean_latent(x))
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None, mean: bool | None = None) -> Tensor:
@@ -208,14 +275,14 @@ class VAE(GenerativeModel):
             raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
         if a.ndim == len(self.config.shape):
             return self.interpolate(a[None], b[None], steps).squeeze(1)
-        start, end = self.encode(a)[0], self.encode(b)[0]
+        start, end = self._mean_latent(a), self._mean_latent(b)
         weight = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None, None]
         return self.decode(torch.lerp(start, end, weight))
 
     def elbo(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The evidence lower bound of log p(x), (N,) nats: one draw of z and the exact KL. Differentiable."""
-        mu, logvar = self.encode(x)
-        z, kl = reparameterize_kl(mu, logvar, generator=generator)
+        """The evidence lower bound of log p(x), (N,) nats: one draw of z, and the KL, exact if the posterior is
+        Gaussian. Differentiable."""
+        z, kl = self._draw(*self._encoded(x), generator)
         return self._log_likelihood(x, z) - kl
 
     @torch.no_grad()
@@ -231,15 +298,16 @@ class VAE(GenerativeModel):
         chunk = self._rows if chunk is None else chunk
         if samples < 1 or chunk < 1:
             raise SettingsError(f"samples and chunk must be at least 1, got samples={samples} and chunk={chunk}")
-        encoded = [self.encode(part) for part in x.split(chunk)]
-        mu, logvar = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        encoded = [self._encoded(part) for part in x.split(chunk)]
+        mu, logvar = (torch.cat([part[i] for part in encoded]) for i in (0, 1))  # type: ignore[misc]
+        context = None if self.posterior is None else torch.cat([part[2] for part in encoded])  # type: ignore[misc]
         together = max(1, chunk // max(1, len(x)))
         total = mu.new_full((len(x),), -math.inf)
         for first in range(0, samples, together):
             # One draw of all examples at a time, so that the noise does not depend on the chunks.
             draws = range(first, min(first + together, samples))
             z = torch.stack([reparameterize_kl(mu, logvar, generator=generator)[0] for _ in draws])
-            parts = (self._log_weight(*rows) for rows in _split(chunk, x, z, mu, logvar))
+            parts = (self._log_weight(*rows) for rows in _split(chunk, x, z, mu, logvar, context))
             log_w = torch.cat(list(parts), dim=-1)
             total = torch.logaddexp(total, log_w.logsumexp(0))
         return total - math.log(samples)
@@ -259,12 +327,20 @@ class VAE(GenerativeModel):
         """log p(x | z), (..., N), for latents (..., N, D)."""
         return self.likelihood.log_prob(self.decoder(z), x)
 
-    def _log_weight(self, x: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        """log p(x, z) / q(z | x), (..., N), for latents (..., N, D). The normal densities' constants cancel."""
-        eps = (z - mu) * torch.exp(-logvar / 2)
-        return self._log_likelihood(x, z) + 0.5 * (eps.square() + logvar - z.square()).sum(-1)
+    def _log_weight(self, x: Tensor, z0: Tensor, mu: Tensor, logvar: Tensor, context: Tensor | None) -> Tensor:
+        """log p(x, z) / q(z | x), (..., N), for draws (..., N, D) of the Gaussian, of which the flow, if there is one,
+        makes z. The normal densities' constants cancel."""
+        eps, z, logdet = (z0 - mu) * torch.exp(-logvar / 2), z0, 0.0
+        if self.posterior is not None and context is not None:
+            wide = context.expand(*z0.shape[:-1], -1)
+            z, changed = self.posterior(z0.flatten(0, -2), wide.flatten(0, -2))
+            z, logdet = z.view(z0.shape), changed.view(z0.shape[:-1])
+        return self._log_likelihood(x, z) + 0.5 * (eps.square() + logvar - z.square()).sum(-1) + logdet
 
 
-def _split(rows: int, x: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """At most ``rows`` examples at a time of x, mu and logvar (N, ...) and of z (S, N, D)."""
-    return zip(x.split(rows), z.split(rows, dim=1), mu.split(rows), logvar.split(rows), strict=True)
+def _split(
+    rows: int, x: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, context: Tensor | None
+) -> Iterator[tuple[Any, ...]]:
+    """At most ``rows`` examples at a time of x, mu, logvar and the context (N, ...) and of z (S, N, D)."""
+    contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
+    return zip(x.split(rows), z.split(rows, dim=1), mu.split(rows), logvar.split(rows), contexts, strict=True)
