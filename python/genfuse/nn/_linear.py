@@ -1,5 +1,6 @@
 """Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -93,11 +94,10 @@ class LULinear(Transform):
         columns = y.movedim(1, 0).flatten(1) - self.bias[:, None]
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
         columns = torch.linalg.solve_triangular(upper, columns, upper=True).index_select(0, self.back)
-        return columns.view(-1, len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
+        return columns.view(len(columns), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
 
     def _logdet(self, x: Tensor) -> Tensor:
-        cells = x[0, 0].numel() if x.dim() > 2 else 1
-        return (cells * self.log_diagonal.sum()).expand(len(x))
+        return (math.prod(x.shape[2:]) * self.log_diagonal.sum()).expand(len(x))
 
 
 class ActNorm(Transform):
