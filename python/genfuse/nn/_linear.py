@@ -85,9 +85,10 @@ class LULinear(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
-        weight = (lower @ upper).index_select(1, self.back)
-        y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
-        return y.to(x.dtype), self._logdet(x)
+        with torch.autocast(x.device.type, enabled=False):  # a rounded W would have another determinant and inverse
+            weight = (lower @ upper).index_select(1, self.back)
+            y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
+        return y, self._logdet(x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
