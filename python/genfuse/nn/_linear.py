@@ -130,12 +130,17 @@ class ActNorm(Transform):
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
         values = x.movedim(1, 0).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-        moments = torch.stack([values.mean(1), values.square().mean(1)])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(moments)
-            moments /= torch.distributed.get_world_size()
-        mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()
+        mean = _over_processes(values.mean(1))
+        std = _over_processes((values - mean[:, None]).square().mean(1)).sqrt()
         log_scale = torch.where(std > 1e-6 * mean.abs(), -std.log(), 0.0)
         self.log_scale.copy_(log_scale)
         self.shift.copy_(-mean * log_scale.exp())
         self.started.fill_(True)
+
+
+def _over_processes(means: Tensor) -> Tensor:
+    """Their mean over all processes, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(means)
+        means /= torch.distributed.get_world_size()
+    return means
