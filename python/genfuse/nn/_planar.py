@@ -79,7 +79,8 @@ class Planar(_Amortised):
 class Radial(_Amortised):
     """f(x) = x + b h (x - x0) with h = 1 / (a + |x - x0|): equation 14. a > 0 and b > -a: appendix A.2.
 
-    In the distance r from x0 it is r (1 + b h), whose inverse is the root of a quadratic equation.
+    In the distance r from x0 it is r (s + r) / (a + r) with s = a + b, whose inverse is the root of a quadratic
+    equation. Written with s > 0 nothing cancels where b is near -a.
     """
 
     def __init__(self, features: int, context: int = 0) -> None:
@@ -87,25 +88,24 @@ class Radial(_Amortised):
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         raw = self.raw(context)
-        a = F.softplus(raw[:, -2])
-        return raw[:, :-2], a, F.softplus(raw[:, -1]) - a
+        return raw[:, :-2], F.softplus(raw[:, -2]), F.softplus(raw[:, -1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        centre, a, b = self._parts(context)
+        centre, a, s = self._parts(context)
         offset = x - centre
-        h = 1 / (a + torch.linalg.vector_norm(offset, dim=1))
-        return x + (b * h)[:, None] * offset, self._logdet(x.shape[1], a, b, h)
+        r = torch.linalg.vector_norm(offset, dim=1)
+        return centre + ((s + r) / (a + r))[:, None] * offset, self._logdet(x.shape[1], a, s, r)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        centre, a, b = self._parts(context)
+        centre, a, s = self._parts(context)
         offset = y - centre
         distance = torch.linalg.vector_norm(offset, dim=1)
-        p = a + b - distance  # r^2 + p r - a distance = 0; of its root's two forms, the one without cancellation
+        p = s - distance  # r^2 + p r - a distance = 0; of its root's two forms, the one without cancellation
         root = (p * p + 4 * a * distance).sqrt()
         r = torch.where(p > 0, 2 * a * distance / (p.clamp(min=0) + root), (root - p) / 2)
-        h = 1 / (a + r)
-        return centre + offset / (1 + b * h)[:, None], -self._logdet(y.shape[1], a, b, h)
+        return centre + ((a + r) / (s + r))[:, None] * offset, -self._logdet(y.shape[1], a, s, r)
 
     @staticmethod
-    def _logdet(features: int, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        return (features - 1) * torch.log1p(b * h) + torch.log1p(a * b * h * h)
+    def _logdet(features: int, a: Tensor, s: Tensor, r: Tensor) -> Tensor:
+        across, along = (s + r) / (a + r), (a * s + 2 * a * r + r * r) / (a + r).square()
+        return (features - 1) * across.log() + along.log()
