@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -156,7 +157,10 @@ class FlowModel(GenerativeModel):
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """x = f^-1(z), (N, *shape), for latents (N, D); discrete x are on their levels."""
-        x, _ = self.flow.inverse(z, self._context(y, len(z)))
+        return self._decode(z, self._context(y, len(z)))
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        x, _ = self.flow.inverse(z, context)
         return x if self.dequantize is None else self.dequantize.inverse(x)
 
     def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]:
@@ -179,10 +183,10 @@ class FlowModel(GenerativeModel):
 
         ``y`` are the labels of a conditional model, (n,), or one for all; left out, they are drawn uniformly.
         """
-        z, labels = self._draw(n, y, temperature, generator)
+        z, context = self._draw(n, y, temperature, generator)
         rows = max(1, 2**22 // self.config.dimensions)
-        chosen = [None] * n if labels is None else labels.split(rows)
-        return torch.cat([self.decode(part, label) for part, label in zip(z.split(rows), chosen, strict=False)])
+        contexts = repeat(None) if context is None else context.split(rows)
+        return torch.cat([self._decode(*part) for part in zip(z.split(rows), contexts, strict=False)])
 
     @torch.no_grad()
     def sample_and_log_prob(
@@ -199,24 +203,24 @@ class FlowModel(GenerativeModel):
         """
         if self.dequantize is not None:
             raise SettingsError("sample_and_log_prob is for real-valued data; of discrete data use sample, then elbo")
-        z, labels = self._draw(n, y, temperature, generator)
-        x, logdet = self.flow.inverse(z, self._context(labels, n))
+        z, context = self._draw(n, y, temperature, generator)
+        x, logdet = self.flow.inverse(z, context)
         scaled = standard_normal_log_prob(z / temperature, -logdet)
         return x, scaled - self.config.dimensions * math.log(temperature)
 
     def _draw(
         self, n: int, y: Tensor | int | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Latents and the context."""
         if not 0 < temperature < math.inf:
             raise SettingsError(f"temperature must be above 0 and finite, got {temperature}")
         where = torch.device("cpu") if generator is None else generator.device
-        if self.conditional:
-            if y is None:
-                y = torch.randint(self.config.context, (n,), device=where, generator=generator)
-            elif not isinstance(y, Tensor):
-                y = torch.full((n,), y)
+        if y is None and self.conditional:
+            y = torch.randint(self.config.context, (n,), device=where, generator=generator)
+        elif isinstance(y, int):
+            y = torch.full((n,), y)
         z = torch.randn(n, self.config.dimensions, device=where, generator=generator) * temperature
-        return z.to(next(self.parameters())), y if y is None else torch.as_tensor(y, device=self.device)
+        return z.to(next(self.parameters())), self._context(y, n)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.config.shape:

@@ -58,7 +58,7 @@ class Glow(FlowModel):
     def layers(self) -> Iterator[Transform]:
         c = self.config
         if c.convolutional:
-            yield self._scale((c.shape[0], c.shape[1], c.shape[2]), c.scales)
+            yield from self._scale((c.shape[0], c.shape[1], c.shape[2]), c.scales)
             return
         if len(c.shape) > 1:
             yield Flatten(c.shape)
@@ -80,13 +80,15 @@ class Glow(FlowModel):
             else:
                 yield AdditiveCoupling(network, kept)
 
-    def _scale(self, shape: tuple[int, int, int], scales: int) -> Transform:
+    def _scale(self, shape: tuple[int, int, int], scales: int) -> Iterator[Transform]:
         """From images of this shape to vectors."""
         c, channels = self.config, 4 * shape[0]
         squeezed = (channels, shape[1] // 2, shape[2] // 2)
-        steps = [Squeeze(), *self._steps(channels, convolutional=True)]
+        yield Squeeze()
+        yield from self._steps(channels, convolutional=True)
         if scales == 1:
-            return Composite([*steps, Flatten(squeezed)])
+            yield Flatten(squeezed)
+            return
         prior = AffineCoupling(ConvConditioner(channels // 2, channels, c.channels, 0, c.context), channels // 2, "exp")
-        rest = self._scale((channels // 2, *squeezed[1:]), scales - 1)
-        return Composite([*steps, Split(prior, rest, squeezed)])
+        rest = Composite([*self._scale((channels // 2, *squeezed[1:]), scales - 1)], reversible=c.reversible)
+        yield Split(prior, rest, squeezed)

@@ -18,6 +18,8 @@ class _SplineConfig(FlowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("layers", "bins", "bound")
+        if self.bins > 1000:
+            raise SettingsError(f"bins must be at most 1000, as each takes at least 1/1000 of the box; got {self.bins}")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class RealNVP(FlowModel):
     def layers(self) -> Iterator[Transform]:
         c = self.config
         if c.convolutional:
-            yield self._scale((c.shape[0], c.shape[1], c.shape[2]), c.scales)
+            yield from self._scale((c.shape[0], c.shape[1], c.shape[2]), c.scales)
             return
         if len(c.shape) > 1:
             yield Flatten(c.shape)
@@ -84,7 +84,7 @@ class RealNVP(FlowModel):
                 yield Permutation.reversed(d)
             yield AffineCoupling(MLPConditioner(kept, 2 * (d - kept), c.hidden, c.context), kept, c.scale)
 
-    def _scale(self, shape: tuple[int, int, int], scales: int) -> Transform:
+    def _scale(self, shape: tuple[int, int, int], scales: int) -> Iterator[Transform]:
         """From images of this shape to vectors."""
         c, (channels, height, width) = self.config, shape
 
@@ -98,13 +98,16 @@ class RealNVP(FlowModel):
 
         masks = [checkerboard(height, width, bool(i % 2)) for i in range(4)]
         if scales == 1:
-            return Composite([*couplings(channels, masks), Flatten(shape)])
+            yield from couplings(channels, masks)
+            yield Flatten(shape)
+            return
         squeezed = (4 * channels, height // 2, width // 2)
-        layers = [*couplings(channels, masks[:3]), Squeeze()]
+        yield from couplings(channels, masks[:3])
+        yield Squeeze()
         for i, coupling in enumerate(couplings(4 * channels, [2 * channels] * 3)):
-            layers.append(coupling)
+            yield coupling
             if i % 2:
-                layers.append(Permutation.reversed(4 * channels))
+                yield Permutation.reversed(4 * channels)
         prior = AffineCoupling(ConvConditioner(2 * channels, 4 * channels, c.channels, 0, c.context), 2 * channels)
-        rest = self._scale((2 * channels, *squeezed[1:]), scales - 1)
-        return Composite([*layers, Split(prior, rest, squeezed)])
+        rest = Composite([*self._scale((2 * channels, *squeezed[1:]), scales - 1)], reversible=c.reversible)
+        yield Split(prior, rest, squeezed)

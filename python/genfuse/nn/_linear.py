@@ -1,5 +1,6 @@
 """Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -84,20 +85,20 @@ class LULinear(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
-        weight = (lower @ upper).index_select(1, self.back)
-        y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
-        return y.to(x.dtype), self._logdet(x)
+        with torch.autocast(x.device.type, enabled=False):  # a rounded W would have another determinant and inverse
+            weight = (lower @ upper).index_select(1, self.back)
+            y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
+        return y, self._logdet(x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
         columns = y.movedim(1, 0).flatten(1) - self.bias[:, None]
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
         columns = torch.linalg.solve_triangular(upper, columns, upper=True).index_select(0, self.back)
-        return columns.view(-1, len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
+        return columns.view(len(columns), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
 
     def _logdet(self, x: Tensor) -> Tensor:
-        cells = x[0, 0].numel() if x.dim() > 2 else 1
-        return (cells * self.log_diagonal.sum()).expand(len(x))
+        return (math.prod(x.shape[2:]) * self.log_diagonal.sum()).expand(len(x))
 
 
 class ActNorm(Transform):
@@ -129,12 +130,17 @@ class ActNorm(Transform):
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
         values = x.movedim(1, 0).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-        moments = torch.stack([values.mean(1), values.square().mean(1)])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(moments)
-            moments /= torch.distributed.get_world_size()
-        mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()
+        mean = _over_processes(values.mean(1))
+        std = _over_processes((values - mean[:, None]).square().mean(1)).sqrt()
         log_scale = torch.where(std > 1e-6 * mean.abs(), -std.log(), 0.0)
         self.log_scale.copy_(log_scale)
         self.shift.copy_(-mean * log_scale.exp())
         self.started.fill_(True)
+
+
+def _over_processes(means: Tensor) -> Tensor:
+    """Their mean over all processes, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(means)
+        means /= torch.distributed.get_world_size()
+    return means

@@ -38,22 +38,24 @@ class Planar(_Amortised):
         super().__init__(torch.cat([w, u, torch.zeros(1)]), context)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w, u, b, and 1 + w u, which is above 0 though it may be lost in the rounding of w u."""
         raw = self.raw(context)
         features = raw.shape[1] // 2
         w, u, b = raw[:, :features], raw[:, features:-1], raw[:, -1]
-        wu = (w * u).sum(1, keepdim=True)
-        allowed = F.softplus(wu) - 1
-        u = u + (allowed - wu) * w / w.square().sum(1, keepdim=True).clamp(min=1e-12)
-        return w, u, b, (w * u).sum(1)
+        wu, ww = (w * u).sum(1), w.square().sum(1)
+        share = 1 / ww.clamp(min=1e-12)
+        least = F.softplus(wu)
+        u = u + (share * (least - 1 - wu))[:, None] * w
+        return w, u, b, torch.lerp(1 + wu, least, share * ww)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        w, u, b, wu = self._parts(context)
+        w, u, b, least = self._parts(context)
         h = torch.tanh((w * x).sum(1) + b)
-        return x + u * h[:, None], torch.log1p(wu * (1 - h * h))
+        return x + u * h[:, None], self._slope(least, h).log()
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        w, u, b, wu = self._parts(context)
-        wy = (w * y).sum(1)
+        w, u, b, least = self._parts(context)
+        wy, wu = (w * y).sum(1), least - 1
         with torch.no_grad():
             low, high = wy - wu.abs(), wy + wu.abs()
             for _ in range(BISECTIONS):
@@ -62,16 +64,23 @@ class Planar(_Amortised):
                 low, high = torch.where(below, middle, low), torch.where(below, high, middle)
             a = (low + high) / 2
         h = torch.tanh(a + b)
-        slope = 1 + wu * (1 - h * h)
-        a = a - (a + wu * h - wy) / slope.detach()  # a Newton step, which has the root's derivatives
+        residual = a + wu * h - wy
+        # A Newton step has the root's derivatives. Its value is left out: the slope may be near 0.
+        a = a - (residual - residual.detach()) / self._slope(least, h).detach()
         h = torch.tanh(a + b)
-        return y - u * h[:, None], -torch.log1p(wu * (1 - h * h))
+        return y - u * h[:, None], -self._slope(least, h).log()
+
+    @staticmethod
+    def _slope(least: Tensor, h: Tensor) -> Tensor:
+        """1 + (w u) (1 - h^2), from 1 + w u and without cancellation."""
+        return h * h + least * (1 - h * h)
 
 
 class Radial(_Amortised):
     """f(x) = x + b h (x - x0) with h = 1 / (a + |x - x0|): equation 14. a > 0 and b > -a: appendix A.2.
 
-    In the distance r from x0 it is r (1 + b h), whose inverse is the root of a quadratic equation.
+    In the distance r from x0 it is r (s + r) / (a + r) with s = a + b, whose inverse is the root of a quadratic
+    equation. Written with s > 0 nothing cancels where b is near -a.
     """
 
     def __init__(self, features: int, context: int = 0) -> None:
@@ -79,25 +88,24 @@ class Radial(_Amortised):
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         raw = self.raw(context)
-        a = F.softplus(raw[:, -2])
-        return raw[:, :-2], a, F.softplus(raw[:, -1]) - a
+        return raw[:, :-2], F.softplus(raw[:, -2]), F.softplus(raw[:, -1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        centre, a, b = self._parts(context)
+        centre, a, s = self._parts(context)
         offset = x - centre
-        h = 1 / (a + torch.linalg.vector_norm(offset, dim=1))
-        return x + (b * h)[:, None] * offset, self._logdet(x.shape[1], a, b, h)
+        r = torch.linalg.vector_norm(offset, dim=1)
+        return centre + ((s + r) / (a + r))[:, None] * offset, self._logdet(x.shape[1], a, s, r)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        centre, a, b = self._parts(context)
+        centre, a, s = self._parts(context)
         offset = y - centre
         distance = torch.linalg.vector_norm(offset, dim=1)
-        p = a + b - distance  # r^2 + p r - a distance = 0; of its root's two forms, the one without cancellation
+        p = s - distance  # r^2 + p r - a distance = 0; of its root's two forms, the one without cancellation
         root = (p * p + 4 * a * distance).sqrt()
         r = torch.where(p > 0, 2 * a * distance / (p.clamp(min=0) + root), (root - p) / 2)
-        h = 1 / (a + r)
-        return centre + offset / (1 + b * h)[:, None], -self._logdet(y.shape[1], a, b, h)
+        return centre + ((a + r) / (s + r))[:, None] * offset, -self._logdet(y.shape[1], a, s, r)
 
     @staticmethod
-    def _logdet(features: int, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        return (features - 1) * torch.log1p(b * h) + torch.log1p(a * b * h * h)
+    def _logdet(features: int, a: Tensor, s: Tensor, r: Tensor) -> Tensor:
+        across, along = (s + r) / (a + r), (a * s + 2 * a * r + r * r) / (a + r).square()
+        return (features - 1) * across.log() + along.log()

@@ -1,6 +1,7 @@
 """Invertible maps with their log-determinant, and how they are put together."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,14 @@ class _Reversible(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, logdet = composite.run(x, context)
         ctx.composite, ctx.weights = composite, weights
+        kind = x.device.type
+        ctx.autocast = partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,  # what is cached without gradients would be used with them
+        )
         ctx.save_for_backward(y, context)
         return y, logdet
 
@@ -89,16 +98,19 @@ class _Reversible(torch.autograd.Function):
         y, gcontext = y.detach(), None
         gweights: dict[int, Tensor | None] = {}
         for transform in reversed(ctx.composite.transforms):
-            with torch.no_grad():
+            with torch.no_grad(), ctx.autocast():
                 x, _ = transform.inverse(y, context)
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.autocast():
                 leaves = [x.requires_grad_()]
                 own = None
                 if context is not None:
                     leaves.append(own := context.detach().requires_grad_(context.requires_grad))
                 weights = [w for w in transform.parameters() if w.requires_grad]
                 wanted = [leaf for leaf in (*leaves, *weights) if leaf.requires_grad]
-                gradients = torch.autograd.grad(transform(x, own), wanted, (gy, glogdet), allow_unused=True)
+                made = zip(transform(x, own), (gy, glogdet), strict=True)
+            # A log-determinant may be a constant.
+            outputs, received = zip(*((output, g) for output, g in made if output.requires_grad), strict=True)
+            gradients = torch.autograd.grad(outputs, wanted, received, allow_unused=True)
             found = dict(zip(map(id, wanted), gradients, strict=True))
             y, gy = x.detach(), found[id(x)]
             if own is not None:
