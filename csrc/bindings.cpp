@@ -7,6 +7,7 @@
 namespace genfuse {
 
 void bind_affine_coupling(pybind11::module_&);
+void bind_autoregressive_inverse(pybind11::module_&);
 void bind_bernoulli(pybind11::module_&);
 void bind_rational_quadratic_spline(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
     return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
   });
   genfuse::bind_affine_coupling(m);
+  genfuse::bind_autoregressive_inverse(m);
   genfuse::bind_bernoulli(m);
   genfuse::bind_rational_quadratic_spline(m);
   genfuse::bind_reparameterize_kl(m);
