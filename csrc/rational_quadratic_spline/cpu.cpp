@@ -1,178 +1,17 @@
 #include <vector>
 
 #include "bindings.h"
-#include "rational_quadratic_spline/launch.h"
-#include "rational_quadratic_spline/math.h"
+#include "rational_quadratic_spline/lanes.h"
 #include "rows.h"
 
 namespace genfuse::rational_quadratic_spline::cpu {
 namespace {
-
-// Coordinates worked on at a time, across rows. Their parameters are turned so that one parameter of all lanes lies
-// together; loops over bins stand outside of those over lanes, which are vectorised.
-constexpr int kLanes = 32;
-
-template <class T>
-GENFUSE_HD void softmax(T* e, int64_t bins) {
-  T most[kLanes], sum[kLanes];
-  for (int l = 0; l < kLanes; ++l) most[l] = e[l], sum[l] = 0;
-  for (int64_t k = 1; k < bins; ++k) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) most[l] = e[k * kLanes + l] > most[l] ? e[k * kLanes + l] : most[l];
-  }
-  for (int64_t k = 0; k < bins; ++k) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const T x = exp_(e[k * kLanes + l] - most[l]);
-      e[k * kLanes + l] = x;
-      sum[l] += x;
-    }
-  }
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) sum[l] = T(1) / sum[l];
-  for (int64_t k = 0; k < bins; ++k) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) e[k * kLanes + l] *= sum[l];
-  }
-}
-
-// Of one axis: the share of the bin that each lane is in, and that of all before it.
-template <class T>
-struct Picked {
-  T before[kLanes], here[kLanes];
-};
-
-// Finds the bins, and numbers them as T so that all lanes are of one width.
-template <class T>
-GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* at, T* bin, Picked<T>& to) {
-  T sum[kLanes];
-  for (int l = 0; l < kLanes; ++l) bin[l] = to.before[l] = 0, sum[l] = to.here[l] = share[l];
-  for (int64_t k = 1; k < bins; ++k) {
-    const T number = T(k);
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l], n0 = bin[l];
-      const bool past = at[l] >= axis.knot(number, before);
-      bin[l] = past ? number : n0;
-      to.before[l] = past ? before : b0;
-      to.here[l] = past ? next : h0;
-      sum[l] = before + next;
-    }
-  }
-}
-
-template <class T>
-GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) {
-  for (int l = 0; l < kLanes; ++l) to.before[l] = 0, to.here[l] = share[l];
-  T sum[kLanes];
-  for (int l = 0; l < kLanes; ++l) sum[l] = share[l];
-  for (int64_t k = 1; k < bins; ++k) {
-    const T number = T(k);
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l];
-      const bool past = bin[l] >= number;
-      to.before[l] = past ? before : b0;
-      to.here[l] = past ? next : h0;
-      sum[l] = before + next;
-    }
-  }
-}
 
 // Grad of all lanes; of derivatives as they are before softplus.
 template <class T>
 struct Gradients {
   T gx[kLanes], x[kLanes], y[kLanes], w[kLanes], h[kLanes], d0[kLanes], d1[kLanes];
 };
-
-template <class T>
-struct Lanes {
-  T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares
-  int n;   // lanes in use
-  int64_t row[kLanes];
-  T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
-  T corner_x[kLanes], corner_y[kLanes], width[kLanes], height[kLanes], slope0[kLanes], slope1[kLanes];
-  Picked<T> w, h;
-};
-
-template <class T>
-GENFUSE_HD void finish(const Picked<T>& picked, const T* bin, Axis<T> axis, T* corner, T* size) {
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) {
-    corner[l] = axis.knot(bin[l], picked.before[l]);
-    size[l] = axis.size(picked.here[l]);
-  }
-}
-
-template <class T>
-GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
-  const int64_t bins = p.bins;
-  T *widths = b.raw, *heights = widths + bins * kLanes, *d = heights + bins * kLanes;
-  softmax(widths, bins);
-  softmax(heights, bins);
-  for (int l = 0; l < kLanes; ++l) {
-    const Folded<T> f = fold(b.x[l], c);
-    b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;
-  }
-  if (p.inverse) {
-    search(heights, bins, c.y, b.at, b.bin, b.h);
-    pick(widths, bins, b.bin, b.w);
-  } else {
-    search(widths, bins, c.x, b.at, b.bin, b.w);
-    pick(heights, bins, b.bin, b.h);
-  }
-  for (int l = 0; l < kLanes; ++l) b.d0[l] = d[l], b.d1[l] = d[kLanes + l];
-  for (int64_t k = 1; k < bins; ++k) {
-    const T number = T(k);
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const bool past = b.bin[l] >= number;
-      const T left = d[k * kLanes + l], right = d[(k + 1) * kLanes + l], d0 = b.d0[l], d1 = b.d1[l];
-      b.d0[l] = past ? left : d0;
-      b.d1[l] = past ? right : d1;
-    }
-  }
-  finish(b.w, b.bin, c.x, b.corner_x, b.width);
-  finish(b.h, b.bin, c.y, b.corner_y, b.height);
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) {
-    b.slope0[l] = c.min_derivative + softplus(b.d0[l]);
-    b.slope1[l] = c.min_derivative + softplus(b.d1[l]);
-  }
-}
-
-// What the formulas take, through pointers: members of a structure within a structure stop GCC from vectorising.
-template <class T>
-struct Columns {
-  const T *x, *at, *turns, *inside, *corner_x, *corner_y, *width, *height, *slope0, *slope1, *d0, *d1;
-
-  GENFUSE_HD explicit Columns(const Lanes<T>& b)
-      : x(b.x),
-        at(b.at),
-        turns(b.turns),
-        inside(b.inside),
-        corner_x(b.corner_x),
-        corner_y(b.corner_y),
-        width(b.width),
-        height(b.height),
-        slope0(b.slope0),
-        slope1(b.slope1),
-        d0(b.d0),
-        d1(b.d1) {}
-};
-
-template <bool Inverse, class T>
-GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>& constants, T* y, T* logdet) {
-  const Columns<T> b(lanes);
-  const Constants<T> c = constants;
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) {
-    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
-    const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
-    const Value<T> v = value<Inverse>(b.x[l], folded, bin, c);
-    y[l] = v.y, logdet[l] = v.logdet;
-  }
-}
 
 template <bool Inverse, class T>
 GENFUSE_HD void gradients_of(const Lanes<T>& lanes, const T* gy, const T* glogdet, Gradients<T>& out) {
@@ -251,7 +90,7 @@ template <class S, class T>
 void load_lanes(Lanes<T>& b, const Problem& p, int64_t first, int64_t count) {
   b.n = int(std::min<int64_t>(kLanes, count));
   const int64_t bins = p.bins, inner = p.width() - 2 * bins;
-  T *d = b.raw + 2 * bins * kLanes, *inner_d = d + (p.tails == kLinear ? kLanes : 0);
+  T* inner_d = inner_derivatives(b, p);
   int64_t i = first / p.cols, j = first % p.cols;
   for (int l = 0; l < kLanes; ++l) {
     b.row[l] = i;
@@ -261,11 +100,7 @@ void load_lanes(Lanes<T>& b, const Problem& p, int64_t first, int64_t count) {
     for (int64_t k = 0; k < inner; ++k) inner_d[k * kLanes + l] = load(from[2 * bins + k]);
     if (l < b.n - 1 && ++j == p.cols) j = 0, ++i;  // lanes that are not in use repeat the last
   }
-  if (p.tails == kNone) return;
-  for (int l = 0; l < kLanes; ++l) {
-    if (p.tails == kLinear) d[l] = T(p.edge);
-    d[bins * kLanes + l] = d[l];
-  }
+  close_ends(b, p);
 }
 
 template <class S, class T>
@@ -302,7 +137,7 @@ void rows(const Problem& p, const Backward& out, T* scratch, int64_t begin, int6
   T gy[kLanes], glogdet[kLanes];
   Gradients<T> g;
   const int64_t bins = p.bins, width = p.width();
-  const T* d = scratch + (2 * bins + (p.tails == kLinear ? 1 : 0)) * kLanes;
+  const T* d = inner_derivatives(b, p);
   for (int64_t first = begin * p.cols; first < end * p.cols; first += kLanes) {
     load_lanes<S>(b, p, first, end * p.cols - first);
     find(b, p, c);

@@ -14,7 +14,7 @@ TRANSFORMS = {
     **{tails: {"bins": 5, "tails": tails} for tails in ("linear", "circular", "none")},
 }
 every_transform = pytest.mark.parametrize("kind", TRANSFORMS)
-every_implementation = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
+every_implementation = pytest.mark.parametrize("implementation", ["native", "reference"], indirect=True)
 
 
 def problem(kind, n=7, d=5, hidden=(16, 12), context=True, dtype=torch.float64, device="cpu", size=0.3):
@@ -217,6 +217,7 @@ BAD = {
         "context must have y's dtype torch.float64, got torch.float32",
     ),
     "too few biases": ({"biases": []}, "weights and biases must be one more than bounds.*got 3, 0 and 2"),
+    "no hidden layer": ({"bounds": []}, "bounds must be of at least one hidden layer, got none"),
     "bounds of another D": (
         {"bounds": [[0, 16], [0, 12]]},
         r"bounds\[0\] must be 6 numbers that start at 0 and never fall, got \[0, 16\]",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from genfuse.ops import _affine_coupling, _op
 from genfuse.ops import _rational_quadratic_spline as _spline
 from genfuse.ops._affine_coupling import SCALES, AffineCoupling, Scale
+from genfuse.ops._op import _C
 from genfuse.ops._rational_quadratic_spline import RationalQuadraticSpline
 
 
@@ -138,11 +139,41 @@ def reverse_sweep(
     return gy, gradients[0], gweights, [g.sum(0) for g in gradients]
 
 
+def _native(
+    y: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    s = Settings(*settings)
+    x, logdet = _outputs(y)
+    layers = [(w.contiguous(), b.contiguous()) for w, b in zip(weights, biases, strict=True)]
+    y, y_stride = _op.rows(y)
+    context, context_stride = (None, 0) if context is None else _op.rows(context)
+    # As launch.h has them: the bounds, then addresses and number of units of each layer.
+    table = torch.tensor([*bounds, *(i for w, b in layers for i in (w.data_ptr(), b.data_ptr(), len(b)))]).to(y.device)
+    problem = _C.AutoregressiveInverse(
+        _op.DTYPES[y.dtype], y.data_ptr(), y_stride, 0 if context is None else context.data_ptr(), context_stride,
+        *y.shape, table.data_ptr() + 8 * len(bounds), len(layers) - 1, sum(len(b) for b in biases[:-1]),
+        table.data_ptr(), SCALES.index(s.scale), s.bins, _spline.TAILS[s.tails], s.bound, s.min_width, s.min_height,
+        s.min_derivative, s.spline.edge,
+    )  # fmt: skip
+    size = _C.autoregressive_inverse_workspace(problem) if y.is_cuda else 0
+    workspace = y.new_empty(size // y.element_size())
+    _C.autoregressive_inverse(
+        problem, x.data_ptr(), logdet.data_ptr(), workspace.data_ptr() if size else 0, *_op.place(y)
+    )
+    return x, logdet
+
+
 _kernel = _op.define(
     "autoregressive_inverse(Tensor y, Tensor? context, Tensor[] weights, Tensor[] biases, int[] bounds, str scale, "
     "int bins, float bound, str tails, float min_width, float min_height, float min_derivative) -> (Tensor, Tensor)",
     reference=reference,
     fake=_outputs,
+    native=_native,
 )
 
 
@@ -236,6 +267,8 @@ def autoregressive_inverse(
     if bins:
         _spline.complain_unless_valid(settings.spline)
         _spline.complain_unless_inside(y, "y", settings.spline)
+    if not len(bounds):
+        raise ValueError("bounds must be of at least one hidden layer, got none")
     if not len(weights) == len(biases) == len(bounds) + 1:
         raise ValueError(
             "weights and biases must be one more than bounds, which are of hidden layers; "
