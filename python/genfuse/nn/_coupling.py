@@ -42,6 +42,8 @@ class Coupling(Transform):
 
     def raw(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The conditioner's output, of x's type, which autocast may have narrowed."""
+        if self.mask is not None and self.mask.shape != x.shape[-self.mask.dim() :]:
+            raise ValueError(f"x must end in the mask's shape {tuple(self.mask.shape)}, got {tuple(x.shape)}")
         kept = x[:, : self.split] if self.mask is None else x * self.mask
         return self.conditioner(kept, context).to(x.dtype)
 
