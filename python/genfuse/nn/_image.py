@@ -15,10 +15,14 @@ class Squeeze(Transform):
     """Each 2x2 square of cells becomes one cell of four times the channels: (N, C, H, W) -> (N, 4 C, H / 2, W / 2)."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+        n, c, h, w = x.shape  # F.pixel_unshuffle leaves zero rows in their old shape
+        squares = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        return squares.reshape(n, 4 * c, h // 2, w // 2), x.new_zeros(n)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(y, 2), y.new_zeros(len(y))
+        n, c, h, w = y.shape
+        squares = y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+        return squares.reshape(n, c // 4, 2 * h, 2 * w), y.new_zeros(n)
 
 
 class Flatten(Transform):
