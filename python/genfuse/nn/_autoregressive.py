@@ -136,7 +136,7 @@ class AutoregressiveSpline(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         params = self.made(x, context).to(x.dtype)
-        return rational_quadratic_spline(x, params.view(*x.shape, -1), **self.settings)
+        return rational_quadratic_spline(x, params.unflatten(1, (x.shape[1], -1)), **self.settings)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _inverse(self.made, y, context, **self.settings)

@@ -108,9 +108,10 @@ class ConvConditioner(nn.Module):
 
 
 def start_spline(last: nn.Linear | nn.Conv2d, bins: int, parameters: int, min_derivative: float = 1e-3) -> None:
-    """Set the biases of a last layer whose outputs are, coordinate by coordinate, a spline's raw parameters, so that
-    the spline starts as the identity: bins of one size, derivatives of 1."""
+    """Start a last layer whose outputs are, coordinate by coordinate, a spline's raw parameters: biases that make the
+    identity, bins of one size and derivatives of 1; and PyTorch's usual weights."""
     assert last.bias is not None
+    last.reset_parameters()
     with torch.no_grad():
         bias = last.bias.view(-1, parameters)
         bias[:, : 2 * bins] = 0
