@@ -1,5 +1,7 @@
 """Planar and radial layers (arXiv 1505.05770, section 4.1), constrained to be invertible, and with their inverse."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,9 @@ class Planar(_Amortised):
     """
 
     def __init__(self, features: int, context: int = 0) -> None:
-        w, u = torch.randn(features) / features**0.5, 0.1 * torch.randn(features)
+        w = torch.randn(features) / features**0.5
+        # softplus(w u) = 1 here, so that it starts near the identity.
+        u = math.log(math.e - 1) * w / w.square().sum() + 0.01 * torch.randn(features)
         super().__init__(torch.cat([w, u, torch.zeros(1)]), context)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
