@@ -37,7 +37,7 @@ GENFUSE_HD const T* read(const S* from, int64_t n, T* buffer) {
 
 // Asks the cache for the start of a row that is worked on some rows from now. The rows of several arrays are more
 // streams than hardware foresees where each of them is short. Addresses beyond an array do no harm.
-constexpr int64_t kRowsAhead = 6;
+constexpr int64_t kRowsAhead = 12;
 template <class S>
 GENFUSE_HD void prefetch([[maybe_unused]] const S* row, [[maybe_unused]] int64_t n) {
 #ifdef __GNUC__

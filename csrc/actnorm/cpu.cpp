@@ -33,7 +33,7 @@ struct Parameters {
       }
     });
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) scales[j] = scale(scales[j], inverse);
+    for (int64_t j = 0; j < n; ++j) scales[j] = scale<Kind::exp>(scales[j], inverse);
   }
 };
 

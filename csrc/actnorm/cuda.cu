@@ -20,7 +20,7 @@ __global__ void kernel(Problem p, Forward out) {
     for (int64_t j = lane<Lanes>(); j < width; j += Lanes) {
       const int64_t c = Images ? channel : j;
       const T t = shift[c];
-      store(y[j], apply(factor(T(load(x[j])), t, p.inverse), scale(log_scale[c], p.inverse), t, p.inverse));
+      store(y[j], apply(factor(T(load(x[j])), t, p.inverse), scale<Kind::exp>(log_scale[c], p.inverse), t, p.inverse));
     }
     if (channel) continue;
     T sum = 0;
@@ -42,7 +42,7 @@ __global__ void kernel(Problem p, Backward out) {
     const int64_t first = Images ? column : tile * kColumns + column, c = Images ? tile : first;
     const bool there = c < p.channels;
     const T t = there ? static_cast<const T*>(p.shift)[c] : T(0);
-    const T scaling = there ? scale(static_cast<const T*>(p.log_scale)[c], p.inverse) : T(0);
+    const T scaling = there ? scale<Kind::exp>(static_cast<const T*>(p.log_scale)[c], p.inverse) : T(0);
     T of_scale = 0, of_shift = 0;
     for (int64_t i = p.rows * chunk / out.chunks + line; i < end; i += kStep) {
       const T glogdet = static_cast<const T*>(out.glogdet)[i];

@@ -6,35 +6,12 @@
 namespace genfuse::affine_coupling::cpu {
 namespace {
 
-// Bits that are all set for columns that move, and 0 for those that the mask keeps after all. What is to be 0 there is
-// put through a bitwise and: a selection would become a branch, and no loop with one in it is vectorised.
-template <class Bits>
-class Moving {
- public:
-  explicit Moving(const Problem& p) : mask_(p.mask) {
-    for (Bits& bits : buffer_) bits = ~Bits(0);
-  }
-
-  // Of n columns from j0 on. Most rows are no longer than a block, which then serves all of them.
-  GENFUSE_HD const Bits* at(int64_t j0, int64_t n) {
-    if (mask_ && j0 != filled_) {
-      for (int64_t j = 0; j < n; ++j) buffer_[j] = mask_[j0 + j] ? Bits(0) : ~Bits(0);
-      filled_ = j0;
-    }
-    return buffer_;
-  }
-
- private:
-  const uint8_t* mask_;
-  int64_t filled_ = -1;
-  Bits buffer_[kBlock];
-};
-
-GENFUSE_HD float masked(float x, uint32_t bits) { return bit_cast<float>(bit_cast<uint32_t>(x) & bits); }
-GENFUSE_HD double masked(double x, uint64_t bits) { return bit_cast<double>(bit_cast<uint64_t>(x) & bits); }
-
-template <class T>
-using bits_of = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+// x, or 0 for columns that the mask keeps after all: by a bitwise and, since a selection would become a branch, and no
+// loop with one in it is vectorised.
+GENFUSE_HD float moving(float x, bool kept) { return bit_cast<float>(bit_cast<uint32_t>(x) & (uint32_t(kept) - 1u)); }
+GENFUSE_HD double moving(double x, bool kept) {
+  return bit_cast<double>(bit_cast<uint64_t>(x) & (uint64_t(kept) - 1u));
+}
 
 template <class S>
 GENFUSE_HD void copy(const S* from, S* to, int64_t n) {
@@ -42,29 +19,32 @@ GENFUSE_HD void copy(const S* from, S* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] = from[j];
 }
 
-template <Kind kind, bool inverse, class S>
+template <Kind kind, bool inverse, bool has_mask, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   const int64_t moved = p.cols - p.split;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
-  Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
     S* y_row = element<S>(out.y, i * p.cols);
+    prefetch(x_row + kRowsAhead * p.x_stride, p.cols);
+    prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
+    prefetch(y_row + kRowsAhead * p.cols, p.cols);
     copy(x_row, y_row, p.split);
     T sum = 0;
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const auto* moves = moving.at(j0, n);
+      const uint8_t* kept = has_mask ? p.mask + j0 : nullptr;
       const T* x = read(x_row + p.split + j0, n, x_buffer);
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(raw_row + moved + j0, n, shift_buffer);
       S* y = y_row + p.split + j0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < n; ++j) {
-        const T s = masked(log_scale<kind>(raw[j]).value, moves[j]), t = masked(shift[j], moves[j]);
-        store(y[j], apply(factor(x[j], t, inverse), scale(s, inverse), t, inverse));
+        const T s = moving(log_scale<kind>(raw[j]).value, has_mask && kept[j]),
+                t = moving(shift[j], has_mask && kept[j]);
+        store(y[j], apply(factor(x[j], t, inverse), scale<kind>(s, inverse), t, inverse));
         sum += s;
       }
     }
@@ -72,12 +52,11 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   }
 }
 
-template <Kind kind, bool inverse, class S>
+template <Kind kind, bool inverse, bool has_mask, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   const int64_t moved = p.cols - p.split;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
-  Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
@@ -91,7 +70,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     copy(gy_row, gx_row, p.split);
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const auto* moves = moving.at(j0, n);
+      const uint8_t* kept = has_mask ? p.mask + j0 : nullptr;
       const T* x = read(x_row + p.split + j0, n, x_buffer);
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(raw_row + moved + j0, n, shift_buffer);
@@ -102,24 +81,25 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
         const LogScale<T> bounded = log_scale<kind>(raw[j]);
-        const T s = masked(bounded.value, moves[j]), t = masked(shift[j], moves[j]);
+        const T s = moving(bounded.value, has_mask && kept[j]), t = moving(shift[j], has_mask && kept[j]);
         const Grad<T> g =
-            grad(gy[j], glogdet, factor(x[j], t, inverse), scale(s, inverse), bounded.derivative, inverse);
+            grad(gy[j], glogdet, factor(x[j], t, inverse), scale<kind>(s, inverse), bounded.derivative, inverse);
         store(gx[j], g.x);
-        store(graw[j], masked(g.raw, moves[j]));
-        store(gshift[j], masked(g.shift, moves[j]));
+        store(graw[j], moving(g.raw, has_mask && kept[j]));
+        store(gshift[j], moving(g.shift, has_mask && kept[j]));
       }
     }
   }
 }
 
-// Each way has loops of its own: one that decided for itself would not be vectorised.
+// Each way, and each without a mask and with one, has loops of its own: one that decided for itself would not be
+// vectorised.
 template <Kind kind, class S, class Out>
 GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
-  if (p.inverse) {
-    rows_of<kind, true, S>(p, out, begin, end);
+  if (p.mask) {
+    p.inverse ? rows_of<kind, true, true, S>(p, out, begin, end) : rows_of<kind, false, true, S>(p, out, begin, end);
   } else {
-    rows_of<kind, false, S>(p, out, begin, end);
+    p.inverse ? rows_of<kind, true, false, S>(p, out, begin, end) : rows_of<kind, false, false, S>(p, out, begin, end);
   }
 }
 

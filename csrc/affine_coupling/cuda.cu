@@ -22,7 +22,7 @@ __global__ void kernel(Problem p, Forward out) {
       const bool keep = kept(p, j);
       const T s = keep ? T(0) : log_scale<kind>(T(load(raw[j]))).value, t = keep ? T(0) : T(load(raw[moved + j]));
       const T f = factor(T(load(x[p.split + j])), t, p.inverse);
-      store(y[p.split + j], apply(f, scale(s, p.inverse), t, p.inverse));
+      store(y[p.split + j], apply(f, scale<kind>(s, p.inverse), t, p.inverse));
       sum += s;
     }
     sum = row_sum<Lanes>(sum);
@@ -46,7 +46,7 @@ __global__ void kernel(Problem p, Backward out) {
       const bool keep = kept(p, j);
       const LogScale<T> s = log_scale<kind>(T(load(raw[j])));
       const T f = factor(T(load(x[p.split + j])), T(load(raw[moved + j])), p.inverse), g = load(gy[p.split + j]);
-      const Grad<T> out_grad = grad(g, glogdet, f, scale(s.value, p.inverse), s.derivative, p.inverse);
+      const Grad<T> out_grad = grad(g, glogdet, f, scale<kind>(s.value, p.inverse), s.derivative, p.inverse);
       store(gx[p.split + j], keep ? g : out_grad.x);
       store(graw[j], keep ? T(0) : out_grad.raw);
       store(graw[moved + j], keep ? T(0) : out_grad.shift);

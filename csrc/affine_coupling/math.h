@@ -30,9 +30,10 @@ GENFUSE_HD T factor(T x, T t, bool inverse) {
   return inverse ? x - t : x;
 }
 
-template <class T>
+template <Kind kind, class T>
 GENFUSE_HD T scale(T s, bool inverse) {
-  return exp_(inverse ? -s : s);
+  const T signed_s = inverse ? -s : s;
+  return kind == Kind::tanh ? exp_of_unit(signed_s) : exp_(signed_s);
 }
 
 template <class T>
