@@ -1,0 +1,456 @@
+"""Flows as models: exact densities, samples that follow them, discrete data, labels, odd input, and whole runs."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch.distributions import Normal
+
+import genfuse
+from benchmarks._measure import Side, peak_memory
+from genfuse.errors import DataError, SettingsError
+from genfuse.metrics import evaluate
+from genfuse.models import Batch, configure
+from genfuse.models._flow import FlowConfig, FlowModel
+from genfuse.nn import Flatten, Transform
+
+SMALL = {
+    "realnvp": {"layers": 4, "hidden": (16, 16)},
+    "glow": {"steps": 3, "hidden": (16,)},
+    "maf": {"layers": 3, "hidden": (16,)},
+    "iaf": {"layers": 3, "hidden": (16,)},
+    "nsf": {"layers": 2, "bins": 4, "hidden": 16, "blocks": 1},
+    "nsf-ar": {"layers": 2, "bins": 4, "hidden": (16,)},
+    "planar": {"layers": 5},
+    "radial": {"layers": 5},
+}
+IMAGES = {
+    "realnvp-images": {"shape": (1, 4, 4), "channels": 4, "blocks": 1},
+    "glow-images": {"shape": (2, 4, 4), "channels": 4, "steps": 2},
+}
+every_model = pytest.mark.parametrize("name", SMALL)
+every_model_and_images = pytest.mark.parametrize("name", [*SMALL, *IMAGES])
+COUPLINGS = ("realnvp", "glow", "nsf")
+CLASSES = {"conditional": True, "classes": 3}
+
+
+def create(name, shape=(2,), levels=None, **settings):
+    own = {"shape": shape, **SMALL[name]} if name in SMALL else IMAGES[name]
+    return genfuse.create(name.removesuffix("-images"), **{**own, "levels": levels, **settings})
+
+
+def scrambled(name, shape=(2,), dtype=torch.float64, size=0.2, **settings):
+    """In evaluation mode, with noise on all parameters, so that none is where it starts."""
+    torch.manual_seed(0)
+    model = create(name, shape, **settings).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += size * torch.randn_like(p)
+    return model
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def points(model, n, dtype=torch.float64):
+    return torch.randn(n, *model.config.shape, dtype=dtype)
+
+
+@every_model_and_images
+@pytest.mark.parametrize("conditional", [{}, CLASSES], ids=["plain", "conditional"])
+def test_log_prob_is_that_of_the_autograd_jacobian(name, conditional):
+    model = scrambled(name, (3,), **conditional)
+    x, labels = points(model, 2), torch.tensor([2, 0])
+    given = {"y": labels} if conditional else {}
+    found = model.log_prob(x, **given)
+    z = model.encode(x, **given)
+    for i in range(2):
+        own = {key: y[i : i + 1] for key, y in given.items()}
+        jacobian = torch.autograd.functional.jacobian(lambda x, own=own: model.encode(x, **own).flatten(), x[i : i + 1])
+        logdet = torch.linalg.slogdet(jacobian.view(z.shape[1], -1)).logabsdet
+        torch.testing.assert_close(found[i], Normal(0, 1).log_prob(z[i]).sum() + logdet, rtol=0, atol=1e-9)
+
+
+# In float32 the limit is the conditioning of the scrambled layers together: splines with slopes of 1e-3 among them.
+@every_model_and_images
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+def test_decode_undoes_encode(name, dtype, tolerance):
+    if name == "nsf" and dtype is torch.float32:
+        tolerance *= 10
+    model = scrambled(name, (3,), dtype, **CLASSES)
+    x, y = points(model, 100, dtype), torch.arange(100) % 3
+    z = model.encode(x, y)
+    assert z.shape == (100, model.config.dimensions)
+    torch.testing.assert_close(model.decode(z, y), x, rtol=0, atol=tolerance)
+    *_, last = steps = model.trajectory(z, y)
+    torch.testing.assert_close(last, model.decode(z, y))
+    assert torch.equal(steps[0], z)
+    assert len(steps) == 1 + len(model.flow.transforms)
+
+
+CELLS, FINE = 24, 35  # cells along each side, and points along each side of a cell
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """A model, cells that cover nearly all of it, and z and the log-determinant at the middle of parts of each."""
+    made = {}
+
+    @torch.no_grad()
+    def grid(name):
+        if name not in made:
+            model = scrambled(name)
+            x = model.sample(50_000, generator=seeded(1))
+            low, high = x.amin(0), x.amax(0)
+            low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
+            n = CELLS * FINE
+            at = low + (torch.arange(n).double()[:, None] + 0.5) / n * (high - low)
+            z, logdet = model.flow(torch.cartesian_prod(at[:, 0], at[:, 1]))
+            made[name] = model, low, high, z, logdet
+        return made[name]
+
+    return grid
+
+
+def probabilities(low, high, z, logdet, temperature):
+    """Of each cell, by the density of latents with this standard deviation."""
+    log_density = Normal(0, torch.tensor(temperature, dtype=torch.float64)).log_prob(z).sum(1) + logdet
+    parts = (log_density.exp() * (high - low).prod() / len(z)).view(CELLS, FINE, CELLS, FINE)
+    return parts.sum((1, 3))
+
+
+@every_model
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_density_integrates_to_one_and_samples_follow_it(name, temperature, grid):
+    model, low, high, z, logdet = grid(name)
+    p = probabilities(low, high, z, logdet, temperature)
+    assert abs(p.sum() - 1) < 1e-3
+    n = 20_000
+    x = model.sample(n, temperature=temperature, generator=seeded(2))
+    edges = [torch.linspace(a, b, CELLS + 1).numpy() for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+    counts = np.histogram2d(*x.T.numpy(), edges)[0].ravel()
+    expected = n * p.numpy().ravel()
+    large = expected > 10
+    rest = n - counts[large].sum(), n - expected[large].sum()
+    observed, wanted = np.append(counts[large], rest[0]), np.append(expected[large], rest[1])
+    assert large.sum() > 8
+    assert chisquare(observed, wanted).pvalue > 1e-3
+
+
+@every_model
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sample_and_log_prob_agree_with_sample_and_log_prob(name, temperature):
+    model = scrambled(name, (3,), **CLASSES)
+    y = torch.arange(50) % 3
+    x, log_prob = model.sample_and_log_prob(50, y=y, temperature=temperature, generator=seeded())
+    torch.testing.assert_close(x, model.sample(50, y=y, temperature=temperature, generator=seeded()))
+    z, logdet = model.flow(x, torch.nn.functional.one_hot(y, 3).double())
+    torch.testing.assert_close(
+        log_prob,
+        Normal(0, torch.tensor(temperature, dtype=torch.float64)).log_prob(z).sum(1) + logdet,
+        rtol=0,
+        atol=1e-8,
+    )
+    if temperature == 1:
+        torch.testing.assert_close(log_prob, model.log_prob(x, y), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in COUPLINGS])
+def test_a_density_of_one_dimension(name):
+    model = scrambled(name, (1,))
+    x = model.sample(5000, generator=seeded())
+    at = torch.linspace(float(x.min()) - 5, float(x.max()) + 5, 40_001, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        assert abs(torch.trapezoid(model.log_prob(at).exp(), at[:, 0]) - 1) < 1e-3
+        torch.testing.assert_close(model.decode(model.encode(x)), x, rtol=0, atol=1e-10)
+
+
+@every_model_and_images
+def test_zero_rows_and_strides(name):
+    model = scrambled(name, (3,))
+    x = points(model, 4)
+    strided = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(model.log_prob(strided), model.log_prob(x), rtol=0, atol=1e-12)
+    assert model.sample(0).shape == (0, *model.config.shape)
+    assert model.decode(x.new_zeros(0, model.config.dimensions)).shape == (0, *model.config.shape)
+    if name != "nsf-ar":  # whose layer cannot be viewed where there are no rows
+        assert model.log_prob(x[:0]).shape == (0,)
+        assert model.encode(x[:0]).shape == (0, model.config.dimensions)
+
+
+@every_model_and_images
+def test_a_row_of_nan_stays_the_only_one(name):
+    model = scrambled(name, (3,))
+    x = points(model, 5)
+    for function in (model.log_prob, model.encode, lambda x: model.decode(x.flatten(1))):
+        clean, broken = function(x), x.clone()
+        broken[2].view(-1)[0] = math.nan
+        found = function(broken)
+        torch.testing.assert_close(found[[0, 1, 3, 4]], clean[[0, 1, 3, 4]], rtol=0, atol=1e-12)
+        assert found[2].isnan().any()
+
+
+@every_model_and_images
+def test_training_under_autocast(name):
+    model = scrambled(name, (3,), torch.float32, size=0.05)
+    x = points(model, 20, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = model.loss(Batch(x))
+        narrow = model.log_prob(x)
+    loss.backward()
+    assert narrow.dtype is torch.float32
+    torch.testing.assert_close(narrow, model.log_prob(x), rtol=0.05, atol=0.2)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+DEEP = {name: {"steps" if name.startswith("glow") else "layers": 100} for name in SMALL} | {
+    "glow-images": {"steps": 100, "scales": 1}
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_hundred_layers_stay_finite(name):
+    torch.manual_seed(0)
+    model = create(name, **({"shape": (4,)} if name in SMALL else {}), **DEEP[name])
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    x = points(model, 30, torch.float32)
+    loss, _ = model.loss(Batch(x))  # in training mode: activations are normalised from the first batch on
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.sample(20, generator=seeded()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["realnvp", "glow", "nsf", "maf", "iaf", "planar", *IMAGES])
+@pytest.mark.parametrize("conditional", [{}, CLASSES], ids=["plain", "conditional"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+def test_reversible_gradients_are_the_ordinary_ones(name, conditional, dtype, tolerance):
+    plain = scrambled(name, (4,), dtype, size=0.05, **conditional)
+    config = dataclasses.replace(plain.config, reversible=True)
+    memory_free = type(plain)(config).to(dtype).eval()
+    memory_free.load_state_dict(plain.state_dict())
+    x = points(plain, 30, dtype)
+    context = torch.randn(30, 3, dtype=dtype) if conditional else None
+    found = []
+    for model in (plain, memory_free):
+        leaves = [t.clone().requires_grad_() for t in (x, context) if t is not None]
+        z, logdet = model.flow(*leaves)
+        (z.square().sum() / 2 - logdet.sum()).backward()
+        found.append([t.grad for t in (*leaves, *model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(a)
+
+
+def test_reversible_memory_does_not_grow_with_depth_at_several_scales():
+    def peak(steps, reversible):
+        model = create("glow-images", steps=steps, reversible=reversible)
+        x = points(model, 512, torch.float32)
+        return peak_memory(Side(lambda: model.loss(Batch(x))[0].backward()), "cpu")
+
+    assert peak(12, True) < 1.3 * peak(4, True)
+    assert peak(12, False) > 2 * peak(4, False)
+
+
+# Discrete data.
+
+
+class Probit(Transform):
+    """Uniform numbers to standard normal ones."""
+
+    def forward(self, x, context=None):
+        z = math.sqrt(2) * torch.erfinv(2 * x)
+        return z, -Normal(0, 1).log_prob(z).sum(1)
+
+
+class Uniform(FlowModel):
+    """The density of v is 1 on [0, 1]^D."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def layers(self):
+        return [Flatten(self.config.shape), Probit()]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 256])
+def test_a_uniform_density_costs_the_bits_of_the_levels(levels):
+    model = Uniform(FlowConfig(shape=(1, 3, 4), levels=levels, logit=0.0))
+    x = torch.randint(levels, (20, 1, 3, 4)).double() / (levels - 1)
+    torch.testing.assert_close(model.bits_per_dim(x), torch.full((20,), math.log2(levels)).double())
+    torch.testing.assert_close(model.elbo(x), torch.full((20,), -12 * math.log(levels)).double())
+    total, terms = model.loss(Batch(x))
+    assert total.item() == pytest.approx(12 * math.log(levels))
+    assert terms["bits_per_dim"].item() == pytest.approx(math.log2(levels))
+
+
+@every_model
+def test_the_bound_lies_just_below_the_probability_of_a_trained_models_levels(name):
+    model = scrambled(name, (2,), size=0.05, levels=3, logit=0.05)
+    k = torch.cartesian_prod(torch.arange(3), torch.arange(3)).double()
+    unit = (torch.arange(40).double() + 0.5) / 40
+    within = torch.cartesian_prod(unit, unit)
+    with torch.no_grad():
+        inside = model.log_prob(((k[:, None] + within) / 3).view(-1, 2)).view(9, -1)
+        exact = (inside.exp().mean(1) / 9).log()  # P(x), the integral over the bin
+        bound = model.elbo((k / 2).repeat_interleave(4000, 0), generator=seeded()).view(9, -1)
+    # uniform noise weights without bias
+    error = bound.exp().std(1) / 4000**0.5
+    assert ((bound.exp().mean(1) - exact.exp()).abs() < 4 * error + 1e-4).all()
+    assert (bound.mean(1) < exact).all()
+    assert 0.5 < bound.mean(1).exp().sum() < exact.exp().sum() < 1
+
+
+@every_model_and_images
+@pytest.mark.parametrize("settings", [{"logit": 0.05}, {"logit": 0.0}, CLASSES], ids=["logit", "centred", "labels"])
+def test_discrete_examples_come_back_and_samples_lie_on_the_levels(name, settings):
+    model = scrambled(name, (4,), size=0.05, levels=6, **settings)
+    x = torch.randint(6, (200, *model.config.shape)).double() / 5
+    given = {"y": torch.arange(200) % 3} if settings is CLASSES else {}
+    assert torch.equal(model.decode(model.encode(x, **given), **given), x)
+    samples = model.sample(200, generator=seeded())
+    assert torch.equal((samples * 5).round() / 5, samples)
+    assert 0 <= samples.min() < samples.max() <= 1
+    assert model.likelihoods == ("elbo", "bits_per_dim")
+
+
+def test_variational_noise_is_trained():
+    model = create("realnvp-images", levels=6, dequantization="variational")
+    x = torch.randint(6, (20, 1, 4, 4)) / 5
+    model.loss(Batch(x))[0].backward()
+    assert all(p.grad.any() for name, p in model.dequantize.named_parameters() if "last" in name)
+    assert torch.equal(model.elbo(x, generator=seeded()), model.elbo(x, generator=seeded()))
+
+
+# Labels, and what is refused.
+
+
+@every_model_and_images
+def test_the_density_and_samples_depend_on_the_label(name):
+    model = scrambled(name, (3,), **CLASSES)
+    x = points(model, 10)
+    first, second = (model.log_prob(x, torch.full((10,), label)) for label in (0, 1))
+    assert (first - second).abs().min() > 0
+    one = model.sample(5, y=1, generator=seeded())
+    torch.testing.assert_close(one, model.sample(5, y=torch.ones(5, dtype=torch.long), generator=seeded()))
+    assert not torch.allclose(one, model.sample(5, y=2, generator=seeded()))
+    loss, _ = model.loss(Batch(x, torch.ones(10, dtype=torch.long)))
+    torch.testing.assert_close(loss, -second.mean())
+
+
+def test_labels_that_do_not_fit_are_refused():
+    model, x = create("maf", **CLASSES), torch.randn(4, 2)
+    with pytest.raises(SettingsError, match=r"the model is of p\(x \| label\): give labels y, \(4,\), each in 0..2"):
+        model.log_prob(x)
+    for wrong in (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, -1])):
+        with pytest.raises(DataError, match=r"labels y must be in 0..2; got "):
+            model.log_prob(x, wrong)
+    for wrong in (torch.zeros(3, dtype=torch.long), torch.zeros(4), torch.zeros(4, 1, dtype=torch.long)):
+        with pytest.raises(DataError, match=r"labels y must be integers \(4,\)"):
+            model.log_prob(x, wrong)
+    for wrong in (7, torch.zeros(5, dtype=torch.long)):
+        with pytest.raises(DataError, match="labels y"):
+            model.sample(4, y=wrong)
+    bare = create("maf")
+    for call in (lambda y: bare.log_prob(x, y), lambda y: bare.sample(4, y=y), lambda y: bare.sample(4, y=1)):
+        with pytest.raises(SettingsError, match="the model is not conditional, so it takes no labels"):
+            call(torch.zeros(4, dtype=torch.long))
+
+
+def test_calls_that_a_model_cannot_answer_are_refused():
+    model = create("maf")
+    with pytest.raises(DataError, match=r"x must be \(N, 2\), as the setting `shape` says; got \(5, 3\)"):
+        model.log_prob(torch.randn(5, 3))
+    with pytest.raises(SettingsError, match="elbo is for discrete data"):
+        model.elbo(torch.randn(5, 2))
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(SettingsError, match="temperature must be above 0 and finite"):
+            model.sample(3, temperature=temperature)
+    with pytest.raises(SettingsError, match="sample_and_log_prob is for real-valued data"):
+        create("maf", levels=4).sample_and_log_prob(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        *[(name, {"shape": (1,)}, "a coupling needs at least 2 features, or channels, got 1") for name in COUPLINGS],
+        ("maf", {"shape": ()}, "shape must hold sizes of at least 1"),
+        ("maf", {"levels": 1}, "levels must be at least 2, or None for real-valued data, got 1"),
+        ("maf", {"conditional": True}, "conditional needs labels"),
+        ("maf", {"logit": 0.5}, "logit must be at least 0 and below 0.5"),
+        ("maf", {"levels": 4, "dequantization": "variational"}, "dequantization 'variational' is for images"),
+        ("maf", {"dequantization": "none"}, "dequantization"),
+        ("maf", {"scale": "softplus"}, "scale"),
+        ("maf", {"layers": 0}, "layers must be above 0"),
+        ("iaf", {"hidden": (16, 0)}, "hidden must be above 0"),
+        ("realnvp", {"scale": "linear"}, "scale"),
+        ("realnvp", {"network": "conv"}, r"network 'conv' needs images, shape \(C, H, W\), got \(2,\)"),
+        ("realnvp", {"shape": (1, 6, 6), "scales": 3}, "scales would halve height and width 2 times"),
+        ("glow", {"shape": (1, 6, 5), "scales": 1}, "scales would halve height and width 1 times"),
+        ("glow", {"coupling": "spline"}, "coupling"),
+        ("nsf", {"dropout": 0.1, "reversible": True}, "reversible computes each layer twice"),
+        ("nsf", {"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ("nsf", {"bins": 1001}, "bins must be at most 1000"),
+        ("nsf-ar", {"bound": math.inf}, "bound must be above 0 and finite"),
+        ("planar", {"layers": -1}, "layers must be above 0"),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(name, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        create(name, **settings)
+
+
+def test_data_that_the_model_was_not_made_for_is_refused():
+    moons, digits = genfuse.load_data("toy:moons"), genfuse.load_data("digits")
+    with pytest.raises(SettingsError, match="has real numbers, but the model was made for 4 levels"):
+        create("maf", levels=4).check_data(moons)
+    with pytest.raises(SettingsError, match="has examples of shape"):
+        create("maf").check_data(digits)
+
+
+def test_shape_levels_and_classes_come_from_the_data():
+    config = configure(type(create("glow")), {}, genfuse.load_data("digits"))
+    assert (config.shape, config.levels, config.classes) == ((1, 8, 8), 17, 10)
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "settings", "numbers", "pictures"),
+    [
+        ("nsf", "toy:pinwheel", SMALL["nsf"], {"log_prob"}, {"samples.png", "density.png", "flow.png"}),
+        ("maf", "toy:moons", {**SMALL["maf"], "conditional": True, "reversible": True}, {"log_prob"}, {"density.png"}),
+        ("glow", "digits", {"steps": 2, "channels": 8}, {"elbo", "bits_per_dim"}, {"samples.png"}),
+    ],
+    ids=["nsf", "maf", "glow"],
+)
+def test_a_run_resumes_bit_for_bit_and_is_measured_and_drawn(name, data, settings, numbers, pictures, tmp_path):
+    data = genfuse.load_data(data)
+
+    def train(out, **options):
+        torch.manual_seed(0)
+        model = genfuse.create(name, data, **settings)
+        trainer = genfuse.Trainer(**{"steps": 12, "batch_size": 64, "device": "cpu", "out": out, **options})
+        return trainer.fit(model, data)
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "parts", steps=5, pictures=False)
+    train(tmp_path / "parts", resume=True, pictures=False)
+    for file in ("model.safetensors", "state.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    assert pictures < {path.name for path in whole.path.rglob("*.png")}
+    model = whole.model()
+    assert model.config.shape == data.shape
+    found = evaluate(model, data, limit=100)["test"]
+    assert numbers <= found.keys()
+    assert all(math.isfinite(found[number]) for number in numbers)
+    if "bits_per_dim" in numbers:
+        assert found["bits_per_dim"] == pytest.approx(-found["elbo"] / (64 * math.log(2)), rel=1e-5)
