@@ -22,7 +22,7 @@ GENFUSE_HD void copy(const S* from, S* to, int64_t n) {
 template <Kind kind, bool inverse, bool has_mask, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t moved = p.cols - p.split;
+  const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
@@ -31,15 +31,16 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     prefetch(x_row + kRowsAhead * p.x_stride, p.cols);
     prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
     prefetch(y_row + kRowsAhead * p.cols, p.cols);
-    copy(x_row, y_row, p.split);
+    copy(x_row, y_row, p.start);
+    copy(x_row + after, y_row + after, p.cols - after);
     T sum = 0;
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
       const uint8_t* kept = has_mask ? p.mask + j0 : nullptr;
-      const T* x = read(x_row + p.split + j0, n, x_buffer);
+      const T* x = read(x_row + p.start + j0, n, x_buffer);
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(raw_row + moved + j0, n, shift_buffer);
-      S* y = y_row + p.split + j0;
+      S* y = y_row + p.start + j0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < n; ++j) {
         const T s = moving(log_scale<kind>(raw[j]).value, has_mask && kept[j]),
@@ -55,7 +56,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
 template <Kind kind, bool inverse, bool has_mask, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t moved = p.cols - p.split;
+  const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
@@ -63,19 +64,20 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     const S* gy_row = element<S>(out.gy, i * p.cols);
     S* gx_row = element<S>(out.gx, i * p.cols);
     const T glogdet = *element<T>(out.glogdet, i);
-    prefetch(x_row + kRowsAhead * p.x_stride + p.split, moved);
+    prefetch(x_row + kRowsAhead * p.x_stride + p.start, moved);
     prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
     prefetch(gy_row + kRowsAhead * p.cols, p.cols);
     prefetch(gx_row + kRowsAhead * p.cols, p.cols);
-    copy(gy_row, gx_row, p.split);
+    copy(gy_row, gx_row, p.start);
+    copy(gy_row + after, gx_row + after, p.cols - after);
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
       const uint8_t* kept = has_mask ? p.mask + j0 : nullptr;
-      const T* x = read(x_row + p.split + j0, n, x_buffer);
+      const T* x = read(x_row + p.start + j0, n, x_buffer);
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(raw_row + moved + j0, n, shift_buffer);
-      const T* gy = read(gy_row + p.split + j0, n, gy_buffer);
-      S* gx = gx_row + p.split + j0;
+      const T* gy = read(gy_row + p.start + j0, n, gy_buffer);
+      S* gx = gx_row + p.start + j0;
       S* graw = element<S>(out.gparams, i * 2 * moved + j0);
       S* gshift = graw + moved;
       GENFUSE_INDEPENDENT
@@ -148,18 +150,18 @@ namespace genfuse {
 void bind_affine_coupling(pybind11::module_& m) {
   using namespace affine_coupling;
   m.def("affine_coupling", [](int dtype, int kind, bool inverse, Address x, int64_t x_stride, Address params,
-                              int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t split, Address y,
-                              Address logdet, int device, Address stream) {
+                              int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t start,
+                              int64_t moved, Address y, Address logdet, int device, Address stream) {
     const Problem p{dtype, kind, inverse, at<void>(x), at<void>(params), x_stride, params_stride, at<uint8_t>(mask),
-                    rows,  cols, split};
+                    rows,  cols, start,   moved};
     GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
   });
   m.def("affine_coupling_backward", [](int dtype, int kind, bool inverse, Address x, int64_t x_stride, Address params,
-                                       int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t split,
-                                       Address gy, Address glogdet, Address gx, Address gparams, int device,
-                                       Address stream) {
+                                       int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t start,
+                                       int64_t moved, Address gy, Address glogdet, Address gx, Address gparams,
+                                       int device, Address stream) {
     const Problem p{dtype, kind, inverse, at<void>(x), at<void>(params), x_stride, params_stride, at<uint8_t>(mask),
-                    rows,  cols, split};
+                    rows,  cols, start,   moved};
     GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
   });
 }

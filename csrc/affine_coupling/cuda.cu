@@ -8,21 +8,24 @@ namespace {
 // Whether a moved column passes through after all.
 __device__ bool kept(const Problem& p, int64_t j) { return p.mask && p.mask[j]; }
 
+// The j-th of the columns that pass through.
+__device__ int64_t passing(const Problem& p, int64_t j) { return j < p.start ? j : j + p.moved; }
+
 template <int Lanes, Kind kind, class S>
 __global__ void kernel(Problem p, Forward out) {
   using T = compute_t<S>;
-  const int64_t moved = p.cols - p.split;
+  const int64_t moved = p.moved;
   for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
     const S* x = static_cast<const S*>(p.x) + row * p.x_stride;
     const S* raw = static_cast<const S*>(p.params) + row * p.params_stride;
     S* y = static_cast<S*>(out.y) + row * p.cols;
-    for (int64_t j = lane<Lanes>(); j < p.split; j += Lanes) y[j] = x[j];
+    for (int64_t j = lane<Lanes>(); j < p.cols - moved; j += Lanes) y[passing(p, j)] = x[passing(p, j)];
     T sum = 0;
     for (int64_t j = lane<Lanes>(); j < moved; j += Lanes) {
       const bool keep = kept(p, j);
       const T s = keep ? T(0) : log_scale<kind>(T(load(raw[j]))).value, t = keep ? T(0) : T(load(raw[moved + j]));
-      const T f = factor(T(load(x[p.split + j])), t, p.inverse);
-      store(y[p.split + j], apply(f, scale<kind>(s, p.inverse), t, p.inverse));
+      const T f = factor(T(load(x[p.start + j])), t, p.inverse);
+      store(y[p.start + j], apply(f, scale<kind>(s, p.inverse), t, p.inverse));
       sum += s;
     }
     sum = row_sum<Lanes>(sum);
@@ -33,7 +36,7 @@ __global__ void kernel(Problem p, Forward out) {
 template <int Lanes, Kind kind, class S>
 __global__ void kernel(Problem p, Backward out) {
   using T = compute_t<S>;
-  const int64_t moved = p.cols - p.split;
+  const int64_t moved = p.moved;
   for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
     const S* x = static_cast<const S*>(p.x) + row * p.x_stride;
     const S* raw = static_cast<const S*>(p.params) + row * p.params_stride;
@@ -41,13 +44,13 @@ __global__ void kernel(Problem p, Backward out) {
     S* gx = static_cast<S*>(out.gx) + row * p.cols;
     S* graw = static_cast<S*>(out.gparams) + row * 2 * moved;
     const T glogdet = static_cast<const T*>(out.glogdet)[row];
-    for (int64_t j = lane<Lanes>(); j < p.split; j += Lanes) gx[j] = gy[j];
+    for (int64_t j = lane<Lanes>(); j < p.cols - moved; j += Lanes) gx[passing(p, j)] = gy[passing(p, j)];
     for (int64_t j = lane<Lanes>(); j < moved; j += Lanes) {
       const bool keep = kept(p, j);
       const LogScale<T> s = log_scale<kind>(T(load(raw[j])));
-      const T f = factor(T(load(x[p.split + j])), T(load(raw[moved + j])), p.inverse), g = load(gy[p.split + j]);
+      const T f = factor(T(load(x[p.start + j])), T(load(raw[moved + j])), p.inverse), g = load(gy[p.start + j]);
       const Grad<T> out_grad = grad(g, glogdet, f, scale<kind>(s.value, p.inverse), s.derivative, p.inverse);
-      store(gx[p.split + j], keep ? g : out_grad.x);
+      store(gx[p.start + j], keep ? g : out_grad.x);
       store(graw[j], keep ? T(0) : out_grad.raw);
       store(graw[moved + j], keep ? T(0) : out_grad.shift);
     }

@@ -3,9 +3,9 @@
 
 namespace genfuse::affine_coupling {
 
-// Addresses, and strides in elements. x is (rows, cols); params is (rows, 2 (cols - split)), first all raw log-scales,
-// then all shifts. The first `split` columns pass through, and those where mask (cols - split), which may be null, is
-// not 0. Results are contiguous; logdet (rows) is float32 where the rest is of 16 bits.
+// Addresses, and strides in elements. x is (rows, cols), of which `moved` columns from `start` on are moved; the others
+// pass through, and so do those where mask (moved), which may be null, is not 0. params is (rows, 2 moved), first all
+// raw log-scales, then all shifts. Results are contiguous; logdet (rows) is float32 where the rest is of 16 bits.
 struct Problem {
   int dtype;
   int kind;
@@ -13,7 +13,7 @@ struct Problem {
   const void *x, *params;
   int64_t x_stride, params_stride;
   const uint8_t* mask;
-  int64_t rows, cols, split;
+  int64_t rows, cols, start, moved;
 };
 
 struct Forward {

@@ -65,7 +65,8 @@ GENFUSE_HD void undo_affine(const T* y, const T* params, T* x, T* logdet) {
 #pragma omp simd
   for (int l = 0; l < kRows; ++l) {
     const T s = affine_coupling::log_scale<kind>(params[l]).value, t = params[kRows + l];
-    x[l] = affine_coupling::apply(affine_coupling::factor(y[l], t, true), affine_coupling::scale(s, true), t, true);
+    x[l] =
+        affine_coupling::apply(affine_coupling::factor(y[l], t, true), affine_coupling::scale<kind>(s, true), t, true);
     logdet[l] = -s;
   }
 }

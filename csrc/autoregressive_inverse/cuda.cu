@@ -31,7 +31,8 @@ struct Value {
 template <Kind kind, class T>
 __device__ Value<T> undo_affine(T y, const T* params) {
   const T s = affine_coupling::log_scale<kind>(params[0]).value, t = params[1];
-  return {affine_coupling::apply(affine_coupling::factor(y, t, true), affine_coupling::scale(s, true), t, true), -s};
+  return {affine_coupling::apply(affine_coupling::factor(y, t, true), affine_coupling::scale<kind>(s, true), t, true),
+          -s};
 }
 
 template <class T>

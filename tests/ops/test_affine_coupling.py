@@ -13,14 +13,16 @@ either_way = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "
 
 def arguments(kind, n=4, d=7, dtype=torch.float64, device="cpu"):
     torch.manual_seed(0)
-    selection = 3 if kind == "split" else torch.tensor([True, False, False, True, True, False, True], device=device)
-    params = torch.randn(n, 2 * (d - 3 if kind == "split" else d), dtype=dtype, device=device)
+    selection = {"split": 3, "last": -3}.get(kind, 0) or torch.tensor(
+        [True, False, False, True, True, False, True], device=device
+    )
+    params = torch.randn(n, 2 * (d if kind == "mask" else d - 3), dtype=dtype, device=device)
     return torch.randn(n, d, dtype=dtype, device=device), params, selection
 
 
 @every_scale
 @either_way
-@pytest.mark.parametrize("kind", ["split", "mask"])
+@pytest.mark.parametrize("kind", ["split", "last", "mask"])
 def test_logdet_is_that_of_the_autograd_jacobian(kind, scale, inverse, device, implementation):
     x, params, selection = arguments(kind, device=device)
     y, logdet = affine_coupling(x, params, selection, scale=scale, inverse=inverse)
@@ -35,7 +37,7 @@ def test_logdet_is_that_of_the_autograd_jacobian(kind, scale, inverse, device, i
 
 
 @every_scale
-@pytest.mark.parametrize("kind", ["split", "mask"])
+@pytest.mark.parametrize("kind", ["split", "last", "mask"])
 def test_the_inverse_undoes_it(kind, scale, device, implementation):
     x, params, selection = arguments(kind, n=50, device=device)
     y, logdet = affine_coupling(x, params, selection, scale=scale)
@@ -46,7 +48,7 @@ def test_the_inverse_undoes_it(kind, scale, device, implementation):
 
 @every_scale
 @either_way
-@pytest.mark.parametrize("kind", ["split", "mask"])
+@pytest.mark.parametrize("kind", ["split", "last", "mask"])
 def test_values_and_gradients_are_those_of_the_formula(kind, scale, inverse, device, implementation):
     x, params, selection = arguments(kind, n=3, dtype=torch.float32, device=device)
     results = []
@@ -60,7 +62,7 @@ def test_values_and_gradients_are_those_of_the_formula(kind, scale, inverse, dev
 
 @every_scale
 @either_way
-@pytest.mark.parametrize("kind", ["split", "mask"])
+@pytest.mark.parametrize("kind", ["split", "last", "mask"])
 def test_derivatives_of_first_and_second_order(kind, scale, inverse, device, implementation):
     x, params, selection = arguments(kind, n=2, device=device)
     leaves = (x.requires_grad_(), params.requires_grad_())
@@ -88,6 +90,14 @@ def test_a_split_is_a_mask_of_the_first_features(device, implementation):
     mask = torch.arange(7, device=device) < 3
     moved = torch.cat([params[:, 3:7], params[:, 10:]], 1)
     for a, b in zip(affine_coupling(x, params, mask), affine_coupling(x, moved, 3), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_negative_split_is_a_mask_of_the_last_features(device, implementation):
+    x, params, _ = arguments("mask", n=5, device=device)
+    mask = torch.arange(7, device=device) >= 4
+    moved = torch.cat([params[:, :4], params[:, 7:11]], 1)
+    for a, b in zip(affine_coupling(x, params, mask), affine_coupling(x, moved, -3), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -184,8 +194,8 @@ def test_it_compiles_into_one_graph():
     [
         ({"params": torch.zeros(4, 7)}, r"params must have shape \(4, 8\), got \(4, 7\)"),
         ({"params": torch.zeros(4, 8).double()}, r"params must have x's dtype torch.float32, got torch.float64"),
-        ({"mask_or_split": 8}, r"mask_or_split must be from 0 to x's 7 features, got 8"),
-        ({"mask_or_split": -1}, r"mask_or_split must be from 0 to x's 7 features, got -1"),
+        ({"mask_or_split": 8}, r"mask_or_split must be from -7 to 7, x's number of features, got 8"),
+        ({"mask_or_split": -8}, r"mask_or_split must be from -7 to 7, x's number of features, got -8"),
         ({"mask_or_split": torch.ones(7)}, r"must be an int or a bool tensor on cpu, got torch.float32"),
         ({"mask_or_split": torch.ones(6, dtype=torch.bool)}, r"the shape of an example, \(7,\).*got \(6,\)"),
         ({"scale": "relu"}, r"scale must be one of tanh, exp, sigmoid, got 'relu'"),

@@ -14,6 +14,11 @@ Scale = Literal["tanh", "exp", "sigmoid"]
 SCALES: tuple[Scale, ...] = get_args(Scale)  # as math.h numbers them
 
 
+def _parts(columns: int, split: int) -> tuple[int, int, int]:
+    """How many columns pass through, are moved, and pass through again."""
+    return (split, columns - split, 0) if split >= 0 else (0, columns + split, -split)
+
+
 def log_scale(raw: Tensor, scale: str) -> Tensor:
     if scale == "tanh":
         return raw.tanh()
@@ -23,30 +28,31 @@ def log_scale(raw: Tensor, scale: str) -> Tensor:
 def formula(
     x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    kept, moved = x[..., :split], x[..., split:]
+    before, moved, after = x.split(_parts(x.shape[-1], split), -1)
     raw, t = params.chunk(2, dim=-1)
     s = log_scale(raw, scale)
     if mask is not None:
         s, t = s.masked_fill(mask, 0), t.masked_fill(mask, 0)
     y = (moved - t) * (-s).exp() if inverse else moved * s.exp() + t
     logdet = s.sum(-1)
-    return torch.cat([kept, y], dim=-1), -logdet if inverse else logdet
+    return torch.cat([before, y, after], dim=-1), -logdet if inverse else logdet
 
 
 def gradient(
     gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     raw, t = params.chunk(2, dim=-1)
-    s, glogdet, kept = log_scale(raw, scale), glogdet.unsqueeze(-1), gy[..., :split]
+    s, glogdet = log_scale(raw, scale), glogdet.unsqueeze(-1)
+    parts = _parts(x.shape[-1], split)
     slope = {"tanh": lambda: 1 - s**2, "exp": lambda: torch.ones_like(s), "sigmoid": lambda: (-raw - 2).sigmoid()}
-    g, moved = gy[..., split:], x[..., split:]
+    (before, g, after), moved = gy.split(parts, -1), x.split(parts, -1)[1]
     factor = moved - t if inverse else moved
     gx = g * (-s if inverse else s).exp()
     gs = gx * factor + glogdet
     graw, gt = (-gs if inverse else gs) * slope[scale](), -gx if inverse else g
     if mask is not None:
         gx, graw, gt = torch.where(mask, g, gx), graw.masked_fill(mask, 0), gt.masked_fill(mask, 0)
-    return torch.cat([kept, gx], dim=-1), torch.cat([graw, gt.expand_as(graw)], dim=-1)
+    return torch.cat([before, gx, after], dim=-1), torch.cat([graw, gt.expand_as(graw)], dim=-1)
 
 
 def eager(
@@ -87,7 +93,8 @@ def _problem(x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: 
     params, params_stride = _op.rows(params)
     return (
         _op.DTYPES[x.dtype], SCALES.index(scale), inverse, x.data_ptr(), x_stride, params.data_ptr(), params_stride,
-        0 if mask is None else mask.data_ptr(), x.shape[0], x.shape[1], split,
+        0 if mask is None else mask.data_ptr(), x.shape[0], x.shape[1],
+        *_parts(x.shape[1], split)[:2],
     ), (x, params)  # fmt: skip
 
 
@@ -162,8 +169,9 @@ def affine_coupling(
         x: (..., D), or images (N, C, H, W); of any strides, though images, and rows that are not evenly spaced, are
             copied where an example is not in one piece. float32, float64, float16 or bfloat16.
         params: the conditioner's raw output, along the feature axis (the last, or C) first all log-scales, then all
-            shifts: of 2 (D - split) or 2 (C - split) features with a split, of 2 D or 2 C with a mask.
-        mask_or_split: an int, how many of the first features pass through; or a bool tensor that is True where a
+            shifts: of 2 (D - |split|) or 2 (C - |split|) features with a split, of 2 D or 2 C with a mask.
+        mask_or_split: an int, how many of the first features pass through, or if it is negative, of the last (as in
+            x[:, -k:]); or a bool tensor that is True where a
             coordinate passes through (b = 1 in the paper), of the shape of an example or one that expands to it, as
             (H, W) for a checkerboard. Parameters of coordinates that pass through have no effect.
         scale: how the log-scale is bounded.
@@ -185,17 +193,17 @@ def affine_coupling(
     features = x.shape[axis]
     if mask is not None:
         mask = _flat_mask(mask, x, tuple(x.shape[1:]) if image else (features,))
-    if not 0 <= split <= features:
-        raise ValueError(f"mask_or_split must be from 0 to x's {features} features, got {split}")
+    if not -features <= split <= features:
+        raise ValueError(f"mask_or_split must be from -{features} to {features}, x's number of features, got {split}")
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     wanted = list(x.shape)
-    wanted[axis] = 2 * (features - split)
+    wanted[axis] = 2 * (features - abs(split))
     if tuple(params.shape) != tuple(wanted) or params.dtype is not x.dtype or params.device != x.device:
         _op.complain_unless_like(x, "x", params=(params, tuple(wanted)))
     rows, cells = (x.shape[0], math.prod(x.shape[2:])) if image else (math.prod(x.shape[:-1]), 1)
     flat = x if x.dim() == 2 else x.reshape(rows, features * cells)
-    raw = params if x.dim() == 2 else params.reshape(rows, 2 * (features - split) * cells)
+    raw = params if x.dim() == 2 else params.reshape(rows, 2 * (features - abs(split)) * cells)
     y, logdet = AffineCoupling.apply(flat, raw, mask, split * cells, scale, inverse)
     return (y, logdet) if x.dim() == 2 else (y.view(x.shape), logdet.view(x.shape[:1] if image else x.shape[:-1]))
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfuse.ops import _op
-from genfuse.ops._affine_coupling import SCALES, _gradients, _outputs
+from genfuse.ops._affine_coupling import SCALES, _gradients, _outputs, _parts
 
 
 @triton.jit
@@ -31,29 +31,30 @@ def _log_scale(raw, KIND: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, x_stride, params, params_stride, mask, y, logdet, cols, split,
+    x, x_stride, params, params_stride, mask, y, logdet, cols, first, moved,
     KIND: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    moved = cols - split
     x, y, params = x + row * x_stride, y + row * cols, params + row * params_stride
-    for start in range(0, split, BLOCK):
+    for start in range(0, cols - moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        tl.store(y + j, tl.load(x + j, j < split), j < split)
+        there = j < cols - moved
+        j = tl.where(j < first, j, j + moved)
+        tl.store(y + j, tl.load(x + j, there), there)
     total = tl.zeros((BLOCK,), wide)
     for start in range(0, moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < moved
         s, _ = _log_scale(tl.load(params + j, there, 0.0).to(wide), KIND)
         t = tl.load(params + moved + j, there, 0.0).to(wide)
-        v = tl.load(x + split + j, there, 0.0).to(wide)
+        v = tl.load(x + first + j, there, 0.0).to(wide)
         if mask is not None:
             keep = tl.load(mask + j, there, 1) != 0
             s = tl.where(keep, 0.0, s)
             t = tl.where(keep, 0.0, t)
         out = (v - t) * tl.exp(-s) if INVERSE else v * tl.exp(s) + t
-        tl.store(y + split + j, out.to(y.dtype.element_ty), there)
+        tl.store(y + first + j, out.to(y.dtype.element_ty), there)
         total += tl.where(there, s, 0.0)
     sum = tl.sum(total, 0)
     tl.store(logdet + row, -sum if INVERSE else sum)
@@ -61,24 +62,25 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, x_stride, params, params_stride, mask, gy, glogdet, gx, gparams, cols, split,
+    x, x_stride, params, params_stride, mask, gy, glogdet, gx, gparams, cols, first, moved,
     KIND: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    moved = cols - split
     x, params = x + row * x_stride, params + row * params_stride
     gy, gx, gparams = gy + row * cols, gx + row * cols, gparams + row * 2 * moved
     gl = tl.load(glogdet + row)
-    for start in range(0, split, BLOCK):
+    for start in range(0, cols - moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        tl.store(gx + j, tl.load(gy + j, j < split), j < split)
+        there = j < cols - moved
+        j = tl.where(j < first, j, j + moved)
+        tl.store(gx + j, tl.load(gy + j, there), there)
     for start in range(0, moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < moved
         s, slope = _log_scale(tl.load(params + j, there, 0.0).to(wide), KIND)
-        v = tl.load(x + split + j, there, 0.0).to(wide)
-        g = tl.load(gy + split + j, there, 0.0).to(wide)
+        v = tl.load(x + first + j, there, 0.0).to(wide)
+        g = tl.load(gy + first + j, there, 0.0).to(wide)
         if INVERSE:
             scaled = g * tl.exp(-s)
             graw = -(scaled * (v - tl.load(params + moved + j, there, 0.0).to(wide)) + gl) * slope
@@ -92,7 +94,7 @@ def backward_kernel(
             scaled = tl.where(keep, g, scaled)
             graw = tl.where(keep, 0.0, graw)
             gshift = tl.where(keep, 0.0, gshift)
-        tl.store(gx + split + j, scaled.to(gx.dtype.element_ty), there)
+        tl.store(gx + first + j, scaled.to(gx.dtype.element_ty), there)
         tl.store(gparams + j, graw.to(gx.dtype.element_ty), there)
         tl.store(gparams + moved + j, gshift.to(gx.dtype.element_ty), there)
 
@@ -110,15 +112,17 @@ def _launch(
     x, x_stride = _op.rows(x)
     params, params_stride = _op.rows(params)
     n, cols = x.shape
+    first, moved, _ = _parts(cols, split)
     if not n:
         return
-    block = min(1024, max(16, triton.next_power_of_2(max(split, cols - split))))
+    block = min(1024, max(16, triton.next_power_of_2(max(moved, cols - moved))))
     constants = {"KIND": SCALES.index(scale), "INVERSE": inverse, "BLOCK": block, "WIDE": x.dtype is torch.float64}
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         kernel[(n,)](
             *(x, x_stride, params, params_stride, None if mask is None else mask.view(torch.uint8), *tensors),
             cols=cols,
-            split=split,
+            first=first,
+            moved=moved,
             **constants,
             num_warps=max(1, min(8, block // 128)),
         )
