@@ -54,6 +54,9 @@ LAYERS = {  # shape of an example, and what makes the layer for a context of so 
     "affine-tanh": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, (8,), c), 2, "tanh")),
     "affine-exp": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, (8, 8), c), 2, "exp")),
     "affine-sigmoid": (VECTOR, lambda c: AffineCoupling(ResidualMLP(2, 6, 8, 2, c), 2, "sigmoid")),
+    "affine-last": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, (8,), c), -2)),
+    "additive-last": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(2, 3, (8,), c), -2)),
+    "spline-last": (VECTOR, lambda c: SplineCoupling(ResidualMLP(2, 3 * 14, 8, 1, c), -2, bins=5, bound=2.0)),
     "affine-mask": (VECTOR, lambda c: AffineCoupling(MLPConditioner(5, 10, (8,), c), MASK)),
     "affine-channels": (CHANNELS, lambda c: AffineCoupling(ConvConditioner(1, 4, 4, 1, c), 1)),
     "affine-checkerboard": (

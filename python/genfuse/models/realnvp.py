@@ -13,7 +13,6 @@ from genfuse.nn import (
     ConvConditioner,
     Flatten,
     MLPConditioner,
-    Permutation,
     Split,
     Squeeze,
     Transform,
@@ -62,7 +61,7 @@ def check_scales(shape: tuple[int, ...], halvings: int, network: str) -> None:
 class RealNVP(FlowModel):
     """Real-valued non-volume-preserving transformations.
 
-    Vectors: couplings that keep one half and then, in reversed order, the other. Images: at each scale three
+    Vectors: couplings that keep the first half and the last in turn. Images: at each scale three
     checkerboard couplings, a squeeze and three couplings of channels; then half of the channels leave. The last scale
     has four checkerboard couplings. Activation normalisation stands in the place of the paper's batch normalisation, so
     that an example's density does not depend on the others of its batch.
@@ -80,9 +79,8 @@ class RealNVP(FlowModel):
             yield Flatten(c.shape)
         d, kept = c.dimensions, half(c.dimensions)
         for i in range(c.layers):
-            if i:
-                yield Permutation.reversed(d)
-            yield AffineCoupling(MLPConditioner(kept, 2 * (d - kept), c.hidden, c.context), kept, c.scale)
+            network = MLPConditioner(kept, 2 * (d - kept), c.hidden, c.context)
+            yield AffineCoupling(network, -kept if i % 2 else kept, c.scale)
 
     def _scale(self, shape: tuple[int, int, int], scales: int) -> Iterator[Transform]:
         """From images of this shape to vectors."""
@@ -90,7 +88,7 @@ class RealNVP(FlowModel):
 
         def couplings(channels: int, where: list) -> Iterator[Transform]:
             for mask_or_split in where:
-                split = mask_or_split if isinstance(mask_or_split, int) else 0
+                split = abs(mask_or_split) if isinstance(mask_or_split, int) else 0
                 outputs = 2 * (channels - split)
                 network = ConvConditioner(split or channels, outputs, c.channels, c.blocks, c.context)
                 yield ActNorm(channels)
@@ -104,10 +102,7 @@ class RealNVP(FlowModel):
         squeezed = (4 * channels, height // 2, width // 2)
         yield from couplings(channels, masks[:3])
         yield Squeeze()
-        for i, coupling in enumerate(couplings(4 * channels, [2 * channels] * 3)):
-            yield coupling
-            if i % 2:
-                yield Permutation.reversed(4 * channels)
+        yield from couplings(4 * channels, [2 * channels, -2 * channels, 2 * channels])
         prior = AffineCoupling(ConvConditioner(2 * channels, 4 * channels, c.channels, 0, c.context), 2 * channels)
         rest = Composite([*self._scale((2 * channels, *squeezed[1:]), scales - 1)], reversible=c.reversible)
         yield Split(prior, rest, squeezed)

@@ -26,7 +26,8 @@ def checkerboard(height: int, width: int, first: bool) -> Tensor:
 
 
 class Coupling(Transform):
-    """Base: the first ``split`` features (channels, of images) pass through, or those where a mask is True.
+    """Base: the first ``split`` features (channels, of images) pass through, the last of a negative split, or those where
+    a mask is True.
 
     ``conditioner(kept, context)`` makes the raw parameters of the moved features; with a mask it is shown all
     coordinates, the moved ones set to 0, and makes parameters for all.
@@ -40,13 +41,22 @@ class Coupling(Transform):
         mask, self.split = (mask_or_split, 0) if isinstance(mask_or_split, Tensor) else (None, mask_or_split)
         self.register_buffer("mask", mask, persistent=False)
 
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a split keeps of x, and what it moves."""
+        kept, moved = x[:, : self.split], x[:, self.split :]
+        return (kept, moved) if self.split >= 0 else (moved, kept)
+
+    def together(self, kept: Tensor, moved: Tensor) -> Tensor:
+        """Undo `halves`."""
+        return torch.cat([kept, moved] if self.split >= 0 else [moved, kept], 1)
+
     def raw(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The conditioner's output, of x's type, which autocast may have narrowed."""
         if self.mask is not None:
             sizes = zip(self.mask.shape[::-1], x.shape[:0:-1], strict=False)
             if self.mask.dim() >= x.dim() or any(size not in (1, of_x) for size, of_x in sizes):
                 raise ValueError(f"mask of shape {tuple(self.mask.shape)} does not go with x of {tuple(x.shape)}")
-        kept = x[:, : self.split] if self.mask is None else x * self.mask
+        kept = self.halves(x)[0] if self.mask is None else x * self.mask
         return self.conditioner(kept, context).to(x.dtype)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -83,7 +93,8 @@ class AdditiveCoupling(Coupling):
         if inverse:
             shift = -shift
         if self.mask is None:
-            y = torch.cat([x[:, : self.split], x[:, self.split :] + shift], 1)
+            kept, moved = self.halves(x)
+            y = self.together(kept, moved + shift)
         else:
             y = x + shift * ~self.mask
         return y, x.new_zeros(len(x))
@@ -110,8 +121,8 @@ class SplineCoupling(Coupling):
         self.register_buffer("damping", damping, persistent=False)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        moved = x[:, self.split :]
+        kept, moved = self.halves(x)
         raw = self.raw(x, context).unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
         raw = raw * self.damping
         y, logdet = rational_quadratic_spline(moved, raw, bins=self.bins, bound=self.bound, inverse=inverse)
-        return torch.cat([x[:, : self.split], y], 1), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet
+        return self.together(kept, y), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet
