@@ -112,7 +112,7 @@ def test_every_command_has_help_with_an_example(capsys, name):
 def test_list_shows_names_and_where_they_come_from(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert re.search(rf"models:.*\n  vae +genfuse {genfuse.__version__} ", out)
+    assert re.search(rf"models:.*\n(  .*\n)*  vae +genfuse {genfuse.__version__} ", out)
     assert re.search(r"datasets:.*\n(  .*\n)*  digits +genfuse ", out)
     assert main(["list", "models"]) == 0
     assert "digits" not in capsys.readouterr().out
@@ -124,7 +124,9 @@ def test_list_shows_what_to_type_where_two_distributions_claim_a_name(capsys, ac
     plugins.discover.cache_clear()
     assert main(["list", "models"]) == 0
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert shown == ["acme:flow", "zeta:flow", "acme:vae", "vae", "zeta:vae"]
+    ours = {"flow", "vae"}
+    claimed = [name for name in shown if name.rpartition(":")[2] in ours]
+    assert claimed == ["acme:flow", "zeta:flow", "acme:vae", "vae", "zeta:vae"]
     assert "write acme:flow or zeta:flow" in fails(capsys, "train", "flow", "--data", "digits")
 
 
@@ -188,7 +190,7 @@ def test_a_reader_that_leaves_early_meets_no_traceback():
 
 def test_train_help_lists_the_models(capsys):
     assert main(["train", "--help"]) == 0
-    assert re.search(r"models:.*\n  vae +genfuse", capsys.readouterr().out)
+    assert re.search(r"models:.*\n(  .*\n)*  vae +genfuse", capsys.readouterr().out)
 
 
 def test_help_of_a_model_shows_its_settings_with_meaning_and_default(capsys):

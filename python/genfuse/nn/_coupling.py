@@ -26,8 +26,8 @@ def checkerboard(height: int, width: int, first: bool) -> Tensor:
 
 
 class Coupling(Transform):
-    """Base: the first ``split`` features (channels, of images) pass through, the last of a negative split, or those where
-    a mask is True.
+    """Base: the first ``split`` features (channels, of images) pass through, or of a negative split the last, or those
+    where a mask is True.
 
     ``conditioner(kept, context)`` makes the raw parameters of the moved features; with a mask it is shown all
     coordinates, the moved ones set to 0, and makes parameters for all.
