@@ -43,8 +43,9 @@ class Coupling(Transform):
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What a split keeps of x, and what it moves."""
-        kept, moved = x[:, : self.split], x[:, self.split :]
-        return (kept, moved) if self.split >= 0 else (moved, kept)
+        cut = self.split if self.split >= 0 else x.shape[1] + self.split
+        first, last = x.split([cut, x.shape[1] - cut], 1)
+        return (first, last) if self.split >= 0 else (last, first)
 
     def together(self, kept: Tensor, moved: Tensor) -> Tensor:
         """Undo `halves`."""

@@ -60,6 +60,7 @@ class LULinear(Transform):
     It starts as a random permutation, or ("rotation") as a random rotation.
     """
 
+    order: Tensor
     back: Tensor
     signs: Tensor
 
@@ -72,6 +73,7 @@ class LULinear(Transform):
             # rotation.T = P L U, so rotation = U^T L^T P^T: its transposed factors, scaled to a unit lower triangle
             diagonal = upper.diagonal()
             p, lower, upper = p.T, (upper / diagonal[:, None]).T, (lower * diagonal).T
+        self.register_buffer("order", p.argmax(1))  # P x = x[order]
         self.register_buffer("back", p.argmax(0))  # x = (P x)[back]
         self.register_buffer("signs", upper.diagonal().sign())
         self.triangles = nn.Parameter(lower.tril(-1) + upper.triu(1))  # L below the diagonal, U above it
@@ -79,14 +81,13 @@ class LULinear(Transform):
         self.bias = nn.Parameter(torch.zeros(features))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L and U."""
-        lower = self.triangles.tril(-1) + torch.eye(len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
-        return lower, self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
+        """L, without its diagonal of ones, and U."""
+        return self.triangles.tril(-1), self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
         with torch.autocast(x.device.type, enabled=False):  # a rounded W would have another determinant and inverse
-            weight = (lower @ upper).index_select(1, self.back)
+            weight = _Reorder.apply(torch.addmm(upper, lower, upper), self.back, self.order)
             y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
         return y, self._logdet(x)
 
