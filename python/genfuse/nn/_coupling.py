@@ -117,13 +117,13 @@ class SplineCoupling(Coupling):
         last = conditioner.last
         assert isinstance(last, nn.Linear | nn.Conv2d)
         start_spline(last, bins, 3 * bins - 1)
-        damping = torch.ones(3 * bins - 1)
-        damping[: 2 * bins] = last.weight[0].numel() ** -0.5
-        self.register_buffer("damping", damping, persistent=False)
+        damping = torch.ones(len(last.weight)).view(-1, 3 * bins - 1)
+        damping[:, : 2 * bins] = last.weight[0].numel() ** -0.5
+        self.register_buffer("damping", damping.flatten(), persistent=False)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         kept, moved = self.halves(x)
-        raw = self.raw(x, context).unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
-        raw = raw * self.damping
+        raw = self.raw(x, context) * self.damping.view(-1, *[1] * (x.dim() - 2))
+        raw = raw.unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
         y, logdet = rational_quadratic_spline(moved, raw, bins=self.bins, bound=self.bound, inverse=inverse)
         return self.together(kept, y), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet

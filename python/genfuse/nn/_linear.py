@@ -85,10 +85,12 @@ class LULinear(Transform):
         return self.triangles.tril(-1), self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if torch.is_autocast_enabled(x.device.type):  # a rounded W would have another determinant and inverse
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
         lower, upper = self.factors()
-        with torch.autocast(x.device.type, enabled=False):  # a rounded W would have another determinant and inverse
-            weight = _Reorder.apply(torch.addmm(upper, lower, upper), self.back, self.order)
-            y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
+        weight = _Reorder.apply(torch.addmm(upper, lower, upper), self.back, self.order)
+        y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
         return y, self._logdet(x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
