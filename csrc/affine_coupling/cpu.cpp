@@ -6,11 +6,35 @@
 namespace genfuse::affine_coupling::cpu {
 namespace {
 
-// x, or 0 for columns that the mask keeps after all: by a bitwise and, since a selection would become a branch, and no
-// loop with one in it is vectorised.
-GENFUSE_HD float moving(float x, bool kept) { return bit_cast<float>(bit_cast<uint32_t>(x) & (uint32_t(kept) - 1u)); }
-GENFUSE_HD double moving(double x, bool kept) {
-  return bit_cast<double>(bit_cast<uint64_t>(x) & (uint64_t(kept) - 1u));
+// Bits that are all set for columns that move, and 0 for those that the mask keeps after all. What is to be 0 there is
+// put through a bitwise and: a selection would become a branch, and no loop with one in it is vectorised.
+template <class Bits>
+class Moving {
+ public:
+  explicit Moving(const Problem& p) : mask_(p.mask) {}
+
+  // Of n columns from j0 on. Most rows are no longer than a block, which then serves all of them.
+  GENFUSE_HD const Bits* at(int64_t j0, int64_t n) {
+    if (j0 != filled_) {
+      for (int64_t j = 0; j < n; ++j) buffer_[j] = mask_[j0 + j] ? Bits(0) : ~Bits(0);
+      filled_ = j0;
+    }
+    return buffer_;
+  }
+
+ private:
+  const uint8_t* mask_;
+  int64_t filled_ = -1;
+  Bits buffer_[kBlock];
+};
+
+template <class T>
+using bits_of = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <bool has_mask, class T>
+GENFUSE_HD T masked(T x, const bits_of<T>* moves, int64_t j) {
+  if constexpr (has_mask) return bit_cast<T>(bit_cast<bits_of<T>>(x) & moves[j]);
+  return x;
 }
 
 template <class S>
@@ -24,6 +48,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   using T = compute_t<S>;
   const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
+  Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
@@ -36,15 +61,14 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     T sum = 0;
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const uint8_t* kept = has_mask ? p.mask + j0 : nullptr;
+      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
       const T* x = read(x_row + p.start + j0, n, x_buffer);
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(raw_row + moved + j0, n, shift_buffer);
       S* y = y_row + p.start + j0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < n; ++j) {
-        const T s = moving(log_scale<kind>(raw[j]).value, has_mask && kept[j]),
-                t = moving(shift[j], has_mask && kept[j]);
+        const T s = masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j), t = masked<has_mask>(shift[j], moves, j);
         store(y[j], apply(factor(x[j], t, inverse), scale<kind>(s, inverse), t, inverse));
         sum += s;
       }
@@ -58,6 +82,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
   using T = compute_t<S>;
   const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
+  Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
@@ -72,7 +97,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     copy(gy_row + after, gx_row + after, p.cols - after);
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const uint8_t* kept = has_mask ? p.mask + j0 : nullptr;
+      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
       const T* x = read(x_row + p.start + j0, n, x_buffer);
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(raw_row + moved + j0, n, shift_buffer);
@@ -83,12 +108,12 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
         const LogScale<T> bounded = log_scale<kind>(raw[j]);
-        const T s = moving(bounded.value, has_mask && kept[j]), t = moving(shift[j], has_mask && kept[j]);
+        const T s = masked<has_mask>(bounded.value, moves, j), t = masked<has_mask>(shift[j], moves, j);
         const Grad<T> g =
             grad(gy[j], glogdet, factor(x[j], t, inverse), scale<kind>(s, inverse), bounded.derivative, inverse);
         store(gx[j], g.x);
-        store(graw[j], moving(g.raw, has_mask && kept[j]));
-        store(gshift[j], moving(g.shift, has_mask && kept[j]));
+        store(graw[j], masked<has_mask>(g.raw, moves, j));
+        store(gshift[j], masked<has_mask>(g.shift, moves, j));
       }
     }
   }
