@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: ops, training, and the report that is made from their records."""
+"""The command `python -m benchmarks`: ops, training, flows, and the report that is made from their records."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _record, _report, ops
+from benchmarks import _peers, _record, _report, flows, ops
 from genfuse.ops import OPERATORS
 
 
@@ -36,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, default=5, help="epochs that each side is timed for")
     command.add_argument("--quality", action="store_true", help="also train for 30 epochs and evaluate (minutes)")
 
+    command = commands.add_parser("flows", parents=[measure], help="normalizing flows beside nflows, normflows and zuko")
+    command.add_argument("--only", nargs="+", choices=list(flows.PARTS), metavar="PART", help=", ".join(flows.PARTS))
+    command.add_argument("--quality", action="store_true", help=f"also {' and '.join(flows.QUALITY)} (half an hour)")
+    command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where the data lies (default: GENFUSE_DATA)")
+    command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+
     command = commands.add_parser("report", help="write the page of results from records")
     command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
     command.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
@@ -58,10 +64,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no GPU here")
         machine = _record.machine(args.device)
+        if args.command == "flows":
+            machine["peers"] = _peers.versions()
         for key, value in machine.items():
             print(f"{key + ':':<12} {value}")
         if args.command == "ops":
             record, bars = ops.run(args)
+        elif args.command == "flows":
+            record, bars = flows.run(args)
         else:
             from benchmarks import training  # all of genfuse, which the operators can do without
 
@@ -73,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, "plot", None):
         for record in records:
             _report.plot(record, args.plot)
-    return int(args.command == "ops" and ops.wrong(records[0]))
+    wrong = {"ops": ops.wrong, "flows": flows.wrong}.get(args.command)
+    return int(wrong is not None and wrong(records[0]))
 
 
 if __name__ == "__main__":

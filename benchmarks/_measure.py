@@ -49,6 +49,15 @@ class Timing:
         return cls(median, low, high, len(times))
 
 
+def seconds(run: Callable[[], object], device: str) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def _cpu_clock(run: Callable[[], object], block: float) -> Callable[[], list[float]]:
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     number = 1

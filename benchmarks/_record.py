@@ -43,7 +43,9 @@ class Bar:
 
     @property
     def got(self) -> str:
-        return "-" if self.value is None else f"{self.value:.2f}{self.unit}"
+        if self.value is None:
+            return "-"
+        return f"{self.value:.2f}{self.unit}" if abs(self.value) >= 0.01 else f"{self.value:.1e}{self.unit}"
 
     def __str__(self) -> str:
         return f"{self.what}: {self.got} (bar {self.limit}) {self.verdict}"

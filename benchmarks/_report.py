@@ -10,7 +10,7 @@ MODES = {"forward": "forward", "backward": "backward", "both": "forward+backward
 INTRODUCTION = """# Benchmarks
 
 Written whole by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`; edit nothing here by hand. The
-records come from `python -m benchmarks ops --json RECORD.json` and `python -m benchmarks training --json RECORD.json`.
+records come from `python -m benchmarks ops --json RECORD.json`, and `training` or `flows` in the place of `ops`.
 
 A time is the median of one run, with the 20% and 80% quantiles in brackets. All sides take turns in that run. An
 operator is checked against float64 before it is timed: its error may be twice that of eager PyTorch in the same dtype.
@@ -116,14 +116,25 @@ def report(records: list[Json]) -> str:
             parts.append(_bars(record))
         if record["command"] == "ops":
             parts += _operators(record)
+        elif record["command"] == "flows":
+            for part in record["parts"]:
+                parts += [f"### {part['name']}\n", part["about"] + "\n", _rows(part["rows"])]
         else:
-            parts.append(_table(["measured", "figure"], [[row["what"], figure(row)] for row in record["rows"]]))
+            parts.append(_rows(record["rows"]))
     return "\n".join(parts)
 
 
+def _rows(rows: list[Json]) -> str:
+    return _table(["measured", "figure"], [[row["what"], figure(row)] for row in rows])
+
+
 def figure(row: Json) -> str:
-    """One row of the training record: a time with its band, or a plain number with its unit."""
-    return _band(row) if "median" in row else f"{row['value']:.4g}{row['unit']}"
+    """One row: a time with its band, and as a multiple of ours; bytes; a number with its unit; or why there is none."""
+    if "failure" in row:
+        return row["failure"]
+    if "median" in row:
+        return _band(row) + (f", {row['ratio']:.3g} times genfuse's" if "ratio" in row else "")
+    return _bytes(row["memory"]) if "memory" in row else f"{row['value']:.4g}{row['unit']}"
 
 
 def plot(record: Json, folder: Path) -> list[Path]:

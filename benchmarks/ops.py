@@ -54,7 +54,7 @@ def _differentiable(result: Any) -> list[Tensor]:
     return [tensor for tensor in results if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
-def _task(function: Callable, inputs: dict[str, Any], mode: str) -> Callable[[], object]:
+def task(function: Callable, inputs: dict[str, Any], mode: str) -> Callable[[], object]:
     """What is timed. Gradients are returned and never accumulated; those of the results are made beforehand."""
     if mode == "forward":
         return lambda: function(**inputs)
@@ -66,14 +66,14 @@ def _task(function: Callable, inputs: dict[str, Any], mode: str) -> Callable[[],
     return lambda: torch.autograd.grad(_differentiable(function(**inputs)), leaves, grads)
 
 
-def _compiled_task(formula: Callable, inputs: dict[str, Any], mode: str) -> Callable[[], object]:
+def compiled_task(formula: Callable, inputs: dict[str, Any], mode: str) -> Callable[[], object]:
     import torch._functorch.config as functorch
 
     torch.compiler.reset()  # each size has its own kernels, and no size meets the limit of recompilations
     with functorch.patch(donated_buffer=mode != "backward"):  # a graph that is used again must keep its buffers
-        task = _task(torch.compile(formula, dynamic=False), inputs, mode)
-        task()
-    return task
+        compiled = task(torch.compile(formula, dynamic=False), inputs, mode)
+        compiled()
+    return compiled
 
 
 def _copy(moved: int, device: str) -> Callable[[], object]:
@@ -89,18 +89,18 @@ def implementations(operator: ops.Operator, device: str) -> list[str]:
     return [name for name in names if all(kernel.find(name, device)[0] for kernel in operator.kernels)]
 
 
-def _first_line(reason: Exception) -> str:
+def first_line(reason: Exception) -> str:
     return f"{type(reason).__name__}: {reason}".splitlines()[0]
 
 
-def _check(operator: ops.Operator, size: tuple[int, ...], dtype: torch.dtype, device: str, name: str) -> dict[str, Any]:
+def check(operator: ops.Operator, size: tuple[int, ...], dtype: torch.dtype, device: str, name: str) -> dict[str, Any]:
     """The error against float64, or why it is wrong: over twice eager PyTorch's in this dtype and four roundings."""
     allowed = 2 * operator.error(size, dtype, device, eager=True) + 4 * torch.finfo(dtype).eps
     try:
         with ops.use(name):
             error = operator.error(size, dtype, device)
     except Exception as reason:
-        return {"failure": f"WRONG: {_first_line(reason)}"}
+        return {"failure": f"WRONG: {first_line(reason)}"}
     if not error <= allowed:  # NaN is wrong too
         return {"failure": f"WRONG: error {error:.1e} against float64, {allowed:.1e} allowed"}
     return {"error": error}
@@ -109,7 +109,7 @@ def _check(operator: ops.Operator, size: tuple[int, ...], dtype: torch.dtype, de
 def _compare(operator: ops.Operator, size: tuple[int, ...], args: Namespace) -> Iterator[dict[str, Any]]:
     """For each mode all sides at one size: what they have got wrong, or else how long they take and what they hold."""
     dtype, device = getattr(torch, args.dtype), args.device
-    facts = {name: _check(operator, size, dtype, device, name) for name in implementations(operator, device)}
+    facts = {name: check(operator, size, dtype, device, name) for name in implementations(operator, device)}
     moved = dict(zip(("forward", "backward"), operator.moved(size, dtype.itemsize), strict=True))
     moved["both"] = moved["forward"] + moved["backward"]
     for mode in args.mode or MODES:
@@ -117,18 +117,18 @@ def _compare(operator: ops.Operator, size: tuple[int, ...], args: Namespace) -> 
         if mode != "forward" and not _differentiable(list(inputs.values())):
             continue
         results = {"eager": {"error": operator.error(size, dtype, device, eager=True)}, "compile": {}, **facts}
-        sides = {"copy": Side(_copy(moved[mode], device)), "eager": Side(_task(operator.eager, inputs, mode))}
+        sides = {"copy": Side(_copy(moved[mode], device)), "eager": Side(task(operator.eager, inputs, mode))}
         try:
             if args.compile:
-                sides["compile"] = Side(_compiled_task(operator.eager, inputs, mode))
+                sides["compile"] = Side(compiled_task(operator.eager, inputs, mode))
             else:
                 results["compile"] = {"failure": "left out by --no-compile"}
         except Exception as reason:  # no compiler, or a formula that it cannot take: the row says why
-            results["compile"] = {"failure": _first_line(reason)}
+            results["compile"] = {"failure": first_line(reason)}
         for name, fact in facts.items():
             if "failure" not in fact:
                 with ops.use(name):
-                    sides[name] = Side(_task(operator.function, inputs, mode), partial(ops.use, name))
+                    sides[name] = Side(task(operator.function, inputs, mode), partial(ops.use, name))
         timings = interleave(sides, device, QUICK if args.quick else FULL)
         copy = timings.pop("copy")
         for name, timing in timings.items():

@@ -1,15 +1,13 @@
 """Training the VAE on MNIST with `genfuse.Trainer` beside the same architecture in plain PyTorch."""
 
 import dataclasses
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import genfuse
-from benchmarks._measure import FULL, QUICK, Side, Timing, interleave
+from benchmarks._measure import FULL, QUICK, Side, Timing, interleave, seconds
 from benchmarks._record import Bar
 from benchmarks._report import figure
 from benchmarks.plain_vae import PlainVAE, train_epoch
@@ -20,14 +18,6 @@ BATCH = 128
 EPOCH_SHARE = 0.9  # of plain PyTorch's time that an epoch of ours may take
 DATA_SHARE = 5  # percent of its time that a step of the digits VAE may spend on data
 ELBO, IWAE_50 = -98.2, -94.3  # what plain PyTorch code reached on MNIST's test split after 30 epochs, in nats
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _first(data: Dataset, **counts: int) -> Dataset:
@@ -60,7 +50,7 @@ def epochs(data: Dataset, count: int, device: str) -> tuple[Timing, Timing]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(count):
         for name in sorted(sides, reverse=turn % 2 == 1):
-            times[name].append(_seconds(sides[name], device))
+            times[name].append(seconds(sides[name], device))
     return Timing.of(times["ours"]), Timing.of(times["plain"])
 
 

@@ -118,7 +118,7 @@ def test_backward_is_timed_without_forward_and_accumulates_nothing():
         return x**3
 
     x = torch.ones(3, requires_grad=True)
-    task = ops._task(function, {"x": x}, "backward")
+    task = ops.task(function, {"x": x}, "backward")
     for _ in range(3):
         task()
     assert len(calls) == 1

@@ -1,0 +1,190 @@
+"""The flows of nflows, normflows and zuko, as their users write them. A library is imported where it is used."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+LIBRARIES = ("nflows", "normflows", "zuko")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A flow of another library: what is trained, log p(x) (N,) of x (N, D), and n samples (n, D)."""
+
+    model: nn.Module
+    log_prob: Callable[[Tensor], Tensor]
+    sample: Callable[[int], Tensor]
+
+
+def absent(library: str) -> str:
+    """Why there is nothing to compare with; empty where the library is installed."""
+    try:
+        version(library)
+    except PackageNotFoundError:
+        return f"{library} is not installed; `pip install '.[peers]'` brings it"
+    return ""
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {'(absent)' if absent(name) else version(name)}" for name in LIBRARIES)
+
+
+Spline = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def nflows_spline(bins: int, bound: float, inverse: bool) -> Spline:
+    """x (N, D) and raw parameters (N, D, 3 bins - 1) -> y and the log-determinant (N,); and the same of zuko below."""
+    from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+
+    def spline(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        raw = params.split([bins, bins, bins - 1], -1)
+        y, logdet = unconstrained_rational_quadratic_spline(x, *raw, inverse=inverse, tails="linear", tail_bound=bound)
+        return y, logdet.sum(-1)
+
+    return spline
+
+
+def zuko_spline(bins: int, bound: float, inverse: bool) -> Spline:
+    from zuko.transforms import MonotonicRQSTransform
+
+    def spline(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        transform = MonotonicRQSTransform(*params.split([bins, bins, bins - 1], -1), bound=bound)
+        y, logdet = (transform.inv if inverse else transform).call_and_ladj(x)
+        return y, logdet.sum(-1)
+
+    return spline
+
+
+def _nflows(layers: Sequence[nn.Module], features: int) -> Peer:
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform
+
+    flow = Flow(CompositeTransform(layers), StandardNormal([features]))
+    return Peer(flow, flow.log_prob, flow.sample)
+
+
+def _nflows_linear(features: int) -> nn.Module:
+    from nflows.transforms import CompositeTransform, LULinear, RandomPermutation
+
+    return CompositeTransform([RandomPermutation(features), LULinear(features, identity_init=True)])
+
+
+def _nflows_nsf(features: int, *, dropout: float = 0.0) -> Peer:
+    from nflows.nn.nets import ResidualNet
+    from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
+    from nflows.utils import create_alternating_binary_mask
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        return ResidualNet(inputs, outputs, hidden_features=128, num_blocks=2, dropout_probability=dropout)
+
+    layers = []
+    for i in range(5):
+        mask = create_alternating_binary_mask(features, even=i % 2 == 0)
+        coupling = PiecewiseRationalQuadraticCouplingTransform(
+            mask, network, num_bins=8, tails="linear", tail_bound=3.0
+        )
+        layers += [_nflows_linear(features), coupling]
+    return _nflows([*layers, _nflows_linear(features)], features)
+
+
+def _nflows_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+    from nflows.flows import MaskedAutoregressiveFlow
+
+    flow = MaskedAutoregressiveFlow(  # a block is a hidden layer here, and the first layer is another one
+        features, hidden[0], num_layers=5, num_blocks_per_layer=len(hidden) - 1, use_residual_blocks=False
+    )
+    return Peer(flow, flow.log_prob, flow.sample)
+
+
+def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+    from nflows.transforms import MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+
+    layers = []
+    for _ in range(5):
+        spline = MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            features, hidden[0], num_blocks=len(hidden) - 1, use_residual_blocks=False,
+            num_bins=8, tails="linear", tail_bound=3.0,
+        )  # fmt: skip
+        layers += [_nflows_linear(features), spline]
+    return _nflows([*layers, _nflows_linear(features)], features)
+
+
+def _normflows_nsf(features: int, *, dropout: float = 0.0) -> Peer:
+    import normflows as nf
+
+    layers = [nf.flows.LULinearPermute(features)]
+    for i in range(5):
+        coupling = nf.flows.CoupledRationalQuadraticSpline(
+            features, 2, 128, num_bins=8, tail_bound=3.0, dropout_probability=dropout, reverse_mask=i % 2 == 1
+        )
+        coupling.prqct.unconditional_transform = None  # splines of the other half, which the equal models lack
+        layers += [coupling, nf.flows.LULinearPermute(features)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), layers)
+    return Peer(flow, flow.log_prob, lambda n: flow.sample(n)[0])
+
+
+def _zuko(flow: nn.Module) -> Peer:
+    return Peer(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
+
+
+def _zuko_realnvp(features: int) -> Peer:
+    import zuko
+
+    return _zuko(zuko.flows.RealNVP(features, transforms=10, hidden_features=(256, 256)))
+
+
+def _zuko_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+    import zuko
+
+    return _zuko(zuko.flows.MAF(features, transforms=5, hidden_features=hidden))
+
+
+def _zuko_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+    import zuko
+
+    return _zuko(zuko.flows.NSF(features, transforms=5, bins=8, hidden_features=hidden))
+
+
+MODELS: dict[str, dict[str, Callable[..., Peer]]] = {  # by our name of the model, and by library
+    "nsf": {"nflows": _nflows_nsf, "normflows": _normflows_nsf},
+    "realnvp": {"zuko": _zuko_realnvp},
+    "maf": {"nflows": _nflows_maf, "zuko": _zuko_maf},
+    "nsf-ar": {"nflows": _nflows_nsf_ar, "zuko": _zuko_nsf_ar},
+}
+
+
+def fit(
+    peer: Peer, train: Tensor, validation: Tensor, *, steps: int, batch_size: int, lr: float, grad_clip: float
+) -> None:
+    """Maximum likelihood with Adam, the learning rate falling to 0 along a cosine; leaves the weights of the best
+    validation of those at the end of each epoch: what `genfuse.Trainer` does with the same options."""
+    optimizer = torch.optim.Adam(peer.model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    lowest, best, step = math.inf, peer.model.state_dict(), 0
+    while step < steps:
+        peer.model.train()
+        for index in torch.randperm(len(train), device=train.device).split(batch_size)[: steps - step]:
+            optimizer.zero_grad()
+            (-peer.log_prob(train[index]).mean()).backward()
+            torch.nn.utils.clip_grad_norm_(peer.model.parameters(), grad_clip)
+            optimizer.step()
+            schedule.step()
+            step += 1
+        loss = -float(log_likelihood(peer.model, peer.log_prob, validation))
+        if loss < lowest:
+            lowest, best = loss, copy.deepcopy(peer.model.state_dict())
+    peer.model.load_state_dict(best)
+    peer.model.eval()
+
+
+@torch.no_grad()
+def log_likelihood(model: nn.Module, log_prob: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The mean over all rows, in nats, 1,000 of them at a time."""
+    model.eval()
+    return float(torch.cat([log_prob(part).double() for part in x.split(1000)]).mean())

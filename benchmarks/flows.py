@@ -1,0 +1,396 @@
+"""Normalizing flows beside nflows, normflows and zuko: splines, steps, sampling, memory, and what they learn."""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import itertools
+import math
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import genfuse
+import genfuse.ops
+from benchmarks import _peers, ops
+from benchmarks._measure import FULL, QUICK, Effort, Side, Timing, interleave, peak_memory, seconds
+from benchmarks._record import Bar
+from benchmarks._report import figure
+
+OURS = "genfuse"
+SLOW = Effort(block=0.02, rounds=(5, 51), seconds=6)  # of calls that take seconds
+RATE = 1e-5  # of the optimizers that are timed: a step costs the same, and the model stays as it is
+DENSITY_ERROR = 1e-4  # of log p(x) in the model's dtype, against float64, as a share of it
+GRADIENT_ERROR = 1e-3  # of a weight's gradient likewise, as a share of the largest of its tensor
+ROUND_TRIP_ERROR = 1e-3  # of x after encode and decode, as a share of the largest x
+MEMORY_GROWTH, REVERSIBLE_ERROR = 1.3, 1e-4
+
+
+@dataclass
+class Part:
+    """What one part measured. Rows are printed as they come."""
+
+    args: Namespace
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+    def row(self, what: str, **values: Any) -> None:
+        self.rows.append({"what": what, **values})
+        print(f"{what}: {figure(self.rows[-1])}", flush=True)
+
+    def size(self, full: Any, quick: Any) -> Any:
+        return quick if self.args.quick else full
+
+    def compare(
+        self, what: str, sides: dict[str, Side | str], bars: dict[str, float] | None = None, effort: Effort = FULL
+    ) -> dict[str, Timing]:
+        """Time all sides in turns; a side that is a text has no time, and the text says why. ``bars``: how many times as
+        fast as each of these sides ours has to be, on the CPU."""
+        runs = {name: side for name, side in sides.items() if isinstance(side, Side)}
+        times = interleave(runs, self.args.device, QUICK if self.args.quick else effort)
+        failures = {name: side for name, side in sides.items() if isinstance(side, str)}
+        for name in sides:
+            if name in failures:
+                self.row(f"{what}, {name}", failure=failures[name])
+                continue
+            values = dataclasses.asdict(times[name])
+            if name != OURS and OURS in times:
+                values["ratio"] = times[name].median / times[OURS].median
+            self.row(f"{what}, {name}", **values)
+        for name, factor in (bars or {}).items() if self.args.device == "cpu" else ():
+            why = failures.get(OURS) or failures.get(name) or ""
+            value = None if why else times[name].median / times[OURS].median
+            self.bars.append(Bar(f"{what} vs {name}", value, factor, "x", why=why))
+        return times
+
+
+def _peer_side(library: str, make: Callable[[], Side]) -> Side | str:
+    return _peers.absent(library) or make()
+
+
+# Correctness
+
+
+def _gradients(model: Any, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(-model.log_prob(x).mean(), list(model.parameters())))
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference in any tensor, as a share of the largest value in it."""
+    return max(
+        float((f - w).abs().max() / w.abs().max().clamp(min=torch.finfo(w.dtype).tiny))
+        for f, w in zip(found, wanted, strict=True)
+    )
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    """A copy with all weights moved a little, as a flow starts near the identity."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    return model
+
+
+def _wrong(model: Any, x: Tensor) -> str:
+    """What is wrong with density, gradient or round trip, against the reference in float64; or an empty text."""
+    model = _moved(model)
+    with genfuse.ops.use("reference"):
+        exact = copy.deepcopy(model).double()
+        density, gradients = exact.log_prob(x.double()).detach(), _gradients(exact, x.double())
+    with torch.no_grad():
+        found, back = model.log_prob(x), model.decode(model.encode(x))
+    errors = {
+        "density": (_difference([found.double()], [density]), DENSITY_ERROR),
+        "gradient": (_difference([g.double() for g in _gradients(model, x)], gradients), GRADIENT_ERROR),
+        "round trip": (_difference([back], [x]), ROUND_TRIP_ERROR),
+    }
+    wrong = [f"{name} is off by {error:.1e}" for name, (error, allowed) in errors.items() if not error <= allowed]
+    return f"WRONG: {', '.join(wrong)}" if wrong else ""
+
+
+# Parts
+
+
+def spline(part: Part) -> None:
+    """`rational_quadratic_spline`, 8 bins, linear tails beyond 3, from raw parameters to results and log-determinants.
+    nflows is given the same raw parameters; zuko, which squashes them first, as many. The inverse alone is timed without
+    gradients. `compile` is torch.compile of zuko's."""
+    args = part.args
+    size, compiled = part.size((4096, 32), (64, 4)), "zuko compiled"
+    for name, inverse, mode in (
+        ("rational_quadratic_spline", False, "both"),
+        ("rational_quadratic_spline_inverse", True, "forward"),
+        ("rational_quadratic_spline_inverse", True, "both"),
+    ):
+        operator = genfuse.ops.OPERATORS[name]
+        inputs = operator.example(size, torch.float32, args.device)
+        context = torch.no_grad if mode == "forward" else contextlib.nullcontext
+        run, what = operator.function, f"{name} {size} {ops.MODES[mode]}"
+        check = ops.check(
+            operator, size, torch.float32, args.device, ops.implementations(operator, args.device)[0]
+        )
+        sides: dict[str, Side | str] = {OURS: check.get("failure") or Side(ops.task(run, inputs, mode), context)}
+        for library, make in {"nflows": _peers.nflows_spline, "zuko": _peers.zuko_spline}.items():
+            if reason := _peers.absent(library):
+                sides[library] = reason
+                continue
+            theirs = make(8, 3.0, inverse)
+            sides[library] = Side(ops.task(theirs, inputs, mode), context)
+            if library == "nflows":
+                with torch.no_grad():
+                    error = _difference(list(run(**inputs)), list(theirs(**inputs)))
+                part.row(f"{name} {size}, genfuse against nflows", value=error, unit=" of the largest value")
+            elif args.compile:
+                try:
+                    with context():
+                        sides[compiled] = Side(ops.compiled_task(theirs, inputs, mode), context)
+                except Exception as reason:  # no compiler, or a formula that it cannot take: the row says why
+                    sides[compiled] = ops.first_line(reason)
+        sides.setdefault(compiled, "left out by --no-compile" if not args.compile else str(sides["zuko"]))
+        part.compare(what, sides, {"nflows": 10, "zuko": 8, compiled: 3})
+
+
+def _update(
+    log_prob: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, batches: Iterator[Tensor]
+) -> Callable[[], None]:
+    def update() -> None:
+        (-log_prob(next(batches)).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def _model(part: Part, name: str, features: int, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return genfuse.create(name, shape=(features,), levels=None, **settings).to(part.args.device)
+
+
+def _our_optimizer(model: Any) -> torch.optim.Optimizer:
+    (player,) = model.players()
+    optimizer = player.optimizer(player.parameters)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    return optimizer
+
+
+def step(part: Part) -> None:
+    """One step of training on normal noise: loss, gradients, Adam, gradients cleared. nsf: 5 couplings between
+    LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout. realnvp: 10 couplings of 2
+    hidden layers of 256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
+    has nflows', where zuko reverses the order."""
+    features, rows = part.size((43, 256), (6, 16))
+    data = torch.randn(64, rows, features, device=part.args.device)
+    bars = {"nsf": {"nflows": 2.5, "normflows": 5.0}, "realnvp": {"zuko": 1.5}}
+    for name, libraries in _peers.MODELS.items():
+        model = _model(part, name, features)
+        update = _update(model.log_prob, _our_optimizer(model), itertools.cycle(data))
+        sides: dict[str, Side | str] = {OURS: _wrong(model, data[0]) or Side(update)}
+        model.train()
+        for library, make in libraries.items():
+
+            def side(make: Callable = make) -> Side:
+                peer = make(features)
+                peer.model.to(part.args.device).train()
+                optimizer = torch.optim.Adam(peer.model.parameters(), lr=RATE)
+                return Side(_update(peer.log_prob, optimizer, itertools.cycle(data)))
+
+            sides[library] = _peer_side(library, side)
+        part.compare(f"{name} ({rows}, {features}), a step", sides, bars.get(name))
+
+
+def sampling(part: Part) -> None:
+    """Autoregressive flows, 5 layers of 2 hidden layers of 256: samples, and the log-density of as many rows, both
+    without gradients. A peer's sampling takes D passes a layer; where that would take minutes it is left out."""
+    rows = part.size(1000, 20)
+    for name, largest in (("maf", 63), ("nsf-ar", 43)):
+        for features in part.size((6, 43, 63, 784), (3,)):
+            x = torch.randn(rows, features, device=part.args.device)
+            model = _model(part, name, features).eval()
+            peers: dict[str, Callable[[], Any]] = {OURS: lambda model=model: model}
+            failures = {OURS: _wrong(model, x)}
+            for library, make in _peers.MODELS[name].items():
+                failures[library] = _peers.absent(library) or (
+                    "" if features <= largest else "left out: it takes minutes"
+                )
+                peers[library] = lambda make=make: make(features)
+            sides: dict[str, dict[str, Side | str]] = {"log_prob": {}, "samples": {}}
+            for library, make in peers.items():
+                if failures[library]:
+                    for each in sides.values():
+                        each[library] = failures[library]
+                    continue
+                flow = make()
+                getattr(flow, "model", flow).to(part.args.device).eval()
+                sides["log_prob"][library] = Side(lambda flow=flow: flow.log_prob(x), torch.no_grad)
+                sides["samples"][library] = Side(lambda flow=flow: flow.sample(rows), torch.no_grad)
+            times = {
+                verb: part.compare(f"{name} ({rows}, {features}), {verb}", each, effort=SLOW)
+                for verb, each in sides.items()
+            }
+            what, why = f"{name} ({rows}, {features}), samples / log_prob", failures[OURS]
+            share = None if why else times["samples"][OURS].median / times["log_prob"][OURS].median
+            if features == part.size(43, 3):
+                part.bars.append(Bar(what, share, 4, "x", at_most=True, why=why))
+            elif share is not None:
+                part.row(what, value=share, unit="x")
+
+
+def memory(part: Part) -> None:
+    """The most that a training step of nsf holds at a time, parameters and their gradients left out, with and without
+    `reversible`; and by how much the two gradients differ, as a share of the largest of their tensor."""
+    layers, (rows, features) = part.size((8, 32, 128), (2, 4, 8)), part.size((1024, 64), (16, 8))
+    x = torch.randn(rows, features, device=part.args.device)
+    held: dict[bool, list[float]] = {False: [], True: []}
+    for count in layers:
+        model = _model(part, "nsf", features, layers=count)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.005 * torch.randn_like(weight)
+        gradients = {}
+        for model.flow.reversible in held:
+            gradients[model.flow.reversible] = _gradients(model, x)
+        difference = _difference(gradients[True], gradients[False])
+        what = f"nsf ({rows}, {features}), {count} layers"
+        bar = f"{what}, gradients, reversible against ordinary"
+        part.bars.append(Bar(bar, difference, REVERSIBLE_ERROR, at_most=True))
+        size = sum(gradient.nbytes for gradient in gradients[True])
+        del gradients
+        update = _update(model.log_prob, _our_optimizer(model), itertools.cycle([x]))
+        for model.flow.reversible, kind in ((False, "ordinary"), (True, "reversible")):
+            held[model.flow.reversible].append(peak_memory(Side(update), part.args.device) - size)
+            part.row(f"{what}, a step, {kind}", memory=held[model.flow.reversible][-1])
+    what = f"nsf ({rows}, {features}), reversible, memory of {layers[-1]} layers / {layers[0]}"
+    part.bars.append(Bar(what, held[True][-1] / held[True][0], MEMORY_GROWTH, "x", at_most=True))
+
+
+def _root(args: Namespace) -> Path:
+    return Path(args.data_root or os.environ.get("GENFUSE_DATA") or ".")
+
+
+def _power(root: Path) -> Any:
+    """POWER as a data set: the test file as it is, and one in ten of the other one's rows for validation."""
+    train, test = (
+        np.loadtxt(root / "power" / f"power_{part}_10000.csv", delimiter=",", skiprows=1) for part in ("train", "test")
+    )
+    order = np.random.default_rng(0).permutation(len(train))
+    held, kept = np.split(train[order], [len(train) // 10])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "power.npz")
+        np.savez(path, train=kept, validation=held, test=test)
+        return genfuse.load_data(f"npz:{path}")
+
+
+def tables(part: Part) -> None:
+    """Log-likelihood of the test rows, in nats, in the units of the files, and the seconds of the training. All sides:
+    4,000 steps of Adam, batches of 128, the learning rate falling from 5e-4 to 0 along a cosine, gradients clipped to a
+    norm of 5, and at the end of each epoch a validation, of which the best gives the weights. nsf: as in the steps above,
+    with dropout 0.2, which is nflows' setting. maf, nsf-ar: 5 layers of 2 hidden layers, of 64 (zuko's default) or 256.
+    One run each, one after the other."""
+    options: dict[str, Any] = {"steps": part.size(4000, 3), "batch_size": 128, "lr": 5e-4, "grad_clip": 5.0}
+    root, device = _root(part.args), part.args.device
+    small = {"hidden": (64, 64)}
+    models: list[tuple[str, dict[str, Any]]] = [
+        ("nsf", {"dropout": 0.2}), ("maf", small), ("maf", {"hidden": (256, 256)}), ("nsf-ar", small),
+    ]  # fmt: skip
+    sources = {"MINIBOONE": lambda: genfuse.load_data(f"npy:{root / 'miniboone40'}"), "POWER": lambda: _power(root)}
+    for table, load in sources.items():
+        data = load()
+        data = data.to(device)
+        x = {name: split.x[: part.size(None, 256)] for name, split in data.splits.items()}
+        data = dataclasses.replace(
+            data, splits={name: dataclasses.replace(data.splits[name], x=rows) for name, rows in x.items()}
+        )
+        log_scale = sum(map(math.log, data.scaling.std))
+        for name, settings in models:
+            what = ", ".join([f"{table}, {name}", *(f"{key} {value}" for key, value in settings.items())])
+            took: dict[str, float] = {}
+
+            def ours(name: str = name, settings: dict = settings) -> tuple[Any, Callable[[], object]]:
+                model = genfuse.create(name, data, **settings)
+                trainer = genfuse.Trainer(**options, schedule="cosine", keep="best", seed=0, device=device)
+                return model, lambda: trainer.fit(model, data)
+
+            def theirs(make: Callable, settings: dict = settings) -> tuple[Any, Callable[[], object]]:
+                peer = make(data.shape[0], **settings)
+                peer.model.to(device)
+                return peer, lambda: _peers.fit(peer, x["train"], x["validation"], **options)
+
+            makers: dict[str, Callable] = {OURS: ours}
+            for library in ("nflows", "zuko"):
+                if make := _peers.MODELS[name].get(library):
+                    makers[library] = lambda make=make: theirs(make)
+            for side, maker in makers.items():
+                if reason := side != OURS and _peers.absent(side):
+                    part.row(f"{what}, {side}", failure=reason)
+                    continue
+                torch.manual_seed(0)
+                flow, train = maker()
+                took[side] = seconds(train, device)
+                nats = _peers.log_likelihood(getattr(flow, "model", flow), flow.log_prob, x["test"]) - log_scale
+                part.row(f"{what}, {side}", value=nats, unit=f" nats in {took[side]:.3g} s")
+                if side == OURS and table == "MINIBOONE" and name in ("nsf", "maf"):
+                    asked = -13.9 if name == "nsf" else -14.1
+                    part.bars.append(Bar(f"{what}, test log-likelihood", nats, asked, " nats"))
+            if name == "nsf" and table == "MINIBOONE":
+                share = took[OURS] / took["nflows"] if "nflows" in took else None
+                why = _peers.absent("nflows")
+                part.bars.append(Bar(f"{what}, time / nflows'", share, 0.4, at_most=True, why=why))
+
+
+IMAGES = {  # settings, steps, and what was published
+    "realnvp": ({"channels": 16, "blocks": 1}, 1200, 1.06),
+    "glow": ({"channels": 32, "steps": 8}, 1200, 1.05),
+}
+
+
+def images(part: Part) -> None:
+    """MNIST, uniform dequantisation, bits per dimension: a bound by one draw of the noise, on the first 2,000 images of
+    the test split. The published figures are of models many times as large, trained for days on GPUs: they are not the
+    same setting, and are here only to tell how far a few minutes of two cores lead."""
+    data = genfuse.load_data("mnist", root=part.args.data_root).to(part.args.device)
+    limit = part.size(2000, 20)
+    for name, (settings, steps, published) in IMAGES.items():
+        torch.manual_seed(0)
+        model = genfuse.create(name, data, **settings)
+        trainer = genfuse.Trainer(
+            steps=part.size(steps, 2), batch_size=part.size(64, 4), schedule="cosine", seed=0, device=part.args.device
+        )
+        took = seconds(lambda model=model, trainer=trainer: trainer.fit(model, data), part.args.device)
+        with torch.no_grad():
+            starts = range(0, limit, 100)
+            bits = torch.cat([model.bits_per_dim(data.batch("test", slice(i, min(i + 100, limit))).x) for i in starts])
+        chosen = ", ".join(f"{key} {value}" for key, value in settings.items())
+        what = f"MNIST, {name}, {chosen}, {trainer.steps} steps of {trainer.batch_size}"
+        part.row(what, value=float(bits.mean()), unit=f" bits/dim in {took:.3g} s")
+        part.row(f"MNIST, {name}, published", value=published, unit=" bits/dim; not the same setting")
+
+
+PARTS = {part.__name__: part for part in (spline, step, sampling, memory, tables, images)}
+QUALITY = ("tables", "images")
+
+
+def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
+    """Measure and print the parts that were asked for; returns the record and its bars."""
+    chosen = args.only or [name for name in PARTS if args.quality or name not in QUALITY]
+    parts, bars = [], []
+    for name in chosen:
+        part = Part(args)
+        PARTS[name](part)
+        parts.append({"name": name, "about": inspect.getdoc(PARTS[name]), "rows": part.rows})
+        bars += part.bars
+    return {"command": "flows", "settings": {"device": args.device, "quick": args.quick}, "parts": parts}, bars
+
+
+def wrong(record: dict[str, Any]) -> bool:
+    """Whether a model of ours gave a wrong result."""
+    return any(row.get("failure", "").startswith("WRONG") for part in record["parts"] for row in part["rows"])
