@@ -52,8 +52,8 @@ class Part:
     def compare(
         self, what: str, sides: dict[str, Side | str], bars: dict[str, float] | None = None, effort: Effort = FULL
     ) -> dict[str, Timing]:
-        """Time all sides in turns; a side that is a text has no time, and the text says why. ``bars``: how many times as
-        fast as each of these sides ours has to be, on the CPU."""
+        """Time all sides in turns; a side that is a text has no time, and the text says why. ``bars``: how many times
+        as fast as each of these sides ours has to be, on the CPU."""
         runs = {name: side for name, side in sides.items() if isinstance(side, Side)}
         times = interleave(runs, self.args.device, QUICK if self.args.quick else effort)
         failures = {name: side for name, side in sides.items() if isinstance(side, str)}
@@ -122,8 +122,8 @@ def _wrong(model: Any, x: Tensor) -> str:
 
 def spline(part: Part) -> None:
     """`rational_quadratic_spline`, 8 bins, linear tails beyond 3, from raw parameters to results and log-determinants.
-    nflows is given the same raw parameters; zuko, which squashes them first, as many. The inverse alone is timed without
-    gradients. `compile` is torch.compile of zuko's."""
+    nflows is given the same raw parameters; zuko, which squashes them first, as many. The inverse alone is timed
+    without gradients. `compile` is torch.compile of zuko's."""
     args = part.args
     size, compiled = part.size((4096, 32), (64, 4)), "zuko compiled"
     for name, inverse, mode in (
@@ -135,9 +135,7 @@ def spline(part: Part) -> None:
         inputs = operator.example(size, torch.float32, args.device)
         context = torch.no_grad if mode == "forward" else contextlib.nullcontext
         run, what = operator.function, f"{name} {size} {ops.MODES[mode]}"
-        check = ops.check(
-            operator, size, torch.float32, args.device, ops.implementations(operator, args.device)[0]
-        )
+        check = ops.check(operator, size, torch.float32, args.device, ops.implementations(operator, args.device)[0])
         sides: dict[str, Side | str] = {OURS: check.get("failure") or Side(ops.task(run, inputs, mode), context)}
         for library, make in {"nflows": _peers.nflows_spline, "zuko": _peers.zuko_spline}.items():
             if reason := _peers.absent(library):
@@ -222,7 +220,7 @@ def sampling(part: Part) -> None:
                 failures[library] = _peers.absent(library) or (
                     "" if features <= largest else "left out: it takes minutes"
                 )
-                peers[library] = lambda make=make: make(features)
+                peers[library] = lambda make=make, features=features: make(features)
             sides: dict[str, dict[str, Side | str]] = {"log_prob": {}, "samples": {}}
             for library, make in peers.items():
                 if failures[library]:
@@ -231,7 +229,7 @@ def sampling(part: Part) -> None:
                     continue
                 flow = make()
                 getattr(flow, "model", flow).to(part.args.device).eval()
-                sides["log_prob"][library] = Side(lambda flow=flow: flow.log_prob(x), torch.no_grad)
+                sides["log_prob"][library] = Side(lambda flow=flow, x=x: flow.log_prob(x), torch.no_grad)
                 sides["samples"][library] = Side(lambda flow=flow: flow.sample(rows), torch.no_grad)
             times = {
                 verb: part.compare(f"{name} ({rows}, {features}), {verb}", each, effort=SLOW)
@@ -293,9 +291,9 @@ def _power(root: Path) -> Any:
 def tables(part: Part) -> None:
     """Log-likelihood of the test rows, in nats, in the units of the files, and the seconds of the training. All sides:
     4,000 steps of Adam, batches of 128, the learning rate falling from 5e-4 to 0 along a cosine, gradients clipped to a
-    norm of 5, and at the end of each epoch a validation, of which the best gives the weights. nsf: as in the steps above,
-    with dropout 0.2, which is nflows' setting. maf, nsf-ar: 5 layers of 2 hidden layers, of 64 (zuko's default) or 256.
-    One run each, one after the other."""
+    norm of 5, and at the end of each epoch a validation, of which the best gives the weights. nsf: as in the steps
+    above, with dropout 0.2, which is nflows' setting. maf, nsf-ar: 5 layers of 2 hidden layers, of 64 (zuko's default)
+    or 256. One run each, one after the other."""
     options: dict[str, Any] = {"steps": part.size(4000, 3), "batch_size": 128, "lr": 5e-4, "grad_clip": 5.0}
     root, device = _root(part.args), part.args.device
     small = {"hidden": (64, 64)}
@@ -315,12 +313,14 @@ def tables(part: Part) -> None:
             what = ", ".join([f"{table}, {name}", *(f"{key} {value}" for key, value in settings.items())])
             took: dict[str, float] = {}
 
-            def ours(name: str = name, settings: dict = settings) -> tuple[Any, Callable[[], object]]:
+            def ours(data: Any = data, name: str = name, settings: dict = settings) -> tuple[Any, Callable[[], object]]:
                 model = genfuse.create(name, data, **settings)
                 trainer = genfuse.Trainer(**options, schedule="cosine", keep="best", seed=0, device=device)
                 return model, lambda: trainer.fit(model, data)
 
-            def theirs(make: Callable, settings: dict = settings) -> tuple[Any, Callable[[], object]]:
+            def theirs(
+                make: Callable, data: Any = data, x: dict = x, settings: dict = settings
+            ) -> tuple[Any, Callable[[], object]]:
                 peer = make(data.shape[0], **settings)
                 peer.model.to(device)
                 return peer, lambda: _peers.fit(peer, x["train"], x["validation"], **options)
