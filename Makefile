@@ -33,7 +33,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json
 	$(BIN)/python -m benchmarks training --quality --json build/training.json
-	$(BIN)/python -m benchmarks report build/ops.json build/training.json --out docs/benchmarks.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[peers]"
+	$(BIN)/python -m benchmarks flows --quality --json build/flows.json
+	$(BIN)/python -m benchmarks report build/ops.json build/training.json build/flows.json --out docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) build dist

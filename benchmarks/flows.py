@@ -135,9 +135,7 @@ def spline(part: Part) -> None:
         inputs = operator.example(size, torch.float32, args.device)
         context = torch.no_grad if mode == "forward" else contextlib.nullcontext
         run, what = operator.function, f"{name} {size} {ops.MODES[mode]}"
-        check = ops.check(
-            operator, size, torch.float32, args.device, ops.implementations(operator, args.device)[0]
-        )
+        check = ops.check(operator, size, torch.float32, args.device, ops.implementations(operator, args.device)[0])
         sides: dict[str, Side | str] = {OURS: check.get("failure") or Side(ops.task(run, inputs, mode), context)}
         for library, make in {"nflows": _peers.nflows_spline, "zuko": _peers.zuko_spline}.items():
             if reason := _peers.absent(library):
