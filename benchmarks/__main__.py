@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, default=5, help="epochs that each side is timed for")
     command.add_argument("--quality", action="store_true", help="also train for 30 epochs and evaluate (minutes)")
 
-    command = commands.add_parser("flows", parents=[measure], help="flows beside nflows, normflows and zuko")
+    command = commands.add_parser(
+        "flows", parents=[measure], help="normalizing flows beside nflows, normflows and zuko"
+    )
     command.add_argument("--only", nargs="+", choices=list(flows.PARTS), metavar="PART", help=", ".join(flows.PARTS))
     command.add_argument("--quality", action="store_true", help=f"also {' and '.join(flows.QUALITY)} (half an hour)")
     command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where the data lies (default: GENFUSE_DATA)")

@@ -13,8 +13,8 @@ LIBRARIES = ("nflows", "normflows", "zuko")
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A flow of another library: what is trained, log p(x) (N,) of x (N, D), and n samples (n, D)."""
+class Flow:
+    """A flow of any library: what is trained, log p(x) (N,) of x (N, D), and n samples (n, D)."""
 
     model: nn.Module
     log_prob: Callable[[Tensor], Tensor]
@@ -60,13 +60,13 @@ def zuko_spline(bins: int, bound: float, inverse: bool) -> Spline:
     return spline
 
 
-def _nflows(layers: Sequence[nn.Module], features: int) -> Peer:
+def _nflows(layers: Sequence[nn.Module], features: int) -> Flow:
     from nflows.distributions import StandardNormal
-    from nflows.flows import Flow
+    from nflows.flows.base import Flow as Density
     from nflows.transforms import CompositeTransform
 
-    flow = Flow(CompositeTransform(layers), StandardNormal([features]))
-    return Peer(flow, flow.log_prob, flow.sample)
+    flow = Density(CompositeTransform(layers), StandardNormal([features]))
+    return Flow(flow, flow.log_prob, flow.sample)
 
 
 def _nflows_linear(features: int) -> nn.Module:
@@ -75,7 +75,7 @@ def _nflows_linear(features: int) -> nn.Module:
     return CompositeTransform([RandomPermutation(features), LULinear(features, identity_init=True)])
 
 
-def _nflows_nsf(features: int, *, dropout: float = 0.0) -> Peer:
+def _nflows_nsf(features: int, *, dropout: float = 0.0) -> Flow:
     from nflows.nn.nets import ResidualNet
     from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
     from nflows.utils import create_alternating_binary_mask
@@ -93,16 +93,16 @@ def _nflows_nsf(features: int, *, dropout: float = 0.0) -> Peer:
     return _nflows([*layers, _nflows_linear(features)], features)
 
 
-def _nflows_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+def _nflows_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
     from nflows.flows import MaskedAutoregressiveFlow
 
     flow = MaskedAutoregressiveFlow(  # a block is a hidden layer here, and the first layer is another one
         features, hidden[0], num_layers=5, num_blocks_per_layer=len(hidden) - 1, use_residual_blocks=False
     )
-    return Peer(flow, flow.log_prob, flow.sample)
+    return Flow(flow, flow.log_prob, flow.sample)
 
 
-def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
     from nflows.transforms import MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 
     layers = []
@@ -115,7 +115,7 @@ def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Pe
     return _nflows([*layers, _nflows_linear(features)], features)
 
 
-def _normflows_nsf(features: int, *, dropout: float = 0.0) -> Peer:
+def _normflows_nsf(features: int, *, dropout: float = 0.0) -> Flow:
     import normflows as nf
 
     layers = [nf.flows.LULinearPermute(features)]
@@ -126,32 +126,32 @@ def _normflows_nsf(features: int, *, dropout: float = 0.0) -> Peer:
         coupling.prqct.unconditional_transform = None  # splines of the other half, which the equal models lack
         layers += [coupling, nf.flows.LULinearPermute(features)]
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), layers)
-    return Peer(flow, flow.log_prob, lambda n: flow.sample(n)[0])
+    return Flow(flow, flow.log_prob, lambda n: flow.sample(n)[0])
 
 
-def _zuko(flow: nn.Module) -> Peer:
-    return Peer(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
+def _zuko(flow: nn.Module) -> Flow:
+    return Flow(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
 
 
-def _zuko_realnvp(features: int) -> Peer:
+def _zuko_realnvp(features: int) -> Flow:
     import zuko
 
     return _zuko(zuko.flows.RealNVP(features, transforms=10, hidden_features=(256, 256)))
 
 
-def _zuko_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+def _zuko_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
     import zuko
 
     return _zuko(zuko.flows.MAF(features, transforms=5, hidden_features=hidden))
 
 
-def _zuko_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Peer:
+def _zuko_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
     import zuko
 
     return _zuko(zuko.flows.NSF(features, transforms=5, bins=8, hidden_features=hidden))
 
 
-MODELS: dict[str, dict[str, Callable[..., Peer]]] = {  # by our name of the model, and by library
+MODELS: dict[str, dict[str, Callable[..., Flow]]] = {  # by our name of the model, and by library
     "nsf": {"nflows": _nflows_nsf, "normflows": _normflows_nsf},
     "realnvp": {"zuko": _zuko_realnvp},
     "maf": {"nflows": _nflows_maf, "zuko": _zuko_maf},
@@ -160,31 +160,31 @@ MODELS: dict[str, dict[str, Callable[..., Peer]]] = {  # by our name of the mode
 
 
 def fit(
-    peer: Peer, train: Tensor, validation: Tensor, *, steps: int, batch_size: int, lr: float, grad_clip: float
+    flow: Flow, train: Tensor, validation: Tensor, *, steps: int, batch_size: int, lr: float, grad_clip: float
 ) -> None:
     """Maximum likelihood with Adam, the learning rate falling to 0 along a cosine; leaves the weights of the best
     validation of those at the end of each epoch: what `genfuse.Trainer` does with the same options."""
-    optimizer = torch.optim.Adam(peer.model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(flow.model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    lowest, best, step = math.inf, peer.model.state_dict(), 0
+    lowest, best, step = math.inf, flow.model.state_dict(), 0
     while step < steps:
-        peer.model.train()
+        flow.model.train()
         for index in torch.randperm(len(train), device=train.device).split(batch_size)[: steps - step]:
             optimizer.zero_grad()
-            (-peer.log_prob(train[index]).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(peer.model.parameters(), grad_clip)
+            (-flow.log_prob(train[index]).mean()).backward()
+            torch.nn.utils.clip_grad_norm_(flow.model.parameters(), grad_clip)
             optimizer.step()
             schedule.step()
             step += 1
-        loss = -float(log_likelihood(peer.model, peer.log_prob, validation))
+        loss = -log_likelihood(flow, validation)
         if loss < lowest:
-            lowest, best = loss, copy.deepcopy(peer.model.state_dict())
-    peer.model.load_state_dict(best)
-    peer.model.eval()
+            lowest, best = loss, copy.deepcopy(flow.model.state_dict())
+    flow.model.load_state_dict(best)
+    flow.model.eval()
 
 
 @torch.no_grad()
-def log_likelihood(model: nn.Module, log_prob: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def log_likelihood(flow: Flow, x: Tensor) -> float:
     """The mean over all rows, in nats, 1,000 of them at a time."""
-    model.eval()
-    return float(torch.cat([log_prob(part).double() for part in x.split(1000)]).mean())
+    flow.model.eval()
+    return float(torch.cat([flow.log_prob(part).double() for part in x.split(1000)]).mean())

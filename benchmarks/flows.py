@@ -9,19 +9,21 @@ import math
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import genfuse
 import genfuse.ops
 from benchmarks import _peers, ops
 from benchmarks._measure import FULL, QUICK, Effort, Side, Timing, interleave, peak_memory, seconds
+from benchmarks._peers import Flow
 from benchmarks._record import Bar
 from benchmarks._report import figure
 
@@ -73,13 +75,6 @@ class Part:
         return times
 
 
-def _peer_side(library: str, make: Callable[[], Side]) -> Side | str:
-    return _peers.absent(library) or make()
-
-
-# Correctness
-
-
 def _gradients(model: Any, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(-model.log_prob(x).mean(), list(model.parameters())))
 
@@ -92,18 +87,18 @@ def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     )
 
 
-def _moved(model: nn.Module) -> nn.Module:
+def _moved(model: Any, by: float) -> Any:
     """A copy with all weights moved a little, as a flow starts near the identity."""
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.02 * torch.randn_like(weight)
+            weight += by * torch.randn_like(weight)
     return model
 
 
 def _wrong(model: Any, x: Tensor) -> str:
     """What is wrong with density, gradient or round trip, against the reference in float64; or an empty text."""
-    model = _moved(model)
+    model = _moved(model, 0.02)
     with genfuse.ops.use("reference"):
         exact = copy.deepcopy(model).double()
         density, gradients = exact.log_prob(x.double()).detach(), _gradients(exact, x.double())
@@ -118,13 +113,10 @@ def _wrong(model: Any, x: Tensor) -> str:
     return f"WRONG: {', '.join(wrong)}" if wrong else ""
 
 
-# Parts
-
-
 def spline(part: Part) -> None:
     """`rational_quadratic_spline`, 8 bins, linear tails beyond 3, from raw parameters to results and log-determinants.
     nflows is given the same raw parameters; zuko, which squashes them first, as many. The inverse alone is timed
-    without gradients. `compile` is torch.compile of zuko's."""
+    without gradients. `zuko compiled` is torch.compile of zuko's."""
     args = part.args
     size, compiled = part.size((4096, 32), (64, 4)), "zuko compiled"
     for name, inverse, mode in (
@@ -158,28 +150,42 @@ def spline(part: Part) -> None:
         part.compare(what, sides, {"nflows": 10, "zuko": 8, compiled: 3})
 
 
-def _update(
-    log_prob: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, batches: Iterator[Tensor]
-) -> Callable[[], None]:
+def _flows(part: Part, name: str, x: Tensor, left_out: str = "", **settings: Any) -> dict[str, Flow | str]:
+    """Ours, checked on x (N, D), and the peers', unless a text says why they are left out."""
+    torch.manual_seed(0)
+    device, features = part.args.device, x.shape[1]
+    model = genfuse.create(name, shape=(features,), levels=None, **settings).to(device)
+    flows: dict[str, Flow | str] = {OURS: _wrong(model, x) or Flow(model, model.log_prob, model.sample)}
+    for library, make in _peers.MODELS[name].items():
+        flows[library] = _peers.absent(library) or left_out or make(features)
+    for flow in flows.values():
+        if isinstance(flow, Flow):
+            flow.model.to(device)
+    return flows
+
+
+def _sides(flows: dict[str, Flow | str], make: Callable[[Flow], Side]) -> dict[str, Side | str]:
+    return {name: flow if isinstance(flow, str) else make(flow) for name, flow in flows.items()}
+
+
+def _step(flow: Flow, batches: Tensor) -> Side:
+    """A step of training on each of the batches (M, N, D) in turn, with our own optimizer or plain Adam."""
+    if hasattr(flow.model, "players"):
+        (player,) = flow.model.players()
+        optimizer = player.optimizer(player.parameters)
+    else:
+        optimizer = torch.optim.Adam(flow.model.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    flow.model.train()
+    batch = itertools.cycle(batches)
+
     def update() -> None:
-        (-log_prob(next(batches)).mean()).backward()
+        (-flow.log_prob(next(batch)).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return update
-
-
-def _model(part: Part, name: str, features: int, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    return genfuse.create(name, shape=(features,), levels=None, **settings).to(part.args.device)
-
-
-def _our_optimizer(model: Any) -> torch.optim.Optimizer:
-    (player,) = model.players()
-    optimizer = player.optimizer(player.parameters)
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
-    return optimizer
+    return Side(update)
 
 
 def step(part: Part) -> None:
@@ -187,23 +193,11 @@ def step(part: Part) -> None:
     LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout. realnvp: 10 couplings of 2
     hidden layers of 256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
     has nflows', where zuko reverses the order."""
-    features, rows = part.size((43, 256), (6, 16))
-    data = torch.randn(64, rows, features, device=part.args.device)
+    rows, features = part.size((256, 43), (16, 6))
+    batches = torch.randn(64, rows, features, device=part.args.device)
     bars = {"nsf": {"nflows": 2.5, "normflows": 5.0}, "realnvp": {"zuko": 1.5}}
-    for name, libraries in _peers.MODELS.items():
-        model = _model(part, name, features)
-        update = _update(model.log_prob, _our_optimizer(model), itertools.cycle(data))
-        sides: dict[str, Side | str] = {OURS: _wrong(model, data[0]) or Side(update)}
-        model.train()
-        for library, make in libraries.items():
-
-            def side(make: Callable = make) -> Side:
-                peer = make(features)
-                peer.model.to(part.args.device).train()
-                optimizer = torch.optim.Adam(peer.model.parameters(), lr=RATE)
-                return Side(_update(peer.log_prob, optimizer, itertools.cycle(data)))
-
-            sides[library] = _peer_side(library, side)
+    for name in _peers.MODELS:
+        sides = _sides(_flows(part, name, batches[0]), partial(_step, batches=batches))
         part.compare(f"{name} ({rows}, {features}), a step", sides, bars.get(name))
 
 
@@ -211,37 +205,27 @@ def sampling(part: Part) -> None:
     """Autoregressive flows, 5 layers of 2 hidden layers of 256: samples, and the log-density of as many rows, both
     without gradients. A peer's sampling takes D passes a layer; where that would take minutes it is left out."""
     rows = part.size(1000, 20)
+    verbs: dict[str, Callable[[Flow, Tensor], object]] = {
+        "log_prob": lambda flow, x: flow.log_prob(x),
+        "samples": lambda flow, x: flow.sample(len(x)),
+    }
     for name, largest in (("maf", 63), ("nsf-ar", 43)):
         for features in part.size((6, 43, 63, 784), (3,)):
-            x = torch.randn(rows, features, device=part.args.device)
-            model = _model(part, name, features).eval()
-            peers: dict[str, Callable[[], Any]] = {OURS: lambda model=model: model}
-            failures = {OURS: _wrong(model, x)}
-            for library, make in _peers.MODELS[name].items():
-                failures[library] = _peers.absent(library) or (
-                    "" if features <= largest else "left out: it takes minutes"
-                )
-                peers[library] = lambda make=make, features=features: make(features)
-            sides: dict[str, dict[str, Side | str]] = {"log_prob": {}, "samples": {}}
-            for library, make in peers.items():
-                if failures[library]:
-                    for each in sides.values():
-                        each[library] = failures[library]
-                    continue
-                flow = make()
-                getattr(flow, "model", flow).to(part.args.device).eval()
-                sides["log_prob"][library] = Side(lambda flow=flow, x=x: flow.log_prob(x), torch.no_grad)
-                sides["samples"][library] = Side(lambda flow=flow: flow.sample(rows), torch.no_grad)
-            times = {
-                verb: part.compare(f"{name} ({rows}, {features}), {verb}", each, effort=SLOW)
-                for verb, each in sides.items()
-            }
-            what, why = f"{name} ({rows}, {features}), samples / log_prob", failures[OURS]
-            share = None if why else times["samples"][OURS].median / times["log_prob"][OURS].median
+            x, what = torch.randn(rows, features, device=part.args.device), f"{name} ({rows}, {features})"
+            flows = _flows(part, name, x, "left out: it takes minutes" if features > largest else "")
+            for flow in flows.values():
+                if isinstance(flow, Flow):
+                    flow.model.eval()
+            times = {}
+            for verb, call in verbs.items():
+                sides = _sides(flows, lambda flow, call=call, x=x: Side(partial(call, flow, x), torch.no_grad))
+                times[verb] = part.compare(f"{what}, {verb}", sides, effort=SLOW).get(OURS)
+            why = flows[OURS] if isinstance(flows[OURS], str) else ""
+            share = None if why else times["samples"].median / times["log_prob"].median
             if features == part.size(43, 3):
-                part.bars.append(Bar(what, share, 4, "x", at_most=True, why=why))
-            elif share is not None:
-                part.row(what, value=share, unit="x")
+                part.bars.append(Bar(f"{what}, samples / log_prob", share, 4, "x", at_most=True, why=why))
+            elif not why:
+                part.row(f"{what}, samples / log_prob", value=share, unit="x")
 
 
 def memory(part: Part) -> None:
@@ -250,32 +234,27 @@ def memory(part: Part) -> None:
     tensor it would tell of ReLU's kinks: there float32 and float64 differ by some percent at any depth.)"""
     layers, (rows, features) = part.size((8, 32, 128), (2, 4, 8)), part.size((1024, 64), (16, 8))
     x = torch.randn(rows, features, device=part.args.device)
-    held: dict[bool, list[float]] = {False: [], True: []}
+    kinds = {False: "ordinary", True: "reversible"}
+    held: dict[bool, list[int]] = {kind: [] for kind in kinds}
     for count in layers:
-        model = _model(part, "nsf", features, layers=count)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight += 0.005 * torch.randn_like(weight)
-        gradients = {}
-        for model.flow.reversible in held:
-            gradients[model.flow.reversible] = _gradients(model, x)
-        flat = {kind: torch.cat([g.flatten().double() for g in each]) for kind, each in gradients.items()}
-        difference = float((flat[True] - flat[False]).norm() / flat[False].norm())
         what = f"nsf ({rows}, {features}), {count} layers"
-        bar = f"{what}, gradients, reversible against ordinary"
-        part.bars.append(Bar(bar, difference, REVERSIBLE_ERROR, at_most=True))
-        size = sum(gradient.nbytes for gradient in gradients[True])
+        torch.manual_seed(0)
+        start = genfuse.create("nsf", shape=(features,), levels=None, layers=count).to(part.args.device)
+        model = _moved(start, 0.005)
+        gradients = {}
+        for model.flow.reversible in kinds:
+            gradients[model.flow.reversible] = _gradients(model, x)
+        plain, recomputed = (torch.cat([g.flatten().double() for g in each]) for each in gradients.values())
+        difference = float((recomputed - plain).norm() / plain.norm())
+        size = sum(gradient.nbytes for gradient in gradients[False])
+        part.bars.append(Bar(f"{what}, gradients, reversible", difference, REVERSIBLE_ERROR, at_most=True))
         del gradients
-        update = _update(model.log_prob, _our_optimizer(model), itertools.cycle([x]))
-        for model.flow.reversible, kind in ((False, "ordinary"), (True, "reversible")):
-            held[model.flow.reversible].append(peak_memory(Side(update), part.args.device) - size)
+        update = _step(Flow(model, model.log_prob, model.sample), x[None])
+        for model.flow.reversible, kind in kinds.items():
+            held[model.flow.reversible].append(peak_memory(update, part.args.device) - size)
             part.row(f"{what}, a step, {kind}", memory=held[model.flow.reversible][-1])
     what = f"nsf ({rows}, {features}), reversible, memory of {layers[-1]} layers / {layers[0]}"
     part.bars.append(Bar(what, held[True][-1] / held[True][0], MEMORY_GROWTH, "x", at_most=True))
-
-
-def _root(args: Namespace) -> Path:
-    return Path(args.data_root or os.environ.get("GENFUSE_DATA") or ".")
 
 
 def _power(root: Path) -> Any:
@@ -291,63 +270,55 @@ def _power(root: Path) -> Any:
         return genfuse.load_data(f"npz:{path}")
 
 
+def _learn(part: Part, data: Any, name: str, settings: dict[str, Any], side: str) -> tuple[float, float]:
+    """Log-likelihood of the test rows of a table, in nats, in the units of its file; and the training's seconds."""
+    options: dict[str, Any] = {"steps": part.size(4000, 3), "batch_size": 128, "lr": 5e-4, "grad_clip": 5.0}
+    torch.manual_seed(0)
+    if side == OURS:
+        model = genfuse.create(name, data, **settings).to(part.args.device)
+        flow = Flow(model, model.log_prob, model.sample)
+        trainer = genfuse.Trainer(**options, schedule="cosine", keep="best", seed=0, device=part.args.device)
+        took = seconds(partial(trainer.fit, model, data), part.args.device)
+    else:
+        flow = _peers.MODELS[name][side](data.shape[0], **settings)
+        flow.model.to(part.args.device)
+        x, held = data.splits["train"].x, data.splits["validation"].x
+        took = seconds(partial(_peers.fit, flow, x, held, **options), part.args.device)
+    return _peers.log_likelihood(flow, data.splits["test"].x) - sum(map(math.log, data.scaling.std)), took
+
+
 def tables(part: Part) -> None:
     """Log-likelihood of the test rows, in nats, in the units of the files, and the seconds of the training. All sides:
     4,000 steps of Adam, batches of 128, the learning rate falling from 5e-4 to 0 along a cosine, gradients clipped to a
     norm of 5, and at the end of each epoch a validation, of which the best gives the weights. nsf: as in the steps
     above, with dropout 0.2, which is nflows' setting. maf, nsf-ar: 5 layers of 2 hidden layers, of 64 (zuko's default)
     or 256. One run each, one after the other."""
-    options: dict[str, Any] = {"steps": part.size(4000, 3), "batch_size": 128, "lr": 5e-4, "grad_clip": 5.0}
-    root, device = _root(part.args), part.args.device
-    small = {"hidden": (64, 64)}
+    root = Path(part.args.data_root or os.environ.get("GENFUSE_DATA") or ".")
+    small, wide = {"hidden": (64, 64)}, {"hidden": (256, 256)}
     models: list[tuple[str, dict[str, Any]]] = [
-        ("nsf", {"dropout": 0.2}), ("maf", small), ("maf", {"hidden": (256, 256)}), ("nsf-ar", small),
+        ("nsf", {"dropout": 0.2}), ("maf", small), ("maf", wide), ("nsf-ar", small),
     ]  # fmt: skip
-    sources = {"MINIBOONE": lambda: genfuse.load_data(f"npy:{root / 'miniboone40'}"), "POWER": lambda: _power(root)}
-    for table, load in sources.items():
-        data = load()
-        data = data.to(device)
-        x = {name: split.x[: part.size(None, 256)] for name, split in data.splits.items()}
-        data = dataclasses.replace(
-            data, splits={name: dataclasses.replace(data.splits[name], x=rows) for name, rows in x.items()}
-        )
-        log_scale = sum(map(math.log, data.scaling.std))
+    asked = {"nsf": -13.9, "maf": -14.1}  # of MINIBOONE
+    for table, data in {"MINIBOONE": genfuse.load_data(f"npy:{root / 'miniboone40'}"), "POWER": _power(root)}.items():
+        if part.args.quick:
+            few = {name: dataclasses.replace(split, x=split.x[:256]) for name, split in data.splits.items()}
+            data = dataclasses.replace(data, splits=few)
+        data = data.to(part.args.device)
         for name, settings in models:
-            what = ", ".join([f"{table}, {name}", *(f"{key} {value}" for key, value in settings.items())])
+            what = ", ".join([table, name, *(f"{key} {value}" for key, value in settings.items())])
             took: dict[str, float] = {}
-
-            def ours(data: Any = data, name: str = name, settings: dict = settings) -> tuple[Any, Callable[[], object]]:
-                model = genfuse.create(name, data, **settings)
-                trainer = genfuse.Trainer(**options, schedule="cosine", keep="best", seed=0, device=device)
-                return model, lambda: trainer.fit(model, data)
-
-            def theirs(
-                make: Callable, data: Any = data, x: dict = x, settings: dict = settings
-            ) -> tuple[Any, Callable[[], object]]:
-                peer = make(data.shape[0], **settings)
-                peer.model.to(device)
-                return peer, lambda: _peers.fit(peer, x["train"], x["validation"], **options)
-
-            makers: dict[str, Callable] = {OURS: ours}
-            for library in ("nflows", "zuko"):
-                if make := _peers.MODELS[name].get(library):
-                    makers[library] = lambda make=make: theirs(make)
-            for side, maker in makers.items():
-                if reason := side != OURS and _peers.absent(side):
+            for side in [OURS, *(library for library in ("nflows", "zuko") if library in _peers.MODELS[name])]:
+                if side != OURS and (reason := _peers.absent(side)):
                     part.row(f"{what}, {side}", failure=reason)
                     continue
-                torch.manual_seed(0)
-                flow, train = maker()
-                took[side] = seconds(train, device)
-                nats = _peers.log_likelihood(getattr(flow, "model", flow), flow.log_prob, x["test"]) - log_scale
+                nats, took[side] = _learn(part, data, name, settings, side)
                 part.row(f"{what}, {side}", value=nats, unit=f" nats in {took[side]:.3g} s")
-                if side == OURS and table == "MINIBOONE" and (name == "nsf" or (name == "maf" and settings != small)):
-                    asked = -13.9 if name == "nsf" else -14.1
-                    part.bars.append(Bar(f"{what}, test log-likelihood", nats, asked, " nats"))
-            if name == "nsf" and table == "MINIBOONE":
+                if table == "MINIBOONE" and side == OURS and name in asked and settings != small:
+                    part.bars.append(Bar(f"{what}, test log-likelihood", nats, asked[name], " nats"))
+            if table == "MINIBOONE" and name == "nsf":
                 share = took[OURS] / took["nflows"] if "nflows" in took else None
-                why = _peers.absent("nflows")
-                part.bars.append(Bar(f"{what}, time / nflows'", share, 0.4, at_most=True, why=why))
+                bar = Bar(f"{what}, seconds, genfuse / nflows", share, 0.4, at_most=True, why=_peers.absent("nflows"))
+                part.bars.append(bar)
 
 
 IMAGES = {  # settings, steps, and what was published

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -8,7 +9,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import _measure, _record, ops
+import genfuse.models._flow
+from benchmarks import _measure, _peers, _record, flows, ops
 from benchmarks.__main__ import main
 from benchmarks.plain_vae import PlainVAE, train_epoch
 from genfuse.ops import OPERATORS
@@ -198,3 +200,96 @@ def test_training_is_timed_beside_plain_pytorch(tmp_path, capsys):
     assert all(bar["value"] > 0 for bar in record["bars"])
     main(["report", str(path), "--out", str(tmp_path / "page.md")])
     assert "| VAE on MNIST (640 images), an epoch, genfuse |" in (tmp_path / "page.md").read_text()
+
+
+ABSENT = "nothing is installed here"
+
+
+def all_absent(monkeypatch):
+    monkeypatch.setattr(_peers, "absent", lambda library: ABSENT)
+
+
+def flows_record(path, *parts):
+    code = main(["flows", "--quick", "--no-compile", "--only", *parts, "--json", str(path)])
+    return code, _record.load(path)
+
+
+def sides(record):
+    """By what was compared and by side, the seconds, or None where the row says why there are none."""
+    rows = [row for part in record["parts"] for row in part["rows"]]
+    return {row["what"]: row.get("median") for row in rows if "median" in row or "failure" in row}
+
+
+def test_flows_are_timed_where_no_peer_is_installed_and_its_bars_are_not_counted(tmp_path, monkeypatch):
+    all_absent(monkeypatch)
+    path = tmp_path / "record.json"
+    code, record = flows_record(path, "spline", "step", "sampling")
+    assert code == 0
+    found = sides(record)
+    assert all((seconds is not None) == what.endswith(", genfuse") for what, seconds in found.items())
+    assert {what.split()[0] for what in found} >= {"nsf", "realnvp", "maf", "nsf-ar", "rational_quadratic_spline"}
+    for bar in record["bars"]:
+        ours_alone = "samples / log_prob" in bar["what"]
+        assert bar["value"] > 0 if ours_alone else bar["value"] is None and bar["why"]
+    assert main(["report", str(path), "--out", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "### sampling" in page
+    assert f"| nsf (16, 6), a step, nflows | {ABSENT} |" in page
+    assert f"NOT MEASURED: {ABSENT}" in page
+
+
+@pytest.mark.parametrize("library", _peers.LIBRARIES)
+def test_flows_are_timed_beside_a_peer(library, tmp_path, monkeypatch):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    monkeypatch.setattr(_peers, "absent", lambda other: "" if other == library else ABSENT)
+    code, record = flows_record(tmp_path / "record.json", "spline", "step", "sampling")
+    assert code == 0
+    assert any(what.endswith(f", {library}") and seconds for what, seconds in sides(record).items())
+    assert any(bar["what"].endswith(f"vs {library}") and bar["value"] > 0 for bar in record["bars"])
+
+
+@pytest.mark.parametrize(("name", "library"), [(n, lib) for n, libs in _peers.MODELS.items() for lib in libs])
+def test_a_peer_fits_what_it_is_given(name, library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    x = 0.3 * torch.randn(256, 4)
+    peer = _peers.MODELS[name][library](4)
+    before = _peers.log_likelihood(peer, x)
+    _peers.fit(peer, x, x, steps=30, batch_size=64, lr=3e-3, grad_clip=5.0)
+    assert _peers.log_likelihood(peer, x) > before + 0.5
+    assert peer.sample(5).shape == (5, 4)
+
+
+def test_memory_is_measured_with_and_without_reversible(tmp_path):
+    code, record = flows_record(tmp_path / "record.json", "memory")
+    assert code == 0
+    (part,) = record["parts"]
+    assert all(row["memory"] > 0 for row in part["rows"])
+    *gradients, growth = record["bars"]
+    assert len(gradients) == 3
+    assert all(bar["value"] < 1e-4 for bar in gradients)
+    assert 0 < growth["value"] < 1.3
+
+
+def test_a_flow_whose_density_is_wrong_gets_no_time(tmp_path, monkeypatch, capsys):
+    all_absent(monkeypatch)
+    right = genfuse.models._flow.standard_normal_log_prob
+    monkeypatch.setattr(
+        genfuse.models._flow,
+        "standard_normal_log_prob",
+        lambda z, logdet: right(z, logdet) * (1.001 if z.dtype is torch.float32 else 1),
+    )
+    code, record = flows_record(tmp_path / "record.json", "step")
+    assert code == 1
+    assert "WRONG: density is off by" in capsys.readouterr().out
+    assert not any(sides(record).values())
+
+
+@pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST, MINIBOONE and POWER: set GENFUSE_DATA")
+@pytest.mark.parametrize("part", flows.QUALITY)
+def test_what_flows_learn_of_real_data_is_measured(part, tmp_path, monkeypatch):
+    all_absent(monkeypatch)
+    code, record = flows_record(tmp_path / "record.json", part)
+    assert code == 0
+    values = [row["value"] for row in record["parts"][0]["rows"] if "value" in row]
+    assert len(values) >= 4
+    assert all(math.isfinite(value) for value in values)
