@@ -238,9 +238,9 @@ def sampling(part: Part) -> None:
 def memory(part: Part) -> None:
     """The most that a training step of nsf holds at a time, parameters and their gradients left out, with and without
     `reversible`; and by how much the two gradients differ, on weights that were moved from where they start: as the
-    norm of the difference over that of the whole gradient, and in any one tensor, as a share of its largest value. Beside
-    it stands what rounding alone does: the ordinary gradient against that in float64. It is large in small tensors, where
-    an example that lies on the other side of a ReLU's kink or of a spline's knot counts."""
+    norm of the difference over that of the whole gradient, and in any one tensor, as a share of its largest value.
+    Beside it stands what rounding alone does: the ordinary gradient against that in float64. It is large in small
+    tensors, where an example that lies on the other side of a ReLU's kink or of a spline's knot counts."""
     layers, (rows, features) = part.size((8, 32, 128), (2, 4, 8)), part.size((1024, 64), (16, 8))
     x = torch.randn(rows, features, device=part.args.device)
     kinds = {False: "ordinary", True: "reversible"}
