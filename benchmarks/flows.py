@@ -31,7 +31,7 @@ OURS = "genfuse"
 SLOW = Effort(block=0.02, rounds=(5, 51), seconds=6)  # of calls that take seconds
 RATE = 1e-5  # of the optimizers that are timed: a step costs the same, and the model stays as it is
 DENSITY_ERROR = 1e-4  # of log p(x) in the model's dtype, against float64, as a share of it
-GRADIENT_ERROR = 1e-3  # of a weight's gradient likewise, as a share of the largest of its tensor
+GRADIENT_ERROR = 1e-2  # of the gradient likewise, of its norm: rounding moves an example across a ReLU's kink
 ROUND_TRIP_ERROR = 1e-3  # of x after encode and decode, as a share of the largest x
 MEMORY_GROWTH, REVERSIBLE_ERROR = 1.3, 1e-4
 
@@ -112,7 +112,7 @@ def _wrong(model: Any, x: Tensor) -> str:
         found, back = model.log_prob(x), model.decode(model.encode(x))
     errors = {
         "density": (_difference([found.double()], [density]), DENSITY_ERROR),
-        "gradient": (_difference([g.double() for g in _gradients(model, x)], gradients), GRADIENT_ERROR),
+        "gradient": (_norm([g.double() for g in _gradients(model, x)], gradients), GRADIENT_ERROR),
         "round trip": (_difference([back], [x]), ROUND_TRIP_ERROR),
     }
     wrong = [f"{name} is off by {error:.1e}" for name, (error, allowed) in errors.items() if not error <= allowed]
@@ -236,10 +236,10 @@ def sampling(part: Part) -> None:
 
 def memory(part: Part) -> None:
     """The most that a training step of nsf holds at a time, parameters and their gradients left out, with and without
-    `reversible`; and by how much the two gradients differ, on weights that were moved from where they start: as the norm
-    of the difference over that of the whole gradient, and in any one tensor, as a share of its largest value. Beside it
-    stands what rounding alone does: the ordinary gradient against that in float64. It is large in small tensors, where
-    an example that lies on the other side of a ReLU's kink or of a spline's knot counts."""
+    `reversible`; and by how much the two gradients differ, on weights that were moved from where they start: as the
+    norm of the difference over that of the whole gradient, and in any one tensor, as a share of its largest value.
+    Beside it stands what rounding alone does: the ordinary gradient against that in float64. It is large in small
+    tensors, where an example that lies on the other side of a ReLU's kink or of a spline's knot counts."""
     layers, (rows, features) = part.size((8, 32, 128), (2, 4, 8)), part.size((1024, 64), (16, 8))
     x = torch.randn(rows, features, device=part.args.device)
     kinds = {False: "ordinary", True: "reversible"}
