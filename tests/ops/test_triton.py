@@ -26,7 +26,7 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     sums = "*fp64" if wide else "*fp32"
     types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "mask": "*u8", "y": storage,
              "logdet": sums, "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "cols": "i32",
-             "split": "i32"}
+             "first": "i32", "moved": "i32"}
     for kind, inverse, mask in ((0, False, True), (1, True, False), (2, False, False), (2, True, True)):
         fixed = {"KIND": kind, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide, **({} if mask else {"mask": None})}
         check(affine_coupling.forward_kernel, types, fixed)
