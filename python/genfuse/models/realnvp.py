@@ -19,9 +19,9 @@ from genfuse.nn import (
     checkerboard,
     half,
 )
+from genfuse.ops._affine_coupling import Scale
 
 Network = Literal["auto", "mlp", "conv"]
-Scale = Literal["tanh", "exp", "sigmoid"]
 
 
 @dataclass(frozen=True)

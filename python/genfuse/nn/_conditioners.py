@@ -4,7 +4,6 @@ Vectors are (N, D) and their context (N, C); images are (N, C, H, W), and their 
 same height and width. The last layer of each starts near 0, so that a flow starts near the identity.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse.nn._mlp import mlp
+from genfuse.ops._rational_quadratic_spline import Settings
 
 START = 1e-3  # largest weight that a last layer starts with
 
@@ -107,12 +107,12 @@ class ConvConditioner(nn.Module):
         return self.last(F.relu(h))
 
 
-def start_spline(last: nn.Linear | nn.Conv2d, bins: int, parameters: int, min_derivative: float = 1e-3) -> None:
+def start_spline(last: nn.Linear | nn.Conv2d, settings: Settings) -> None:
     """Start a last layer whose outputs are, coordinate by coordinate, a spline's raw parameters: biases that make the
     identity, bins of one size and derivatives of 1; and PyTorch's usual weights."""
     assert last.bias is not None
     last.reset_parameters()
     with torch.no_grad():
-        bias = last.bias.view(-1, parameters)
-        bias[:, : 2 * bins] = 0
-        bias[:, 2 * bins :] = math.log(math.expm1(1 - min_derivative))
+        bias = last.bias.view(-1, settings.params)
+        bias[:, : 2 * settings.bins] = 0
+        bias[:, 2 * settings.bins :] = settings.unit_derivative

@@ -8,6 +8,7 @@ from genfuse.nn._conditioners import start_spline
 from genfuse.nn._transform import Transform
 from genfuse.ops import affine_coupling, rational_quadratic_spline
 from genfuse.ops._affine_coupling import Scale
+from genfuse.ops._rational_quadratic_spline import Settings
 
 
 def half(features: int) -> int:
@@ -116,7 +117,7 @@ class SplineCoupling(Coupling):
         self.bins, self.bound = bins, bound
         last = conditioner.last
         assert isinstance(last, nn.Linear | nn.Conv2d)
-        start_spline(last, bins, 3 * bins - 1)
+        start_spline(last, Settings(bins, float(bound), "linear", False, 1e-3, 1e-3, 1e-3))
         damping = torch.ones(len(last.weight)).view(-1, 3 * bins - 1)
         damping[:, : 2 * bins] = last.weight[0].numel() ** -0.5
         self.register_buffer("damping", damping.flatten(), persistent=False)
