@@ -196,8 +196,9 @@ def _step(flow: Flow, batches: Tensor) -> Side:
 
 def step(part: Part) -> None:
     """One step of training on normal noise: loss, gradients, Adam, gradients cleared. nsf: 5 couplings between
-    LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout. realnvp: 10 couplings of 2
-    hidden layers of 256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
+    LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout; normflows' layer also bends
+    the coordinates that pass through, which its equal model leaves out. realnvp: 10 couplings of 2 hidden layers of
+    256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
     has nflows', where zuko reverses the order."""
     rows, features = part.size((256, 43), (16, 6))
     batches = torch.randn(64, rows, features, device=part.args.device)
