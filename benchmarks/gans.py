@@ -1,0 +1,94 @@
+"""Adversarial models beside plain PyTorch: the gradient penalty and a critic's step."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import genfuse
+from benchmarks import plain_wgan_gp
+from benchmarks._measure import Side, peak_memory
+from benchmarks._part import OURS, Part
+from genfuse.models import Batch
+from genfuse.ops import gradient_penalty
+
+PLAIN = "double backward"
+ERROR = 1e-4  # of the penalty's gradient against double backward in float64, of its norm
+
+Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def _gradients(penalty: Penalty, critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Those of the critic's weights, as one vector, for the same epsilons at every call."""
+    torch.manual_seed(0)
+    penalty(critic, real, fake).backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in critic.parameters()]
+    critic.zero_grad()
+    return torch.cat([g.flatten().double() for g in found])
+
+
+def _wrong(critic: nn.Module, x: Tensor) -> str:
+    """What is wrong with our gradient at x, or an empty text."""
+    at_x = partial(gradient_penalty, at="real")
+    # Where all points are the same, so are those between them.
+    truth = _gradients(plain_wgan_gp.gradient_penalty, copy.deepcopy(critic).double(), x.double(), x.double())
+    error = float((_gradients(at_x, critic, x, x) - truth).norm() / truth.norm())
+    return "" if error <= ERROR else f"WRONG: the gradient is off by {error:.1e}"
+
+
+def penalty(part: Part) -> None:
+    """The gradient penalty and its gradients for all weights, LeakyReLU 0.2. Both sides draw their points between the
+    same real and fake examples, and call backward. Memory is the most that a call holds at a time."""
+    critics = {
+        "784-1024-1024-1": (plain_wgan_gp.mlp(784, 1024, 1024, 1), (256, 784), 2.5),
+        "784-256-256-1": (plain_wgan_gp.mlp(784, 256, 256, 1), (64, 784), 1.3),
+        "DCGAN at 32 x 32": (plain_wgan_gp.dcgan_critic(), (64, 3, 32, 32), 1.5),
+    }
+    for name, (critic, shape, bar) in critics.items():
+        critic = critic.to(part.args.device)
+        real, fake = torch.randn(2, part.size(shape[0], 4), *shape[1:], device=part.args.device)
+
+        def side(penalty: Penalty, critic: nn.Module = critic, real: Tensor = real, fake: Tensor = fake) -> Side:
+            def run() -> None:
+                penalty(critic, real, fake).backward()
+                critic.zero_grad()
+
+            return Side(run)
+
+        sides: dict[str, Side | str] = {
+            OURS: _wrong(critic, real) or side(gradient_penalty),
+            PLAIN: side(plain_wgan_gp.gradient_penalty),
+        }
+        what = f"critic {name}, batch {len(real)}"
+        part.compare(f"{what}, penalty", sides, {PLAIN: bar})
+        for kind, each in sides.items():
+            if isinstance(each, Side):
+                part.row(f"{what}, memory, {kind}", memory=peak_memory(each, part.args.device))
+
+
+def step(part: Part) -> None:
+    """An update of WGAN-GP's critic by a batch of 64 images of 28 x 28, networks 100-256-256-784 and 784-256-256-1:
+    generated images, loss, penalty, gradients, Adam. The other side is plain PyTorch code of the same."""
+    device = part.args.device
+    torch.manual_seed(0)
+    model = genfuse.create("wgan-gp", shape=(1, 28, 28)).to(device).train()
+    critic = model.players()[0]
+    optimizer = critic.optimizer(critic.parameters)
+    for weight in model.generator.parameters():
+        weight.requires_grad_(False)  # as the training loop does
+    plain = plain_wgan_gp.PlainWGANGP().to(device)
+    x = torch.rand(part.size(64, 4), 1, 28, 28, device=device)
+
+    def ours() -> None:
+        model.loss(Batch(x), critic.name)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    sides: dict[str, Side | str] = {OURS: Side(ours), "plain PyTorch": Side(partial(plain.critic_step, x.flatten(1)))}
+    part.compare(f"critic step, batch {len(x)}", sides, {"plain PyTorch": 1.3})
+
+
+PARTS = {part.__name__: part for part in (penalty, step)}
+QUALITY: tuple[str, ...] = ()
