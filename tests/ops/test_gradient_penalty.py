@@ -70,24 +70,47 @@ CRITICS = {  # and the shape of an example
         ),
         (1, 8, 8),
     ),
+    "pools to one cell": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(4, 1), nn.Flatten(0),
+        ),
+        (1, 8, 8),
+    ),
     "one dimension": (
         lambda: nn.Sequential(
-            nn.Conv1d(2, 4, 3, stride=2), nn.ReLU(), nn.AvgPool1d(2, padding=1), nn.Flatten(), nn.LazyLinear(1)
+            nn.Conv1d(2, 4, 3, stride=2), nn.ReLU(), nn.AvgPool1d(2, padding=1), nn.MaxPool1d(2),
+            nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.LazyLinear(1),
         ),
         (2, 9),
     ),
     "three dimensions": (
         lambda: nn.Sequential(
-            nn.Conv3d(1, 3, 3, stride=2, padding=1), nn.LeakyReLU(), nn.AvgPool3d(2), nn.Flatten(), nn.LazyLinear(1)
+            nn.Conv3d(1, 3, 3, stride=2, padding=1), nn.LeakyReLU(), nn.AvgPool3d(2), nn.MaxPool3d((1, 1, 2)),
+            nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.LazyLinear(1),
         ),
-        (1, 5, 6, 7),
+        (1, 5, 6, 9),
     ),
     "residual": (lambda: nn.Sequential(block(2, 3), block(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)), (2, 8, 8)),
+    "identity shortcut": (
+        lambda: nn.Sequential(
+            Residual(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.AvgPool2d(3, 1, 1))), nn.Flatten(),
+            nn.Linear(32, 1),
+        ),
+        (2, 4, 4),
+    ),
     "spectral norm": (
         lambda: nn.Sequential(
             parametrizations.spectral_norm(nn.Linear(5, 7)), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(7, 1))
         ),
         (5,),
+    ),
+    "hooks of normalised weights": (
+        lambda: nn.Sequential(
+            nn.utils.spectral_norm(nn.Conv1d(2, 3, 2)), nn.ReLU(), nn.Flatten(),
+            nn.utils.weight_norm(nn.Linear(9, 1)),
+        ),
+        (2, 4),
     ),
 }  # fmt: skip
 
@@ -150,7 +173,7 @@ def test_both_agree_at_ties(activation):
     x = torch.randn(5, 4, dtype=torch.float64)
     x[0] = 0
     ours, truth = input_gradient(critic, x), by_autograd(critic, x)
-    assert torch.equal(ours, truth)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
     for a, b in zip(gradients(penalty_of(ours), critic), gradients(penalty_of(truth), critic), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -172,12 +195,25 @@ def test_any_other_critic_is_differentiated_twice_and_noted_once(critic, caplog)
         ours = input_gradient(critic, x)
         input_gradient(critic, x)
     (record,) = caplog.records
+    assert "differentiates Sequential twice" in record.getMessage()
     assert f"its {type(critic[1]).__name__} is no such layer" in record.getMessage()
+    assert "batch norm" not in record.getMessage()
     torch.testing.assert_close(ours, by_autograd(critic, x))
     for a, b in zip(
         gradients(penalty_of(ours), critic), gradients(penalty_of(by_autograd(critic, x)), critic), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_batch_norm_is_said_to_couple_the_examples(caplog):
+    critic = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, 1))
+    input_gradient(critic, torch.randn(4, 5))
+    assert "its batch norm couples the examples" in caplog.text
+
+
+class Twice(Residual):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 class Squared(nn.Linear):
@@ -201,6 +237,18 @@ def hooked():
     return layer
 
 
+def hooked_before():
+    layer = nn.Linear(5, 1)
+    layer.register_forward_pre_hook(lambda layer, args: (args[0] ** 2,))
+    return layer
+
+
+def changed():
+    layer = nn.Linear(5, 1)
+    layer.forward = lambda x: F.linear(x, layer.weight) ** 2
+    return layer
+
+
 @pytest.mark.parametrize(
     ("critic", "shape"),
     [
@@ -208,14 +256,26 @@ def hooked():
         (Own(nn.Linear(5, 1)), (5,)),
         (nn.Sequential(Moved(1, 2, 3), nn.Flatten(), nn.Linear(8, 1)), (1, 4, 4)),
         (hooked(), (5,)),
+        (hooked_before(), (5,)),
+        (changed(), (5,)),
+        (nn.Sequential(Twice(nn.Linear(5, 5)), nn.Linear(5, 1)), (5,)),
         (
             nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(32, 1)),
             (1, 4, 4),
         ),
         (nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"), nn.Flatten(), nn.Linear(32, 1)), (1, 4, 4)),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 1)), (1, 4, 4)),
     ],
-    ids=["overridden", "own sequential", "own convolution", "hook", "circular", "uneven", "max pool"],
+    ids=[
+        "overridden",
+        "own sequential",
+        "own convolution",
+        "hook",
+        "hook before",
+        "instance",
+        "own residual",
+        "circular",
+        "uneven",
+    ],
 )
 def test_a_layer_that_only_looks_known_is_not_taken_for_it(critic, shape, caplog):
     critic, x = critic.double(), torch.randn(4, *shape, dtype=torch.float64)
@@ -280,16 +340,30 @@ def test_a_critic_may_be_shown_labels(planes, caplog):
     gradient_penalty(critic, x, x + 1, y).backward()
 
 
-def test_spectral_normalisation_takes_one_step_as_in_a_call():
-    critic, x = make("spectral norm")
-    before = copy.deepcopy(critic.state_dict())
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softplus()], ids=["chain", "twice"])
+@pytest.mark.parametrize("normalised", [parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["new", "old"])
+def test_spectral_normalisation_takes_one_step_as_in_a_call(normalised, activation):
+    critic = nn.Sequential(normalised(nn.Linear(5, 7)), activation, nn.Linear(7, 1)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    called, before = copy.deepcopy(critic), copy.deepcopy(critic.state_dict())
     input_gradient(critic, x)
-    once = copy.deepcopy(critic.state_dict())
-    critic.load_state_dict(before)
-    critic(x)
-    u = "0.parametrizations.weight.0._u"
-    assert torch.equal(once[u], critic.state_dict()[u])
-    assert not torch.equal(once[u], before[u])
+    called(x)
+    after = critic.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert all(torch.equal(after[name], value) for name, value in called.state_dict().items())
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.5)], ids=str)
+def test_dropout_draws_as_in_a_call(dropout, caplog):
+    critic = nn.Sequential(nn.Conv2d(1, 4, 2), dropout, nn.ReLU(), nn.Flatten(), nn.Linear(36, 1)).double()
+    x = torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    torch.manual_seed(1)
+    ours = input_gradient(critic, x)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, by_autograd(critic, x), rtol=1e-12, atol=1e-14)
+    assert torch.equal(drawn, torch.rand(1))
+    assert not caplog.records
 
 
 def test_float32_is_as_close_to_float64_as_double_backward_is():
@@ -303,28 +377,87 @@ def test_float32_is_as_close_to_float64_as_double_backward_is():
     assert error(penalty_of(input_gradient(critic, x))) <= 2 * error(penalty_of(by_autograd(critic, x))) + 1e-6
 
 
-@pytest.mark.parametrize("name", ["mlp", "dcgan", "residual"])
+@pytest.mark.parametrize("name", ["mlp", "dcgan", "residual", "identity shortcut"])
 def test_it_works_under_autocast(name):
     critic, x = make(name, torch.float32)
-    truth = gradient_penalty(critic, x, at="real")
+
+    def step():
+        return gradient_penalty(critic, x, at="real") + critic(x.clone()).square().mean()
+
+    truth = step()
     with torch.autocast("cpu", torch.bfloat16):
-        penalty = gradient_penalty(critic, x, at="real")
-    assert penalty.dtype == torch.float32
-    torch.testing.assert_close(penalty, truth, rtol=0.05, atol=0.02)
-    penalty.backward()
-    assert all(p.grad.isfinite().all() for p in critic.parameters() if p.grad is not None)
+        loss = step()  # in which the critic must not meet weights that were cast without gradients
+        assert input_gradient(critic, x).dtype == x.dtype
+    torch.testing.assert_close(loss, truth, rtol=0.05, atol=0.02)
+    for ours, wanted in zip(gradients(loss, critic), gradients(truth, critic), strict=True):
+        assert (ours - wanted).norm() <= 0.2 * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["dcgan", "residual"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_it_is_what_it_is(backend):
-    critic, x = make("dcgan")
+def test_compiled_it_is_what_it_is(backend, name):
+    critic, x = make(name)
 
     def step(x):
         return gradient_penalty(critic, x, at="real")
 
-    eager, compiled = gradients(step(x), critic), gradients(torch.compile(step, backend=backend)(x), critic)
-    for a, b in zip(compiled, eager, strict=True):
+    compiled = torch.compile(step, backend=backend, fullgraph=True)(x)
+    for a, b in zip(gradients(compiled, critic), gradients(step(x), critic), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softplus()], ids=["chain", "twice"])
+def test_what_cannot_be_differentiated_twice_by_a_compiler_is_not_compiled(activation):
+    critic, x = nn.Sequential(nn.Linear(5, 4), activation, nn.Linear(4, 1)).double(), torch.randn(6, 5).double()
+    truth = gradients(penalty_of(by_autograd(critic, x)), critic)
+    whole = torch.compile(lambda x: gradient_penalty(critic, x, at="real"), backend="aot_eager")
+    inner = torch.compile(critic, backend="aot_eager")
+    for penalty in (whole(x), gradient_penalty(inner, x, at="real")):
+        for a, b in zip(gradients(penalty, critic), truth, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softplus()], ids=["chain", "twice"])
+def test_without_gradients_it_keeps_no_graph(activation):
+    critic = nn.Sequential(nn.Linear(5, 4), activation, nn.Linear(4, 1))
+    with torch.no_grad():
+        gradient = input_gradient(critic, x := torch.randn(6, 5))
+    assert not gradient.requires_grad
+    torch.testing.assert_close(gradient, by_autograd(critic, x).detach())
+
+
+class Penalised(nn.Module):
+    """A model with its loss, as the training loop gives it to DistributedDataParallel."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)).double()
+
+    def forward(self, x):
+        return self.critic(x).mean() + gradient_penalty(self.critic, x, at="real")
+
+
+def _rank(rank, store, x):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Penalised()
+    shared = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):  # the second call fails where the first did not reach all parameters
+        shared.zero_grad()
+        shared(x[rank::2]).backward()
+    torch.manual_seed(0)
+    alone = Penalised()
+    alone(x).backward()
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
+    x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    torch.multiprocessing.spawn(_rank, (tmp_path / "store", x), nprocs=2)
 
 
 def test_no_examples_make_no_error():
@@ -345,6 +478,9 @@ def test_no_examples_make_no_error():
             r"critic must return one number per example, \(4,\) or \(4, 1\), got shape \(4, 2\)",
         ),
         ({"critic": lambda x: x}, r"critic must return one number per example"),
+        ({"y": torch.zeros(3)}, r"y must have a row for each of the 4 examples, got shape \(3,\)"),
+        ({"y": torch.zeros(4)}, r"y must be None for a critic that takes no labels, Linear, got shape \(4,\)"),
+        ({"real": torch.zeros(4, 5).long(), "at": "real"}, "real must be float32, .* got torch.int64"),
         ({"target": -1.0}, "target must be a finite norm of at least 0, got -1.0"),
         ({"reduction": "max"}, 'reduction must be "mean", "sum" or "none", got \'max\''),
     ],

@@ -1,4 +1,9 @@
-"""Modules of critics that say what their transposed Jacobian is: see `genfuse.ops.input_gradient`."""
+"""Modules of critics that say what their transposed Jacobian is: see `genfuse.ops.input_gradient`.
+
+``linearized(trace, x, ...)`` does what ``forward(x, ...)`` does, with ``trace(child, x)`` in the place of ``child(x)``,
+which gives the output and a function from the gradient for that output to the gradient for x; and returns such a pair.
+All children must be layers that can be traced.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,20 +13,27 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """branch(x) + shortcut(x)."""
+    """branch(x) + shortcut(x); the identity for no shortcut.
+
+    Raises ValueError where one of them would overwrite the x that the other reads.
+    """
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
         self.branch, self.shortcut = branch, nn.Identity() if shortcut is None else shortcut
+        for name, part in self.named_children():
+            first = next(layer for layer in part.modules() if not [*layer.children()])
+            if getattr(first, "inplace", False):
+                raise ValueError(f"{name} must not overwrite its input: it begins with {first}")
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)  # first, as a branch may begin with a layer that overwrites x
-        return shortcut + self.branch(x)
+        return self.shortcut(x) + self.branch(x)
 
     def linearized(self, trace: Callable[..., Any], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         shortcut, pull_shortcut = trace(self.shortcut, x)
         branch, pull_branch = trace(self.branch, x)
-        return shortcut + branch, lambda g: pull_shortcut(g) + pull_branch(g)
+        dtypes = shortcut.dtype, branch.dtype  # under autocast they may differ
+        return shortcut + branch, lambda g: pull_shortcut(g.to(dtypes[0])) + pull_branch(g.to(dtypes[1]))
 
 
 class WithContext(nn.Module):
@@ -46,5 +58,5 @@ class WithContext(nn.Module):
         self, trace: Callable[..., Any], x: Tensor, context: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         out, pull = trace(self.network, self.together(x, context))
-        features = x.shape[1] if self.planes else x[0].numel()
-        return out, lambda g: pull(g)[:, :features].reshape(x.shape)
+        shape, features = x.shape, x.shape[1] if self.planes else x.shape[1:].numel()
+        return out, lambda g: pull(g)[:, :features].reshape(shape)

@@ -8,7 +8,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from genfuse.ops import _op
 from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty
 from genfuse.ops._interpolate import interpolate
 
@@ -16,99 +22,64 @@ Pull = Callable[[Tensor], Tensor]  # from the gradient for a layer's output to t
 Where = Literal["interpolated", "real", "fake"]
 
 _log = logging.getLogger("genfuse")
-_noted: set[type] = set()  # layers that the log has named
+_noted: set[tuple[type, type]] = set()  # critics and layers that the log has named
 
 
-class _NotPiecewiseLinearError(Exception):
-    """Carries the layer whose Jacobian is not locally constant, as far as is known here."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-
-def _itself(t: Tensor) -> Tensor:
-    return t
+def _weight(layer: Any) -> Tensor:
+    """Read once a call: with spectral normalisation each reading takes a step of its iteration."""
+    with torch.enable_grad():
+        for hook in layer._forward_pre_hooks.values():  # of a normalisation: `_obstacle` lets no other pass
+            hook(layer, ())
+        return layer.weight
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pull]:
-    with torch.enable_grad():
-        weight = layer.weight  # read once: with spectral normalisation each reading takes a step of its iteration
-    return F.linear(x, weight, layer.bias), lambda g: (g @ weight).to(x.dtype)  # which autocast may have narrowed
+    weight, dtype = _weight(layer), x.dtype  # which autocast may narrow
+    return F.linear(x, weight, layer.bias), lambda g: (g @ weight).to(dtype)
+
+
+def _padding(layer: Any) -> tuple[int, ...] | None:
+    """Cells of zeros that a convolution adds on both sides of each axis; None where it adds anything else."""
+    after, before = layer._reversed_padding_repeated_twice[::-2], layer._reversed_padding_repeated_twice[-2::-2]
+    return tuple(before) if layer.padding_mode == "zeros" and [*before] == [*after] else None
 
 
 def _conv(layer: Any, x: Tensor, dims: int) -> tuple[Tensor, Pull]:
-    if type(layer)._conv_forward is not getattr(nn, f"Conv{dims}d")._conv_forward or layer.padding_mode != "zeros":
-        raise _NotPiecewiseLinearError(layer)
-    padding = layer.padding
-    if isinstance(padding, str):
-        extents = [
-            d * (k - 1) if padding == "same" else 0 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
-        ]
-        if any(extent % 2 for extent in extents):  # one more cell on one side than on the other
-            raise _NotPiecewiseLinearError(layer)
-        padding = tuple(extent // 2 for extent in extents)
-    with torch.enable_grad():
-        weight = layer.weight
+    weight, padding, dtype = _weight(layer), _padding(layer), x.dtype
+    assert padding is not None, "`_obstacle` lets no other pass"
     y = layer._conv_forward(x, weight, layer.bias)
     sizes = x.shape[-dims:], y.shape[-dims:], layer.kernel_size, layer.stride, padding, layer.dilation
     left_over = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in zip(*sizes, strict=True)]
     transposed = getattr(F, f"conv_transpose{dims}d")
-
-    def pull(g: Tensor) -> Tensor:
-        g = transposed(g, weight, None, layer.stride, padding, left_over, layer.groups, layer.dilation)
-        return g.to(x.dtype)
-
-    return y, pull
+    settings = None, layer.stride, padding, left_over, layer.groups, layer.dilation
+    return y, lambda g: transposed(g, weight, *settings).to(dtype)
 
 
 def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pull]:
-    y = layer(x)
+    y = F.relu(x)
     return y, lambda g: torch.ops.aten.threshold_backward(g, y, 0)
 
 
 def _leaky_relu(layer: nn.LeakyReLU, x: Tensor) -> tuple[Tensor, Pull]:
-    y = layer(x)
-    kept = y if layer.inplace else x  # both have the sign that is asked for
-    return y, lambda g: torch.ops.aten.leaky_relu_backward(g, kept, layer.negative_slope, layer.inplace)
-
-
-def _average(layer: Any, x: Tensor, dims: int) -> tuple[Tensor, Pull]:
-    """The gradient of an average pool is linear in what it is given; of x it takes the shape alone."""
-    backward = getattr(torch.ops.aten, f"avg_pool{max(dims, 2)}d_backward")
-    size, stride, padding = (
-        (v,) * dims if isinstance(v, int) else tuple(v) for v in (layer.kernel_size, layer.stride, layer.padding)
-    )
-    if dims == 1:
-        size, stride, padding = (1, *size), (1, *stride), (0, *padding)
-    like = x.unsqueeze(-2) if dims == 1 else x
-    like = like.new_empty(1).expand(like.shape)
-
-    def pull(g: Tensor) -> Tensor:
-        g = g.unsqueeze(-2) if dims == 1 else g
-        g = backward(
-            g,
-            like,
-            size,
-            stride,
-            padding,
-            layer.ceil_mode,
-            layer.count_include_pad,
-            getattr(layer, "divisor_override", None),
-        )
-        return g.squeeze(-2) if dims == 1 else g
-
-    return layer(x), pull
-
-
-def _reshape(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
-    return layer(x), lambda g: g.reshape(x.shape)
+    slope = layer.negative_slope
+    return F.leaky_relu(x, slope), lambda g: torch.ops.aten.leaky_relu_backward(g, x, slope, False)
 
 
 def _dropout(layer: Any, x: Tensor) -> tuple[Tensor, Pull]:
-    if layer.training and layer.p:
-        raise _NotPiecewiseLinearError(layer)
-    return x, _itself
+    if not (layer.training and layer.p):
+        return _reshape(layer, x)
+    noise = layer(torch.ones_like(x))
+    return x * noise, lambda g: g * noise
+
+
+def _reshape(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
+    shape = x.shape
+    return layer(x), lambda g: g.reshape(shape)
+
+
+def _pool(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
+    y, pull = torch.func.vjp(layer, x)  # type: ignore[misc]  # linear in g, and has no weights
+    return y, lambda g: pull(g)[0]
 
 
 def _sequential(layer: nn.Sequential, x: Tensor) -> tuple[Tensor, Pull]:
@@ -131,88 +102,127 @@ _LAYERS: dict[Any, Callable[[Any, Tensor], tuple[Tensor, Pull]]] = {
     nn.Conv1d.forward: partial(_conv, dims=1),
     nn.Conv2d.forward: partial(_conv, dims=2),
     nn.Conv3d.forward: partial(_conv, dims=3),
-    nn.AvgPool1d.forward: partial(_average, dims=1),
-    nn.AvgPool2d.forward: partial(_average, dims=2),
-    nn.AvgPool3d.forward: partial(_average, dims=3),
     nn.ReLU.forward: _relu,
     nn.LeakyReLU.forward: _leaky_relu,
+    nn.Dropout.forward: _dropout,
+    nn.Dropout2d.forward: _dropout,
     nn.Flatten.forward: _reshape,
     nn.Unflatten.forward: _reshape,
-    nn.Identity.forward: lambda layer, x: (x, _itself),
-    nn.Dropout.forward: _dropout,
+    nn.Identity.forward: _reshape,
+    nn.AvgPool1d.forward: _pool,
+    nn.AvgPool2d.forward: _pool,
+    nn.AvgPool3d.forward: _pool,
+    nn.AdaptiveAvgPool1d.forward: _pool,
+    nn.AdaptiveAvgPool2d.forward: _pool,
+    nn.AdaptiveAvgPool3d.forward: _pool,
+    nn.MaxPool1d.forward: _pool,
+    nn.MaxPool2d.forward: _pool,
+    nn.MaxPool3d.forward: _pool,
     nn.Sequential.forward: _sequential,
 }
+
+
+def _says_how(layer: nn.Module) -> bool:
+    """Whether it has ``linearized``, of the class that its ``forward`` is of."""
+    for kind in type(layer).__mro__:
+        if "linearized" in kind.__dict__ or "forward" in kind.__dict__:
+            return "linearized" in kind.__dict__
+    return False
+
+
+def _obstacle(layer: nn.Module) -> nn.Module | None:
+    """The first layer in it whose Jacobian is not locally constant, as far as is known here. Runs nothing: a layer that
+    draws noise or keeps count of its calls must not run twice."""
+    hooks = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, SpectralNorm | WeightNorm)]
+    if hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return layer
+    if "forward" in layer.__dict__:  # of this one alone
+        return layer
+    if type(layer).forward is nn.Sequential.forward or _says_how(layer):
+        return next(filter(None, map(_obstacle, layer.children())), None)
+    known = type(layer).forward in _LAYERS
+    if known and isinstance(layer, _ConvNd):
+        standard = getattr(nn, f"Conv{len(layer.kernel_size)}d")
+        known = type(layer)._conv_forward is standard._conv_forward and _padding(layer) is not None
+    return None if known else layer
 
 
 def trace(layer: nn.Module, x: Tensor, *y: Tensor) -> tuple[Tensor, Pull]:
     """A layer's output at x, and its transposed Jacobian there, as a function that is differentiable in the weights.
 
     What a module's own method ``linearized(trace, x, *y)`` does, which composes those of its children; or what is known
-    here. To be called without gradients.
+    here. To be called without gradients. Activations overwrite nothing, even those that are set to.
     """
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        raise _NotPiecewiseLinearError(layer)
-    if hasattr(layer, "linearized"):
+    if _says_how(layer):
         return layer.linearized(trace, x, *y)  # type: ignore[operator]
-    known = _LAYERS.get(type(layer).forward)
-    if known is None or y:
-        raise _NotPiecewiseLinearError(layer)
-    return known(layer, x)
+    if y:
+        raise ValueError(
+            f"y must be None for a critic that takes no labels, {type(layer).__name__}, got shape {tuple(y[0].shape)}"
+        )
+    return _LAYERS[type(layer).forward](layer, x)
+
+
+@_disable_dynamo  # which cannot do this; torch.compiler.disable would import all of it here, for seconds
+def _differentiated_twice(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = critic(x.clone(), *y)  # the first layer may overwrite what it is given
+        _complain_unless_scores(out, x)
+        return torch.autograd.grad(out, x, torch.ones_like(out), create_graph=create_graph)[0]
 
 
 def input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
     r"""The gradient of a critic in its input, :math:`\nabla_x f(x)`, differentiable in the critic's parameters.
 
-    A critic of linear, convolution, average-pool, flatten and dropout layers and ReLU or LeakyReLU, in nn.Sequential or
-    in modules that say how they are put together (method ``linearized``, as `genfuse.nn.Residual` has it), is piecewise
-    linear: its Jacobian is locally constant. Then the gradient is made by a chain of the transposed layers, whose
-    backward pass is an ordinary one, and holds no graph of x. Any other critic, such as one with smooth activations,
-    normalisation, hooks or code of its own, is differentiated twice by autograd; the log names the layer, once. Both
-    have the same values, at the kinks of the activations too. Where the chain is used the result is not differentiable
-    in x: that derivative is 0.
+    A critic of linear and convolution layers (zero padding), ReLU or LeakyReLU, pools, dropout, Flatten and Unflatten,
+    in nn.Sequential or in modules that say how they are put together (method ``linearized``, as `genfuse.nn.Residual`
+    has it), is piecewise linear: its Jacobian is locally constant. Then the gradient is made by a chain of the
+    transposed layers, whose backward pass is an ordinary one, and holds no graph of x. Weights may have spectral or
+    weight normalisation. Any other critic, such as one with smooth activations, normalisation of features, hooks or
+    code of its own, is differentiated twice by autograd; the log names the layer, once. Both have the same values, at
+    the kinks of the activations too. The result is not differentiable in x.
 
     Args:
         critic: f; ``critic(x)``, or ``critic(x, y)`` where labels are given, is (N,) or (N, 1), and treats each example
-            by itself.
-        x: (N, ...), of any floating dtype.
-        y: labels (N,), or whatever the critic takes.
+            by itself. It is called once, or as if it were. Of a critic that torch.compile made, the original is taken.
+        x: (N, ...), float32, float64, float16 or bfloat16.
+        y: labels (N,), or whatever the critic takes, with N rows.
 
     Returns:
-        The gradient, of x's shape.
+        The gradient, of x's shape and dtype.
 
     Raises:
-        ValueError: where the critic does not return one number per example.
+        ValueError: for x of another dtype or y of another length, and where the critic does not return one number per
+            example.
     """
-    labels = () if y is None else (y,)
-    x = x.detach()
-    spared: Callable[[Tensor], Tensor] = _itself
-    if isinstance(critic, nn.Module):
-        if any(getattr(layer, "inplace", False) for layer in critic.modules()):
-            spared = torch.clone
-        try:
-            with torch.no_grad():
-                out, pull = trace(critic, spared(x), *labels)
-            _complain_unless_scores(out, x)
-            return pull(torch.ones_like(out))
-        except _NotPiecewiseLinearError as found:
-            _note(critic, found.layer)
-    with torch.enable_grad():
-        x.requires_grad_()
-        out = critic(spared(x), *labels)
-        _complain_unless_scores(out, x)
-        return torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)[0]
+    _op.complain_unless_like(x, "x")
+    if y is not None and y.shape[:1] != x.shape[:1]:
+        raise ValueError(f"y must have a row for each of the {len(x)} examples, got shape {tuple(y.shape)}")
+    critic, labels = getattr(critic, "_orig_mod", critic), () if y is None else (y,)
+    obstacle = _obstacle(critic) if isinstance(critic, nn.Module) else critic
+    if obstacle is not None:
+        _note(critic, obstacle)
+        return _differentiated_twice(critic, x, *labels)
+    with torch.no_grad():
+        out, pull = trace(critic, x.detach(), *labels)  # type: ignore[arg-type]
+    _complain_unless_scores(out, x)
+    return pull(torch.ones_like(out))
 
 
-def _note(critic: nn.Module, layer: nn.Module) -> None:
-    if type(layer) not in _noted:
-        _noted.add(type(layer))
-        _log.warning(
-            "gradient_penalty differentiates %s twice, which is slower than the chain of transposed layers that it "
-            "uses for critics of linear layers, convolutions, average pools and ReLU or LeakyReLU: its %s is no such "
-            "layer, or has hooks",
-            type(critic).__name__,
-            type(layer).__name__,
-        )
+def _note(critic: Callable[..., Tensor], obstacle: Callable[..., Tensor]) -> None:
+    names = type(critic), type(obstacle)
+    if names in _noted:
+        return
+    _noted.add(names)
+    batch_norm = isinstance(critic, nn.Module) and any(isinstance(layer, _BatchNorm) for layer in critic.modules())
+    _log.warning(
+        "gradient_penalty differentiates %s twice, which is slower than the chain of transposed layers that it uses "
+        "for critics of linear layers, convolutions, pools and ReLU or LeakyReLU: its %s is no such layer, or has hooks"
+        "%s",
+        *(kind.__name__ for kind in names),
+        "; its batch norm couples the examples, so that no gradient is that of one example alone" * batch_norm,
+    )
 
 
 def _complain_unless_scores(out: Tensor, x: Tensor) -> None:
@@ -264,5 +274,6 @@ def gradient_penalty(
         x = interpolate(real.detach(), fake.detach(), generator)
     else:
         x = real if fake is None or at == "real" else fake
+        _op.complain_unless_like(x, at)
     gradient = input_gradient(critic, x, y)
     return gradient_norm_penalty(gradient, target=target, one_sided=one_sided, reduction=reduction)
