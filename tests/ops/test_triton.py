@@ -9,7 +9,7 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, standard_normal_log_prob
+from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, interpolate, standard_normal_log_prob
 from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
@@ -24,6 +24,9 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     types = {"p": storage, "seed": "*i64", "x": storage, "n": "i64"}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
+    types = {"real": storage, "real_stride": "i64", "fake": storage, "fake_stride": "i64", "seed": "*i64", "x": storage,
+             "epsilon": sums, "cols": "i32"}
+    check(interpolate.forward_kernel, types, {"BLOCK": 64, "WIDE": wide})
     types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "mask": "*u8", "y": storage,
              "logdet": sums, "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "cols": "i32",
              "first": "i32", "moved": "i32"}

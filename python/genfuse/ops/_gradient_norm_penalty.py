@@ -76,9 +76,7 @@ def double_backward_reference(
     return of_gpenalty, (scale[:, None] * along).to(gradient.dtype).contiguous()
 
 
-def _problem(
-    gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float
-) -> tuple[tuple, Tensor]:
+def _problem(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[tuple, Tensor]:
     """What all compiled kernels take first, and the tensor whose address stands in it."""
     gradient, stride = _op.rows(gradient)
     return (
@@ -218,7 +216,7 @@ def gradient_norm_penalty(
 
 
 def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    n, d = size
+    d = size[1]
     gradient = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1.5 / max(1, d) ** 0.5  # norms near 1.5
     return {"gradient": gradient.to(device, dtype).requires_grad_()}
 
