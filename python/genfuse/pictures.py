@@ -163,6 +163,23 @@ def points_over_time(samples: dict[int, Tensor], x: Tensor, path: str | Path, sc
             axes.set_title(f"step {step:,}", fontsize=10)
 
 
+def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
+    """Samples (N, C, H, W) in the first column, each beside the K training images (N, K, C, H, W) nearest to it."""
+    columns = nearest.shape[1] + 1
+    rows = torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)
+    grid = _tiled(_pixels(rows), columns)
+    width = columns * 0.8
+    with _figure(path, (width, 0.35 + width * grid.shape[0] / grid.shape[1]), layout=None) as figure:
+        top = 1 - 0.35 / figure.get_figheight()
+        axes = figure.add_axes((0, 0, 1, top))
+        axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+        axes.axvline(grid.shape[1] / columns, color=MODEL, lw=2)
+        for x, text in ((0.5, "sample"), (1.1, "nearest training images")):
+            ha = "center" if x == 0.5 else "left"
+            figure.text(x / columns, (1 + top) / 2, text, ha=ha, va="center", size=9)
+
+
 def latent_space(latents: Tensor, labels: Tensor | None, path: str | Path, title: str = "posterior means") -> None:
     """Latents (N, D) coloured by labels (N,); beyond two dimensions, their two principal components."""
     points, names = latents.double().cpu().numpy(), ("z1", "z2")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -178,3 +178,16 @@ def create(name: str, data: "Dataset | None" = None, **settings: Any) -> Generat
     model = cls(configure(cls, settings, data))
     model.plugin = name
     return model
+
+
+@torch.no_grad()
+def sample_in_parts(
+    model: GenerativeModel, n: int, y: Tensor | None = None, generator: torch.Generator | None = None, **options: Any
+) -> Iterator[Tensor]:
+    """``model.sample`` of n examples, at most 1,024 at a time, with their labels ``y`` (n,) where there are any.
+
+    In parts, since the activations of the networks can be many times the size of what they draw.
+    """
+    for start in range(0, n, 1024):
+        given = {} if y is None else {"y": y[start : start + 1024]}
+        yield model.sample(min(n - start, 1024), generator=generator, **given, **options)
