@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: ops, training, flows, and the report that is made from their records."""
+"""The command `python -m benchmarks`: ops, training, flows, gans, and the report that is made from their records."""
 
 import argparse
 import sys
@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where the data lies (default: GENFUSE_DATA)")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
 
+    commands.add_parser("gans", parents=[measure], help="a critic's step, and modes covered (half an hour)")
+
     command = commands.add_parser("report", help="write the page of results from records")
     command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
     command.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
@@ -74,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
             record, bars = ops.run(args)
         elif args.command == "flows":
             record, bars = flows.run(args)
+        elif args.command == "gans":
+            from benchmarks import gans
+
+            record, bars = gans.run(args)
         else:
             from benchmarks import training  # all of genfuse, which the operators can do without
 
