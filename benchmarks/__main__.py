@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _peers, _record, _report, flows, ops
+from benchmarks import _part, _peers, _record, _report, flows, gans, ops
 from genfuse.ops import OPERATORS
 
 
@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where the data lies (default: GENFUSE_DATA)")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
 
-    commands.add_parser("gans", parents=[measure], help="a critic's step, and modes covered (half an hour)")
+    command = commands.add_parser("gans", parents=[measure], help="adversarial models beside plain PyTorch")
+    command.add_argument("--only", nargs="+", choices=list(gans.PARTS), metavar="PART", help=", ".join(gans.PARTS))
+    command.add_argument("--quality", action="store_true", help="also what they learn (minutes)")
 
     command = commands.add_parser("report", help="write the page of results from records")
     command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
@@ -75,11 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "ops":
             record, bars = ops.run(args)
         elif args.command == "flows":
-            record, bars = flows.run(args)
+            record, bars = _part.run(args, flows.PARTS, flows.QUALITY)
         elif args.command == "gans":
-            from benchmarks import gans
-
-            record, bars = gans.run(args)
+            record, bars = _part.run(args, gans.PARTS, gans.QUALITY)
         else:
             from benchmarks import training  # all of genfuse, which the operators can do without
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, "plot", None):
         for record in records:
             _report.plot(record, args.plot)
-    wrong = {"ops": ops.wrong, "flows": flows.wrong}.get(args.command)
+    wrong = {"ops": ops.wrong, "flows": _part.wrong, "gans": _part.wrong}.get(args.command)
     return int(wrong is not None and wrong(records[0]))
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -21,8 +22,9 @@ class Flow:
     sample: Callable[[int], Tensor]
 
 
-def absent(library: str) -> str:
-    """Why there is nothing to compare with; empty where the library is installed."""
+def absent(side: str) -> str:
+    """Why there is nothing to compare with; empty where the library, the first word of a side, is installed."""
+    library = side.split(",")[0]
     try:
         version(library)
     except PackageNotFoundError:
@@ -115,7 +117,7 @@ def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Fl
     return _nflows([*layers, _nflows_linear(features)], features)
 
 
-def _normflows_nsf(features: int, *, dropout: float = 0.0) -> Flow:
+def _normflows_nsf(features: int, *, dropout: float = 0.0, equal: bool = False) -> Flow:
     import normflows as nf
 
     layers = [nf.flows.LULinearPermute(features)]
@@ -123,7 +125,8 @@ def _normflows_nsf(features: int, *, dropout: float = 0.0) -> Flow:
         coupling = nf.flows.CoupledRationalQuadraticSpline(
             features, 2, 128, num_bins=8, tail_bound=3.0, dropout_probability=dropout, reverse_mask=i % 2 == 1
         )
-        coupling.prqct.unconditional_transform = None  # splines of the other half, which the equal models lack
+        if equal:
+            coupling.prqct.unconditional_transform = None  # splines of the other half, which the others lack
         layers += [coupling, nf.flows.LULinearPermute(features)]
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), layers)
     return Flow(flow, flow.log_prob, lambda n: flow.sample(n)[0])
@@ -152,7 +155,11 @@ def _zuko_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow
 
 
 MODELS: dict[str, dict[str, Callable[..., Flow]]] = {  # by our name of the model, and by library
-    "nsf": {"nflows": _nflows_nsf, "normflows": _normflows_nsf},
+    "nsf": {
+        "nflows": _nflows_nsf,
+        "normflows": _normflows_nsf,
+        "normflows, equal model": partial(_normflows_nsf, equal=True),
+    },
     "realnvp": {"zuko": _zuko_realnvp},
     "maf": {"nflows": _nflows_maf, "zuko": _zuko_maf},
     "nsf-ar": {"nflows": _nflows_nsf_ar, "zuko": _zuko_nsf_ar},

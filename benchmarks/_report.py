@@ -10,7 +10,7 @@ MODES = {"forward": "forward", "backward": "backward", "both": "forward+backward
 INTRODUCTION = """# Benchmarks
 
 Written whole by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`; edit nothing here by hand. The
-records come from `python -m benchmarks ops --json RECORD.json`, and `training` or `flows` in the place of `ops`.
+records come from `python -m benchmarks ops --json RECORD.json`, and `training`, `flows` or `gans` in place of `ops`.
 
 A time is the median of one run, with the 20% and 80% quantiles in brackets. All sides take turns in that run. An
 operator is checked against float64 before it is timed: its error may be twice that of eager PyTorch in the same dtype.
@@ -116,7 +116,7 @@ def report(records: list[Json]) -> str:
             parts.append(_bars(record))
         if record["command"] == "ops":
             parts += _operators(record)
-        elif record["command"] == "flows":
+        elif "parts" in record:
             for part in record["parts"]:
                 parts += [f"### {part['name']}\n", part["about"] + "\n", _rows(part["rows"])]
         else:

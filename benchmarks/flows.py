@@ -3,14 +3,11 @@
 import contextlib
 import copy
 import dataclasses
-import inspect
 import itertools
 import math
 import os
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,56 +19,17 @@ from torch import Tensor
 import genfuse
 import genfuse.ops
 from benchmarks import _peers, ops
-from benchmarks._measure import FULL, QUICK, Effort, Side, Timing, interleave, peak_memory, seconds
+from benchmarks._measure import Effort, Side, peak_memory, seconds
+from benchmarks._part import OURS, Part
 from benchmarks._peers import Flow
 from benchmarks._record import Bar
-from benchmarks._report import figure
 
-OURS = "genfuse"
 SLOW = Effort(block=0.02, rounds=(5, 51), seconds=6)  # of calls that take seconds
 RATE = 1e-5  # of the optimizers that are timed: a step costs the same, and the model stays as it is
 DENSITY_ERROR = 1e-4  # of log p(x) in the model's dtype, against float64, as a share of it
 GRADIENT_ERROR = 1e-2  # of the gradient likewise, of its norm: rounding moves an example across a ReLU's kink
 ROUND_TRIP_ERROR = 1e-3  # of x after encode and decode, as a share of the largest x
 MEMORY_GROWTH, REVERSIBLE_ERROR = 1.3, 1e-4
-
-
-@dataclass
-class Part:
-    """What one part measured. Rows are printed as they come."""
-
-    args: Namespace
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    bars: list[Bar] = field(default_factory=list)
-
-    def row(self, what: str, **values: Any) -> None:
-        self.rows.append({"what": what, **values})
-        print(f"{what}: {figure(self.rows[-1])}", flush=True)
-
-    def size(self, full: Any, quick: Any) -> Any:
-        return quick if self.args.quick else full
-
-    def compare(
-        self, what: str, sides: dict[str, Side | str], bars: dict[str, float] | None = None, effort: Effort = FULL
-    ) -> dict[str, Timing]:
-        """Time all sides in turns; a side that is a text has no time, and the text says why. ``bars``: how many times
-        as fast as each of these sides ours has to be, on the CPU."""
-        runs = {name: side for name, side in sides.items() if isinstance(side, Side)}
-        times = interleave(runs, self.args.device, QUICK if self.args.quick else effort)
-        failures = {name: side for name, side in sides.items() if isinstance(side, str)}
-        for name in sides:
-            if name in failures:
-                self.row(f"{what}, {name}", failure=failures[name])
-                continue
-            values = dataclasses.asdict(times[name])
-            if name != OURS and OURS in times:
-                values["ratio"] = times[name].median / times[OURS].median
-            self.row(f"{what}, {name}", **values)
-        for name, factor in (bars or {}).items() if self.args.device == "cpu" else ():
-            why = failures.get(OURS) or failures.get(name) or ""
-            value = None if why else times[name].median / times[OURS].median
-            self.bars.append(Bar(f"{what} vs {name}", value, factor, "x", why=why))
-        return times
 
 
 def _gradients(model: Any, x: Tensor) -> list[Tensor]:
@@ -196,8 +154,9 @@ def _step(flow: Flow, batches: Tensor) -> Side:
 
 def step(part: Part) -> None:
     """One step of training on normal noise: loss, gradients, Adam, gradients cleared. nsf: 5 couplings between
-    LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout. realnvp: 10 couplings of 2
-    hidden layers of 256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
+    LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout; normflows' layer also bends
+    the coordinates that pass through, which its equal model leaves out. realnvp: 10 couplings of 2 hidden layers of
+    256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
     has nflows', where zuko reverses the order."""
     rows, features = part.size((256, 43), (16, 6))
     batches = torch.randn(64, rows, features, device=part.args.device)
@@ -364,20 +323,3 @@ def images(part: Part) -> None:
 
 PARTS = {part.__name__: part for part in (spline, step, sampling, memory, tables, images)}
 QUALITY = ("tables", "images")
-
-
-def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
-    """Measure and print the parts that were asked for; returns the record and its bars."""
-    chosen = args.only or [name for name in PARTS if args.quality or name not in QUALITY]
-    parts, bars = [], []
-    for name in chosen:
-        part = Part(args)
-        PARTS[name](part)
-        parts.append({"name": name, "about": inspect.getdoc(PARTS[name]), "rows": part.rows})
-        bars += part.bars
-    return {"command": "flows", "settings": {"device": args.device, "quick": args.quick}, "parts": parts}, bars
-
-
-def wrong(record: dict[str, Any]) -> bool:
-    """Whether a model of ours gave a wrong result."""
-    return any(row.get("failure", "").startswith("WRONG") for part in record["parts"] for row in part["rows"])

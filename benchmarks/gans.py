@@ -1,95 +1,122 @@
-"""Adversarial models: a critic's step beside plain PyTorch, and what they cover of eight Gaussians."""
+"""Adversarial models beside plain PyTorch: the gradient penalty and a critic's step; and what they learn."""
 
-import dataclasses
-from argparse import Namespace
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import genfuse
-from benchmarks._measure import FULL, QUICK, Side, Timing, interleave
+from benchmarks import plain_wgan_gp
+from benchmarks._measure import Side, peak_memory
+from benchmarks._part import OURS, Part
 from benchmarks._record import Bar
-from benchmarks._report import figure
 from genfuse.metrics import mode_coverage
 from genfuse.models import Batch
+from genfuse.ops import gradient_penalty
 
-SEEDS = range(3)
-SAMPLES = 10_000
-MODES, HIGH_QUALITY = 8, 90.0  # percent
-STEP = 1.3  # times as fast as plain PyTorch
-
-TOY = {"hidden": (128, 128, 128), "latent_dim": 8}
+PLAIN = "double backward"
+TOY: dict[str, Any] = {"hidden": (128, 128, 128), "latent_dim": 8}
 EIGHT_GAUSSIANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the training, and of the model
     "gan": ({"steps": 6_000, "lr": 1e-3}, TOY),
     "wgan": ({"steps": 24_000, "lr": 5e-4}, {**TOY, "clip": 0.1}),
     "wgan-gp": ({"steps": 24_000, "lr": 1e-3}, {**TOY, "penalty_weight": 1.0}),
 }
+ERROR = 1e-4  # of the penalty's gradient against double backward in float64, of its norm
+
+Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def modes(name: str, seed: int, device: str, quick: bool = False) -> tuple[int, float]:
-    """Modes of eight Gaussians that a model covers after its training, and the share of good samples, in percent."""
-    training, settings = EIGHT_GAUSSIANS[name]
-    training = {**training, "steps": 60} if quick else training
-    data = genfuse.load_data("toy:eight-gaussians")
-    assert data.mixture
-    torch.manual_seed(seed)
-    model = genfuse.create(name, data, **settings)
-    genfuse.Trainer(**training, seed=seed, device=device).fit(model, data)
-    samples = model.sample(SAMPLES, generator=torch.Generator(model.device).manual_seed(seed))
-    covered, good = mode_coverage(samples, data.mixture)
-    return covered, 100 * good
+def _gradients(penalty: Penalty, critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Those of the critic's weights, as one vector, for the same epsilons at every call."""
+    torch.manual_seed(0)
+    penalty(critic, real, fake).backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in critic.parameters()]
+    critic.zero_grad()
+    return torch.cat([g.flatten().double() for g in found])
 
 
-def plain_step(critic: nn.Module, generator: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """A step of WGAN-GP's critic as most code has it: three passes, and double backward."""
-    with torch.no_grad():
-        fake = generator(torch.randn(len(x), 100, device=x.device)).sigmoid()
-    eps = torch.rand(len(x), 1, 1, 1, device=x.device)
-    between = (eps * x + (1 - eps) * fake).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    penalty = (gradient.flatten(1).norm(2, dim=1) - 1).square().mean()
-    loss = critic(fake).mean() - critic(x).mean() + 10 * penalty
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def _wrong(critic: nn.Module, x: Tensor) -> str:
+    """What is wrong with our gradient at x, or an empty text."""
+    at_x = partial(gradient_penalty, at="real")
+    # Where all points are the same, so are those between them.
+    truth = _gradients(plain_wgan_gp.gradient_penalty, copy.deepcopy(critic).double(), x.double(), x.double())
+    error = float((_gradients(at_x, critic, x, x) - truth).norm() / truth.norm())
+    return "" if error <= ERROR else f"WRONG: the gradient is off by {error:.1e}"
 
 
-def steps(device: str, quick: bool) -> dict[str, Timing]:
-    """Seconds of a whole critic step at 784-256-256-1, batch 64, of ours and of plain PyTorch, on the same networks."""
+def penalty(part: Part) -> None:
+    """The gradient penalty and its gradients for all weights, LeakyReLU 0.2. Both sides draw their points between the
+    same real and fake examples, and call backward. Memory is the most that a call holds at a time."""
+    critics = {
+        "784-1024-1024-1": (plain_wgan_gp.mlp(784, 1024, 1024, 1), (256, 784), 2.5),
+        "784-256-256-1": (plain_wgan_gp.mlp(784, 256, 256, 1), (64, 784), 1.3),
+        "DCGAN at 32 x 32": (plain_wgan_gp.dcgan_critic(), (64, 3, 32, 32), 1.5),
+    }
+    for name, (critic, shape, bar) in critics.items():
+        critic = critic.to(part.args.device)
+        real, fake = torch.randn(2, part.size(shape[0], 4), *shape[1:], device=part.args.device)
+
+        def side(penalty: Penalty, critic: nn.Module = critic, real: Tensor = real, fake: Tensor = fake) -> Side:
+            def run() -> None:
+                penalty(critic, real, fake).backward()
+                critic.zero_grad()
+
+            return Side(run)
+
+        sides: dict[str, Side | str] = {
+            OURS: _wrong(critic, real) or side(gradient_penalty),
+            PLAIN: side(plain_wgan_gp.gradient_penalty),
+        }
+        what = f"critic {name}, batch {len(real)}"
+        part.compare(f"{what}, penalty", sides, {PLAIN: bar})
+        for kind, each in sides.items():
+            if isinstance(each, Side):
+                part.row(f"{what}, memory, {kind}", memory=peak_memory(each, part.args.device))
+
+
+def step(part: Part) -> None:
+    """An update of WGAN-GP's critic by a batch of 64 images of 28 x 28, networks 100-256-256-784 and 784-256-256-1:
+    generated images, loss, penalty, gradients, Adam. The other side is plain PyTorch code of the same."""
+    device = part.args.device
     torch.manual_seed(0)
     model = genfuse.create("wgan-gp", shape=(1, 28, 28)).to(device).train()
-    model.generator.requires_grad_(False)
-    batch = Batch(torch.rand(64, 1, 28, 28, device=device))
-    player = model.players()[0]
-    optimizer = player.optimizer(player.parameters)
+    critic = model.players()[0]
+    optimizer = critic.optimizer(critic.parameters)
+    for weight in model.generator.parameters():
+        weight.requires_grad_(False)  # as the training loop does
+    plain = plain_wgan_gp.PlainWGANGP().to(device)
+    x = torch.rand(part.size(64, 4), 1, 28, 28, device=device)
 
     def ours() -> None:
-        optimizer.zero_grad()
-        model.loss(batch, player.name)[0].backward()
+        model.loss(Batch(x), critic.name)[0].backward()
         optimizer.step()
-        model.after_step(player.name)
+        optimizer.zero_grad()
 
-    plain = torch.optim.Adam(model.critic.parameters(), lr=1e-4, betas=(0.0, 0.9))
-    sides = {
-        "genfuse": Side(ours),
-        "plain PyTorch": Side(lambda: plain_step(model.critic, model.generator, plain, batch.x)),
-    }
-    return interleave(sides, device, QUICK if quick else FULL)
+    sides: dict[str, Side | str] = {OURS: Side(ours), "plain PyTorch": Side(partial(plain.critic_step, x.flatten(1)))}
+    part.compare(f"critic step, batch {len(x)}", sides, {"plain PyTorch": 1.3})
 
 
-def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
-    """Measure and print; returns the record and its bars. ``--quick`` trains for 60 steps, which cover little."""
-    times = steps(args.device, args.quick)
-    rows = [{"what": f"wgan-gp, a critic step, {side}", **dataclasses.asdict(each)} for side, each in times.items()]
-    for row in rows:
-        print(f"{row['what']}: {figure(row)}", flush=True)
-    ratio = times["plain PyTorch"].median / times["genfuse"].median
-    bars = [Bar("wgan-gp, a critic step vs plain PyTorch", ratio, STEP, "x")]
-    for name in EIGHT_GAUSSIANS:
-        for seed in SEEDS:
-            covered, good = modes(name, seed, args.device, args.quick)
-            bars.append(Bar(f"{name} on eight Gaussians, seed {seed}, modes covered", covered, MODES))
-            bars.append(Bar(f"{name} on eight Gaussians, seed {seed}, high-quality samples", good, HIGH_QUALITY, "%"))
-            print(*bars[-2:], sep="\n", flush=True)
-    return {"command": "gans", "settings": {"device": args.device, "quick": args.quick}, "rows": rows}, bars
+def modes(part: Part) -> None:
+    """Eight Gaussians, by each model with three seeds: of 10,000 samples the modes covered, and the share within three
+    standard deviations of one."""
+    data = genfuse.load_data("toy:eight-gaussians")
+    assert data.mixture
+    for name, (training, settings) in EIGHT_GAUSSIANS.items():
+        for seed in range(part.size(3, 1)):
+            torch.manual_seed(seed)
+            model = genfuse.create(name, data, **settings)
+            options = {**training, "steps": part.size(training["steps"], 60), "device": part.args.device}
+            genfuse.Trainer(seed=seed, **options).fit(model, data)
+            samples = model.sample(10_000, generator=torch.Generator(model.device).manual_seed(seed))
+            covered, good = mode_coverage(samples, data.mixture)
+            what = f"{name} on eight Gaussians, seed {seed}"
+            bars = [Bar(f"{what}, modes", covered, 8), Bar(f"{what}, high-quality samples", 100 * good, 90, "%")]
+            print(*bars, sep="\n", flush=True)
+            part.bars += bars
+
+
+PARTS = {part.__name__: part for part in (penalty, step, modes)}
+QUALITY = (modes.__name__,)

@@ -248,11 +248,12 @@ def test_flows_are_timed_beside_a_peer(library, tmp_path, monkeypatch):
     assert any(bar["what"].endswith(f"vs {library}") and bar["value"] > 0 for bar in record["bars"])
 
 
-@pytest.mark.parametrize(("name", "library"), [(n, lib) for n, libs in _peers.MODELS.items() for lib in libs])
-def test_a_peer_fits_what_it_is_given(name, library):
-    pytest.importorskip(library, reason=f"{library} is not installed")
+@pytest.mark.parametrize(("name", "side"), [(n, side) for n, sides in _peers.MODELS.items() for side in sides])
+def test_a_peer_fits_what_it_is_given(name, side):
+    if reason := _peers.absent(side):
+        pytest.skip(reason)
     x = 0.3 * torch.randn(256, 4)
-    peer = _peers.MODELS[name][library](4)
+    peer = _peers.MODELS[name][side](4)
     before = _peers.log_likelihood(peer, x)
     _peers.fit(peer, x, x, steps=30, batch_size=64, lr=3e-3, grad_clip=5.0)
     assert _peers.log_likelihood(peer, x) > before + 0.5

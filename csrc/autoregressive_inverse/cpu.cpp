@@ -221,10 +221,10 @@ void bind_autoregressive_inverse(pybind11::module_& m) {
   const auto problem = [](int dtype, Address y, int64_t y_stride, Address context, int64_t context_stride, int64_t rows,
                           int64_t cols, Address layers, int64_t hidden, int64_t units, Address starts, int scale,
                           int64_t bins, int tails, double bound, double min_width, double min_height,
-                          double min_derivative, double edge) {
-    const rational_quadratic_spline::Problem spline{dtype,      nullptr,        nullptr, 0,    0,     rows,
-                                                    cols,       bins,           tails,   true, bound, min_width,
-                                                    min_height, min_derivative, edge};
+                          double min_derivative, double edge, double damping) {
+    const rational_quadratic_spline::Problem spline{dtype,      nullptr,        nullptr, 0,      0,     rows,
+                                                    cols,       bins,           tails,   true,   bound, min_width,
+                                                    min_height, min_derivative, edge,    damping};
     return Problem{dtype,
                    at<void>(y),
                    y_stride,

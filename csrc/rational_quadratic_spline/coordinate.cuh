@@ -12,15 +12,16 @@ struct Softmax {
   using T = compute_t<S>;
   const S* raw;
   int64_t bins;
-  T most, scale;
+  T damping, most, scale;
 
-  __device__ Softmax(const S* raw, int64_t bins) : raw(raw), bins(bins), most(load(raw[0])) {
-    for (int64_t k = 1; k < bins; ++k) most = load(raw[k]) > most ? load(raw[k]) : most;
+  __device__ Softmax(const S* raw, int64_t bins, T damping) : raw(raw), bins(bins), damping(damping), most(damped(0)) {
+    for (int64_t k = 1; k < bins; ++k) most = damped(k) > most ? damped(k) : most;
     T sum = 0;
-    for (int64_t k = 0; k < bins; ++k) sum += exp_(load(raw[k]) - most);
+    for (int64_t k = 0; k < bins; ++k) sum += exp_(damped(k) - most);
     scale = T(1) / sum;
   }
-  __device__ T share(int64_t k) const { return exp_(load(raw[k]) - most) * scale; }
+  __device__ T damped(int64_t k) const { return damping * load(raw[k]); }
+  __device__ T share(int64_t k) const { return exp_(damped(k) - most) * scale; }
 };
 
 // Of one axis: the share of the bin that is meant, and that of all before it.
@@ -59,7 +60,7 @@ struct Coordinate {
   Bin<T> bin;
 
   __device__ Coordinate(const Problem& p, const Constants<T>& c, const S* raw, T x)
-      : widths(raw, p.bins), heights(raw + p.bins, p.bins), folded(fold(x, c)) {
+      : widths(raw, p.bins, c.x.damping), heights(raw + p.bins, p.bins, c.y.damping), folded(fold(x, c)) {
     if (p.inverse) {
       k = search(heights, c.y, folded.at, h);
       pick(widths, k, w);

@@ -186,18 +186,18 @@ void bind_rational_quadratic_spline(pybind11::module_& m) {
   m.def("rational_quadratic_spline",
         [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
            int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
-           double min_derivative, double edge, Address y, Address logdet, int device, Address stream) {
-          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols, bins, tails,
-                          inverse, bound,       min_width,        min_height, min_derivative, edge};
+           double min_derivative, double edge, double damping, Address y, Address logdet, int device, Address stream) {
+          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols,   bins, tails,
+                          inverse, bound,       min_width,        min_height, min_derivative, edge, damping};
           GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
         });
   m.def("rational_quadratic_spline_backward",
         [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
            int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
-           double min_derivative, double edge, Address gy, Address glogdet, Address gx, Address gparams, int device,
-           Address stream) {
-          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols, bins, tails,
-                          inverse, bound,       min_width,        min_height, min_derivative, edge};
+           double min_derivative, double edge, double damping, Address gy, Address glogdet, Address gx, Address gparams,
+           int device, Address stream) {
+          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols,   bins, tails,
+                          inverse, bound,       min_width,        min_height, min_derivative, edge, damping};
           GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
         });
 }

@@ -10,8 +10,9 @@ namespace genfuse::rational_quadratic_spline::cpu {
 constexpr int kLanes = 32;
 
 template <class T>
-GENFUSE_HD void softmax(T* e, int64_t bins) {
+GENFUSE_HD void softmax(T* e, int64_t bins, T damping) {
   T most[kLanes], sum[kLanes];
+  for (int64_t i = 0; i < bins * kLanes; ++i) e[i] *= damping;
   for (int l = 0; l < kLanes; ++l) most[l] = e[l], sum[l] = 0;
   for (int64_t k = 1; k < bins; ++k) {
 #pragma omp simd
@@ -116,8 +117,8 @@ template <class T>
 GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
   const int64_t bins = p.bins;
   T *widths = b.raw, *heights = widths + bins * kLanes, *d = heights + bins * kLanes;
-  softmax(widths, bins);
-  softmax(heights, bins);
+  softmax(widths, bins, c.x.damping);
+  softmax(heights, bins, c.y.damping);
   for (int l = 0; l < kLanes; ++l) {
     const Folded<T> f = fold(b.x[l], c);
     b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;

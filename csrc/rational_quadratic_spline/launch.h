@@ -17,7 +17,8 @@ struct Problem {
   int tails;
   bool inverse;
   double bound, min_width, min_height, min_derivative;
-  double edge;  // the raw derivative of both ends under linear tails
+  double edge;     // the raw derivative of both ends under linear tails
+  double damping;  // a factor of raw widths and heights
 
   GENFUSE_HD int64_t width() const { return 3 * bins + (tails == kLinear ? -1 : tails == kNone ? 1 : 0); }  // P
 };

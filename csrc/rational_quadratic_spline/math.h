@@ -5,18 +5,18 @@
 // Monotonic rational-quadratic splines on one coordinate (Durkan et al., arXiv 1906.04032, section 3.1).
 namespace genfuse::rational_quadratic_spline {
 
-// How shares of one axis, which sum to 1, become knots and sizes of bins.
+// How shares of one axis, the softmax of damped raw parameters, become knots and sizes of bins.
 template <class T>
 struct Axis {
-  T bound, least, share;
+  T bound, least, share, damping;
 
   Axis(const Problem& p, double minimum)
-      : bound(T(p.bound)), least(T(minimum)), share(T(1. - minimum * double(p.bins))) {}
+      : bound(T(p.bound)), least(T(minimum)), share(T(1. - minimum * double(p.bins))), damping(T(p.damping)) {}
 
   GENFUSE_HD T knot(T k, T before) const { return T(2) * bound * (least * k + share * before) - bound; }
   GENFUSE_HD T size(T here) const { return T(2) * bound * (least + share * here); }
   // The gradient for a raw parameter, from that for its share less the mean of all.
-  GENFUSE_HD T raw(T here, T g) const { return T(2) * bound * share * here * g; }
+  GENFUSE_HD T raw(T here, T g) const { return damping * (T(2) * bound * share * here * g); }
 };
 
 template <class T>

@@ -154,6 +154,21 @@ def test_no_finite_parameters_make_a_nan(size, inverse, device, implementation):
     assert float(y.abs().max()) <= 3
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", EXTRA)
+def test_damping_is_a_factor_of_raw_widths_and_heights(tails, inverse, device, implementation):
+    x, params, settings = example(tails, scale=3.0, device=device)
+    factor = torch.ones_like(params)
+    factor[..., : 2 * settings["bins"]] = 0.25
+    damped = rational_quadratic_spline(x, params, **settings, inverse=inverse, damping=0.25)
+    multiplied = rational_quadratic_spline(x, params * factor, **settings, inverse=inverse)
+    for results in zip(damped, multiplied, strict=True):
+        torch.testing.assert_close(*results)
+    both = [torch.autograd.grad([y.sum(), 2 * logdet.sum()], [x, params]) for y, logdet in (damped, multiplied)]
+    for gradients in zip(*both, strict=True):
+        torch.testing.assert_close(*gradients)
+
+
 def test_a_nan_stays_where_it_is(device, implementation):
     x, params, settings = example(dtype=torch.float32, device=device)
     clean, clean_logdet = rational_quadratic_spline(x, params, **settings)
@@ -262,6 +277,7 @@ def test_a_spline_without_tails_refuses_what_lies_outside(device, implementation
         ({"min_width": 0.2}, r"min_width must be above 0 and at most 1 / bins = 0.125, got 0.2"),
         ({"min_height": 0.0}, r"min_height must be above 0"),
         ({"min_derivative": 1.0}, r"min_derivative must be between 0 and 1, got 1.0"),
+        ({"damping": 0.0}, r"damping must be positive and finite, got 0.0"),
     ],
 )
 def test_a_bad_argument_is_named(change, message):

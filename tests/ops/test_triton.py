@@ -52,7 +52,8 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
                 types = {"mu": storage, "mu_stride": "i64", "logvar": storage, "logvar_stride": "i64", "seed": "*i64",
                          "noise": storage, **tensors, "rows": "i64", "cols": "i32", "samples": "i32"}
                 check(kernel, types, fixed)
-    settings = {"bound": 3.0, "min_w": 1e-3, "min_h": 1e-3, "min_d": 1e-3, "edge": 0.54, "BINS": 8, "TILE": 8}
+    settings = {"damping": 0.5, "bound": 3.0, "min_w": 1e-3, "min_h": 1e-3, "min_d": 1e-3, "edge": 0.54,
+                "BINS": 8, "TILE": 8}
     for tails, width in enumerate((23, 25, 24)):
         for inverse in (False, True):
             fixed = {**settings, "WIDTH": width, "TAILS": tails, "INVERSE": inverse, "BLOCK": 32, "WIDE": wide}

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, Player
 from genfuse.models._conditional import ConditionalConfig, ConditionalModel
-from genfuse.models._standin import WithLabels, gradient_penalty
 from genfuse.nn import (
+    WithContext,
     dcgan_critic,
     dcgan_generator,
     mlp_critic,
@@ -23,6 +23,7 @@ from genfuse.nn import (
     resnet_generator,
 )
 from genfuse.nn.likelihoods import at_least_float32
+from genfuse.ops import gradient_penalty
 
 Network = Literal["mlp", "dcgan", "resnet"]
 Penalty = Literal["none", "gradient", "r1"]
@@ -277,4 +278,4 @@ def _critic(config: AdversarialConfig) -> nn.Module:
         for module in list(critic.modules()):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 spectral_norm(module)
-    return critic if not config.conditional else WithLabels(critic, config.network != "mlp")
+    return WithContext(critic, planes=config.network != "mlp") if config.conditional else critic

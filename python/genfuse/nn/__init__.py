@@ -28,6 +28,8 @@ from genfuse.nn._image import Squeeze as Squeeze
 from genfuse.nn._linear import ActNorm as ActNorm
 from genfuse.nn._linear import LULinear as LULinear
 from genfuse.nn._linear import Permutation as Permutation
+from genfuse.nn._linearized import Residual as Residual
+from genfuse.nn._linearized import WithContext as WithContext
 from genfuse.nn._mlp import mlp as mlp
 from genfuse.nn._planar import Planar as Planar
 from genfuse.nn._planar import Radial as Radial

@@ -128,8 +128,10 @@ class AutoregressiveSpline(Transform):
         super().__init__()
         settings = Settings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
         complain_unless_valid(settings)
-        self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails}
         self.made = MADE(features, hidden, settings.params, context=context)
+        # As in `SplineCoupling`.
+        damping = self.made.weights()[-1].shape[1] ** -0.5
+        self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails, "damping": damping}
         _start_near_zero(self.made)
         with torch.no_grad():  # equal bins and slopes of 1 make the identity
             self.made.biases()[-1].view(features, -1)[:, 2 * bins :] = settings.unit_derivative

@@ -110,21 +110,15 @@ class SplineCoupling(Coupling):
     layer's inputs, as the paper's code does: without it bins move faster than the rest, and small data is overfitted.
     """
 
-    damping: Tensor
-
     def __init__(self, conditioner: nn.Module, split: int, bins: int = 8, bound: float = 3.0) -> None:
         super().__init__(conditioner, split)
-        self.bins, self.bound = bins, bound
         last = conditioner.last
         assert isinstance(last, nn.Linear | nn.Conv2d)
         start_spline(last, Settings(bins, float(bound), "linear", False, 1e-3, 1e-3, 1e-3))
-        damping = torch.ones(len(last.weight)).view(-1, 3 * bins - 1)
-        damping[:, : 2 * bins] = last.weight[0].numel() ** -0.5
-        self.register_buffer("damping", damping.flatten(), persistent=False)
+        self.settings = {"bins": bins, "bound": bound, "damping": last.weight[0].numel() ** -0.5}
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         kept, moved = self.halves(x)
-        raw = self.raw(x, context) * self.damping.view(-1, *[1] * (x.dim() - 2))
-        raw = raw.unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
-        y, logdet = rational_quadratic_spline(moved, raw, bins=self.bins, bound=self.bound, inverse=inverse)
+        raw = self.raw(x, context).unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
+        y, logdet = rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)
         return self.together(kept, y), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet

@@ -11,6 +11,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from genfuse.nn._linearized import Residual
+
 SLOPE = 0.2  # of leaky ReLUs
 WIDEST = 8  # times the width at the finest resolution
 
@@ -120,15 +122,6 @@ class Crop(nn.Module):
         for axis, size in zip((2, 3), self.size, strict=True):
             x = x.narrow(axis, (x.shape[axis] - size) // 2, size)
         return x
-
-
-class Residual(nn.Module):
-    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.branch, self.shortcut = branch, shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x) + self.shortcut(x)
 
 
 def _stages(shape: Image) -> tuple[int, tuple[int, int]]:

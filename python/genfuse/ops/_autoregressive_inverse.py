@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     min_width: float
     min_height: float
     min_derivative: float
+    damping: float
 
     @property
     def spline(self) -> _spline.Settings:
@@ -158,7 +159,7 @@ def _native(
         _op.DTYPES[y.dtype], y.data_ptr(), y_stride, 0 if context is None else context.data_ptr(), context_stride,
         *y.shape, table.data_ptr() + 8 * len(bounds), len(layers) - 1, sum(len(b) for b in biases[:-1]),
         table.data_ptr(), SCALES.index(s.scale), s.bins, _spline.TAILS[s.tails], s.bound, s.min_width, s.min_height,
-        s.min_derivative, s.spline.edge,
+        s.min_derivative, s.spline.edge, s.damping,
     )  # fmt: skip
     size = _C.autoregressive_inverse_workspace(problem) if y.is_cuda else 0
     workspace = y.new_empty(size // y.element_size())
@@ -170,7 +171,8 @@ def _native(
 
 _kernel = _op.define(
     "autoregressive_inverse(Tensor y, Tensor? context, Tensor[] weights, Tensor[] biases, int[] bounds, str scale, "
-    "int bins, float bound, str tails, float min_width, float min_height, float min_derivative) -> (Tensor, Tensor)",
+    "int bins, float bound, str tails, float min_width, float min_height, float min_derivative, float damping) "
+    "-> (Tensor, Tensor)",
     reference=reference,
     fake=_outputs,
     native=_native,
@@ -223,6 +225,7 @@ def autoregressive_inverse(
     min_width: float = 1e-3,
     min_height: float = 1e-3,
     min_derivative: float = 1e-3,
+    damping: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Undo a masked autoregressive layer, with the log-determinant, at the price of about one pass of its network.
 
@@ -263,7 +266,7 @@ def autoregressive_inverse(
     n, d = y.shape
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    settings = Settings(scale, bins, float(bound), tails, min_width, min_height, min_derivative)
+    settings = Settings(scale, bins, float(bound), tails, min_width, min_height, min_derivative, damping)
     if bins:
         _spline.complain_unless_valid(settings.spline)
         _spline.complain_unless_inside(y, "y", settings.spline)

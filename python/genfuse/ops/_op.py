@@ -263,6 +263,13 @@ def rows(t: Tensor) -> tuple[Tensor, int]:
     return t.contiguous(), t.shape[-1]
 
 
+def examples(t: Tensor) -> Tensor:
+    """``t``, (N, ...), as (N, D): a view of images in either memory format, too, for which D is in the order of memory,
+    and a copy only if an example has gaps."""
+    axes = sorted(range(1, t.dim()), key=t.stride, reverse=True)  # stable: contiguous ones stay as they are
+    return t.permute(0, *axes).reshape(t.shape[0], t.shape[1:].numel())
+
+
 def wide(t: Tensor) -> torch.dtype:
     """The type that is computed in, which is also that of sums: many terms do not fit 16 bits."""
     return t.dtype if t.dtype is torch.float64 else torch.float32

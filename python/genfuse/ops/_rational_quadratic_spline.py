@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     min_width: float
     min_height: float
     min_derivative: float
+    damping: float = 1.0
 
     @property
     def params(self) -> int:
@@ -60,7 +61,7 @@ def _shares(params: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
         d = F.pad(d, (1, 1), value=s.edge)
     elif s.tails == "circular":
         d = torch.cat([d, d[..., :1]], -1)
-    return widths.softmax(-1), heights.softmax(-1), d
+    return (s.damping * widths).softmax(-1), (s.damping * heights).softmax(-1), d
 
 
 def _find(at: Tensor, shares: tuple[Tensor, Tensor, Tensor], s: Settings, *, along_y: bool) -> _Bin:
@@ -153,7 +154,7 @@ def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, s: Settings
 
     def raw(share: Tensor, minimum: float, gknot: Tensor, gsize: Tensor) -> Tensor:
         g = torch.where(index[:-1] < b.k, gknot[..., None], torch.where(here[..., :-1], gsize[..., None], 0.0))
-        return 2 * s.bound * (1 - minimum * s.bins) * share * (g - (g * share).sum(-1, keepdim=True))
+        return s.damping * 2 * s.bound * (1 - minimum * s.bins) * share * (g - (g * share).sum(-1, keepdim=True))
 
     gd = torch.where(here, gd0[..., None], torch.where(past, gd1[..., None], 0.0)) * shares[2].sigmoid()
     if s.tails == "linear":
@@ -193,7 +194,7 @@ def _problem(x: Tensor, params: Tensor, s: Settings) -> tuple[list, tuple]:
     return [
         _op.DTYPES[x.dtype],
         x.data_ptr(), x_stride, params.data_ptr(), params_stride, x.shape[:-1].numel(), x.shape[-1],
-        s.bins, TAILS[s.tails], s.inverse, s.bound, s.min_width, s.min_height, s.min_derivative, s.edge,
+        s.bins, TAILS[s.tails], s.inverse, s.bound, s.min_width, s.min_height, s.min_derivative, s.edge, s.damping,
     ], (x, params)  # fmt: skip
 
 
@@ -214,7 +215,10 @@ def _native_backward(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *se
     return gx, gparams
 
 
-_SETTINGS = "int bins, float bound, str tails, bool inverse, float min_width, float min_height, float min_derivative"
+_SETTINGS = (
+    "int bins, float bound, str tails, bool inverse, float min_width, float min_height, float min_derivative, "
+    "float damping"
+)
 _forward = _op.define(
     f"rational_quadratic_spline(Tensor x, Tensor params, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=reference,
@@ -266,6 +270,8 @@ def complain_unless_valid(s: Settings) -> None:
             raise ValueError(f"{name} must be above 0 and at most 1 / bins = {1 / s.bins:g}, got {least}")
     if not 0 < s.min_derivative < 1:
         raise ValueError(f"min_derivative must be between 0 and 1, got {s.min_derivative}")
+    if not 0 < s.damping < math.inf:
+        raise ValueError(f"damping must be positive and finite, got {s.damping}")
 
 
 def complain_unless_inside(x: Tensor, name: str, s: Settings) -> None:
@@ -286,6 +292,7 @@ def rational_quadratic_spline(
     min_width: float = 1e-3,
     min_height: float = 1e-3,
     min_derivative: float = 1e-3,
+    damping: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Transform each coordinate by a monotonic rational-quadratic spline of its own, with the log-determinant.
 
@@ -311,6 +318,8 @@ def rational_quadratic_spline(
         inverse: whether to map y back to x.
         min_width, min_height: least size of a bin, as a share of the box.
         min_derivative: least derivative at a knot.
+        damping: a factor of raw widths and heights, above 0. The paper's code has one over the square root of the
+            number of the conditioner's last hidden units.
 
     Returns:
         y, of x's shape and dtype, contiguous; and the log-determinant of what was done, forward or inverse, (...), in
@@ -321,7 +330,7 @@ def rational_quadratic_spline(
             an x outside the box. That check waits for the device, once a call; under torch.compile it is left out, and
             such an x gives NaN.
     """
-    settings = Settings(bins, float(bound), tails, inverse, min_width, min_height, min_derivative)
+    settings = Settings(bins, float(bound), tails, inverse, min_width, min_height, min_derivative, damping)
     complain_unless_valid(settings)
     if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
         params = params.float()

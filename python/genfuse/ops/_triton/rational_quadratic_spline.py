@@ -20,10 +20,11 @@ def _softplus(x):
 
 
 @triton.jit
-def _axis(raw, mask, least: tl.constexpr, bound: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, wide):
+def _axis(raw, mask, damping: tl.constexpr, least: tl.constexpr, bound: tl.constexpr, BINS: tl.constexpr,
+          TILE: tl.constexpr, wide):  # fmt: skip
     """Shares of the bins, the sum of those before each, and the knots where bins begin."""
     k = tl.arange(0, TILE)[None, :]
-    x = tl.load(raw[:, None] + k, mask[:, None] & (k < BINS), 0.0).to(wide)
+    x = damping * tl.load(raw[:, None] + k, mask[:, None] & (k < BINS), 0.0).to(wide)
     x = tl.where(k < BINS, x, float("-inf"))
     e = tl.exp(x - tl.max(x, 1)[:, None])
     share = e / tl.sum(e, 1)[:, None]
@@ -44,7 +45,8 @@ def _take(t, bin, TILE: tl.constexpr):
 
 @triton.jit
 def _point(
-    x, raw, mask, bound: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr,
+    x, raw, mask,
+    damping: tl.constexpr, bound: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr,
     edge: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr, wide,
 ):  # fmt: skip
     """The bin of each coordinate, and where in it the coordinate is."""
@@ -56,8 +58,8 @@ def _point(
     else:
         inside = (x >= -bound) & (x <= bound)
         at = tl.where(inside, x, 0.0)
-    ws, w_before, w_knot = _axis(raw, mask, min_w, bound, BINS, TILE, wide)
-    hs, h_before, h_knot = _axis(raw + BINS, mask, min_h, bound, BINS, TILE, wide)
+    ws, w_before, w_knot = _axis(raw, mask, damping, min_w, bound, BINS, TILE, wide)
+    hs, h_before, h_knot = _axis(raw + BINS, mask, damping, min_h, bound, BINS, TILE, wide)
     bin = _search(at, h_knot if INVERSE else w_knot, BINS, TILE)
     xk, yk = _take(w_knot, bin, TILE), _take(h_knot, bin, TILE)
     w = 2.0 * bound * (min_w + (1.0 - min_w * BINS) * _take(ws, bin, TILE))
@@ -97,7 +99,8 @@ def _point(
 @triton.jit
 def forward_kernel(
     x, x_stride, params, params_stride, y, logdet, cols,
-    bound: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr, edge: tl.constexpr,
+    damping: tl.constexpr, bound: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr,
+    edge: tl.constexpr,
     BINS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +114,7 @@ def forward_kernel(
         raw = params + row * params_stride + column.to(tl.int64) * WIDTH
         (inside, turns, _bin, xk, yk, w, h, _r0, _r1, _d0, _d1, _delta, theta, _q, _t, _below, _m, slope, v,
          _ws, _w_before, _hs, _h_before) = _point(
-            u, raw, mask, bound, min_w, min_h, min_d, edge, BINS, TILE, TAILS, INVERSE, wide
+            u, raw, mask, damping, bound, min_w, min_h, min_d, edge, BINS, TILE, TAILS, INVERSE, wide
         )  # fmt: skip
         along = xk + theta * w if INVERSE else yk + h * v
         along = tl.where(along < -bound, -bound, tl.where(along > bound, bound, along)) + turns
@@ -123,20 +126,21 @@ def forward_kernel(
 
 
 @triton.jit
-def _raw_gradient(to, mask, share, before, bin, gknot, gsize, least: tl.constexpr, bound: tl.constexpr,
-                  BINS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def _raw_gradient(to, mask, share, before, bin, gknot, gsize, damping: tl.constexpr, least: tl.constexpr,
+                  bound: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     k = tl.arange(0, TILE)[None, :]
     mean = gknot * _take(before, bin, TILE) + gsize * _take(share, bin, TILE)
     own = tl.where(k == bin[:, None], gsize[:, None], 0.0)
     g = tl.where(k < bin[:, None], gknot[:, None], own) - mean[:, None]
-    g = 2.0 * bound * (1.0 - least * BINS) * share * g
+    g = damping * 2.0 * bound * (1.0 - least * BINS) * share * g
     tl.store(to[:, None] + k, g.to(to.dtype.element_ty), mask[:, None] & (k < BINS))
 
 
 @triton.jit
 def backward_kernel(
     x, x_stride, params, params_stride, gy, glogdet, gx, gparams, cols,
-    bound: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr, edge: tl.constexpr,
+    damping: tl.constexpr, bound: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr,
+    edge: tl.constexpr,
     BINS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +155,7 @@ def backward_kernel(
         raw = params + row * params_stride + column.to(tl.int64) * WIDTH
         (inside, _turns, bin, _xk, _yk, w, h, r0, r1, d0, d1, delta, theta, q, t, below, m, slope, v,
          ws, w_before, hs, h_before) = _point(
-            u, raw, mask, bound, min_w, min_h, min_d, edge, BINS, TILE, TAILS, INVERSE, wide
+            u, raw, mask, damping, bound, min_w, min_h, min_d, edge, BINS, TILE, TAILS, INVERSE, wide
         )  # fmt: skip
         log_m = 2.0 * (theta * (d1 - delta) + q * (delta - d0)) / m
         log_x = (log_m - 2.0 * (d0 + d1 - 2.0 * delta) * (q - theta) * below) / w
@@ -176,8 +180,10 @@ def backward_kernel(
         gd0, gd1 = tl.where(inside, gd0, 0.0), tl.where(inside, gd1, 0.0)
         tl.store(gx + row * cols + column, tl.where(inside, g_out, g_in).to(gx.dtype.element_ty), mask)
         to = gparams + (row * cols + column) * WIDTH
-        _raw_gradient(to, mask, ws, w_before, bin, tl.where(inside, gxk, 0.0), gw, min_w, bound, BINS, TILE)
-        _raw_gradient(to + BINS, mask, hs, h_before, bin, tl.where(inside, g, 0.0), gh, min_h, bound, BINS, TILE)
+        _raw_gradient(to, mask, ws, w_before, bin, tl.where(inside, gxk, 0.0), gw, damping, min_w, bound, BINS, TILE)
+        _raw_gradient(
+            to + BINS, mask, hs, h_before, bin, tl.where(inside, g, 0.0), gh, damping, min_h, bound, BINS, TILE
+        )
         k = tl.arange(0, 2 * TILE)[None, :]
         left = bin[:, None] - (1 if TAILS == 0 else 0)
         right = (left + 1) % BINS if TAILS == 2 else left + 1
@@ -201,6 +207,7 @@ def _launch(kernel: Any, x: Tensor, params: Tensor, s: Settings, *tensors: Tenso
             *(x, x_stride, params, params_stride, *tensors, cols),
             **settings,
             **sizes,
+            damping=s.damping,
             edge=s.edge,
             BLOCK=block,
             WIDE=x.dtype is torch.float64,

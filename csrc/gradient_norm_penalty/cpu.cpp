@@ -1,0 +1,131 @@
+#include "bindings.h"
+#include "gradient_norm_penalty/launch.h"
+#include "gradient_norm_penalty/math.h"
+#include "rows.h"
+
+namespace genfuse::gradient_norm_penalty::cpu {
+namespace {
+
+template <class T>
+GENFUSE_HD Penalty<T> penalty_of(const Problem& p) {
+  return {T(p.target), T(p.eps), p.one_sided};
+}
+
+// In blocks, whose sums are added up: a long sum would lose digits.
+template <class S, class T = compute_t<S>>
+GENFUSE_HD T dot(const S* a, const S* b, int64_t n) {
+  T sum = 0;
+  for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
+    T part = 0;
+    const int64_t end = std::min(j0 + kBlock, n);
+#pragma omp simd reduction(+ : part)
+    for (int64_t j = j0; j < end; ++j) part += load(a[j]) * load(b[j]);
+    sum += part;
+  }
+  return sum;
+}
+
+template <class S>
+GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const Penalty<T> penalty = penalty_of<T>(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* g = element<S>(p.gradient, i * p.stride);
+    const T norm = std::sqrt(dot(g, g, p.cols));
+    *element<T>(out.norm, i) = norm;
+    *element<T>(out.penalty, i) = penalty.value(norm);
+  }
+}
+
+template <class S>
+GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const Penalty<T> penalty = penalty_of<T>(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* g = element<S>(p.gradient, i * p.stride);
+    S* ggradient = element<S>(out.ggradient, i * p.cols);
+    const T gpenalty = T(out.weight) * *element<T>(out.gpenalty, i * out.gpenalty_stride);
+    const T slope = gpenalty * penalty.slope(*element<T>(out.norm, i));
+    GENFUSE_INDEPENDENT
+    for (int64_t j = 0; j < p.cols; ++j) store(ggradient[j], slope * load(g[j]));
+  }
+}
+
+template <class S>
+GENFUSE_HD void rows_of(const Problem& p, const DoubleBackward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const Penalty<T> penalty = penalty_of<T>(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const S *g = element<S>(p.gradient, i * p.stride), *v = element<S>(out.v, i * out.v_stride);
+    S* of_gradient = element<S>(out.of_gradient, i * p.cols);
+    const T gpenalty = T(out.weight) * *element<T>(out.gpenalty, i * out.gpenalty_stride);
+    const T norm = *element<T>(out.norm, i), along = dot(g, v, p.cols);
+    *element<T>(out.of_gpenalty, i) = T(out.weight) * penalty.slope(norm) * along;
+    const T slope = gpenalty * penalty.slope(norm), bend = gpenalty * penalty.bend(norm, along);
+    GENFUSE_INDEPENDENT
+    for (int64_t j = 0; j < p.cols; ++j) store(of_gradient[j], slope * load(v[j]) + bend * load(g[j]));
+  }
+}
+
+#define GENFUSE_ROWS(S)                                                                                \
+  GENFUSE_SIMD void rows(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) {        \
+    rows_of<S>(p, out, begin, end);                                                                    \
+  }                                                                                                    \
+  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t begin, int64_t end) {       \
+    rows_of<S>(p, out, begin, end);                                                                    \
+  }                                                                                                    \
+  GENFUSE_SIMD void rows(S, const Problem& p, const DoubleBackward& out, int64_t begin, int64_t end) { \
+    rows_of<S>(p, out, begin, end);                                                                    \
+  }
+GENFUSE_ROWS(float)
+GENFUSE_ROWS(double)
+GENFUSE_ROWS(Half)
+GENFUSE_ROWS(BFloat16)
+#undef GENFUSE_ROWS
+
+template <class Out>
+void run_rows(const Problem& p, const Out& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
+  });
+}
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out) { run_rows(p, out); }
+void run(const Problem& p, const Backward& out) { run_rows(p, out); }
+void run(const Problem& p, const DoubleBackward& out) { run_rows(p, out); }
+
+}  // namespace genfuse::gradient_norm_penalty::cpu
+
+namespace genfuse {
+
+void bind_gradient_norm_penalty(pybind11::module_& m) {
+  using namespace gradient_norm_penalty;
+  m.def("gradient_norm_penalty",
+        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, bool one_sided,
+           Address penalty, Address norm, int device, Address stream) {
+          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, 0, one_sided};
+          GENFUSE_RUN(p, (Forward{at<void>(penalty), at<void>(norm)}), device, stream);
+        });
+  m.def("gradient_norm_penalty_backward",
+        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, bool one_sided,
+           double eps, Address gpenalty, int64_t gpenalty_stride, double weight, Address norm, Address ggradient,
+           int device, Address stream) {
+          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, one_sided};
+          const Backward out{at<void>(gpenalty), gpenalty_stride, weight, at<void>(norm), at<void>(ggradient)};
+          GENFUSE_RUN(p, out, device, stream);
+        });
+  m.def("gradient_norm_penalty_double_backward",
+        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, bool one_sided,
+           double eps, Address gpenalty, int64_t gpenalty_stride, double weight, Address norm, Address v,
+           int64_t v_stride, Address of_gpenalty, Address of_gradient, int device, Address stream) {
+          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, one_sided};
+          const DoubleBackward out{at<void>(gpenalty), gpenalty_stride, weight,
+                                   at<void>(norm),     at<void>(v),     v_stride,
+                                   at<void>(of_gpenalty), at<void>(of_gradient)};
+          GENFUSE_RUN(p, out, device, stream);
+        });
+}
+
+}  // namespace genfuse
