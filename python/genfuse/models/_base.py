@@ -112,6 +112,19 @@ class GenerativeModel(nn.Module):
                 f"the model is conditional and needs labels, but the data set {data.name!r} has none in its splits "
                 f"{', '.join(bare)}: use a data set with labels, or a model without `conditional`"
             )
+        if self.conditional and data.classes is not None and data.classes > self.config.classes:
+            raise SettingsError(
+                f"the data set {data.name!r} has labels up to {data.classes - 1}, but the model was made for labels 0.."
+                f"{self.config.classes - 1}: pass the data set when you make it, as in genfuse.create(name, data)"
+            )
+
+    def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
+        """What goes wrong in a training, as {a name for it: what was seen, and what to try}; each is told once.
+
+        Called after ``step`` updates with the mean of each of ``player``'s terms since the last look at them, the
+        norm of its gradient as ``gradient_norm`` among them where there are several players.
+        """
+        return {}
 
     @property
     def device(self) -> torch.device:
