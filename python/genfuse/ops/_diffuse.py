@@ -205,15 +205,14 @@ def diffuse(
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     _op.complain_unless_like(x0, "x0", **({} if noise is None else {"noise": (noise, x0.shape)}))
     alpha, sigma = _per_example(x0, alpha, "alpha"), _per_example(x0, sigma, "sigma")
-    flat = x0 if x0.dim() == 2 else x0.reshape(x0.shape[0], math.prod(x0.shape[1:]))
-    if noise is None:
-        x_t, of_target = Diffuse.apply(flat, alpha, sigma, _philox.seed(x0, generator), None, target)
-    else:
-        stored = "x0" if target == "noise" else target  # nothing is: the noise is there already
-        x_t, of_target = Diffuse.apply(flat, alpha, sigma, None, noise.reshape(flat.shape), stored)
-        if target == "noise":
-            return x_t.view(x0.shape), noise
-    return x_t.view(x0.shape), x0 if target == "x0" else of_target.view(x0.shape)
+    flat, given = (
+        t if t is None or t.dim() == 2 else t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in (x0, noise)
+    )
+    seed = _philox.seed(x0, generator) if noise is None else None
+    there = noise if target == "noise" else x0 if target == "x0" else None  # a target that need not be stored
+    x_t, of_target = Diffuse.apply(flat, alpha, sigma, seed, given, target if there is None else "x0")
+    x_t = x_t if x0.dim() == 2 else x_t.view(x0.shape)
+    return x_t, of_target.view(x0.shape) if there is None else there
 
 
 def _per_example(x0: Tensor, value: Tensor | float, name: str) -> Tensor:
@@ -249,10 +248,11 @@ def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
 
 
 # As a model is trained; and with a learned schedule and data that are another network's, which is differentiated.
-for _name, _target, _make, _kernels in (
+_REGISTERED: tuple[tuple[str, Target, Any, tuple[_op.Kernel, ...]], ...] = (
     ("diffuse", "noise", _example, (_forward,)),
     ("diffuse_learned", "v", _learned, (_forward, _backward)),
-):
+)
+for _name, _target, _make, _kernels in _REGISTERED:
     _op.OPERATORS[_name] = _op.Operator(
         name=_name,
         function=partial(diffuse, target=_target),

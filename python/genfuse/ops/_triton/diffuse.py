@@ -16,11 +16,11 @@ BLOCK = 1024
 
 
 @triton.jit
-def _eps(noise, seed, first, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+def _eps(noise, key, first, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
     """The noise of elements [first, first + BLOCK)."""
     if noise is not None:
         return tl.load(noise + first + tl.arange(0, BLOCK), mask, 0.0).to(tl.float64 if WIDE else tl.float32)
-    return normals(tl.load(seed), first, BLOCK, ALIGNED, WIDE)
+    return normals(key, first, BLOCK, ALIGNED, WIDE)
 
 
 @triton.jit
@@ -29,11 +29,12 @@ def forward_kernel(
     TARGET: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
+    key = tl.load(seed) if seed is not None else 0
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = first + tl.arange(0, BLOCK)
     mask = i < rows * cols
     row = i // cols
-    eps = _eps(noise, seed, first, mask, BLOCK, True, WIDE)
+    eps = _eps(noise, key, first, mask, BLOCK, True, WIDE)
     x = tl.load(x0 + row * x0_stride + i % cols, mask, 0.0).to(wide)
     a = tl.load(alpha + row, mask, 0.0)
     s = tl.load(sigma + row, mask, 0.0)
@@ -52,13 +53,14 @@ def backward_kernel(
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
+    key = tl.load(seed) if seed is not None else 0
     row = tl.program_id(0).to(tl.int64)
     of_alpha = tl.zeros((BLOCK,), wide)
     of_sigma = tl.zeros((BLOCK,), wide)
     for start in range(0, cols, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < cols
-        eps = _eps(noise, seed, row * cols + start, mask, BLOCK, ALIGNED, WIDE)
+        eps = _eps(noise, key, row * cols + start, mask, BLOCK, ALIGNED, WIDE)
         x = tl.load(x0 + row * x0_stride + columns, mask, 0.0).to(wide)
         g = tl.load(gx_t + row * cols + columns, mask, 0.0).to(wide)
         of_alpha += g * x
