@@ -141,6 +141,8 @@ class Diffuse(torch.autograd.Function):
         to_x0, to_noise = (-sigma, alpha) if ctx.target == "v" else (-one, one)  # how the target depends on them
         if gx_t is None:
             gx_t = torch.zeros_like(x0)
+        if ctx.target in ("x0", "noise"):
+            gtarget = None  # torch.compile makes one even of what is not differentiable
 
         def combine(a: Tensor, b: Tensor) -> Tensor:
             """a gx_t + b gtarget: itself a noisy sample, of gradients."""
