@@ -1,8 +1,9 @@
-"""Adversarial models beside plain PyTorch: the gradient penalty and a critic's step."""
+"""Adversarial models beside plain PyTorch: the gradient penalty and a critic's step; and what they learn."""
 
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,18 @@ import genfuse
 from benchmarks import plain_wgan_gp
 from benchmarks._measure import Side, peak_memory
 from benchmarks._part import OURS, Part
+from benchmarks._record import Bar
+from genfuse.metrics import mode_coverage
 from genfuse.models import Batch
 from genfuse.ops import gradient_penalty
 
 PLAIN = "double backward"
+TOY: dict[str, Any] = {"hidden": (128, 128, 128), "latent_dim": 8}
+EIGHT_GAUSSIANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the training, and of the model
+    "gan": ({"steps": 6_000, "lr": 1e-3}, TOY),
+    "wgan": ({"steps": 24_000, "lr": 5e-4}, {**TOY, "clip": 0.1}),
+    "wgan-gp": ({"steps": 24_000, "lr": 1e-3}, {**TOY, "penalty_weight": 1.0}),
+}
 ERROR = 1e-4  # of the penalty's gradient against double backward in float64, of its norm
 
 Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -90,5 +99,24 @@ def step(part: Part) -> None:
     part.compare(f"critic step, batch {len(x)}", sides, {"plain PyTorch": 1.3})
 
 
-PARTS = {part.__name__: part for part in (penalty, step)}
-QUALITY: tuple[str, ...] = ()
+def modes(part: Part) -> None:
+    """Eight Gaussians, by each model with three seeds: of 10,000 samples the modes covered, and the share within three
+    standard deviations of one."""
+    data = genfuse.load_data("toy:eight-gaussians")
+    assert data.mixture
+    for name, (training, settings) in EIGHT_GAUSSIANS.items():
+        for seed in range(part.size(3, 1)):
+            torch.manual_seed(seed)
+            model = genfuse.create(name, data, **settings)
+            options = {**training, "steps": part.size(training["steps"], 60), "device": part.args.device}
+            genfuse.Trainer(seed=seed, **options).fit(model, data)
+            samples = model.sample(10_000, generator=torch.Generator(model.device).manual_seed(seed))
+            covered, good = mode_coverage(samples, data.mixture)
+            what = f"{name} on eight Gaussians, seed {seed}"
+            bars = [Bar(f"{what}, modes", covered, 8), Bar(f"{what}, high-quality samples", 100 * good, 90, "%")]
+            print(*bars, sep="\n", flush=True)
+            part.bars += bars
+
+
+PARTS = {part.__name__: part for part in (penalty, step, modes)}
+QUALITY = (modes.__name__,)

@@ -27,3 +27,7 @@ class PluginError(GenfuseError):
 
 class NonFiniteLossError(GenfuseError):
     """Training met a loss that is NaN or infinite."""
+
+
+class TrainingWarning(UserWarning):
+    """A training that goes wrong in a way that its losses alone do not show. The message says what to try."""

@@ -4,8 +4,7 @@ Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is wr
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
@@ -31,6 +30,9 @@ POINTS = 4000  # in a scatter plot or a histogram
 COLUMNS = 6  # of a table
 GRID = 200  # cells along each side of a density
 PANELS = 8  # of a flow
+ROWS, STEPS = 8, 10  # of interpolations
+MOMENTS = 9  # of a training, its start and its end among them
+TOGETHER = {"real": "real, fake", "fake": "real, fake"}  # loss terms that one panel of the curves compares
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
 DATA, MODEL = "#3b6ea5", "#d1495b"
 SPLITS = {"train": DATA, "validation": "#e09f3e", "test": MODEL}  # in curves
@@ -47,14 +49,21 @@ CONTEXT: Any = {  # for every figure
 
 
 @torch.no_grad()
-def draw(folder: str | Path, model: GenerativeModel, data: "Dataset", metrics: list[dict[str, Any]]) -> list[Path]:
+def draw(
+    folder: str | Path,
+    model: GenerativeModel,
+    data: "Dataset",
+    metrics: list[dict[str, Any]],
+    progress: dict[int, Tensor] | None = None,
+) -> list[Path]:
     """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
 
-    Images: samples.png, and reconstructions.png with ``reconstruct``. Tables: samples.png, two columns as points beside
-    the data's, more as histograms over them. Two columns: density.png with ``log_prob`` and flow.png with
-    ``trajectory``. latent.png with ``encode``, curves.png where there are ``metrics``. A conditional model is given
-    labels drawn from the test split. Draws from a fixed seed, and leaves torch's global generators alone; the model
-    should be in evaluation mode.
+    Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``. Tables:
+    samples.png, two columns as points beside the data's, more as histograms over them. Two columns: density.png with
+    ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png where there are ``metrics``,
+    and progress.png of images and of two columns where ``progress`` has samples (N, *shape) of several steps. A
+    conditional model is given labels drawn from the test split. Draws from a fixed seed, and leaves torch's global
+    generators alone; the model should be in evaluation mode.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,17 +95,27 @@ def draw(folder: str | Path, model: GenerativeModel, data: "Dataset", metrics: l
             originals = test.x[:PAIRS]
             given = _given(_repeated(labels, len(originals)))
             reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))  # type: ignore[operator]
+        if data.is_image and hasattr(model, "latents"):
+            a, b = (model.latents(ROWS, generator=generator) for _ in range(2))  # type: ignore[operator]
+            between = model.interpolate(a, b, STEPS, **_given(_repeated(labels, ROWS)))  # type: ignore[operator]
+            sample_grid(between.transpose(0, 1).flatten(0, 1), at("interpolation.png"), STEPS)
         if hasattr(model, "encode"):
             points, title = _latents(model, test.x, labels)
             latent_space(points, test.y, at("latent.png"), title)
     if any(entry["split"] == "train" for entry in metrics):
         curves(metrics, at("curves.png"))
+    if progress and len(progress) > 1:
+        kept = dict(_evenly(list(progress.items()), MOMENTS))
+        if data.is_image:
+            rows(kept.values(), [f"step {step:,}" for step in kept], at("progress.png"))
+        else:
+            points_over_time(kept, test.x, at("progress.png"), data.scaling)
     return drawn
 
 
-def sample_grid(images: Tensor, path: str | Path) -> None:
-    """Images (N, C, H, W) in a grid as square as it gets; small ones enlarged, each pixel a block."""
-    columns = math.ceil(len(images) / math.isqrt(len(images)))
+def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
+    """Images (N, C, H, W) in a grid, as square as it gets by default; small ones enlarged, each pixel a block."""
+    columns = columns or math.ceil(len(images) / math.isqrt(len(images)))
     pixels = _tiled(_pixels(images), columns)
     from PIL import Image
 
@@ -106,10 +125,17 @@ def sample_grid(images: Tensor, path: str | Path) -> None:
 
 def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) -> None:
     """Rows of originals (N, C, H, W), each over the row of their reconstructions."""
-    pairs = _pixels(originals), _pixels(reconstructed)
     columns = min(8, len(originals))
-    rows = [images[i : i + columns] for i in range(0, len(originals), columns) for images in pairs]
-    grid = _tiled(np.concatenate([_filled(row, columns) for row in rows]), columns)
+    pairs = zip(originals.split(columns), reconstructed.split(columns), strict=True)
+    images = [row for pair in pairs for row in pair]
+    rows(images, ["original", "reconstruction"] * (len(images) // 2), path)
+
+
+def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> None:
+    """Rows of images (N, C, H, W), each with its name before it; a shorter one is filled up with black."""
+    each = [_pixels(row) for row in images]
+    columns = max(map(len, each))
+    grid = _tiled(np.concatenate([_filled(row, columns) for row in each]), columns)
     from matplotlib.transforms import blended_transform_factory
 
     width, height, label = columns * 0.8, columns * 0.8 * grid.shape[0] / grid.shape[1], 1.2  # inches
@@ -119,10 +145,39 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) 
         axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         axes.axis("off")
         where = blended_transform_factory(figure.transFigure, axes.transData)
-        for i in range(len(rows)):
-            text = "reconstruction" if i % 2 else "original"
-            y = (i + 0.5) * grid.shape[0] / len(rows)
-            axes.text(left * 0.93, y, text, transform=where, ha="right", va="center", size=9)
+        for i, name in enumerate(names):
+            y = (i + 0.5) * grid.shape[0] / len(names)
+            axes.text(left * 0.93, y, name, transform=where, ha="right", va="center", size=9)
+
+
+def points_over_time(samples: dict[int, Tensor], x: Tensor, path: str | Path, scaling: Any = None) -> None:
+    """Samples (N, 2) after each number of steps, in the box of data x (N, 2); in original units with a `Scaling`."""
+    low, high = _box(_original_units(x, scaling))
+    with _figure(path, (2.3 * len(samples), 2.6)) as figure:
+        panels = np.atleast_1d(figure.subplots(1, len(samples), sharey=True))
+        for axes, (step, drawn) in zip(panels, samples.items(), strict=True):
+            points = _original_units(drawn, scaling)
+            axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, color=MODEL, linewidths=0)
+            axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+            axes.tick_params(labelsize=7)
+            axes.set_title(f"step {step:,}", fontsize=10)
+
+
+def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
+    """Samples (N, C, H, W) in the first column, each beside the K training images (N, K, C, H, W) nearest to it."""
+    columns = nearest.shape[1] + 1
+    rows = torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)
+    grid = _tiled(_pixels(rows), columns)
+    width = columns * 0.8
+    with _figure(path, (width, 0.35 + width * grid.shape[0] / grid.shape[1]), layout=None) as figure:
+        top = 1 - 0.35 / figure.get_figheight()
+        axes = figure.add_axes((0, 0, 1, top))
+        axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+        axes.axvline(grid.shape[1] / columns, color=MODEL, lw=2)
+        for x, text in ((0.5, "sample"), (1.1, "nearest training images")):
+            ha = "center" if x == 0.5 else "left"
+            figure.text(x / columns, (1 + top) / 2, text, ha=ha, va="center", size=9)
 
 
 def latent_space(latents: Tensor, labels: Tensor | None, path: str | Path, title: str = "posterior means") -> None:
@@ -151,28 +206,35 @@ def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Each loss term of each player over the steps: the training split as a line, the others with dots on it."""
-    series: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    """Each loss term of each player over the steps, one colour a split; terms that one panel compares, one a term,
+    with the training split as a line and the others dashed."""
+    panels: dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, float]]]] = {}
     for entry in metrics:
         if entry["split"] in SPLITS:
             for name, value in entry.items():
                 if name not in ("step", "epoch", "split", "player", "lr", "examples_per_second"):
-                    series[entry["player"], name][entry["split"]].append((entry["step"], value))
-    several = len({player for player, _ in series}) > 1
-    columns = min(3, len(series))
-    rows = math.ceil(len(series) / columns)
+                    series = panels.setdefault((entry["player"], TOGETHER.get(name, name)), {})
+                    series.setdefault((name, entry["split"]), []).append((entry["step"], value))
+    several = len({player for player, _ in panels}) > 1
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
     with _figure(path, (4.2 * columns, 3.2 * rows)) as figure:
-        for i, ((player, name), splits) in enumerate(series.items(), 1):
+        for i, ((player, title), series) in enumerate(sorted(panels.items(), key=lambda panel: panel[0][0]), 1):
             axes = figure.add_subplot(rows, columns, i)
-            axes.set(title=f"{player}: {name}" if several else name, xlabel="step")
-            if (i - 1) % columns == 0:
+            title = title.replace("_", " ")
+            axes.set(title=f"{player}: {title}" if several else title, xlabel="step")
+            if (i - 1) % columns == 0 and not several:  # the objectives of a game have no unit in common
                 axes.set_ylabel("nats per example")
-            for split, colour in SPLITS.items():
-                if split in splits:
-                    steps, values = zip(*splits[split], strict=True)
-                    axes.plot(steps, values, color=colour, label=split, lw=1.4, marker="." if len(steps) < 60 else None)
-            axes.set_ylim(*_without_the_fall([v for points in splits.values() for _, v in points]))
-            if i == 1:
+            names = list(dict.fromkeys(name for name, _ in series))
+            for (name, split), points in sorted(series.items(), key=lambda each: list(SPLITS).index(each[0][1])):
+                steps, values = zip(*points, strict=True)
+                style: dict[str, Any] = {"color": SPLITS[split], "label": split}
+                if len(names) > 1:
+                    style["color"], style["label"] = (DATA, MODEL)[names.index(name)], f"{name}, {split}"
+                    style["ls"] = "-" if split == "train" else "--"
+                axes.plot(steps, values, lw=1.4, marker="." if len(steps) < 60 else None, **style)
+            axes.set_ylim(*_without_the_fall([v for points in series.values() for _, v in points]))
+            if i == 1 or len(names) > 1:
                 axes.legend()
 
 
@@ -228,7 +290,7 @@ def flow(trajectory: Sequence[Tensor], path: str | Path) -> None:
     panel has a scale of its own.
     """
     last = len(trajectory) - 1
-    chosen = np.linspace(0, last, min(PANELS, last + 1)).round().astype(int)
+    chosen = _evenly(list(range(last + 1)), PANELS)
     colours = _by_place(trajectory[0].double().cpu().numpy())
     with _figure(path, (2.3 * len(chosen), 2.6)) as figure:
         for axes, k in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
@@ -260,6 +322,12 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
             axes.set(title=names[i], yticks=[])
             if i == 0:
                 axes.legend()
+
+
+def _evenly(items: list[Any], most: int) -> list[Any]:
+    """The first, the last and others evenly between them, ``most`` at most."""
+    last = len(items) - 1
+    return [items[k] for k in np.linspace(0, last, min(most, last + 1)).round().astype(int)]
 
 
 def _given(labels: Tensor | None) -> dict[str, Any]:

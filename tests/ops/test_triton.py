@@ -9,7 +9,7 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, standard_normal_log_prob
+from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, diffuse, interpolate, standard_normal_log_prob
 from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
@@ -24,6 +24,9 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     types = {"p": storage, "seed": "*i64", "x": storage, "n": "i64"}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
+    types = {"real": storage, "real_stride": "i64", "fake": storage, "fake_stride": "i64", "seed": "*i64", "x": storage,
+             "epsilon": sums, "cols": "i32"}
+    check(interpolate.forward_kernel, types, {"BLOCK": 64, "WIDE": wide})
     types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "mask": "*u8", "y": storage,
              "logdet": sums, "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "cols": "i32",
              "first": "i32", "moved": "i32"}
@@ -31,6 +34,13 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
         fixed = {"KIND": kind, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide, **({} if mask else {"mask": None})}
         check(affine_coupling.forward_kernel, types, fixed)
         check(affine_coupling.backward_kernel, types, fixed)
+    types = {"x0": storage, "x0_stride": "i64", "seed": "*i64", "noise": storage, "alpha": sums, "sigma": sums,
+             "x_t": storage, "target": storage, "gx_t": storage, "gv": storage, "galpha": sums, "gsigma": sums,
+             "rows": "i64", "cols": "i64"}
+    for target, given, aligned in (("x0", True, True), ("noise", False, False), ("v", False, True), ("v", True, False)):
+        fixed = {"BLOCK": 1024, "WIDE": wide, "seed" if given else "noise": None}
+        check(diffuse.forward_kernel, types, {**fixed, "TARGET": target})
+        check(diffuse.backward_kernel, types, {**fixed, "ALIGNED": aligned, **({} if target == "v" else {"gv": None})})
     types = {"z": storage, "z_stride": "i64", "logdet": sums, "log_prob": sums, "g": sums, "gz": storage, "cols": "i32"}
     for missing in ({}, {"logdet": None}):
         check(standard_normal_log_prob.forward_kernel, types, {"BLOCK": 64, "WIDE": wide, **missing})

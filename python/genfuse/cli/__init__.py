@@ -17,7 +17,8 @@ usage: genfuse COMMAND [options]
   list [models|datasets]     what can be trained, and on what
   train MODEL --data NAME    train a model and leave a run folder
   sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
-  evaluate RUN               likelihood, bounds, reconstruction error and KL of a trained model
+  evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples
+  train-features DATA        train the classifier that samples are compared by
   doctor                     versions, hardware, chosen kernels and plugins of this installation
 
   --help      of genfuse, of a command, and of `genfuse train MODEL`: its settings

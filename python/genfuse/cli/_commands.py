@@ -79,6 +79,7 @@ def sample(
 
     from genfuse import pictures
     from genfuse._files import replacing
+    from genfuse.models import sample_in_parts
     from genfuse.training import Run
 
     trained = Run(run)
@@ -94,12 +95,7 @@ def sample(
     if options and "temperature" not in inspect.signature(model.sample).parameters:
         raise SettingsError(f"--temperature: the model of {run}, a {type(model).__name__}, takes none: leave it out")
     y = _labels(run, model, n, label, generator)
-    parts = []
-    with torch.no_grad():  # in parts, since the networks' activations can be many times the size of what they draw
-        for i in range(0, n, 1024):
-            given = {} if y is None else {"y": y[i : i + 1024]}
-            parts.append(model.sample(min(n - i, 1024), generator=generator, **given, **options).cpu())
-    x = torch.cat(parts)
+    x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling
     if out.suffix == ".png" and len(shape) == 3:
@@ -129,18 +125,27 @@ def evaluate(
     *,
     samples: Annotated[int, arg(metavar="K")] = 50,
     limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
+    features: Annotated[str, arg(metavar="NAME")] = "auto",
+    n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, 10000 at most)")] = None,
+    seed: int = 0,
+    inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    pictures: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: RUN/pictures)")] = None,
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
-    """Measure the model of a run on the splits of its data: train, test, and validation where there is one.
+    """Measure the model of a run on the splits of its data, and its samples against the test split.
 
     What is measured depends on the model. A flow: the exact log-density in nats per example, for tables in their
     original units too; for images a bound, in nats and in bits per dimension. A VAE: ELBO and IWAE bound in nats per
     example, mean squared error of a reconstructed cell, KL of each latent dimension in nats, and how many latent
-    dimensions are active (arXiv 1509.00519). The same run, data and options give the same numbers, which
-    RUN/evaluation.json holds too.
+    dimensions are active (arXiv 1509.00519).
+
+    Samples of a model that can sample are compared with the test split in the space of --features: Fréchet, kernel and
+    sliced Wasserstein distance, precision, recall, density, coverage, and the distance to the nearest training example;
+    each beside its value for real examples, which is what a perfect model gets. Images are drawn beside their nearest
+    training examples. The same run, data and options give the same numbers, which RUN/evaluation.json holds too.
 
     example:
       genfuse evaluate runs/vae --samples 50 --limit 2000
@@ -148,7 +153,14 @@ def evaluate(
     Args:
         run: run folder
         samples: K of the IWAE bound: importance samples per example
-        limit: use the first N examples of each split
+        limit: use the first N examples of each split, for all but the samples
+        features: what the metrics of samples compare: columns (tables); pixels, random-conv, inception (images);
+            classifier, which `genfuse train-features` trains; auto: the classifier if there is one, else random-conv or
+            columns
+        n: samples to draw, and real examples to compare them with; 0: measure no samples
+        seed: of the samples
+        inception_weights: for --features inception: a TorchScript file
+        pictures: folder for neighbours.png
         json: also write the numbers to this file
         data_root: folder with the data sets that are read from files
         device: auto, cpu, cuda, mps, or one of several: cuda:1
@@ -157,16 +169,68 @@ def evaluate(
     if json is not None:
         _refuse_existing(json, overwrite)
 
-    from genfuse.metrics import evaluate
+    from genfuse.metrics import evaluate, evaluate_samples
+    from genfuse.models import GenerativeModel
     from genfuse.training import Run
 
     trained = Run(run)
     data = trained.data(data_root)
-    result = evaluate(trained.model(_device(device)), data, samples=samples, limit=limit)
+    model = trained.model(_device(device))
+    if n == 0 or type(model).sample is GenerativeModel.sample:
+        of_samples = None
+    else:
+        picture = (pictures or run / "pictures") / "neighbours.png" if data.is_image else None
+        of_samples = evaluate_samples(
+            model, data, features=features, n=n, seed=seed, inception_weights=inception_weights, picture=picture
+        )
+    result = evaluate(model, data, samples=samples, limit=limit)
     for file in {run / "evaluation.json", json or run / "evaluation.json"}:
-        _write_json(file, result)
+        _write_json(file, result if of_samples is None else {**result, "samples": of_samples})
     _print_evaluation(result)
+    if of_samples is not None:
+        _print_samples(of_samples)
+        if picture is not None:
+            print(f"picture: {picture}")
     print(f"written: {run / 'evaluation.json'}")
+    return 0
+
+
+def train_features(
+    data: Annotated[str, arg(metavar="DATA")],
+    /,
+    *,
+    binarize: Annotated[Literal["none", "static", "dynamic"], arg(name="data.binarize")] = "none",
+    data_seed: Annotated[int, arg(name="data.seed")] = 0,
+    data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
+    steps: int = 2000,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Train the classifier of a data set with labels whose features `genfuse evaluate` then compares samples by.
+
+    It is kept in $GENFUSE_CACHE/features (~/.cache/genfuse/features), under the name of the data set and a hash of its
+    content, for all runs on the same data.
+
+    example:
+      genfuse train-features digits
+
+    Args:
+        data: data set, of `genfuse list datasets`
+        binarize: as it was given to `genfuse train`
+        data_seed: as it was given to `genfuse train`
+        data_root: folder with the data sets that are read from files
+        steps: updates on 128 examples each
+        seed: of the first weights and of the order of the examples
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing classifier
+    """
+    from genfuse.data import load_data
+    from genfuse.metrics import train_features
+
+    loaded = load_data(data, root=data_root, binarize=binarize, seed=data_seed)
+    path, accuracy = train_features(loaded, steps=steps, seed=seed, device=_device(device), overwrite=overwrite)
+    print(f"{path}\nheld-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")
     return 0
 
 
@@ -190,7 +254,13 @@ def doctor(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"list": list_, "sample": sample, "evaluate": evaluate, "doctor": doctor}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "list": list_,
+    "sample": sample,
+    "evaluate": evaluate,
+    "train-features": train_features,
+    "doctor": doctor,
+}
 
 
 def _labels(
@@ -233,6 +303,23 @@ def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:
             if isinstance(value := of_split.get(name), list):
                 shown = " ".join(f"{v:.2f}" for v in sorted(value, reverse=True))
                 console.print(f"{name.replace('_', ' ')}, {split}, largest first: {shown}", highlight=False)
+
+
+def _print_samples(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    print(f"{result['n']:,} samples against {result['n']:,} examples of the test split")
+    print(f"features: {result['features']}: {result['about']}")
+    table = Table("", "samples", "real examples")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, value in result["samples"].items():
+        table.add_row(name.replace("_", " "), f"{value:.5g}", f"{result['real'][name]:.5g}")
+    console = Console()
+    console.print(table)
+    for reason in result["left_out"].values():
+        console.print(f"not measured: {reason}", highlight=False)
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -6,7 +6,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
@@ -18,8 +19,8 @@ from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import genfuse
-from genfuse import plugins
-from genfuse.errors import PluginError, SettingsError
+from genfuse import pictures, plugins
+from genfuse.errors import PluginError, SettingsError, TrainingWarning
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
 
@@ -82,7 +83,9 @@ def train(args: list[str]) -> int:
     torch.manual_seed(trainer.seed)  # of the first weights
     model = genfuse.create(name, data, **job.model)
     try:
-        run = trainer.fit(model, data)
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(warnings.showwarning)
+            run = trainer.fit(model, data)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
     if run is not None and os.environ.get("RANK", "0") == "0":
@@ -191,6 +194,18 @@ def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[
             yield from (f"--{option}", *map(str, value if isinstance(value, list) else [value]))
 
 
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Shows a warning of ours as one line, without the place in the code that it comes from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, TrainingWarning):
+            print(f"genfuse: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where)
+
+    return show
+
+
 def _how_to_continue(out: Path, data_root: Path | None) -> str:
     if not (out / "config.json").is_file():
         return " before anything was saved"
@@ -200,13 +215,17 @@ def _how_to_continue(out: Path, data_root: Path | None) -> str:
 
 def _summarize(run: Run) -> None:
     """Where the run lies, the last of its metrics, its pictures, and what to do next."""
-    last = {(entry["split"], entry["player"]): entry for entry in run.metrics() if "player" in entry}
+    metrics = run.metrics()
+    last = {(each["split"], each["player"]): each for each in metrics if each["split"] in pictures.SPLITS}
     end = max(last.values(), key=lambda entry: entry["step"])
     print(f"run: {run.path}: {end['epoch']} epochs, {end['step']} steps")
     for (split, player), entry in last.items():
         numbers = ", ".join(f"{key} {value:.5g}" for key, value in entry.items() if isinstance(value, float))
         print(f"{split}: {player}: {numbers}")
-    if validated := [entry for entry in run.metrics() if entry["split"] == "validation"]:
+    for entry in metrics:
+        if entry["split"] == "warning":
+            print(f"warning: step {entry['step']}: {entry['message']}")
+    if validated := [entry for entry in metrics if entry["split"] == "validation"]:
         best = min(validated, key=lambda entry: entry["loss"])
         print(f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}")
     for picture in sorted((run.path / "pictures").glob("*.png")):

@@ -47,6 +47,14 @@ class Scaling:
         return x.new_tensor(self.std, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The equally likely Gaussians that data were drawn from, in the units of the data set."""
+
+    centres: tuple[tuple[float, ...], ...]
+    std: float  # of every column of every one
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """One part of a data set, in memory."""
@@ -77,6 +85,7 @@ class Dataset:
     scaling: Scaling | None = None  # tables: the way back to original units
     stored_levels: int | None = None  # with binarize="dynamic": the levels of the intensities that x holds
     seed: int = 0  # that `load_data` made it with
+    mixture: Mixture | None = None  # toys: what they were drawn from, where that is a mixture of Gaussians
 
     def __post_init__(self) -> None:
         if problem := self._problem():

@@ -1,12 +1,15 @@
 """Densities in two dimensions, as papers on flows draw them: 20,000 + 5,000 points made from the seed."""
 
+import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.random import Generator
 
-from genfuse.data._dataset import Dataset, Source, Split
+from genfuse.data._dataset import Dataset, Mixture, Source, Split
 from genfuse.errors import DataError
 
 TRAIN, TEST = 20_000, 5_000
@@ -24,7 +27,7 @@ def toy(source: Source) -> Dataset:
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     parts = {"train": slice(TRAIN), "test": slice(TRAIN, None)}
     splits = {part: Split(points[rows], None if labels is None else labels[rows]) for part, rows in parts.items()}
-    return Dataset(source.name, splits)
+    return Dataset(source.name, splits, mixture=MIXTURES.get(source.argument or ""))
 
 
 def _moons(n: int, rng: Generator) -> Points:
@@ -52,12 +55,21 @@ def _rings(n: int, rng: Generator) -> Points:
     return x + rng.normal(0, 0.08, (n, 2)), y
 
 
-def _eight_gaussians(n: int, rng: Generator) -> Points:
+def _eight_gaussians() -> Mixture:
     """Eight Gaussians of standard deviation 0.35 on a circle of radius 2.83 (FFJORD, arXiv 1810.01367)."""
-    y = rng.integers(8, size=n)
-    angle = y * np.pi / 4
-    x = np.sqrt(8) * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return x + rng.normal(0, 0.5 / np.sqrt(2), (n, 2)), y
+    angles = np.arange(8) * np.pi / 4
+    centres = np.sqrt(8) * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return Mixture(tuple(map(tuple, centres.tolist())), 0.5 / math.sqrt(2))
+
+
+def _grid() -> Mixture:
+    """25 Gaussians of standard deviation 0.05 on a grid of spacing 2 (VEEGAN, 1705.07761; PacGAN, 1712.04086)."""
+    return Mixture(tuple(itertools.product((-4.0, -2.0, 0.0, 2.0, 4.0), repeat=2)), 0.05)
+
+
+def _drawn(mixture: Mixture, n: int, rng: Generator) -> Points:
+    y = rng.integers(len(mixture.centres), size=n)
+    return np.array(mixture.centres)[y] + rng.normal(0, mixture.std, (n, 2)), y
 
 
 def _checkerboard(n: int, rng: Generator) -> Points:
@@ -67,10 +79,12 @@ def _checkerboard(n: int, rng: Generator) -> Points:
     return 2 * (np.stack([column, row], 1) + rng.uniform(size=(n, 2))) - 4, None
 
 
+MIXTURES = {"eight-gaussians": _eight_gaussians(), "grid": _grid()}
 TOYS: dict[str, Callable[[int, Generator], Points]] = {
     "moons": _moons,
     "pinwheel": _pinwheel,
     "rings": _rings,
-    "eight-gaussians": _eight_gaussians,
+    "eight-gaussians": partial(_drawn, MIXTURES["eight-gaussians"]),
     "checkerboard": _checkerboard,
+    "grid": partial(_drawn, MIXTURES["grid"]),
 }

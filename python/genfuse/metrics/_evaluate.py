@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,15 +48,22 @@ def evaluate(
     if samples < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"samples and limit must be at least 1, got samples={samples} and limit={limit}")
     model.check_data(data)
+    with undisturbed(model):
+        return {
+            name: _evaluate_split(model, data, name, samples, limit, seed)
+            for name in ("train", "validation", "test")
+            if name in data.splits
+        }
+
+
+@contextmanager
+def undisturbed(model: GenerativeModel) -> Iterator[None]:
+    """Evaluation mode, and afterwards the model's mode and torch's global generators as they were."""
     training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            return {
-                name: _evaluate_split(model, data, name, samples, limit, seed)
-                for name in ("train", "validation", "test")
-                if name in data.splits
-            }
+            yield
     finally:
         model.train(training)
 

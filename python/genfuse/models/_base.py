@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -112,6 +112,19 @@ class GenerativeModel(nn.Module):
                 f"the model is conditional and needs labels, but the data set {data.name!r} has none in its splits "
                 f"{', '.join(bare)}: use a data set with labels, or a model without `conditional`"
             )
+        if self.conditional and data.classes is not None and data.classes > self.config.classes:
+            raise SettingsError(
+                f"the data set {data.name!r} has labels up to {data.classes - 1}, but the model was made for labels 0.."
+                f"{self.config.classes - 1}: pass the data set when you make it, as in genfuse.create(name, data)"
+            )
+
+    def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
+        """What goes wrong in a training, as {a name for it: what was seen, and what to try}; each is told once.
+
+        Called after ``step`` updates with the mean of each of ``player``'s terms since the last look at them, the
+        norm of its gradient as ``gradient_norm`` among them where there are several players.
+        """
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -165,3 +178,16 @@ def create(name: str, data: "Dataset | None" = None, **settings: Any) -> Generat
     model = cls(configure(cls, settings, data))
     model.plugin = name
     return model
+
+
+@torch.no_grad()
+def sample_in_parts(
+    model: GenerativeModel, n: int, y: Tensor | None = None, generator: torch.Generator | None = None, **options: Any
+) -> Iterator[Tensor]:
+    """``model.sample`` of n examples, at most 1,024 at a time, with their labels ``y`` (n,) where there are any.
+
+    In parts, since the activations of the networks can be many times the size of what they draw.
+    """
+    for start in range(0, n, 1024):
+        given = {} if y is None else {"y": y[start : start + 1024]}
+        yield model.sample(min(n - start, 1024), generator=generator, **given, **options)

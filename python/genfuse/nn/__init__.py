@@ -14,6 +14,12 @@ from genfuse.nn._coupling import Coupling as Coupling
 from genfuse.nn._coupling import SplineCoupling as SplineCoupling
 from genfuse.nn._coupling import checkerboard as checkerboard
 from genfuse.nn._coupling import half as half
+from genfuse.nn._gan import dcgan_critic as dcgan_critic
+from genfuse.nn._gan import dcgan_generator as dcgan_generator
+from genfuse.nn._gan import mlp_critic as mlp_critic
+from genfuse.nn._gan import mlp_generator as mlp_generator
+from genfuse.nn._gan import resnet_critic as resnet_critic
+from genfuse.nn._gan import resnet_generator as resnet_generator
 from genfuse.nn._image import Dequantize as Dequantize
 from genfuse.nn._image import Flatten as Flatten
 from genfuse.nn._image import Logit as Logit

@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse.errors import NonFiniteLossError, RunError
+from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import Batch, GenerativeModel, Player
 from genfuse.training.progress import Progress
 from genfuse.training.run import STATE, Checkpoint, Recorder
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ORDER, NOISE, TEST = range(3)  # what a random stream is for
 TEST_EXAMPLES = 10_000  # at most so many of the test split are looked at after each epoch
+MOMENTS = 8  # of a training, evenly spread, at which samples from the same noise are kept, beside those before it
+IMAGES, POINTS = 8, 1000  # that are then drawn
 
 
 def seed_of(*key: int) -> int:
@@ -123,6 +126,8 @@ class Loop:
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.recorder: Recorder | None = None
         self.unseen: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
+        self.moments: set[int] = set()  # steps after which samples are kept
+        self.warned: set[str] = set()  # what `GenerativeModel.watch` has found
 
     def run(self, out: Path | None, config: dict[str, Any] | None) -> None:
         """Train to the end, from the last checkpoint in ``out`` where the trainer resumes."""
@@ -133,6 +138,8 @@ class Loop:
             self._load(out)
         if out is not None and config is not None:
             self._open(out, config)
+        if self.recorder and self.trainer.pictures and (self.data.is_image or self.data.shape == (2,)):
+            self.moments = {round(self.total * k / MOMENTS) for k in range(MOMENTS + 1)}
         try:
             with deferred_interrupts() as interrupt, Progress(self.total, self.step) as self.progress:
                 self._train(interrupt)
@@ -154,6 +161,7 @@ class Loop:
         checkpoint_every = trainer.checkpoint_every or self.steps_per_epoch
         active = None
         self._restart_clock()
+        self._keep_samples()
         while self.step < self.total:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
@@ -167,6 +175,7 @@ class Loop:
                 self.step += 1
                 self.seen += len(index)
                 self.progress.step(self.step, epoch + 1)
+                self._keep_samples()
 
                 epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total
                 due = epoch_ends or self.step % checkpoint_every == 0
@@ -186,10 +195,15 @@ class Loop:
         optimizer = self.optimizers[name]
         loss, terms = self._training_loss(self.data.batch("train", index), name)
         self.fabric.backward(loss)
-        if self.trainer.grad_clip is not None:
-            if scaler := getattr(self.precision, "scaler", None):
+        scaler, clip, several = getattr(self.precision, "scaler", None), self.trainer.grad_clip, len(self.players) > 1
+        if clip is not None or (several and not scaler):  # the balance of players shows in their gradients
+            if scaler:
                 scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.trained[name], self.trainer.grad_clip)
+            norm = torch.nn.utils.get_total_norm([w.grad for w in self.trained[name] if w.grad is not None])
+            if clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.trained[name], clip, norm)
+            if several and not scaler:  # which lets gradients overflow
+                terms = {**terms, "gradient_norm": norm}
         if self.trainer.schedule != "constant":
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * self.trainer.factor(self.step, self.total)
@@ -248,8 +262,35 @@ class Loop:
                 self._log("train", {"player": player.name, **means, "lr": lr, "examples_per_second": rate})
                 prefix = f"{player.name} " if len(self.players) > 1 else ""
                 shown.update({prefix + term: value for term, value in means.items()})
+                for name, message in self.model.watch(player.name, self.step, means).items():
+                    self._warn(player.name, name, message)
         self.progress.terms(shown, rate)
         return seconds
+
+    def _warn(self, player: str, name: str, message: str) -> None:
+        if name not in self.warned:
+            self.warned.add(name)
+            self._log("warning", {"player": player, "name": name, "message": message})
+            if self.fabric.is_global_zero:
+                warnings.warn(f"step {self.step}: {message}", TrainingWarning, stacklevel=2)
+
+    def _keep_samples(self) -> None:
+        """Put samples from the same noise each time into the run folder, for a picture of how they came about."""
+        if self.step not in self.moments:
+            return
+        assert self.recorder
+        began = time.perf_counter()
+        n = IMAGES if self.data.is_image else POINTS
+        y = {}
+        if self.model.conditional:
+            y["y"] = torch.arange(n, device=self.model.device) % self.model.config.classes
+        self.model.eval()
+        with forked_rng(self.fabric.device), torch.no_grad():
+            torch.manual_seed(seed_of(self.trainer.seed, TEST))
+            generator = torch.Generator(self.model.device).manual_seed(self.trainer.seed)
+            self.recorder.keep(self.step, self.model.sample(n, generator=generator, **y))
+        self.model.train()
+        self.clock += time.perf_counter() - began  # it is no part of the training's speed
 
     def _end_epoch(self, seconds: float) -> None:
         """Log how long the epoch trained, and the loss on the splits that are held out."""
@@ -362,6 +403,7 @@ class Loop:
             "processes": self.fabric.world_size,
             "scalars": scalars,
             "scaler": self.precision.state_dict(),
+            "warned": sorted(self.warned),
         }
         if self.best:
             facts["best"] = {"step": self.best[0], "loss": self.lowest}
@@ -384,6 +426,7 @@ class Loop:
             )
         self.model.load_state_dict(checkpoint.weights)
         self.precision.load_state_dict(checkpoint.facts["scaler"])
+        self.warned = set(checkpoint.facts.get("warned", ()))  # a run may be older than that
         if best := checkpoint.facts.get("best"):
             self.best, self.lowest = (best["step"], checkpoint.best), best["loss"]
         states: dict[str, dict[int, dict[str, Any]]] = {name: defaultdict(dict) for name in self.optimizers}

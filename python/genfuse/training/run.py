@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CONFIG, WEIGHTS, STATE, METRICS = "config.json", "model.safetensors", "state.safetensors", "metrics.jsonl"
-PICTURES, TENSORBOARD = "pictures", "tensorboard"
+PICTURES, TENSORBOARD, PROGRESS = "pictures", "tensorboard", "progress"
 
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
 FREE = {"epochs", "steps", "device", "devices", "checkpoint_every", "log_every", "pictures"}
@@ -92,6 +93,11 @@ class Run:
             except json.JSONDecodeError as error:
                 raise RunError(f"{path}, line {number}: not JSON: {error}") from None
         return entries
+
+    def progress(self) -> dict[int, Tensor]:
+        """Samples (N, *shape) from the same noise at moments of the training, by the number of steps before them."""
+        files = {int(file.stem): file for file in (self.path / PROGRESS).glob("*.npy")}
+        return {step: torch.from_numpy(np.load(files[step])) for step in sorted(files)}
 
     def trainer(self, **changes: Any) -> "Trainer":
         """The trainer that continues this run, with some options changed: ``run.trainer(epochs=40)``."""
@@ -286,7 +292,14 @@ class Recorder:
         prefix = "/".join(entry[key] for key in ("split", "player") if key in entry)
         for key, value in entry.items():
             if key not in ("step", "epoch", "split", "player"):
-                self._tensorboard.add_scalar(f"{prefix}/{key}", value, entry["step"])
+                add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
+                add(f"{prefix}/{key}", value, entry["step"])
+
+    def keep(self, step: int, samples: Tensor) -> None:
+        """Write what the model drew after ``step`` steps; `Run.progress` reads it."""
+        (self.path / PROGRESS).mkdir(exist_ok=True)
+        with replacing(self.path / PROGRESS / f"{step:08}.npy") as beside, open(beside, "wb") as file:
+            np.save(file, samples.float().cpu().numpy())
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, once all that was logged up to its step is safe."""

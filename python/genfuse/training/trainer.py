@@ -57,7 +57,7 @@ class Trainer:
     log_every: int = 50
     """Steps between two looks at the loss, each of which waits for the device; the end of an epoch is one too."""
     pictures: bool = True
-    """Draw pictures into the run folder at the end."""
+    """Draw pictures into the run folder at the end, for which samples are kept on the way."""
     out: str | Path | None = None
     """Run folder to write; left out, nothing is written."""
     resume: bool = False
@@ -137,7 +137,8 @@ class Trainer:
             finished = run.Run(out)
             if self.pictures and fabric.is_global_zero:
                 copy = finished.model(fabric.device)
-                pictures.draw(out / run.PICTURES, copy, data.to(fabric.device), finished.metrics())
+                shown = finished.metrics(), finished.progress()
+                pictures.draw(out / run.PICTURES, copy, data.to(fabric.device), *shown)
         return finished
 
     def factor(self, step: int, total: int) -> float:

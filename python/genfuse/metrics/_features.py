@@ -1,0 +1,266 @@
+"""Feature extractors by name: what the metrics of samples compare."""
+
+import os
+import re
+import shlex
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from genfuse import __version__
+from genfuse.errors import DataError, SettingsError
+from genfuse.nn import conv_encoder, mlp
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
+
+FEATURES = ("auto", "columns", "pixels", "random-conv", "classifier", "inception")
+WIDTH = 64  # features of the networks here, few enough for a covariance of a few hundred examples
+BATCH = 500  # examples that pass through a network at a time
+INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Examples (N, *shape), as batches of the data set have them -> features (N, D)."""
+
+    name: str
+    about: str  # one line for those who read its numbers
+    extract: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        features = torch.cat([self.extract(part.float()).flatten(1) for part in x.split(BATCH)])
+        return features.cpu() if features.device.type == "mps" else features  # which has no float64
+
+
+def extractor(
+    name: str,
+    data: "Dataset",
+    *,
+    device: torch.device | str = "cpu",
+    inception_weights: str | Path | None = None,
+) -> Extractor:
+    """The extractor ``name`` for examples of ``data``, with its network, if any, on ``device``.
+
+    - ``columns``: the values themselves, of a table its standardized columns;
+    - ``pixels``: the values of an image, in [0, 1];
+    - ``random-conv``: 64 features of a convolution network with random weights, always the same ones;
+    - ``classifier``: the 64 features before the last layer of the network that `train_features` trained on ``data``;
+    - ``inception``: what the TorchScript module in the file ``inception_weights`` makes of uint8 RGB images;
+    - ``auto``: the classifier where there is one, else random-conv for images and columns for all else.
+
+    Raises SettingsError for a name that is unknown or has no meaning for the data, for a classifier that is yet to be
+    trained, and for a file of weights that is missing or not what is wanted.
+    """
+    if name not in FEATURES:
+        raise SettingsError(f"features must be one of {', '.join(FEATURES)}; got {name!r}")
+    if name == "auto":
+        trained = data.classes is not None and classifier_path(data).is_file()
+        name = "classifier" if trained else "random-conv" if data.is_image else "columns"
+    if name in ("pixels", "random-conv", "inception") and not data.is_image:
+        raise SettingsError(
+            f"features {name!r} are of images, but the data set {data.name!r} has examples of shape {data.shape}: "
+            "use columns, or classifier where there are labels"
+        )
+    if name == "columns" and data.is_image:
+        raise SettingsError(f"features 'columns' are of tables, but the data set {data.name!r} has images: use pixels")
+    if inception_weights is not None and name != "inception":
+        raise SettingsError(f"a file of inception weights goes with features 'inception', got {name!r}")
+    if name == "columns":
+        return Extractor(name, "the columns themselves" + (", standardized" if data.scaling else ""), nn.Flatten())
+    if name == "pixels":
+        return Extractor(name, "raw pixels", nn.Flatten())
+    if name == "random-conv":
+        about = f"{WIDTH} features of a convolution network with random weights, not trained"
+        return Extractor(name, about, _random_network(data.shape).to(device))
+    if name == "classifier":
+        network, accuracy = _load_classifier(data)
+        about = f"{WIDTH} features of a classifier of {data.name}, held-out accuracy {accuracy:.2%}"
+        return Extractor(name, about, network.to(device))
+    return Extractor(name, f"TorchScript module {inception_weights}", _inception(inception_weights, data, device))
+
+
+def classifier_path(data: "Dataset") -> Path:
+    """Where the classifier of a data set is kept: in ``$GENFUSE_CACHE/features``, by default of ~/.cache/genfuse.
+
+    Its file is named by the content of the training split, so that data that has changed has another one.
+    """
+    cache = Path(os.environ.get("GENFUSE_CACHE") or "~/.cache/genfuse").expanduser()
+    slug = re.sub(r"[^\w.-]+", "-", data.name)[-40:].strip("-")
+    return cache / "features" / f"{slug}-{data.fingerprint()}.safetensors"
+
+
+def train_features(
+    data: "Dataset",
+    *,
+    steps: int = 2000,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+) -> tuple[Path, float]:
+    """Train the classifier of ``data`` and store it; returns its file and its accuracy on the test split.
+
+    A small convolution network for images, an MLP for all else, trained on the training split by Adam with a learning
+    rate that falls from 1e-3 to 0. The file is safetensors, with the facts of the training as JSON in its header.
+    Torch's global generators are left as they were. Raises DataError for data without labels of two classes or more,
+    and SettingsError where the file exists, unless ``overwrite``.
+    """
+    from genfuse.training.progress import Progress
+    from genfuse.training.run import write_tensors
+
+    if steps < 1 or batch_size < 1:
+        raise SettingsError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
+    if bare := [part for part in ("train", "test") if data.splits[part].y is None]:
+        raise DataError(
+            f"data set {data.name!r}: a classifier needs labels, and there are none in its splits {', '.join(bare)}; "
+            "use other features, such as random-conv for images or columns for tables"
+        )
+    if (data.classes or 0) < 2:
+        raise DataError(f"data set {data.name!r}: a classifier needs at least 2 classes; got {data.classes}")
+    path = classifier_path(data)
+    if path.exists() and not overwrite:
+        raise SettingsError(f"there is a classifier of {data.name!r} already, {path}: ask for overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices), Progress(steps, 0) as progress:
+        torch.manual_seed(seed)
+        network = _classifier(data.shape, data.classes or 0).to(device)
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        count, epoch = len(data.splits["train"]), 0
+        order = torch.empty(0, dtype=torch.int64)
+        for step in range(1, steps + 1):
+            if not len(order):
+                order, epoch = torch.randperm(count), epoch + 1
+            rows, order = order[:batch_size], order[batch_size:]
+            x, y = (part.to(device) for part in data.batch("train", rows) if part is not None)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(x), y).backward()
+            optimizer.step()
+            schedule.step()
+            progress.step(step, epoch)
+        accuracy = _accuracy(network, data, device)
+        _scale(network, data.batch("train", torch.randperm(count)[:2000]).x.to(device))
+    facts = {
+        "genfuse": __version__,
+        "data": data.name,
+        "shape": list(data.shape),
+        "classes": data.classes,
+        "fingerprint": data.fingerprint(),
+        "accuracy": accuracy,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    write_tensors(path, {key: value.cpu().contiguous() for key, value in network.state_dict().items()}, facts)
+    return path, accuracy
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, data: "Dataset", device: torch.device | str) -> float:
+    right = 0
+    for start in range(0, len(data.splits["test"]), BATCH):
+        x, y = (part.to(device) for part in data.batch("test", slice(start, start + BATCH)) if part is not None)
+        right += int((network(x).argmax(1) == y).sum())
+    return right / len(data.splits["test"])
+
+
+def _classifier(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Ends in an MLP, whose last layer makes the logits (N, classes) of the features (N, WIDTH)."""
+    if len(shape) == 3:
+        return conv_encoder(shape, _channels(shape), (WIDTH,), classes)
+    return nn.Sequential(nn.Flatten(), mlp([torch.Size(shape).numel(), 256, WIDTH, classes]))
+
+
+def _without_logits(network: nn.Sequential) -> nn.Sequential:
+    *stages, head = network.children()
+    return nn.Sequential(*stages, *list(head.children())[:-1])
+
+
+@torch.no_grad()
+def _scale(network: nn.Sequential, x: Tensor) -> None:
+    """Give the features of x a mean square of 1 and leave the logits: without it kernel distances run to thousands."""
+    size = _without_logits(network)(x).square().mean().sqrt()
+    *_, hidden, logits = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    for parameter in hidden.parameters():
+        parameter.div_(size)
+    logits.weight.mul_(size)
+
+
+def _channels(shape: tuple[int, ...]) -> list[int]:
+    """32, 64, ... for as many halvings as leave a side of 4 to 7, of large images up to 5."""
+    side = min(shape[1:])
+    return [32 * 2**stage for stage in range(min(5, max(1, side.bit_length() - 2)))]
+
+
+def _load_classifier(data: "Dataset") -> tuple[nn.Module, float]:
+    from genfuse.training.run import read_tensors
+
+    path = classifier_path(data)
+    if not path.is_file():
+        command = ["genfuse", "train-features", data.name]
+        command += [] if data.binarize == "none" else ["--data.binarize", data.binarize]
+        command += [] if data.seed == 0 else ["--data.seed", str(data.seed)]
+        raise SettingsError(
+            f"there is no classifier of {data.name!r} ({path}): train one, by `{shlex.join(command)}` or by "
+            "genfuse.metrics.train_features(data)"
+        )
+    weights, facts = read_tensors(path)
+    network = _classifier(data.shape, data.classes or 0)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SettingsError(f"{path} does not fit the data set {data.name!r}: train it again: {error}") from None
+    return _without_logits(network).eval(), facts["accuracy"]
+
+
+def _random_network(shape: tuple[int, ...]) -> nn.Module:
+    """Weights N(0, 2 / fan-in), which keep the size of what passes through (arXiv 1502.01852); biases 0."""
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
+        network = conv_encoder(shape, _channels(shape), (), WIDTH)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter, generator=generator)
+            else:
+                parameter.zero_()
+    return network.eval().requires_grad_(False)
+
+
+def _inception(path: str | Path | None, data: "Dataset", device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """The module of a file, called as the metrics of StyleGAN2-ADA call theirs: uint8 RGB in, features out."""
+    wanted = (
+        "a TorchScript InceptionV3 that takes uint8 RGB images (N, 3, H, W) of any size and returns features (N, D), "
+        f"such as {INCEPTION}"
+    )
+    if path is None:
+        raise SettingsError(f"features 'inception' need a file of weights, --inception-weights FILE: {wanted}")
+    if not Path(path).is_file():
+        raise SettingsError(f"there is no file {path}; wanted is {wanted}")
+    if data.shape[0] not in (1, 3):
+        raise SettingsError(f"features 'inception' are of grey or RGB images; those of {data.name!r} are {data.shape}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the format of the file is not ours to choose
+            module = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise SettingsError(
+            f"{path} is no TorchScript file: {str(error).splitlines()[0]}; wanted is {wanted}"
+        ) from None
+    takes = {argument.name for argument in module.forward.schema.arguments}
+    options = {"return_features": True} if "return_features" in takes else {}
+
+    def extract(x: Tensor) -> Tensor:
+        pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        return torch.cat([module(part, **options) for part in pixels.split(50)])
+
+    return extract

@@ -1,0 +1,156 @@
+"""Generators and critics: MLPs, DCGAN (arXiv 1511.06434) and the residual networks of WGAN-GP (arXiv 1704.00028).
+
+A generator turns (N, inputs) into (N, *shape), a critic (N, *shape) into (N, 1). No critic has batch norm, so what it
+says of an example depends on that example alone, as a gradient penalty needs it. Images start from some 4 x 4 cells and
+double; where that makes them larger than ``shape``, generators cut the rim off and critics see it as zeros.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from genfuse.nn._linearized import Residual
+
+SLOPE = 0.2  # of leaky ReLUs
+WIDEST = 8  # times the width at the finest resolution
+
+Image = tuple[int, int, int]
+
+
+def mlp_generator(inputs: int, shape: tuple[int, ...], hidden: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise([inputs, *hidden]):
+        layers += [nn.Linear(before, after), nn.LeakyReLU(SLOPE, inplace=True)]
+    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], math.prod(shape)), nn.Unflatten(1, shape))
+
+
+def mlp_critic(inputs: int, hidden: Sequence[int], layer_norm: bool = False) -> nn.Sequential:
+    """``inputs`` are the cells of an example, and its label's where it has one."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise([inputs, *hidden]):
+        norm = [nn.LayerNorm(after)] if layer_norm else []
+        layers += [nn.Linear(before, after), *norm, nn.LeakyReLU(SLOPE, inplace=True)]
+    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], 1))
+
+
+def dcgan_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
+    """Transposed 4 x 4 convolutions of stride 2 with batch norm; ``channels`` wide before the last."""
+    stages, base = _stages(shape)
+    widths = _widths(channels, stages)[::-1]
+    layers = [*_start(inputs, widths[0], base), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+    for before, after in pairwise(widths):
+        layers += [
+            nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        ]
+    layers.append(nn.ConvTranspose2d(channels, shape[0], 4, stride=2, padding=1))
+    return _small_weights(nn.Sequential(*layers, Crop(shape[1:])))
+
+
+def dcgan_critic(shape: Image, channels: int, layer_norm: bool = False, labels: int = 0) -> nn.Sequential:
+    """4 x 4 convolutions of stride 2, ``channels`` wide after the first; ``labels`` are channels more at the input."""
+    stages, base = _stages(shape)
+    widths = _widths(channels, stages)
+    first = nn.Conv2d(shape[0] + labels, channels, 4, stride=2, padding=_rim(shape))
+    layers: list[nn.Module] = [first, nn.LeakyReLU(SLOPE, inplace=True)]
+    for before, after in pairwise(widths):
+        norm = [nn.GroupNorm(1, after)] if layer_norm else []
+        layers += [
+            nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.LeakyReLU(SLOPE, inplace=True)
+        ]  # fmt: skip
+    end = nn.Linear(widths[-1] * math.prod(base), 1)
+    return _small_weights(nn.Sequential(*layers, nn.Flatten(), end))
+
+
+def resnet_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
+    """Residual blocks with batch norm, each of which doubles the image; ``channels`` wide after the last."""
+    stages, base = _stages(shape)
+    widths = _widths(channels, stages + 1)[::-1]
+    layers = [*_start(inputs, widths[0], base)]
+    for before, after in pairwise(widths):
+        larger = nn.Upsample(scale_factor=2)
+        branch = nn.Sequential(
+            nn.BatchNorm2d(before),
+            nn.ReLU(),
+            larger,
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(after, after, 3, padding=1),
+        )
+        # A 1 x 1 convolution and an enlargement in blocks commute, and the former is cheaper first.
+        layers.append(Residual(branch, nn.Sequential(nn.Conv2d(before, after, 1), larger)))
+    end = nn.Conv2d(channels, shape[0], 3, padding=1)
+    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), end, Crop(shape[1:]))
+
+
+def resnet_critic(shape: Image, channels: int, layer_norm: bool = False, labels: int = 0) -> nn.Sequential:
+    """Residual blocks, each of which halves the image; ``labels`` are channels more at the input."""
+    stages, base = _stages(shape)
+    widths = _widths(channels, stages + 1)
+
+    def norm(width: int) -> list[nn.Module]:
+        return [nn.GroupNorm(1, width)] if layer_norm else []
+
+    layers: list[nn.Module] = [nn.Conv2d(shape[0] + labels, channels, 3, padding=_rim(shape))]
+    for before, after in pairwise(widths):
+        branch = nn.Sequential(
+            *norm(before),
+            nn.ReLU(),
+            nn.Conv2d(before, before, 3, padding=1),
+            *norm(before),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.AvgPool2d(2),
+        )
+        # A 1 x 1 convolution and a mean commute too.
+        layers.append(Residual(branch, nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1))))
+    return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(widths[-1] * math.prod(base), 1))
+
+
+class Crop(nn.Module):
+    """The middle ``size`` of images (N, C, H, W)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, size in zip((2, 3), self.size, strict=True):
+            x = x.narrow(axis, (x.shape[axis] - size) // 2, size)
+        return x
+
+
+def _stages(shape: Image) -> tuple[int, tuple[int, int]]:
+    """How often the sides double, and the sides before that: 4, for powers of two."""
+    _, height, width = shape
+    stages = math.ceil(math.log2(min(height, width) / 4))
+    return stages, (math.ceil(height / 2**stages), math.ceil(width / 2**stages))
+
+
+def _rim(shape: Image) -> tuple[int, int]:
+    """Padding of a critic's first convolution: the usual 1, and the rim that `Crop` takes from generated images."""
+    stages, base = _stages(shape)
+    rims = [math.ceil((side * 2**stages - size) / 2) for side, size in zip(base, shape[1:], strict=True)]
+    return 1 + rims[0], 1 + rims[1]
+
+
+def _widths(channels: int, count: int) -> list[int]:
+    return [channels * min(2**k, WIDEST) for k in range(count)]
+
+
+def _start(inputs: int, width: int, base: tuple[int, int]) -> list[nn.Module]:
+    return [nn.Linear(inputs, width * math.prod(base)), nn.Unflatten(1, (width, *base))]
+
+
+def _small_weights(network: nn.Sequential) -> nn.Sequential:
+    """Weights with standard deviation 0.02 around 0, of batch norm around 1: arXiv 1511.06434, section 4."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+    return network
