@@ -133,8 +133,8 @@ def test_the_loss_of_a_gan_is_its_objective(loss):
         torch.manual_seed(3)
         found, terms = model.loss(batch, player)
         torch.manual_seed(3)
-        fake = model.generator(torch.randn(6, 5)).sigmoid()
-        real_out, fake_out = model.critic(batch.x), model.critic(fake)
+        fake = model.generator(torch.randn(6, 5)).tanh()
+        real_out, fake_out = model.critic(2 * batch.x - 1), model.critic(fake)
         if player == "generator":
             torch.testing.assert_close(found, model.objective.generator(fake_out).mean())
             continue
@@ -160,7 +160,7 @@ def test_r1_is_half_gamma_times_the_squared_gradient_at_real_examples(name, netw
     model = made(name, penalty="r1", **settings)
     batch = batch_of(model)
     _, terms = model.loss(batch, players_of(model)[0])
-    x = batch.x.clone().requires_grad_(True)
+    x = (2 * batch.x - 1).requires_grad_(True)
     given = [F.one_hot(batch.y, 3).float()] if conditional else []
     (gradient,) = torch.autograd.grad(model.critic(x, *given).sum(), x)
     torch.testing.assert_close(terms["penalty"], 1.5 * gradient.square().flatten(1).sum(1).mean())
@@ -356,14 +356,14 @@ def test_samples_are_of_the_averaged_weights():
         torch.testing.assert_close(average, expected.detach())
     z = model.latents(3, generator=seeded())
     assert torch.equal(model.sample(3, generator=seeded()), model.decode(z))
-    torch.testing.assert_close(model.decode(z), model.averaged(z).sigmoid())
-    assert not torch.allclose(model.decode(z), model.generator(z).sigmoid())
+    torch.testing.assert_close(model.decode(z), model.averaged(z).tanh() / 2 + 0.5)
+    assert not torch.allclose(model.decode(z), model.generator(z).tanh() / 2 + 0.5)
 
 
 def test_without_averaging_samples_are_of_the_last_weights():
     model = made("gan", ema=0.0)
     z = model.latents(3, generator=seeded())
-    torch.testing.assert_close(model.sample(3, generator=seeded()), model.generator(z).sigmoid())
+    torch.testing.assert_close(model.sample(3, generator=seeded()), model.generator(z).tanh() / 2 + 0.5)
     assert not any("averaged" in name for name in model.state_dict())
 
 

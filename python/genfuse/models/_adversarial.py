@@ -132,7 +132,7 @@ class AdversarialModel(ConditionalModel):
 
         Raises DataError where x is not (N, *shape), or labels are missing or outside their range.
         """
-        x, n = self._checked(batch.x), len(batch.x)
+        x, n = self._centred(self._checked(batch.x)), len(batch.x)
         context = self._context(batch.y if self.conditional else None, n)
         z = torch.randn(n, self.config.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
@@ -179,13 +179,12 @@ class AdversarialModel(ConditionalModel):
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """x = G(z), (N, *shape), for latents (N, D), with the averaged weights where there are such."""
-        return self._generate(self.averaged or self.generator, z, self._context(y, len(z)))
+        return self._decode(z, self._context(y, len(z)))
 
     @torch.no_grad()
     def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """n draws, (n, *shape). ``y`` are the labels of a conditional model, (n,), or one for all; left out, any."""
-        z, context = self.latents(n, generator=generator), self._draw_context(n, y, generator)
-        return self._generate(self.averaged or self.generator, z, context)
+        return self._decode(self.latents(n, generator=generator), self._draw_context(n, y, generator))
 
     def interpolate(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """x on the arcs between latents a and b, (N, D) each, both ends included: (steps, N, *shape).
@@ -219,12 +218,21 @@ class AdversarialModel(ConditionalModel):
             )
         return found
 
+    def _centred(self, x: Tensor) -> Tensor:
+        """Examples as the critic is shown them: discrete data in [-1, 1]. From data in [0, 1] it learns badly."""
+        return x if self.config.levels is None else 2 * x - 1
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        x = self._generate(self.averaged or self.generator, z, context)
+        return x if self.config.levels is None else (x + 1) / 2
+
     def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None) -> Tensor:
+        """Examples as `_centred` gives them."""
         x = at_least_float32(network(z if context is None else torch.cat([z, context], 1)))
-        return x if self.config.levels is None else x.sigmoid()
+        return x if self.config.levels is None else x.tanh()
 
     def _criticise(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """D(x), (N,)."""
+        """The critic's output, (N,), for examples that are `_centred`."""
         return at_least_float32(self.critic(x) if context is None else self.critic(x, context)).squeeze(1)
 
 

@@ -36,7 +36,7 @@ class _Wasserstein(AdversarialModel):
     objective = Objective(torch.neg, lambda out: out, torch.neg)
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """``wasserstein``, the critic's estimate of the distance, in the units of the data, and the means it is of."""
+        """``wasserstein``, the critic's estimate of the distance (of discrete data x, of 2x - 1), and its means."""
         terms = super().critic_terms(real, fake)
         return {"wasserstein": terms["real"] - terms["fake"], **terms}
 
