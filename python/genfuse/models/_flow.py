@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from genfuse.errors import DataError, SettingsError
-from genfuse.models._base import Batch, GenerativeModel
+from genfuse.errors import SettingsError
+from genfuse.models._base import Batch
+from genfuse.models._examples import ExamplesConfig, ExamplesModel
 from genfuse.nn import (
     AffineCoupling,
     Composite,
@@ -23,31 +23,19 @@ from genfuse.nn import (
 )
 from genfuse.ops import standard_normal_log_prob
 
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
-
 Dequantization = Literal["uniform", "variational"]
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(ExamplesConfig):
     """Settings of every flow. Raises SettingsError for values outside their range."""
 
-    shape: tuple[int, ...] = (1, 28, 28)  # of one example: (C, H, W) or (D,); taken from the data
-    levels: int | None = 256  # of discrete data, None for real-valued data; taken from the data
-    classes: int | None = None  # of labels; taken from the data
-    conditional: bool = False  # model p(x | label) in place of p(x)
     logit: float = 0.05  # discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a; 0: v - 1/2
     dequantization: Dequantization = "uniform"  # discrete data: the noise that makes levels real numbers
     reversible: bool = False  # recompute activations in the backward pass: memory does not grow with depth
 
     def __post_init__(self) -> None:
-        if not self.shape or any(size < 1 for size in self.shape):
-            raise SettingsError(f"shape must hold sizes of at least 1, got {self.shape}")
-        if self.levels is not None and self.levels < 2:
-            raise SettingsError(f"levels must be at least 2, or None for real-valued data, got {self.levels}")
-        if self.conditional and not self.classes:
-            raise SettingsError("conditional needs labels, classes of 1 or more, and there are none: leave it out")
+        super().__post_init__()
         if not 0 <= self.logit < 0.5:
             raise SettingsError(f"logit must be at least 0 and below 0.5, got {self.logit}")
         if self.dequantization == "variational" and (self.levels is None or len(self.shape) != 3):
@@ -57,32 +45,8 @@ class FlowConfig:
             )
         self.check_choices(dequantization=Dequantization)
 
-    def check_positive(self, *names: str) -> None:
-        """Raise SettingsError unless these settings, numbers or tuples of them, are above 0 and finite."""
-        for name in names:
-            value = getattr(self, name)
-            if not all(0 < each < math.inf for each in (value if isinstance(value, tuple) else (value,))):
-                raise SettingsError(f"{name} must be above 0 and finite, got {value}")
 
-    def check_choices(self, **choices: Any) -> None:
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise SettingsError(
-                    f"{name} must be one of {', '.join(get_args(literal))}, got {getattr(self, name)!r}"
-                )
-
-    @property
-    def dimensions(self) -> int:
-        """Of an example."""
-        return math.prod(self.shape)
-
-    @property
-    def context(self) -> int:
-        """Features of the context: a label as a one-hot vector."""
-        return self.classes or 0 if self.conditional else 0
-
-
-class FlowModel(GenerativeModel):
+class FlowModel(ExamplesModel):
     """A normalizing flow: x = f^-1(z) of z ~ N(0, I), with an invertible f. A subclass gives `layers`.
 
     Real-valued examples x are (N, *shape), with exact densities in nats. Discrete ones, x = k / (levels - 1), are
@@ -107,21 +71,8 @@ class FlowModel(GenerativeModel):
         raise NotImplementedError(f"{type(self).__name__} has no layers")
 
     @property
-    def conditional(self) -> bool:
-        return self.config.conditional
-
-    @property
     def likelihoods(self) -> tuple[str, ...]:
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
-
-    def check_data(self, data: "Dataset") -> None:
-        super().check_data(data)
-        if self.config.levels != data.levels:
-            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
-            raise SettingsError(
-                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
-                "when you make it, as in genfuse.create(name, data)"
-            )
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x), or for discrete data minus its lower bound, in the mean over the batch."""
@@ -221,30 +172,6 @@ class FlowModel(GenerativeModel):
             y = torch.full((n,), y)
         z = torch.randn(n, self.config.dimensions, device=where, generator=generator) * temperature
         return z.to(next(self.parameters())), self._context(y, n)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != self.config.shape:
-            wanted = ", ".join(map(str, self.config.shape))
-            raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
-        return x
-
-    def _context(self, y: Tensor | None, n: int) -> Tensor | None:
-        if not self.conditional:
-            if y is not None:
-                raise SettingsError("the model is not conditional, so it takes no labels: leave y out")
-            return None
-        classes = self.config.context
-        if y is None:
-            raise SettingsError(f"the model is of p(x | label): give labels y, ({n},), each in 0..{classes - 1}")
-        if y.shape != (n,) or y.dtype.is_floating_point:
-            raise DataError(f"labels y must be integers ({n},), one for each example; got {y.dtype} {tuple(y.shape)}")
-        if n and not torch.compiler.is_compiling() and y.device.type == "cpu" and not 0 <= y.min() <= y.max() < classes:
-            raise DataError(f"labels y must be in 0..{classes - 1}; got {int(y.min())}..{int(y.max())}")
-        return F.one_hot(y.long(), classes).to(next(self.parameters()))
-
-    @property
-    def _nats_per_bit(self) -> float:
-        return self.config.dimensions * math.log(2)
 
 
 class _Centre(Transform):
