@@ -14,6 +14,10 @@ from genfuse.nn._coupling import Coupling as Coupling
 from genfuse.nn._coupling import SplineCoupling as SplineCoupling
 from genfuse.nn._coupling import checkerboard as checkerboard
 from genfuse.nn._coupling import half as half
+from genfuse.nn._denoisers import DenoisingMLP as DenoisingMLP
+from genfuse.nn._denoisers import NoiseEmbedding as NoiseEmbedding
+from genfuse.nn._denoisers import UNet as UNet
+from genfuse.nn._ema import EMA as EMA
 from genfuse.nn._image import Dequantize as Dequantize
 from genfuse.nn._image import Flatten as Flatten
 from genfuse.nn._image import Logit as Logit
