@@ -1,13 +1,13 @@
 """What all diffusion models share: one denoiser, and with it training, sampling and likelihoods.
 
-Every model here learns D(x, s) = E[x0 | x0 + s eps = x], of examples in its own space (levels span [-1, 1] there) and noise levels s. It
-sees x_t = alpha x0 + sigma eps with sigma = s alpha, and its network F predicts the target, from which D follows. A
-model is no more than a choice of alpha, of the target, and of the noise levels in training and in sampling; the view is
-that of arXiv 2206.00364, section 5.
+Every model here learns D(x, s) = E[x0 | x0 + s eps = x] for noise levels s. Its network F sees x_t = alpha x0 +
+sigma eps, where sigma = s alpha, and predicts a target, from which D follows. A model is no more than a choice of
+alpha, of the target, and of the noise levels in training and in sampling: arXiv 2206.00364, section 5.
 """
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,7 +62,8 @@ class DiffusionConfig(ExamplesConfig):
             raise SettingsError(f"network 'unet' needs images, shape (C, H, W), got {self.shape}: use network 'mlp'")
         if not all(0 <= scale < len(self.channels) for scale in self.attention):
             raise SettingsError(
-                f"attention must name scales 0..{len(self.channels) - 1}, one for each entry of channels, got {self.attention}"
+                f"attention must name scales, 0..{len(self.channels) - 1} for {len(self.channels)} channels, "
+                f"got {self.attention}"
             )
         for name in ("dropout", "label_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
@@ -76,7 +77,7 @@ class DiffusionConfig(ExamplesConfig):
 
 
 class DiffusionModel(ExamplesModel):
-    """A model of examples seen through Gaussian noise. A subclass gives `draw_levels` and `noise_levels`.
+    """A model of examples seen through Gaussian noise. A subclass gives `draw_levels`, `noise_levels`, and `limits`.
 
     Examples x (N, *shape) and labels y (N,) are the data's. What `denoise` and `score` see is in the model's space:
     real-valued examples as they are, discrete ones as 2 x - 1. Densities are in nats.
@@ -85,6 +86,7 @@ class DiffusionModel(ExamplesModel):
     config: DiffusionConfig
     target: Target = "noise"  # of the network
     unit: float = 1.0  # the standard deviation of examples that the network's input and target are scaled by
+    limits: tuple[float, float]  # the smallest and the largest noise level of the probability flow
     sampler: tuple[str, int] = ("heun", 20)  # and steps, by default
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -101,7 +103,7 @@ class DiffusionModel(ExamplesModel):
         raise NotImplementedError(f"{type(self).__name__} has no noise levels to train at")
 
     def noise_levels(self, steps: int) -> list[float]:
-        """The noise levels of a sampler: ``steps`` of them, falling from the largest to the smallest, and 0."""
+        """The noise levels of a sampler: ``steps`` of them, falling from the largest, and 0."""
         raise NotImplementedError(f"{type(self).__name__} has no noise levels to sample at")
 
     def players(self) -> list[Player]:
@@ -178,9 +180,10 @@ class DiffusionModel(ExamplesModel):
     ) -> Tensor:
         """n draws, (n, *shape), by a sampler in so many steps; left out, the model's own in its own number of steps.
 
-        ``sampler`` is one of ancestral, ddim, heun, heun-stochastic, langevin, dpm-solver++, and ``options`` are those of its
-        function in genfuse.models._samplers, such as eta of ddim. ``y`` are the labels of a conditional model, (n,), or
-        one for all; left out, they are drawn uniformly. ``guidance`` above 1 makes samples more typical of their label.
+        ``sampler`` is one of ancestral, ddim, heun, heun-stochastic, langevin, dpm-solver++, and ``options`` are those
+        of its function in genfuse.models._samplers, such as eta of ddim. ``y`` are the labels of a conditional model,
+        (n,), or one for all; left out, they are drawn uniformly. ``guidance`` above 1 makes samples more typical of
+        their label (`denoise`).
 
         One number is drawn from the generator. All noise of example i follows from it and i, so that with the same
         seed the first examples of a larger n are those of a smaller one, and ``batch_size``, the examples that the
@@ -188,7 +191,7 @@ class DiffusionModel(ExamplesModel):
         """
         name, usual = self.sampler
         run = self._sampler(sampler or name, options)
-        levels = self._levels(steps or usual if steps is None else steps)
+        levels = self._levels(usual if steps is None else steps)
         if batch_size is not None and batch_size < 1:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size}")
         if guidance != 1 and not self.conditional:
@@ -210,9 +213,8 @@ class DiffusionModel(ExamplesModel):
 
         like = next(self.parameters()).new_empty((n, *self.config.shape))
         x = self._normal(next(keys), like) * math.hypot(self.unit, levels[0])
-        for x in run(denoise, x, levels, lambda: self._normal(next(keys), like), **options):  # noqa: B007
-            pass
-        return self._outward(x)
+        path = run(denoise, x, levels, lambda: self._normal(next(keys), like), **options)
+        return self._outward(deque(path, maxlen=1)[0])
 
     @staticmethod
     def _sampler(name: str, options: dict[str, Any]) -> Any:
@@ -221,7 +223,9 @@ class DiffusionModel(ExamplesModel):
         known = [p.name for p in inspect.signature(SAMPLERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
         for option in options:
             if option not in known:
-                raise SettingsError(f"the sampler {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+                raise SettingsError(
+                    f"the sampler {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}"
+                )
         return SAMPLERS[name]
 
     def _levels(self, steps: int) -> list[float]:
@@ -231,8 +235,10 @@ class DiffusionModel(ExamplesModel):
 
     @torch.no_grad()
     def trajectory(self, z: Tensor, y: Tensor | None = None, steps: int = 20) -> list[Tensor]:
-        """What the probability flow makes of z ~ N(0, I), (N, D), in so many steps of DDIM: z, then each step scaled to variance 1
-        where the data has it, and the data last."""
+        """What the probability flow makes of z ~ N(0, I), (N, D), in so many steps of DDIM: z first, data last.
+
+        Between them x is divided by sqrt(1 + s^2), so that it keeps its size.
+        """
         levels, context = self._levels(steps), self._context(y, len(z))
         x = z.view(-1, *self.config.shape)
         path = SAMPLERS["ddim"](
@@ -264,10 +270,11 @@ class DiffusionModel(ExamplesModel):
         """log p(x) of real-valued x and its standard error, (N,) nats each, by the probability-flow ODE, arXiv
         2011.13456, section 4.3: the density of what the deterministic samplers draw, at the smallest noise level.
 
-        ``exact`` computes the trace of each Jacobian, by default up to 8 dimensions, and its error is 0 but for that of
-        the solver, dopri5 with ``tolerance``. Else the mean over ``draws`` of Hutchinson's estimate is returned, unbiased, with the standard
-        error of this mean, which is NaN for one draw. The solver chooses its steps for all examples together: a part of
-        them alone gives the same to within its tolerance. Raises SettingsError for discrete data, which has `elbo`.
+        ``exact`` computes the trace of each Jacobian, by default up to 8 dimensions, and the error is 0 but for that of
+        the solver, dopri5 with ``tolerance``. Else the result is the mean over ``draws`` of Hutchinson's estimate, without
+        bias, and with this mean's standard error, NaN for one draw. The solver chooses its steps for all examples
+        together: a part of them alone gives the same to within its tolerance. Raises SettingsError for discrete data,
+        which has `elbo`.
         """
         if self.config.levels is not None:
             raise SettingsError("log_prob is for real-valued data; discrete data has the bounds elbo and bits_per_dim")
@@ -298,14 +305,14 @@ class DiffusionModel(ExamplesModel):
     ) -> tuple[Tensor, Tensor]:
         """A lower bound of log P(x) of discrete x and the standard error of its estimate, (N,) nats each.
 
-        The density at the smallest noise level s, by the probability-flow ODE, and a decoder from there, the Gaussian of
-        `decoder_log_prob`, bound it: E_q [log p(x_s) + log P(x | x_s) - log q(x_s | x)] with q = N(x, s^2). The mean over
-        ``draws`` of x_s is returned; the rest is as for `log_prob_and_error`. Raises SettingsError for real-valued data.
+        The density at the smallest noise level s, by the probability-flow ODE, and the decoder of `decoder_log_prob`
+        from there bound it by E_q [log p(x_s) + log P(x | x_s) - log q(x_s | x)] with q = N(x, s^2). The result is the
+        mean over ``draws`` of x_s; the rest is as for `log_prob_and_error`. Raises SettingsError for real-valued data.
         """
         if self.config.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
         keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
-        smallest = self.noise_levels(2)[-2]
+        smallest = self.limits[0]
         values = []
         for _ in range(_at_least_one(draws)):
             eps = self._normal(next(keys), x)
@@ -320,8 +327,8 @@ class DiffusionModel(ExamplesModel):
         return -self.elbo(x, y, **options) / self._nats_per_bit
 
     def decoder_log_prob(self, x: Tensor, x_s: Tensor, level: float, context: Tensor | None) -> Tensor:
-        """log p(x | x_s), (N,) nats, of x in the model's space by N(D(x_s), level^2): for discrete x integrated over the bins of the levels, the
-        outermost open-ended (arXiv 2006.11239, equation 13)."""
+        """log p(x | x_s), (N,) nats, of x in the model's space by N(D(x_s), level^2): for discrete x integrated over
+        the bins of the levels, the outermost open-ended (arXiv 2006.11239, equation 13)."""
         off = (x - self.denoise(x_s, level, context)).flatten(1) / level
         if self.config.levels is None:
             return _normal_log_prob(off, 1.0) - self.config.dimensions * math.log(level)
@@ -341,8 +348,7 @@ class DiffusionModel(ExamplesModel):
         """
         from torchdiffeq import odeint
 
-        levels = self.noise_levels(2)
-        first, last = levels[-2], levels[0]
+        first, last = self.limits
         probe = None if key is None else self._normal(key, x).sign()
         d = self.config.dimensions
 
@@ -357,7 +363,9 @@ class DiffusionModel(ExamplesModel):
 
         ends = torch.tensor([first, last], dtype=torch.float64, device=x.device).log().to(x.dtype)
         start = x / math.hypot(1, first), x.new_zeros(len(x))
-        y, divergence = (states[-1] for states in odeint(change, start, ends, rtol=tolerance, atol=tolerance, method="dopri5"))
+        y, divergence = (
+            states[-1] for states in odeint(change, start, ends, rtol=tolerance, atol=tolerance, method="dopri5")
+        )
         spread = math.hypot(self.unit, last) / math.hypot(1, last)
         return _normal_log_prob(y, spread) + divergence - d * math.log(math.hypot(1, first))
 

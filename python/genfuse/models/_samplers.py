@@ -1,12 +1,12 @@
 """Samplers of diffusion models: from noise to examples along falling noise levels.
 
-All see a model as its denoiser alone, D(x, s) = E[x0 | x0 + s eps = x], of noise level s; the score is (D(x, s) - x) / s^2. Any
-process x_t = alpha x0 + sigma eps is of this form in x = x_t / alpha, with s = sigma / alpha (arXiv 2206.00364, appendix
-B), so that each sampler serves every model.
+All see a model as its denoiser alone, D(x, s) = E[x0 | x0 + s eps = x], at noise level s; the score is
+(D(x, s) - x) / s^2. Any process x_t = alpha x0 + sigma eps is of this form in x = x_t / alpha, with s = sigma / alpha
+(arXiv 2206.00364, appendix B), so that each sampler serves every model.
 
-A sampler is called with the denoiser, x at the first of the noise levels, these levels, which fall to 0 at the last, and
-a function that draws a standard normal like x; it yields x at each further level. Levels are Python numbers: what is made of them is
-done on the host in float64, and nothing waits for the device.
+A sampler is called with the denoiser, x at the first of the noise levels, these levels, which fall to 0 at the last,
+and a function that draws a standard normal like x; it yields x at each further level. Levels are Python numbers:
+coefficients are made of them on the host, in float64, and nothing waits for the device.
 """
 
 import math
@@ -20,9 +20,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
 
 
-def ddim(
-    denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, *, eta: float = 0.0
-) -> Iterator[Tensor]:
+def ddim(denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, *, eta: float = 0.0) -> Iterator[Tensor]:
     """DDIM, arXiv 2010.02502, equation 12: deterministic with eta 0, the ancestral sampler with eta 1."""
     for s, t in pairwise(levels):
         x0 = denoise(x, s)
@@ -80,8 +78,8 @@ def langevin(
 ) -> Iterator[Tensor]:
     """Predictor-corrector, arXiv 2011.13456, algorithm 2: an ancestral step, then ``corrections`` Langevin steps.
 
-    The corrector's step size is 2 (snr t)^2 at noise level t: the paper's, algorithm 4, with the ratio of the norms of noise and score
-    replaced by what it is in expectation, t, so that no example's path depends on the others in its batch.
+    The corrector's step size is 2 (snr t)^2 at noise level t: the paper's, algorithm 4, with t in place of the norm of
+    the noise over that of the score, which it is near, so that no example's path depends on the others in its batch.
     """
     for s, t in pairwise(levels):
         [x] = ancestral(denoise, x, (s, t), noise)

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from genfuse.errors import SettingsError
-from genfuse.models._diffusion import DiffusionConfig, DiffusionModel, _normal_log_prob
+from genfuse.models._diffusion import DiffusionConfig, DiffusionModel
 from genfuse.ops import _philox
 
 Prediction = Literal["noise", "x0", "v"]
@@ -42,7 +43,7 @@ class DDPMConfig(DiffusionConfig):
 
 
 class DDPM(DiffusionModel):
-    """T noise levels on the way from data to noise, drawn uniformly in training, and the variational bound over them."""
+    """T noise levels from data to noise; training draws one of them an example, the variational bound sums over all."""
 
     Config = DDPMConfig
     config: DDPMConfig
@@ -54,6 +55,7 @@ class DDPM(DiffusionModel):
         self.target = config.prediction
         squares = config.alphas_squared()
         self.steps = ((1 - squares) / squares).sqrt()  # noise levels of t = 1 .. T
+        self.limits = float(self.steps[0]), float(self.steps[-1])
         self.register_buffer("table", self.steps.float(), persistent=False)
 
     @property
@@ -65,12 +67,14 @@ class DDPM(DiffusionModel):
 
     def noise_levels(self, steps: int) -> list[float]:
         if steps > self.config.timesteps:
-            raise SettingsError(f"steps must be at most the {self.config.timesteps} timesteps of the model, got {steps}")
+            raise SettingsError(
+                f"steps must be at most the {self.config.timesteps} timesteps of the model, got {steps}"
+            )
         chosen = torch.linspace(self.config.timesteps - 1, 0, steps).round().long()
         return [*self.steps[chosen].tolist(), 0.0]
 
     @torch.no_grad()
-    def elbo_and_error(  # type: ignore[override]
+    def elbo_and_error(
         self,
         x: Tensor,
         y: Tensor | None = None,
@@ -80,15 +84,16 @@ class DDPM(DiffusionModel):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """A lower bound of log p(x), or of log P(x) of discrete x, and the standard error of its estimate, (N,) nats each.
+        """A lower bound of log p(x), of discrete x log P(x), and the standard error of its estimate, (N,) nats each.
 
         The variational bound of arXiv 2006.11239, equation 5, with the posteriors' variances:
 
             log p(x | x_1) - KL(q(x_T | x) || N(0, I)) - sum_t (1/s_{t-1}^2 - 1/s_t^2) |x - D(x_t, s_t)|^2 / 2
 
-        The sum over t = 2 .. T is estimated from two draws of t and x_t in each of ``strata`` parts of equal length, the rest from
-        one draw of x_1, with 2 strata + 1 evaluations of the network; the error is that of the sum. ``bound`` "flow", of discrete x, is that of
-        the other models, by the probability-flow ODE, with its options.
+        The sum over t = 2 .. T is estimated from two draws of t and x_t in each of ``strata`` equally long parts, and
+        the error is this estimate's; the first term is taken at one draw of x_1. In all the network is evaluated
+        2 strata + 1 times. ``bound`` "flow", of discrete x, is that of the other models, by the probability-flow ODE,
+        with its options.
         """
         if bound == "flow":
             return super().elbo_and_error(x, y, generator=generator, **options)
@@ -102,7 +107,7 @@ class DDPM(DiffusionModel):
         weights = ((1 / steps[:-1] ** 2 - 1 / steps[1:] ** 2) / 2).to(x)  # of t = 2 .. T
         edges = torch.linspace(0, len(weights), min(strata, len(weights)) + 1).round().long().tolist()
         total, variance = x.new_zeros(n), x.new_zeros(n)
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             pair = []
             for _ in range(2):
                 at = low + (_philox.uniform(next(keys), (n,)) * (high - low)).long().clamp(max=high - low - 1)

@@ -1,4 +1,4 @@
-"""Diffusion as of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364)."""
+"""Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364)."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,9 @@ class EDMConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("log_std", "sigma_min", "sigma_max", "rho", *(["sigma_data"] if self.sigma_data is not None else []))
+        self.check_positive(
+            "log_std", "sigma_min", "sigma_max", "rho", *(["sigma_data"] if self.sigma_data is not None else [])
+        )
         if self.sigma_min >= self.sigma_max:
             raise SettingsError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
 
@@ -42,6 +44,7 @@ class EDM(DiffusionModel):
     def __init__(self, config: EDMConfig) -> None:
         super().__init__(config)
         self.unit = config.sigma_data or (1.0 if config.levels is None else 0.5)
+        self.limits = config.sigma_min, config.sigma_max
 
     def draw_levels(self, n: int) -> Tensor:
         normal = torch.randn(n, device=self.device, dtype=next(self.parameters()).dtype)

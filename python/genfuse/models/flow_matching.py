@@ -33,6 +33,10 @@ class FlowMatching(DiffusionModel):
     target = "velocity"
     sampler = ("heun", 25)
 
+    def __init__(self, config: FlowMatchingConfig) -> None:
+        super().__init__(config)
+        self.limits = config.t_min / (1 - config.t_min), (1 - config.t_min) / config.t_min
+
     def alpha(self, level: Any) -> Any:
         return 1 / (1 + level)
 
@@ -42,6 +46,6 @@ class FlowMatching(DiffusionModel):
         return t / (1 - t)
 
     def noise_levels(self, steps: int) -> list[float]:
-        low = self.config.t_min
-        t = [1 - low - k / max(1, steps - 1) * (1 - 2 * low) for k in range(steps)]
+        """t falls evenly from 1 - t_min to 0."""
+        t = [(1 - self.config.t_min) * (1 - k / steps) for k in range(steps)]
         return [each / (1 - each) for each in t] + [0.0]

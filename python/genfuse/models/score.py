@@ -45,6 +45,10 @@ class ScoreModel(DiffusionModel):
     config: ScoreConfig
     sampler = ("langevin", 200)
 
+    def __init__(self, config: ScoreConfig) -> None:
+        super().__init__(config)
+        self.limits = config.sigma_min, config.sigma_max
+
     def draw_levels(self, n: int) -> Tensor:
         c = self.config
         rung = torch.randint(c.ladder, (n,), device=self.device).to(next(self.parameters()).dtype)
@@ -55,8 +59,8 @@ class ScoreModel(DiffusionModel):
         return [c.sigma_max * (c.sigma_min / c.sigma_max) ** (k / max(1, steps - 1)) for k in range(steps)] + [0.0]
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
-        """Denoising: the mean over cells of (F - eps)^2. Sliced: that of F^2 + 2 level^2 v^T (ds/dx) v for random signs v
-        (arXiv 1905.07088, equation 8), which is the same less 1 in expectation."""
+        """Denoising: the mean over examples and cells of (F - eps)^2. Sliced: that of F^2 + 2 level^2 v^T (ds/dx) v for
+        random signs v (arXiv 1905.07088, equation 8), which is the same less 1 in expectation."""
         if self.config.objective == "denoising":
             return super().loss(batch, player)
         x0, context = self._inward(batch.x), self._training_context(batch)

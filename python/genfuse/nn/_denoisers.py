@@ -29,33 +29,45 @@ class NoiseEmbedding(nn.Module):
         return self.layers(torch.cat([angles.cos(), angles.sin(), *([] if context is None else [context])], -1))
 
 
-class DenoisingMLP(nn.Module):
-    """Residual blocks of two linear layers, activation first, each of which the noise level scales and shifts."""
+class _LinearBlock(nn.Module):
+    """A residual block of two linear layers, activation first, with the noise level's scale and shift between them."""
 
-    def __init__(self, features: int, hidden: int = 128, blocks: int = 3, context: int = 0, dropout: float = 0.0):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.film = nn.Linear(width, 2 * width)
+        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width))
+
+    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+        scale, shift = self.film(embedded).chunk(2, -1)
+        return h + self.second(torch.addcmul(shift, self.first(F.silu(h)), 1 + scale))
+
+
+class DenoisingMLP(nn.Module):
+    """Residual blocks that see the noise level; examples of any shape, as vectors."""
+
+    def __init__(
+        self, features: int, hidden: int = 128, blocks: int = 3, context: int = 0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.embedding = NoiseEmbedding(hidden, context)
         self.first = nn.Linear(features, hidden)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, 2 * hidden), nn.Linear(hidden, hidden)])
-            for _ in range(blocks)
-        )
-        self.dropout = dropout
+        self.blocks = nn.ModuleList(_LinearBlock(hidden, dropout) for _ in range(blocks))
         self.last = last_layer(nn.Linear(hidden, features))
 
     def forward(self, x: Tensor, log_level: Tensor, context: Tensor | None = None) -> Tensor:
         embedded = F.silu(self.embedding(log_level, context))
         h = self.first(x.flatten(1))
-        for first, film, second in self.blocks:  # type: ignore[misc]
-            scale, shift = film(embedded).chunk(2, -1)
-            inner = F.silu(torch.addcmul(shift, first(F.silu(h)), 1 + scale))
-            h = h + second(F.dropout(inner, self.dropout, self.training))
+        for block in self.blocks:
+            h = block(h, embedded)
         return self.last(F.silu(h)).view(x.shape)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     """At most 8 groups, of at least 4 channels each where there are as many."""
-    return nn.GroupNorm(next(g for g in range(8, 0, -1) if channels % g == 0 and (channels // g >= 4 or g == 1)), channels)
+    return nn.GroupNorm(
+        next(g for g in range(8, 0, -1) if channels % g == 0 and (channels // g >= 4 or g == 1)), channels
+    )
 
 
 class _Attention(nn.Module):

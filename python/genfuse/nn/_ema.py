@@ -10,7 +10,7 @@ class EMA(nn.Module):
     """A network whose weights are the moving average of another's: w <- d w + (1 - d) w', once per `update`.
 
     The decay d grows from 2/11 as (1 + n) / (10 + n) with the number n of updates up to ``decay``, so that the first
-    weights are soon forgotten. The average and n are in the state_dict, no optimizer's business, and stay on the device.
+    weights are soon forgotten. The average and n are part of the state_dict; an update waits for no device.
     """
 
     updates: Tensor
@@ -26,7 +26,8 @@ class EMA(nn.Module):
         """Move towards the present weights of ``module``."""
         self.updates.add_(1)
         step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        averages, weights = list(self.module.parameters()), list(module.parameters())
+        averages: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(module.parameters())
         changes = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(changes, step)
         torch._foreach_add_(averages, changes)
