@@ -4,6 +4,7 @@ from genfuse.ops._actnorm import actnorm as actnorm
 from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
 from genfuse.ops._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from genfuse.ops._bernoulli import bernoulli as bernoulli
+from genfuse.ops._diffuse import diffuse as diffuse
 from genfuse.ops._op import OPERATORS as OPERATORS
 from genfuse.ops._op import Operator as Operator
 from genfuse.ops._op import available as available
