@@ -21,18 +21,11 @@ from genfuse.models._examples import ExamplesConfig, ExamplesModel
 from genfuse.models._samplers import SAMPLERS
 from genfuse.nn import EMA, DenoisingMLP, UNet
 from genfuse.nn.likelihoods import at_least_float32
-from genfuse.ops import _philox
+from genfuse.ops import _philox, diffuse
+from genfuse.ops._diffuse import Diffuse
 
 Network = Literal["auto", "mlp", "unet"]
 Target = Literal["noise", "x0", "v", "velocity"]
-
-
-def diffuse(x0: Tensor, alpha: Tensor, sigma: Tensor, *, target: str) -> tuple[Tensor, Tensor]:
-    alpha, sigma = (t.view(-1, *[1] * (x0.dim() - 1)) for t in (alpha, sigma))
-    eps = torch.randn_like(x0)
-    targets = {"noise": eps, "x0": x0, "v": alpha * eps - sigma * x0, "velocity": eps - x0}
-    return alpha * x0 + sigma * eps, targets[target]
-
 
 EXACT = 8  # dimensions up to which the trace of a Jacobian is computed and not estimated
 
@@ -212,8 +205,8 @@ class DiffusionModel(ExamplesModel):
             return x0 if self.config.levels is None else x0.clamp(-1, 1)
 
         like = next(self.parameters()).new_empty((n, *self.config.shape))
-        x = self._normal(next(keys), like) * math.hypot(self.unit, levels[0])
-        path = run(denoise, x, levels, lambda: self._normal(next(keys), like), **options)
+        x, _ = noisy(like.zero_(), math.hypot(self.unit, levels[0]), next(keys))
+        path = run(denoise, x, levels, lambda x, sigma: noisy(x, sigma, next(keys))[0], **options)
         return self._outward(deque(path, maxlen=1)[0])
 
     @staticmethod
@@ -240,10 +233,8 @@ class DiffusionModel(ExamplesModel):
         Between them x is divided by sqrt(1 + s^2), so that it keeps its size.
         """
         levels, context = self._levels(steps), self._context(y, len(z))
-        x = z.view(-1, *self.config.shape)
-        path = SAMPLERS["ddim"](
-            lambda x, s: self.denoise(x, s, context), x * math.hypot(self.unit, levels[0]), levels, lambda: x
-        )
+        x = z.view(-1, *self.config.shape) * math.hypot(self.unit, levels[0])
+        path = SAMPLERS["ddim"](lambda x, s: self.denoise(x, s, context), x, levels, lambda x, sigma: x)
         return [z, *(self._outward(x / math.hypot(1, s)) for x, s in zip(path, levels[1:], strict=True))]
 
     # Likelihoods.
@@ -271,8 +262,8 @@ class DiffusionModel(ExamplesModel):
         2011.13456, section 4.3: the density of what the deterministic samplers draw, at the smallest noise level.
 
         ``exact`` computes the trace of each Jacobian, by default up to 8 dimensions, and the error is 0 but for that of
-        the solver, dopri5 with ``tolerance``. Else the result is the mean over ``draws`` of Hutchinson's estimate, without
-        bias, and with this mean's standard error, NaN for one draw. The solver chooses its steps for all examples
+        the solver, dopri5 with ``tolerance``. Else the result is the mean over ``draws`` of Hutchinson's estimate, free
+        of bias, with this mean's standard error, NaN for one draw. The solver chooses its steps for all examples
         together: a part of them alone gives the same to within its tolerance. Raises SettingsError for discrete data,
         which has `elbo`.
         """
@@ -315,8 +306,7 @@ class DiffusionModel(ExamplesModel):
         smallest = self.limits[0]
         values = []
         for _ in range(_at_least_one(draws)):
-            eps = self._normal(next(keys), x)
-            x_s = x + smallest * eps
+            x_s, eps = noisy(x, smallest, next(keys))
             log_q = _normal_log_prob(eps, 1.0) - self.config.dimensions * math.log(smallest)
             log_p = self._flow_log_prob(x_s, context, None if exact else next(keys), tolerance)
             values.append(log_p + self.decoder_log_prob(x, x_s, smallest, context) - log_q)
@@ -349,7 +339,7 @@ class DiffusionModel(ExamplesModel):
         from torchdiffeq import odeint
 
         first, last = self.limits
-        probe = None if key is None else self._normal(key, x).sign()
+        probe = None if key is None else noisy(x, 1.0, key)[1].sign()
         d = self.config.dimensions
 
         def change(log_s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -399,10 +389,13 @@ class DiffusionModel(ExamplesModel):
 
         return keys()
 
-    @staticmethod
-    def _normal(key: Tensor, like: Tensor) -> Tensor:
-        """A standard normal of the shape of ``like``, of which each element follows from the key and its place."""
-        return _philox.normal(key, tuple(like.shape), like.dtype)
+
+def noisy(x: Tensor, sigma: float | Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """x + sigma eps and eps, both (N, *shape), for sigma a number or (N,). Each element of eps, a standard normal,
+    follows from the key and its place: it is the same in a larger batch."""
+    ones = x.new_ones(len(x))
+    x_t, eps = Diffuse.apply(x.flatten(1), ones, ones * sigma, key, None, "noise")
+    return x_t.view(x.shape), eps.view(x.shape)
 
 
 def _divergence(f: Tensor, y: Tensor, probe: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ All see a model as its denoiser alone, D(x, s) = E[x0 | x0 + s eps = x], at nois
 (arXiv 2206.00364, appendix B), so that each sampler serves every model.
 
 A sampler is called with the denoiser, x at the first of the noise levels, these levels, which fall to 0 at the last,
-and a function that draws a standard normal like x; it yields x at each further level. Levels are Python numbers:
+and a function (x, sigma) -> x + sigma eps that draws eps; it yields x at each further level. Levels are Python numbers:
 coefficients are made of them on the host, in float64, and nothing waits for the device.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
-Noise = Callable[[], Tensor]
+Noise = Callable[[Tensor, float], Tensor]
 
 
 def ddim(denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, *, eta: float = 0.0) -> Iterator[Tensor]:
@@ -27,7 +27,7 @@ def ddim(denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, *, 
         variance = (eta * t) ** 2 * (1 - (t / s) ** 2)
         x = torch.lerp(x0, x, math.sqrt(t**2 - variance) / s)
         if variance:
-            x = x.add(noise(), alpha=math.sqrt(variance))
+            x = noise(x, math.sqrt(variance))
         yield x
 
 
@@ -57,7 +57,7 @@ def heun_stochastic(
     for s, t in pairwise(levels):
         if more and churn_from <= s <= churn_to:
             raised = s * (1 + more)
-            x = x.add(noise(), alpha=inflation * math.sqrt(raised**2 - s**2))
+            x = noise(x, inflation * math.sqrt(raised**2 - s**2))
             s = raised
         slope = (x - denoise(x, s)) / s
         there = x.add(slope, alpha=t - s)
@@ -84,7 +84,7 @@ def langevin(
     for s, t in pairwise(levels):
         [x] = ancestral(denoise, x, (s, t), noise)
         for _ in range(corrections if t else 0):
-            x = torch.lerp(x, denoise(x, t), 2 * snr**2).add(noise(), alpha=2 * snr * t)
+            x = noise(torch.lerp(x, denoise(x, t), 2 * snr**2), 2 * snr * t)
         yield x
 
 

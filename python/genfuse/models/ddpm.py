@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genfuse.errors import SettingsError
-from genfuse.models._diffusion import DiffusionConfig, DiffusionModel
+from genfuse.models._diffusion import DiffusionConfig, DiffusionModel, noisy
 from genfuse.ops import _philox
 
 Prediction = Literal["noise", "x0", "v"]
@@ -112,14 +112,11 @@ class DDPM(DiffusionModel):
             for _ in range(2):
                 at = low + (_philox.uniform(next(keys), (n,)) * (high - low)).long().clamp(max=high - low - 1)
                 level = self.table[at + 1].to(x)
-                noise = self._normal(next(keys), x)
-                x_t = x + level.view(-1, *[1] * (x.dim() - 1)) * noise
-                off = x - self.denoise(x_t, level, context)
+                off = x - self.denoise(noisy(x, level, next(keys))[0], level, context)
                 pair.append((high - low) * weights[at] * off.flatten(1).square().sum(1))
             total += (pair[0] + pair[1]) / 2
             variance += (pair[0] - pair[1]).square() / 4
         first, square = float(steps[0]), 1 / (1 + float(steps[-1]) ** 2)
-        x_1 = x + first * self._normal(next(keys), x)
-        decoded = self.decoder_log_prob(x, x_1, first, context)
+        decoded = self.decoder_log_prob(x, noisy(x, first, next(keys))[0], first, context)
         prior = 0.5 * (square * x.flatten(1).square().sum(1) - self.config.dimensions * (square + math.log1p(-square)))
         return decoded - prior - total, variance.sqrt()
