@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ class Mixture:
         )
 
     def with_noise(self, level):
-        return self.covariances + level**2 * torch.eye(self.means.shape[1], dtype=torch.float64)
+        """Covariances (K, D, D) at one noise level, (N, K, D, D) at one for each example."""
+        square = torch.as_tensor(level, dtype=torch.float64).square()
+        return self.covariances + square.view(*square.shape, 1, 1, 1) * torch.eye(self.means.shape[1]).double()
 
     def parts(self, x, level):
         """log weight_k N(x; k), (N, K)."""
@@ -82,22 +85,16 @@ class Mixture:
         unit, target, alpha_of = model.unit, model.target, model.alpha
 
         class Network(nn.Module):
-            def forward(_, x_t, log_level, context=None):
+            def forward(network, x_t, log_level, context=None):  # noqa: N805
                 level = log_level[:, None].exp()  # of examples divided by the unit
                 alpha, sigma = alpha_of(level), level * alpha_of(level)
-                x = x_t * unit / alpha
-                x0 = torch.cat([self.denoise(*pair) for pair in self.rows(x, level * unit)]) / unit
+                at = unit * (level[0, 0] if (level == level[0]).all() else level[:, 0])
+                x0 = self.denoise(x_t * unit / alpha, at) / unit
                 eps = (x_t - alpha * x0) / sigma
                 return {"noise": eps, "x0": x0, "v": alpha * eps - sigma * x0, "velocity": eps - x0}[target]
 
         model.average = Network()
         return model
-
-    @staticmethod
-    def rows(x, level):
-        if (level == level[0]).all():
-            return [(x, float(level[0]))]
-        return [(x[i : i + 1], float(level[i])) for i in range(len(x))]
 
 
 ROTATED = torch.tensor([[1.2, 0.7], [0.7, 0.6]], dtype=torch.float64)
@@ -147,7 +144,7 @@ def test_the_order_of_a_deterministic_sampler_by_step_halving(sampler, order):
     for steps in (40, 80, 160, 320):
         path = SAMPLERS[sampler](model.denoise, start, model.noise_levels(steps), None)
         errors.append(float((list(path)[-2] - exact).abs().mean()))  # at the smallest level, before the step to 0
-    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    rates = [math.log2(a / b) for a, b in pairwise(errors)]
     assert rates[-1] == pytest.approx(order, abs=0.25), (errors, rates)
 
 
@@ -160,12 +157,16 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 def scheduler(kind, schedule, prediction="noise", **more):
-    return getattr(__import__("diffusers"), kind)(
+    """In float64: 1 - alpha bar of the first steps has few digits in float32."""
+    made = getattr(__import__("diffusers"), kind)(
         num_train_timesteps=1000,
         beta_schedule=SCHEDULES[schedule],
         prediction_type=PREDICTIONS[prediction],
         **more,
     )
+    made.alphas = 1 - made.betas.double()
+    made.alphas_cumprod = made.alphas.cumprod(0)
+    return made
 
 
 def fixed(model, output):
@@ -187,12 +188,12 @@ def test_ancestral_steps_are_those_of_diffusers(schedule, prediction):
     ours = genfuse.create("ddpm", shape=(3,), levels=None, schedule=schedule, prediction=prediction)
     levels = ours.noise_levels(1000)
     for t in (999, 998, 600, 30, 1, 0):
-        x, out = torch.randn(2, 4, 3)
+        x, out = torch.randn(2, 4, 3, dtype=torch.float64)
         s, after = levels[999 - t], levels[1000 - t]
         expected = theirs.step(out, t, x, generator=seeded(t)).prev_sample
 
         def noise(x, sigma, t=t):
-            return x + sigma * torch.randn(x.shape, generator=seeded(t))
+            return x + sigma * torch.randn(x.shape, generator=seeded(t), dtype=x.dtype)
 
         [found] = SAMPLERS["ancestral"](fixed(ours, out).denoise, x * math.hypot(1, s), (s, after), noise)
         torch.testing.assert_close(found / math.hypot(1, after), expected, rtol=1e-5, atol=1e-5)
@@ -208,7 +209,7 @@ def test_ddim_steps_are_those_of_diffusers(schedule, prediction, eta):
     ours = genfuse.create("ddpm", shape=(3,), levels=None, schedule=schedule, prediction=prediction)
     levels = ours.noise_levels(1000)[::-1]  # that of timestep t is levels[t + 1]
     for t in (980, 500, 20, 0):
-        x, out, z = torch.randn(3, 4, 3)
+        x, out, z = torch.randn(3, 4, 3, dtype=torch.float64)
         s, after = levels[t + 1], levels[max(0, t - 20 + 1)]
         expected = theirs.step(out, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
         noisy = lambda x, sigma, z=z: x + sigma * z  # noqa: E731
@@ -289,17 +290,15 @@ def test_the_flow_has_the_density_of_a_mixture_whose_score_is_known(name):
     x = TWO.sample(200)
     found, error = model.log_prob_and_error(x)
     assert torch.equal(error, torch.zeros_like(error))
-    # the prior leaves out the data's mean and covariance at the largest level
-    torch.testing.assert_close(
-        found, TWO.log_prob(x, model.limits[0]), rtol=0, atol=5 * 2 / model.limits[1] ** 2 + 2e-3
-    )
+    prior = 6 / model.limits[1]  # which leaves out the data's mean: an error of about mean / level * eps
+    torch.testing.assert_close(found, TWO.log_prob(x, model.limits[0]), rtol=0, atol=prior + 0.01)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "edm", "score", "flow-matching"])
 def test_the_density_of_the_flow_integrates_to_one(name):
     model = TWO.given_to(create(name))
-    side = torch.linspace(-5, 5, 90, dtype=torch.float64)
-    density = model.log_prob(torch.cartesian_prod(side, side), tolerance=1e-4).exp()
+    side = torch.linspace(-4, 4, 65, dtype=torch.float64)
+    density = model.log_prob(torch.cartesian_prod(side, side), tolerance=1e-3).exp()
     assert float(density.sum() * (side[1] - side[0]) ** 2) == pytest.approx(1, abs=0.02)
 
 
@@ -435,8 +434,7 @@ def test_the_loss_is_least_for_the_exact_network(name):
     losses = []
     for change in (0.0, 0.3, -0.3):
         model = copy.deepcopy(exact)
-        network = model.average
-        model.average = lambda *inputs, network=network, change=change: network(*inputs) + change
+        model.average.register_forward_hook(lambda module, inputs, out, change=change: out + change)
         torch.manual_seed(0)
         losses.append(float(model.loss(batch)[0]))
     assert losses[0] < min(losses[1:])
@@ -538,8 +536,9 @@ def test_some_labels_are_dropped_in_training_and_none_else():
     ],
 )
 def test_settings_that_make_no_model_are_refused(name, settings, message):
+    config = type(create(name)).Config
     with pytest.raises(SettingsError, match=message):
-        create(name, **settings)
+        config(**{"shape": (2,), "levels": None, **SMALL, **settings})
 
 
 def test_calls_that_a_model_cannot_answer_are_refused():
@@ -560,7 +559,7 @@ def test_calls_that_a_model_cannot_answer_are_refused():
         model.log_prob(torch.randn(5, 3))
     with pytest.raises(SettingsError, match="draws must be at least 1"):
         model.log_prob(torch.randn(5, 2), draws=0, exact=False)
-    with pytest.raises(SettingsError, match="bound must be variational, .*, or flow"):
+    with pytest.raises(SettingsError, match=r"bound must be variational, .*, or flow"):
         model.elbo(torch.randn(5, 2), bound="tight")
     with pytest.raises(SettingsError, match="elbo is for discrete data"):
         create("edm").elbo(torch.randn(5, 2))

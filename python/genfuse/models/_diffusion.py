@@ -10,19 +10,22 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, Player, adam
-from genfuse.models._examples import ExamplesConfig, ExamplesModel
+from genfuse.models._conditional import ConditionalConfig, ConditionalModel
 from genfuse.models._samplers import SAMPLERS
 from genfuse.nn import EMA, DenoisingMLP, UNet
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import _philox, diffuse
 from genfuse.ops._diffuse import Diffuse
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
 
 Network = Literal["auto", "mlp", "unet"]
 Target = Literal["noise", "x0", "v", "velocity"]
@@ -31,7 +34,7 @@ EXACT = 8  # dimensions up to which the trace of a Jacobian is computed and not 
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(ExamplesConfig):
+class DiffusionConfig(ConditionalConfig):
     """Settings of every diffusion model. Raises SettingsError for values outside their range."""
 
     network: Network = "auto"  # unet: images; mlp: any shape, as vectors; auto: unet for images
@@ -69,7 +72,7 @@ class DiffusionConfig(ExamplesConfig):
         return DenoisingMLP(self.dimensions, self.hidden, self.layers, self.context, self.dropout)
 
 
-class DiffusionModel(ExamplesModel):
+class DiffusionModel(ConditionalModel):
     """A model of examples seen through Gaussian noise. A subclass gives `draw_levels`, `noise_levels`, and `limits`.
 
     Examples x (N, *shape) and labels y (N,) are the data's. What `denoise` and `score` see is in the model's space:
@@ -98,6 +101,15 @@ class DiffusionModel(ExamplesModel):
     def noise_levels(self, steps: int) -> list[float]:
         """The noise levels of a sampler: ``steps`` of them, falling from the largest, and 0."""
         raise NotImplementedError(f"{type(self).__name__} has no noise levels to sample at")
+
+    def check_data(self, data: "Dataset") -> None:
+        super().check_data(data)
+        if self.config.levels != data.levels:
+            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
+            raise SettingsError(
+                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
+                "when you make it, as in genfuse.create(name, data)"
+            )
 
     def players(self) -> list[Player]:
         return [Player("model", self.network.parameters(), adam(self.config.lr))]
@@ -314,7 +326,7 @@ class DiffusionModel(ExamplesModel):
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """-elbo / (D ln 2), (N,): bits that each of the D cells costs, with the options of `elbo_and_error`."""
-        return -self.elbo(x, y, **options) / self._nats_per_bit
+        return -self.elbo(x, y, **options) / (self.config.dimensions * math.log(2))
 
     def decoder_log_prob(self, x: Tensor, x_s: Tensor, level: float, context: Tensor | None) -> Tensor:
         """log p(x | x_s), (N,) nats, of x in the model's space by N(D(x_s), level^2): for discrete x integrated over
@@ -338,6 +350,8 @@ class DiffusionModel(ExamplesModel):
         """
         from torchdiffeq import odeint
 
+        if not len(x):  # of which the solver has no error to choose its steps by
+            return x.new_zeros(0)
         first, last = self.limits
         probe = None if key is None else noisy(x, 1.0, key)[1].sign()
         d = self.config.dimensions
@@ -345,7 +359,8 @@ class DiffusionModel(ExamplesModel):
         def change(log_s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             s = float(log_s.exp())
             scale = math.hypot(1, s)
-            with torch.enable_grad():
+            # Roundings to 16 bits would make the solver's steps ever smaller.
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
                 y = state[0].detach().requires_grad_()
                 slope = y / scale**2 - self.denoise(y * scale, s, context) / scale
                 divergence = _divergence(slope, y, probe)

@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch
-from genfuse.models._examples import ExamplesConfig, ExamplesModel
+from genfuse.models._conditional import ConditionalConfig, ConditionalModel
 from genfuse.nn import (
     AffineCoupling,
     Composite,
@@ -23,11 +23,14 @@ from genfuse.nn import (
 )
 from genfuse.ops import standard_normal_log_prob
 
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
+
 Dequantization = Literal["uniform", "variational"]
 
 
 @dataclass(frozen=True)
-class FlowConfig(ExamplesConfig):
+class FlowConfig(ConditionalConfig):
     """Settings of every flow. Raises SettingsError for values outside their range."""
 
     logit: float = 0.05  # discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a; 0: v - 1/2
@@ -46,7 +49,7 @@ class FlowConfig(ExamplesConfig):
         self.check_choices(dequantization=Dequantization)
 
 
-class FlowModel(ExamplesModel):
+class FlowModel(ConditionalModel):
     """A normalizing flow: x = f^-1(z) of z ~ N(0, I), with an invertible f. A subclass gives `layers`.
 
     Real-valued examples x are (N, *shape), with exact densities in nats. Discrete ones, x = k / (levels - 1), are
@@ -73,6 +76,15 @@ class FlowModel(ExamplesModel):
     @property
     def likelihoods(self) -> tuple[str, ...]:
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
+
+    def check_data(self, data: "Dataset") -> None:
+        super().check_data(data)
+        if self.config.levels != data.levels:
+            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
+            raise SettingsError(
+                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
+                "when you make it, as in genfuse.create(name, data)"
+            )
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x), or for discrete data minus its lower bound, in the mean over the batch."""
@@ -165,13 +177,14 @@ class FlowModel(ExamplesModel):
         """Latents and the context."""
         if not 0 < temperature < math.inf:
             raise SettingsError(f"temperature must be above 0 and finite, got {temperature}")
+        context = self._draw_context(n, y, generator)
         where = torch.device("cpu") if generator is None else generator.device
-        if y is None and self.conditional:
-            y = torch.randint(self.config.context, (n,), device=where, generator=generator)
-        elif isinstance(y, int):
-            y = torch.full((n,), y)
         z = torch.randn(n, self.config.dimensions, device=where, generator=generator) * temperature
-        return z.to(next(self.parameters())), self._context(y, n)
+        return z.to(next(self.parameters())), context
+
+    @property
+    def _nats_per_bit(self) -> float:
+        return self.config.dimensions * math.log(2)
 
 
 class _Centre(Transform):

@@ -48,11 +48,11 @@ class DDPM(DiffusionModel):
     Config = DDPMConfig
     config: DDPMConfig
     table: Tensor
-    sampler = ("ancestral", 250)
 
     def __init__(self, config: DDPMConfig) -> None:
         super().__init__(config)
         self.target = config.prediction
+        self.sampler = "ancestral", min(250, config.timesteps)
         squares = config.alphas_squared()
         self.steps = ((1 - squares) / squares).sqrt()  # noise levels of t = 1 .. T
         self.limits = float(self.steps[0]), float(self.steps[-1])

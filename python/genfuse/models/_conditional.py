@@ -1,8 +1,8 @@
-"""What flows and diffusion models share: the examples and labels that they are made for, and the checks of both."""
+"""What models share that may be conditional on labels."""
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,10 @@ from torch import Tensor
 from genfuse.errors import DataError, SettingsError
 from genfuse.models._base import GenerativeModel
 
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
-
 
 @dataclass(frozen=True)
-class ExamplesConfig:
-    """What a model's examples are. Raises SettingsError for values outside their range."""
+class ConditionalConfig:
+    """Settings of a model that may be conditional. Raises SettingsError for values outside their range."""
 
     shape: tuple[int, ...] = (1, 28, 28)  # of one example: (C, H, W) or (D,); taken from the data
     levels: int | None = 256  # of discrete data, None for real-valued data; taken from the data
@@ -57,23 +54,14 @@ class ExamplesConfig:
         return self.classes or 0 if self.conditional else 0
 
 
-class ExamplesModel(GenerativeModel):
-    """A model of examples (N, *shape) that are real-valued or on levels, and where it is conditional of labels (N,)."""
+class ConditionalModel(GenerativeModel):
+    """A model of p(x), or with the setting ``conditional`` of p(x | label)."""
 
-    config: ExamplesConfig
+    config: ConditionalConfig
 
     @property
     def conditional(self) -> bool:
         return self.config.conditional
-
-    def check_data(self, data: "Dataset") -> None:
-        super().check_data(data)
-        if self.config.levels != data.levels:
-            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
-            raise SettingsError(
-                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
-                "when you make it, as in genfuse.create(name, data)"
-            )
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.config.shape:
@@ -82,7 +70,7 @@ class ExamplesModel(GenerativeModel):
         return x
 
     def _context(self, y: Tensor | None, n: int) -> Tensor | None:
-        """Labels (n,) as one-hot vectors (n, classes); None where the model takes none."""
+        """Labels as one-hot vectors, (n, classes), or None of a model that is not conditional."""
         if not self.conditional:
             if y is not None:
                 raise SettingsError("the model is not conditional, so it takes no labels: leave y out")
@@ -96,7 +84,11 @@ class ExamplesModel(GenerativeModel):
             raise DataError(f"labels y must be in 0..{classes - 1}; got {int(y.min())}..{int(y.max())}")
         return F.one_hot(y.long(), classes).to(next(self.parameters()))
 
-    @property
-    def _nats_per_bit(self) -> float:
-        """Nats per example that one bit per cell is."""
-        return self.config.dimensions * math.log(2)
+    def _draw_context(self, n: int, y: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
+        """`_context` of labels (n,), of one label for all, or of labels drawn uniformly where y is left out."""
+        if y is None and self.conditional:
+            where = torch.device("cpu") if generator is None else generator.device
+            y = torch.randint(self.config.context, (n,), device=where, generator=generator)
+        elif isinstance(y, int):
+            y = torch.full((n,), y)
+        return self._context(y, n)
