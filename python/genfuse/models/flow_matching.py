@@ -31,7 +31,7 @@ class FlowMatching(DiffusionModel):
     Config = FlowMatchingConfig
     config: FlowMatchingConfig
     target = "velocity"
-    sampler = ("heun", 25)
+    sampler = ("dpm-solver++", 50)
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         super().__init__(config)
