@@ -285,7 +285,7 @@ class DiffusionModel(ConditionalModel):
             exact = self.config.dimensions <= EXACT
         keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
         values = [
-            self._flow_log_prob(x, context, None if exact else next(keys), tolerance)
+            self._flow_log_prob(x, self.limits[0], context, None if exact else next(keys), tolerance)
             for _ in range(1 if exact else _at_least_one(draws))
         ]
         value, error = _mean_and_error(values)
@@ -308,20 +308,21 @@ class DiffusionModel(ConditionalModel):
     ) -> tuple[Tensor, Tensor]:
         """A lower bound of log P(x) of discrete x and the standard error of its estimate, (N,) nats each.
 
-        The density at the smallest noise level s, by the probability-flow ODE, and the decoder of `decoder_log_prob`
-        from there bound it by E_q [log p(x_s) + log P(x | x_s) - log q(x_s | x)] with q = N(x, s^2). The result is the
+        The density at a small noise level s, by the probability-flow ODE, and the decoder of `decoder_log_prob` from
+        there bound it by E_q [log p(x_s) + log P(x | x_s) - log q(x_s | x)] with q = N(x, s^2). The result is the
         mean over ``draws`` of x_s; the rest is as for `log_prob_and_error`. Raises SettingsError for real-valued data.
         """
         if self.config.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
         keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
-        smallest = self.limits[0]
+        # Below a third of half a bin nothing is gained, and a network would have to know each level as a spike.
+        s = max(self.limits[0], 1 / (3 * (self.config.levels - 1)))
         values = []
         for _ in range(_at_least_one(draws)):
-            x_s, eps = noisy(x, smallest, next(keys))
-            log_q = _normal_log_prob(eps, 1.0) - self.config.dimensions * math.log(smallest)
-            log_p = self._flow_log_prob(x_s, context, None if exact else next(keys), tolerance)
-            values.append(log_p + self.decoder_log_prob(x, x_s, smallest, context) - log_q)
+            x_s, eps = noisy(x, s, next(keys))
+            log_q = _normal_log_prob(eps, 1.0) - self.config.dimensions * math.log(s)
+            log_p = self._flow_log_prob(x_s, s, context, None if exact else next(keys), tolerance)
+            values.append(log_p + self.decoder_log_prob(x, x_s, s, context) - log_q)
         return _mean_and_error(values)
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
@@ -343,8 +344,10 @@ class DiffusionModel(ConditionalModel):
         above, below = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
         return (above + torch.log(-torch.expm1(below - above))).sum(1)
 
-    def _flow_log_prob(self, x: Tensor, context: Tensor | None, key: Tensor | None, tolerance: float) -> Tensor:
-        """log p(x), (N,), at the smallest noise level, with the exact trace or Hutchinson's estimate under a key.
+    def _flow_log_prob(
+        self, x: Tensor, first: float, context: Tensor | None, key: Tensor | None, tolerance: float
+    ) -> Tensor:
+        """log p(x), (N,), at the noise level ``first``, with the exact trace or Hutchinson's estimate under a key.
 
         Integrated is y = x / sqrt(1 + s^2) over the logarithm of s, along which it is of one size and smooth.
         """
@@ -352,7 +355,7 @@ class DiffusionModel(ConditionalModel):
 
         if not len(x):  # of which the solver has no error to choose its steps by
             return x.new_zeros(0)
-        first, last = self.limits
+        last = self.limits[1]
         probe = None if key is None else noisy(x, 1.0, key)[1].sign()
         d = self.config.dimensions
 
