@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import genfuse.models._flow
-from benchmarks import _measure, _peers, _record, flows, ops
+from benchmarks import _measure, _peers, _record, flows, gans, ops
 from benchmarks.__main__ import main
 from benchmarks.plain_vae import PlainVAE, train_epoch
 from genfuse.ops import OPERATORS
@@ -283,6 +283,24 @@ def test_a_flow_whose_density_is_wrong_gets_no_time(tmp_path, monkeypatch, capsy
     assert code == 1
     assert "WRONG: density is off by" in capsys.readouterr().out
     assert not any(sides(record).values())
+
+
+def test_the_gradient_penalty_and_a_critic_step_are_timed_beside_plain_pytorch(tmp_path):
+    path = tmp_path / "record.json"
+    assert main(["gans", "--quick", "--json", str(path)]) == 0
+    record = _record.load(path)
+    assert all(seconds for seconds in sides(record).values())
+    assert len(record["bars"]) == 4
+    assert all(bar["value"] > 0 for bar in record["bars"])
+
+
+def test_a_gradient_penalty_with_a_wrong_gradient_gets_no_time(tmp_path, monkeypatch, capsys):
+    right = gans.gradient_penalty
+    monkeypatch.setattr(gans, "gradient_penalty", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    path = tmp_path / "record.json"
+    assert main(["gans", "--quick", "--only", "penalty", "--json", str(path)]) == 1
+    assert "WRONG: the gradient is off by" in capsys.readouterr().out
+    assert not any(seconds for what, seconds in sides(_record.load(path)).items() if what.endswith(", genfuse"))
 
 
 @pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST, MINIBOONE and POWER: set GENFUSE_DATA")
