@@ -61,8 +61,7 @@ def dcgan_critic(shape: Image, channels: int, layer_norm: bool = False, labels: 
         layers += [
             nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.LeakyReLU(SLOPE, inplace=True)
         ]  # fmt: skip
-    end = nn.Linear(widths[-1] * math.prod(base), 1)
-    return _small_weights(nn.Sequential(*layers, nn.Flatten(), end))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * math.prod(base), 1))
 
 
 def resnet_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
