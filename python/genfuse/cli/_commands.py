@@ -91,7 +91,7 @@ def sample(
             f"a .png shows images or points in 2 dimensions, but {run} has examples of shape {shape}: "
             f"use --out {out.with_suffix('.npy')} or .npz"
         )
-    model = trained.model(findfind_device(device))
+    model = trained.model(find_device(device))
     generator = torch.Generator(model.device).manual_seed(seed)
     options = {} if temperature is None else {"temperature": temperature}
     if options and "temperature" not in inspect.signature(model.sample).parameters:

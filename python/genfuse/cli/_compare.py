@@ -73,10 +73,11 @@ def compare(
         raise SettingsError(f"{runs[0]} is a run and {others} is not: compare models or runs, not both")
     from genfuse.comparison import _report, compare, compare_runs
     from genfuse.data import load_data
+    from genfuse.training import Trainer
 
+    where = str(find_device(device))
     measuring: dict[str, Any] = {
         "out": out,
-        "device": str(find_device(device)),
         "features": features,
         "n": n,
         "limit": limit,
@@ -90,7 +91,7 @@ def compare(
         }  # fmt: skip
         if given := [option for option, value in of_training.items() if value is not None]:
             raise SettingsError(f"{runs[0]} is a run, which is trained already: leave out {', '.join(given)}")
-        result = compare_runs(runs, data_root=data_root, **measuring)
+        result = compare_runs(runs, data_root=data_root, device=where, **measuring)
     else:
         settings = _settings(set)
         if data is None:
@@ -102,8 +103,7 @@ def compare(
             budget=BUDGET if budget is None else budget,
             seeds=SEEDS if seeds is None else seeds,
             settings=settings,
-            batch_size=128 if batch_size is None else batch_size,
-            schedule=schedule or "constant",
+            trainer=Trainer(batch_size=batch_size or 128, schedule=schedule or "constant", device=where),
             **measuring,
         )
     _report.show(result)

@@ -1,6 +1,5 @@
 """Train several models equally long, measure them alike, and keep what is found as it is found."""
 
-import dataclasses
 import json
 import math
 import os
@@ -11,7 +10,9 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,18 @@ from genfuse import __version__, plugins
 from genfuse._files import replacing
 from genfuse.comparison import _report
 from genfuse.comparison._measures import draw, measure, peak_memory, trained_steps, training_seconds
-from genfuse.errors import NonFiniteLossError, PluginError, RunError, SettingsError, TrainingWarning
-from genfuse.metrics import Extractor, extractor
+from genfuse.errors import (
+    GenfuseError,
+    NonFiniteLossError,
+    PluginError,
+    RunError,
+    SettingsError,
+    TrainingWarning,
+)
+from genfuse.metrics import extractor
 from genfuse.models import configure, create
 from genfuse.training import Run, Trainer
+from genfuse.training.run import FREE
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 RESULT, REPORT, TABLE, PICTURES = "comparison.json", "report.html", "table.md", "pictures"
 VERSION = 1
 CHECKPOINTS = 10  # of a training
+OURS = ("out", "resume", "overwrite")  # options of a trainer that are not the user's here
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 Say = Callable[[str], None]
@@ -54,7 +64,8 @@ class Budget:
             amount, unit = 0.0, ""
         if not 0 < amount < math.inf or (unit == "examples" and amount != int(amount)):
             raise SettingsError(
-                f"a budget is a time above 0, as 90s, 5m or 1h, or a number of examples, as 200000examples; got {text!r}"
+                f"a budget is a time above 0, as 90s, 5m or 1h, or a number of examples, as 200000examples; "
+                f"got {text!r}"
             )
         return cls(examples=int(amount)) if unit == "examples" else cls(seconds=amount * UNITS[unit])
 
@@ -76,9 +87,7 @@ def compare(
     budget: str | Budget = "5m",
     seeds: int = 3,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-    batch_size: int = 128,
-    schedule: str = "constant",
-    device: str = "auto",
+    trainer: Trainer | None = None,
     features: str = "auto",
     n: int | None = None,
     limit: int | None = 500,
@@ -88,17 +97,17 @@ def compare(
     """Train each of ``models`` on ``data`` from each of the seeds 0 .. seeds - 1, and measure all of them alike.
 
     A model is a name, or LABEL=NAME, so that one model can stand in the table twice; ``settings`` holds those of a
-    label that are not the defaults. ``budget`` is a `Budget` or what `Budget.parse` reads. A time is turned into a
-    number of updates before the first training: a trial, which is thrown away, shows their speed. So all seeds of a
-    model take the same number of updates, a schedule knows its end, and a repeated comparison that is given the same
-    number gets the same weights; ``training_seconds`` says how well the time was met. ``features``, ``n`` and
-    ``inception_weights`` are as for `genfuse.metrics.evaluate_samples`; ``limit`` test examples are encoded and asked
-    for their likelihood.
+    label that are not the defaults, and ``trainer`` the options of all trainings. ``budget`` is a `Budget` or what
+    `Budget.parse` reads. A time is turned into a number of updates before the first training: a trial, which is thrown
+    away, shows their speed. So all seeds of a model take the same number of updates, and a schedule knows its end;
+    ``training_seconds`` says how well the time was met. ``features``, ``n`` and ``inception_weights`` are as for
+    `genfuse.metrics.evaluate_samples`; ``limit`` test examples are encoded, decoded and asked for their likelihood.
+    ``say`` is told what is being done.
 
     Writes the folder ``out``: comparison.json, which is returned, report.html, table.md, and LABEL/seed-N, a run folder
     each. Called again it goes on where it was: what is trained and measured stays, what was interrupted is resumed,
-    and models and seeds can be added. A model that fails is a row that says why; one that met a loss that is not finite is
-    not trained again, all else is tried again.
+    and models and seeds can be added. A model that fails is a row that says why, and the others go on; one that met a
+    loss that is not finite is not trained again, all else is tried again.
 
     Raises SettingsError or PluginError before anything is trained for an unknown model, a setting that it does not
     have, a seeds or budget out of range, and RunError where ``out`` is something else or a comparison of other data or
@@ -108,14 +117,14 @@ def compare(
     entries = _entries(models, settings or {}, data)
     if seeds < 1:
         raise SettingsError(f"seeds must be at least 1, got {seeds}")
-    Trainer(batch_size=batch_size, schedule=schedule, device=device)  # type: ignore[arg-type]  # checks them
-    device = _resolved(device)
+    trainer = trainer or Trainer()
+    device = _resolved(trainer.device)
+    trainer = replace(trainer, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
         "data": {"name": data.name, "binarize": data.binarize, "seed": data.seed, "fingerprint": data.fingerprint()},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
-        "batch_size": batch_size,
-        "schedule": schedule,
+        "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
         "features": extract.name,
         "about": extract.about,
         "n": n,
@@ -123,58 +132,43 @@ def compare(
     }
     out = Path(out)
     was = _claim(out, options)
-    result = {**_begin(options, device), **{key: was[key] for key in ("real", "rows") if key in was}}
+    result: dict[str, Any] = {**_begin(options, device), **{key: was[key] for key in ("real", "rows") if key in was}}
     rows = {row["label"]: row for row in result["rows"]}
     for entry in entries:
         row = {"label": entry.label, "model": entry.model, "settings": entry.settings}
         old = rows.setdefault(entry.label, {**row, "steps": None, "runs": []})
         if any(old[key] != row[key] for key in row):
             raise RunError(
-                f"{out} has {entry.label!r} already, as {old['model']} with {old['settings'] or 'its defaults'}, not as "
-                f"{entry.model} with {entry.settings or 'its defaults'}: give it another label, LABEL=MODEL, or name "
-                "another folder"
+                f"{out} has {entry.label!r} already, as {old['model']} with {old['settings'] or 'its defaults'}, not "
+                f"as {entry.model} with {entry.settings or 'its defaults'}: give it another label, LABEL=MODEL, or "
+                "name another folder"
             )
     result["rows"] = list(rows.values())
 
-    picture = out / PICTURES
-    draw(None, data, picture / "real.png")
+    measured = partial(
+        _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
+    )
+    draw(None, data, out / PICTURES / "real.png")
     for entry in entries:
         row = rows[entry.label]
         for seed in range(seeds):
+            what = f"{entry.label}, seed {seed}"
             if seed == len(row["runs"]):
                 row["runs"].append({"seed": seed, "path": f"{_folder(entry.label)}/seed-{seed}"})
             run = row["runs"][seed]
             if "figures" in run or run.get("diverged"):
-                say(f"{entry.label}, seed {seed}: done before")
+                say(f"{what}: done before")
                 continue
-            run.pop("error", None)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
-                    if row["steps"] is None:
-                        row["steps"] = _steps(budget, entry, data, batch_size, schedule, device, say)
-                        _write(out, result)
-                    trainer = Trainer(
-                        steps=row["steps"],
-                        batch_size=batch_size,
-                        schedule=schedule,  # type: ignore[arg-type]
-                        seed=seed,
-                        device=device,
-                        checkpoint_every=max(1, row["steps"] // CHECKPOINTS),
-                        pictures=False,
-                        out=out / run["path"],
-                    )
-                    trained = _trained(trainer, entry, data, run, say)
-                say(f"{entry.label}, seed {seed}: measuring")
-                run["figures"], real = measure(
-                    trained, data, extract, device, n=n, limit=limit, picture=picture / f"{_folder(entry.label)}.png",
-                    inception_weights=inception_weights and Path(inception_weights),
-                )  # fmt: skip
-                run["figures"]["peak_memory"] = run.get("peak_memory")
-                result["real"] = result["real"] or real
-            except Exception as error:  # whatever a model does, the others go on
-                _note(run, error)
-                say(f"{entry.label}, seed {seed}: failed: {run['error']}")
+            with _failure_noted(run, what, say), warnings.catch_warnings():
+                warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
+                if row["steps"] is None:
+                    row["steps"] = _steps(budget, entry, data, trainer, say)
+                    _write(out, result)
+                every = max(1, row["steps"] // CHECKPOINTS)
+                of_seed = replace(trainer, steps=row["steps"], seed=seed, checkpoint_every=every, out=out / run["path"])
+                trained = _trained(of_seed, entry, data, run, say)
+                say(f"{what}: measuring")
+                measured(trained, run, result, picture=out / PICTURES / f"{_folder(entry.label)}.png")
             _log_of(out / run["path"], run)
             _write(out, result)
     return _write(out, result)
@@ -218,28 +212,21 @@ def compare_runs(
     }
     _claim(out, options)
     result = _begin(options, device)
+    measured = partial(
+        _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
+    )
     draw(None, data, out / PICTURES / "real.png")
     for path, run in zip(runs, opened, strict=True):
         model = run.config["model"]
-        found: dict[str, Any] = {
-            "seed": run.config["training"]["seed"],
-            "path": os.path.relpath(run.path, out),
-        }
+        found: dict[str, Any] = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
         result["rows"].append(
             {"label": str(path), "model": model["name"], "settings": model["settings"], "runs": [found]}
         )
         say(f"{path}: measuring")
-        try:
-            found["figures"], real = measure(
-                run, data, extract, device, n=n, limit=limit, picture=out / PICTURES / f"{_folder(str(path))}.png",
-                inception_weights=inception_weights and Path(inception_weights),
-            )  # fmt: skip
+        with _failure_noted(found, str(path), say):
             peaks = [e["peak_memory_bytes"] / 1e6 for e in run.metrics() if "peak_memory_bytes" in e]
-            found["figures"]["peak_memory"] = max(peaks, default=None)
-            result["real"] = result["real"] or real
-        except Exception as error:
-            _note(found, error)
-            say(f"{path}: failed: {found['error']}")
+            found["peak_memory"] = max(peaks, default=None)
+            measured(run, found, result, picture=out / PICTURES / f"{_folder(str(path))}.png")
         _log_of(run.path, found)
     return _write(out, result)
 
@@ -253,15 +240,18 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
         label, _, model = each.rpartition("=")
         plugins.find("models", model)
         label = label or model
-        entries.append(Entry(label, model, dict(settings.get(label, {}))))
+        entries.append(
+            Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
+        )  # as they will be read again
     _distinct([entry.label for entry in entries])
     for label in settings.keys() - {entry.label for entry in entries}:
         raise SettingsError(
             f"there are settings for {label!r}, but it is none of {', '.join(entry.label for entry in entries)}"
         )
     for entry in entries:
-        if entry.settings:  # the defaults may be wrong for the data; then that is what its row says
-            configure(plugins.load("models", entry.model), entry.settings, data)
+        if entry.settings:  # the defaults may be wrong for the data: that is for its row to say, as is a failing import
+            with suppress(PluginError):
+                configure(plugins.load("models", entry.model), entry.settings, data)
     return entries
 
 
@@ -321,28 +311,27 @@ def _begin(options: dict[str, Any], device: str) -> dict[str, Any]:
     return {"version": VERSION, "machine": machine, "options": options, "real": {}, "rows": []}
 
 
-def _steps(
-    budget: Budget, entry: Entry, data: "Dataset", batch_size: int, schedule: str, device: str, say: Say
-) -> int:
-    """Updates that the budget buys. Of a time: the speed is that of the last part of a trial, past all warming up."""
-    if budget.examples is not None:
-        return math.ceil(budget.examples / batch_size)
-    assert budget.seconds is not None
-    say(f"{entry.label}: measuring its speed")
+def _steps(budget: Budget, entry: Entry, data: "Dataset", trainer: Trainer, say: Say) -> int:
+    """Updates that the budget buys. Of a time: at the speed of the last part of a trial, past all warming up.
+
+    There is a trial of an update where examples are counted, too: what is loaded in it is no part of a run's memory.
+    """
+    test = data.splits["test"]
+    few = replace(test, x=test.x[:100], y=None if test.y is None else test.y[:100])
+    data = replace(data, splits={**data.splits, "test": few})  # its loss is of no interest here
+    say(f"{entry.label}: a trial")
     with tempfile.TemporaryDirectory() as folder:
-        done, steps = 0, 16
-        test = data.splits["test"]
-        few = dataclasses.replace(test, x=test.x[:100], y=None if test.y is None else test.y[:100])
-        data = dataclasses.replace(data, splits={**data.splits, "test": few})  # its loss is of no interest here
-        torch.manual_seed(0)
+        done, steps = 0, 16 if budget.seconds else 1
         model = create(entry.model, data, **entry.settings)
-        trainer = Trainer(
-            steps=steps, batch_size=batch_size, device=device, checkpoint_every=10**9, pictures=False,
-            out=Path(folder) / "trial",
-        )  # fmt: skip
+        trainer = replace(
+            trainer, steps=steps, schedule="constant", keep="last", checkpoint_every=10**9, out=Path(folder) / "trial"
+        )
         while True:
             run = trainer.fit(model, data)
             assert run is not None
+            if budget.examples:
+                return math.ceil(budget.examples / trainer.batch_size)
+            assert budget.seconds
             seconds = training_seconds(run, data, since=done)
             if seconds >= min(budget.seconds / 20, 10):
                 return max(1, round(budget.seconds * (steps - done) / seconds))
@@ -369,13 +358,25 @@ def _trained(trainer: Trainer, entry: Entry, data: "Dataset", run: dict[str, Any
     return trained
 
 
-def _note(run: dict[str, Any], error: Exception) -> None:
-    """Why there are no figures."""
-    run.pop("figures", None)
-    run["diverged"] = isinstance(error, NonFiniteLossError)
-    said = str(error).strip() or "without a message"
-    ours = isinstance(error, (SettingsError, PluginError, RunError))
-    run["error"] = said if ours else f"{type(error).__name__}: {said}"
+def _measure(trained: Run, run: dict[str, Any], result: dict[str, Any], *, picture: Path, **options: Any) -> None:
+    """Put the figures of a run into its place, and those of real examples into the result. The first run is drawn."""
+    figures, real = measure(trained, picture=None if picture.exists() else picture, **options)
+    run["figures"] = {**figures, "peak_memory": run.pop("peak_memory", None)}
+    result["real"] = result["real"] or real
+
+
+@contextmanager
+def _failure_noted(run: dict[str, Any], what: str, say: Say) -> Iterator[None]:
+    """Whatever a model does, the others go on. Why there are no figures stands in their place."""
+    run.pop("error", None)
+    try:
+        yield
+    except Exception as error:
+        said = str(error).strip() or "without a message"
+        ours = isinstance(error, GenfuseError) and not isinstance(error, NonFiniteLossError)
+        run["error"] = said if ours else f"{type(error).__name__}: {said}"
+        run["diverged"] = isinstance(error, NonFiniteLossError)
+        say(f"{what}: failed: {run['error']}")
 
 
 def _log_of(path: Path, run: dict[str, Any]) -> None:

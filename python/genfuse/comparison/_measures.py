@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,15 +55,16 @@ MEASURES = (
     ),
     Measure("high_quality", "high quality", "quality", "higher", "share of samples within 3 std of a mode"),
     Measure(
-        "nearest_training", "to the nearest training example", "quality", "",
-        "mean distance; far below that of real examples: copies",
+        "nearest_training", "nearest training", "quality", "",
+        "mean distance of a sample to its nearest training example; far below that of real examples: copies",
     ),
     Measure("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
     Measure("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
     Measure("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
     Measure(
         "spread", "spread", "stability", "lower",
-        "standard deviation of the Fréchet distance over the seeds, as a share of its mean", lambda value: f"{value:.1%}",
+        "standard deviation of the Fréchet distance over the seeds, as a share of its mean",
+        lambda value: f"{value:.1%}",
     ),
     Measure(
         "warnings", "warnings", "stability", "lower", "of all runs: a critic that runs away, samples that repeat",
@@ -85,8 +87,8 @@ MEASURES = (
     ),
     Measure(
         "log_likelihood", "log-likelihood", "likelihood", "higher",
-        "nats per test example, in the units that the model saw; the column `bound` says whether it is log_prob or a "
-        "lower bound of it",
+        "nats per test example, in the units that the model saw; the column `bound` says whether it is log_prob itself "
+        "or a lower bound of it. A Bernoulli decoder has none for values between 0 and 1, and a GAN has none at all",
         lambda value: f"{value:.4g}",
     ),
     Measure("bits_per_dim", "bits/dim", "likelihood", "lower", "the same, of discrete data, in bits per cell"),
@@ -111,7 +113,7 @@ def measure(
     *,
     n: int | None = None,
     limit: int | None = None,
-    inception_weights: Path | None = None,
+    inception_weights: str | Path | None = None,
     picture: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is measured of the model of ``run`` by the verbs that it has, by the keys of `MEASURES`; and of real data.
@@ -160,7 +162,7 @@ def training_seconds(run: Run, data: "Dataset", since: int = 0) -> float:
 
     rates = {e["step"]: e["examples_per_second"] for e in run.metrics() if e["split"] == "train"}
     steps = [0, *sorted(rates)]
-    return sum((seen(b) - seen(a)) / rates[b] for a, b in zip(steps, steps[1:], strict=False) if a >= since)
+    return sum((seen(b) - seen(a)) / rates[b] for a, b in pairwise(steps) if a >= since)
 
 
 def _sampling_seconds(model: GenerativeModel) -> float:
@@ -177,7 +179,7 @@ def _sampling_seconds(model: GenerativeModel) -> float:
 def _likelihood(model: GenerativeModel, data: "Dataset") -> dict[str, Any]:
     """The log-likelihood, or its tightest bound, and what it is."""
     if getattr(model.config, "decoder", None) == "bernoulli" and data.levels != 2:
-        return {"bound": "none: a Bernoulli decoder is no density of these values"}
+        return {"bound": "none (Bernoulli on grey)"}
     found = evaluate(model, data, splits=["test"])["test"]
     for name, value in reversed(found.items()):  # an IWAE bound comes after the ELBO, and is tighter
         if (name in ("log_prob", "elbo") or name.startswith("iwae_bound")) and isinstance(value, float):
@@ -212,13 +214,13 @@ def _smoothness(model: Any, data: "Dataset", extract: Extractor) -> float:
     """Of ways from prior draw to prior draw, see `MEASURES`. Arcs, as most of a normal's mass is at one radius."""
     generator = torch.Generator(model.device).manual_seed(0)
     dimensions = model.config.latent_dim if hasattr(model.config, "latent_dim") else math.prod(data.shape)
-    ends = torch.randn(2, PATHS, dimensions, generator=generator, device=model.device)
+    start, end = torch.randn(2, PATHS, dimensions, generator=generator, device=model.device)
     weights = torch.linspace(0, 1, STEPS + 1, device=model.device)
     given = {}
     if model.conditional:
         given["y"] = torch.arange(PATHS, device=model.device) % model.config.classes
     decode = model.decode if hasattr(model, "decode") else lambda z, **y: model.trajectory(z, **y)[-1]
-    features = torch.stack([extract(decode(z, **given)) for z in slerp(*ends, weights)])
+    features = torch.stack([extract(decode(z, **given)) for z in slerp(start, end, weights)])
     changes = features.diff(dim=0).norm(dim=2)  # (STEPS, PATHS)
     largest = changes.amax(0)
     # A path without any change is as even as can be.
@@ -239,9 +241,7 @@ def draw(model: GenerativeModel | None, data: "Dataset", path: Path) -> None:
         y = test.y if model.conditional else None
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            drawn = torch.cat(
-                list(sample_in_parts(model, count, y, torch.Generator(model.device).manual_seed(0)))
-            )
+            drawn = torch.cat(list(sample_in_parts(model, count, y, torch.Generator(model.device).manual_seed(0))))
     if images:
         pictures.sample_grid(drawn, path)
     elif len(data.shape) == 1:

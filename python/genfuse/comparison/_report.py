@@ -22,7 +22,6 @@ ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 class Cell(NamedTuple):
     text: str
     value: float | None = None
-    best: bool = False
 
 
 class Row(NamedTuple):
@@ -70,11 +69,6 @@ def table(result: dict[str, Any]) -> Table:
     for text in TEXTS:  # each before the figures of its group
         at = next((i for i, m in enumerate(columns) if m.group == text.group), len(columns))
         columns.insert(at, text)
-    best: dict[str, float] = {}
-    for measure in columns:
-        values = [row["mean"][measure.key] for row in rows if measure.key in row["mean"]]
-        if measure.better and len(values) > 1 and min(values) < max(values):
-            best[measure.key] = (min if measure.better == "lower" else max)(values)
 
     def cell(row: dict[str, Any], measure: Measure) -> Cell:
         if measure in TEXTS:
@@ -83,7 +77,7 @@ def table(result: dict[str, Any]) -> Table:
         if value is None:
             return Cell("–")
         spread = f" ± {std:.2g}" if std and measure.group != "cost" else ""
-        return Cell(measure.show(value) + spread, value, value == best.get(measure.key))
+        return Cell(measure.show(value) + spread, value)
 
     def real(measure: Measure) -> Cell:
         value = result["real"].get(measure.key)
@@ -94,7 +88,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table in parts, as Markdown. The best of each column is bold."""
+    """The table in parts, as Markdown."""
     whole = table(result)
     return "\n\n".join([about(result), *(_markdown(whole.part(groups)) for groups in PARTS)]) + "\n"
 
@@ -109,8 +103,8 @@ def about(result: dict[str, Any]) -> str:
     elif budget:
         trained = f"{budget['examples']:,} examples each"
     return (
-        f"Data: {options['data']['name']}; {trained}. Features: {options['about']}. genfuse {machine['genfuse']}, torch "
-        f"{machine['torch']}, {machine['device']}, {machine['threads']} threads."
+        f"Data: {options['data']['name']}; {trained}. Features: {options['about']}. genfuse {machine['genfuse']}, "
+        f"torch {machine['torch']}, {machine['device']}, {machine['threads']} threads."
     )
 
 
@@ -128,9 +122,9 @@ def show(result: dict[str, Any]) -> None:
         part = whole.part(groups)
         if not part.columns:
             continue
-        shown = RichTable("", *(_title(column) for column in part.columns), box=box.SIMPLE)
+        shown = RichTable("", *(_title(column) for column in part.columns), box=box.SIMPLE, padding=(0, 1, 0, 0))
         for row in _with_real(part):
-            shown.add_row(Text(row.label), *(Text(c.text, "bold" if c.best else "") for c in row.cells))
+            shown.add_row(Text(row.label), *(Text(cell.text) for cell in row.cells))
         console.print(shown)
 
 
@@ -154,7 +148,9 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
             "picture": picture(folder(row["label"])),
             "curves": list(_curves(row["runs"])),
             "seeds": len(row["runs"]),
-            "distance": next((c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == MEASURES[0].key), ""),
+            "distance": next(
+                (c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == MEASURES[0].key), ""
+            ),
         }
         for row, (_, cells) in zip(result["rows"], whole.rows, strict=True)
     ]
@@ -209,5 +205,5 @@ def _markdown(part: Table) -> str:
 
     lines = [line(["", *map(_title, part.columns)]), line(["---", *("--:" for _ in part.columns)])]
     for row in _with_real(part):
-        lines.append(line([row.label, *(f"**{c.text}**" if c.best else c.text for c in row.cells)]))
+        lines.append(line([row.label, *(cell.text for cell in row.cells)]))
     return "\n".join(lines)

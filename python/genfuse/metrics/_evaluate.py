@@ -51,9 +51,7 @@ def evaluate(
     model.check_data(data)
     with undisturbed(model):
         return {
-            name: _evaluate_split(model, data, name, samples, limit, seed)
-            for name in splits
-            if name in data.splits
+            name: _evaluate_split(model, data, name, samples, limit, seed) for name in splits if name in data.splits
         }
 
 
