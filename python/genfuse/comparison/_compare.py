@@ -258,8 +258,11 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
 def _distinct(labels: Sequence[str]) -> None:
     folders: dict[str, str] = {}
     for label in labels:
-        if (other := folders.setdefault(_folder(label), label)) is not label:
-            raise SettingsError(f"{other!r} and {label!r} are one row: give one a label of its own, LABEL=MODEL")
+        if (folder := _folder(label)) in folders:
+            raise SettingsError(
+                f"{folders[folder]!r} and {label!r} would be one row: give one a label of its own, LABEL=MODEL"
+            )
+        folders[folder] = label
 
 
 def _folder(label: str) -> str:
