@@ -50,6 +50,12 @@ def table_run(table, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No classifier that the user has trained, and none that a test leaves behind."""
+    monkeypatch.setenv("GENFUSE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def acme(tmp_path, monkeypatch) -> Path:
     """A folder on the path, for this process and those it starts, in which distributions can be written."""
@@ -91,7 +97,7 @@ def test_version(capsys):
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in ("list", "train", "sample", "evaluate", "doctor"))
+    assert all(f"\n  {name} " in out for name in ("list", "train", "sample", "evaluate", "train-features", "doctor"))
 
 
 def test_no_command_shows_the_usage_and_is_an_error(capsys):
@@ -103,7 +109,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
     assert "no command 'trian'; commands: train, list, sample" in fails(capsys, "trian")
 
 
-@pytest.mark.parametrize("name", ["list", "train", "sample", "evaluate", "doctor"])
+@pytest.mark.parametrize("name", ["list", "train", "sample", "evaluate", "train-features", "doctor"])
 def test_every_command_has_help_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
     assert re.search(rf"example:\n +genfuse {name}\b", capsys.readouterr().out)
@@ -246,7 +252,7 @@ def test_the_best_weights_are_kept_and_named(capsys, tmp_path):
     best = min((e for e in genfuse.Run(out).metrics() if e["split"] == "validation"), key=lambda entry: entry["loss"])
     assert f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}" in said
     assert main(["evaluate", str(out), "--samples", "2"]) == 0
-    assert list(json.loads((out / "evaluation.json").read_text())) == ["train", "validation", "test"]
+    assert list(json.loads((out / "evaluation.json").read_text())) == ["train", "validation", "test", "samples"]
     assert "use keep='last'" in fails(capsys, "train", "vae", "--data", "digits", "--keep", "best", *QUICK)
 
 
@@ -690,6 +696,79 @@ def test_evaluate_prints_a_table_and_writes_what_it_measured(capsys, run, tmp_pa
     assert main(evaluate) == 0
     assert json.loads((run / "evaluation.json").read_text()) == result
     assert "exists" in fails(capsys, *evaluate, "--json", tmp_path / "numbers.json")
+
+
+def evaluated(run: Path, *options: str) -> dict:
+    assert main(["evaluate", str(run), "--samples", "1", "--limit", "10", *options]) == 0
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def test_evaluate_shows_samples_beside_real_examples(capsys, run, tmp_path):
+    capsys.readouterr()
+    found = evaluated(run, "--pictures", str(tmp_path / "drawn"))["samples"]
+    out = capsys.readouterr().out
+    assert (found["features"], found["n"]) == ("random-conv", 297)
+    assert "features: random-conv: 64 features of a convolution network with random weights, not trained" in out
+    for name, value in found["samples"].items():
+        numbers = (re.escape(f"{of:.5g}") for of in (value, found["real"][name]))
+        row = " +│ +".join([name.replace("_", " "), *numbers])
+        assert re.search(row, out)
+    assert found["real"]["frechet_distance"] < found["samples"]["frechet_distance"]
+    with Image.open(tmp_path / "drawn" / "neighbours.png") as picture:
+        assert picture.size[1] > picture.size[0] > 500
+    again = evaluated(run, "--n", "100", "--seed", "1", "--features", "pixels")["samples"]
+    assert (again["features"], again["dimensions"], again["n"]) == ("pixels", 64, 100)
+    assert (run / "pictures" / "neighbours.png").is_file()
+    assert "samples" not in evaluated(run, "--n", "0")
+
+
+def test_features_of_a_classifier_are_trained_by_a_command_of_their_own(capsys, run):
+    said = fails(capsys, "evaluate", run, "--features", "classifier")
+    assert "no classifier of 'digits'" in said
+    assert "train one, by `genfuse train-features digits`" in said
+    command = ["train-features", "digits", "--steps", "200", "--device", "cpu"]
+    assert main(command) == 0
+    path, accuracy = capsys.readouterr().out.splitlines()
+    assert Path(path).is_file()
+    assert float(re.match(r"held-out accuracy: ([\d.]+)% of 297 examples", accuracy)[1]) > 80
+    assert "ask for overwrite to replace it" in fails(capsys, *command)
+    assert main([*command, "--overwrite"]) == 0
+    assert evaluated(run)["samples"]["features"] == "classifier"
+    assert evaluated(run, "--features", "random-conv")["samples"]["features"] == "random-conv"
+
+
+def test_features_can_come_from_a_file(capsys, run, tmp_path):
+    class Detector(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.float32)[:, 0, 3].flatten(1)
+
+    torch.jit.script(Detector()).save(str(tmp_path / "detector.pt"))
+    found = evaluated(run, "--features", "inception", "--inception-weights", str(tmp_path / "detector.pt"))["samples"]
+    assert (found["features"], found["dimensions"]) == ("inception", 8)
+    assert "--inception-weights FILE: a TorchScript InceptionV3" in fails(
+        capsys, "evaluate", run, "--features", "inception"
+    )
+
+
+def test_samples_of_a_table_are_compared_by_its_columns(capsys, table_run):
+    found = evaluated(table_run)["samples"]
+    assert (found["features"], found["dimensions"], found["n"]) == ("columns", 3, 80)
+    assert "columns: the columns themselves, standardized" in capsys.readouterr().out
+    assert not (table_run / "pictures").exists()
+    assert "are of images, but the data set" in fails(capsys, "evaluate", table_run, "--features", "pixels")
+
+
+def test_what_evaluate_cannot_compare_is_said_and_nothing_is_written(capsys, run, table, tmp_path):
+    before = (run / "evaluation.json").read_bytes()
+    for options, said in (
+        (["--features", "vgg"], "features must be one of auto, columns, pixels, random-conv, classifier, inception"),
+        (["--n", "20"], "Fréchet distance: at least 65 samples are needed"),
+        (["--n", "298"], "n must be in 1..297"),
+    ):
+        assert said in fails(capsys, "evaluate", run, *options)
+    assert (run / "evaluation.json").read_bytes() == before
+    assert "a classifier needs labels, and there are none" in fails(capsys, "train-features", f"csv:{table}")
+    assert "--steps" in fails(capsys, "train-features", "digits", "--steps", "many")
 
 
 def test_evaluate_refuses_data_that_has_changed(capsys, table, tmp_path):

@@ -16,6 +16,11 @@ def blocks(page, kind):
     return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENFUSE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_as_it_is(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -87,6 +87,30 @@ def test_curves_of_several_players_and_terms(tmp_path):
     assert (tall, wide) == (2 * 480, 3 * 630)  # four panels in two rows of three
 
 
+@pytest.mark.filterwarnings("error")
+def test_real_and_fake_share_a_panel_of_the_curves(tmp_path, figures):
+    entry = {"epoch": 1, "player": "critic", "loss": 1.0, "real": 0.7, "fake": 0.3, "gradient_norm": 2.0}
+    metrics = [{"step": step, "split": split, **entry} for step in (1, 2) for split in ("train", "test")]
+    pictures.curves([*metrics, {"step": 2, "split": "warning", "message": "no"}], tmp_path / "curves.png")
+    panels = {axes.get_title(): axes for axes in figures["curves.png"].axes}
+    assert panels.keys() == {"loss", "real, fake", "gradient norm"}
+    lines = {line.get_label(): line for line in panels["real, fake"].get_lines()}
+    assert lines.keys() == {"real, train", "fake, train", "real, test", "fake, test"}
+    assert lines["real, train"].get_color() == lines["real, test"].get_color() != lines["fake, train"].get_color()
+    assert list(lines["fake, test"].get_ydata()) == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("moments", [2, 30])
+def test_progress_shows_first_and_last_and_some_between(moments, tmp_path, figures):
+    points = {100 * k: torch.full((5, 2), float(k)) for k in range(moments)}
+    data = Dataset("two", {part: Split(torch.randn(20, 2)) for part in ("train", "test")})
+    drawn = pictures.draw(tmp_path, Affine(AffineConfig()), data, [], points)
+    assert tmp_path / "progress.png" in drawn
+    titles = [axes.get_title() for axes in figures["progress.png"].axes]
+    assert len(titles) == min(moments, 9)
+    assert (titles[0], titles[-1]) == ("step 0", f"step {100 * (moments - 1):,}")
+
+
 @pytest.mark.filterwarnings("ignore:No artists with labels")
 def test_tables_are_shown_in_original_units(tmp_path, monkeypatch):
     drawn = []

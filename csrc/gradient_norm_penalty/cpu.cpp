@@ -33,7 +33,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     const S* g = element<S>(p.gradient, i * p.stride);
     const T norm = std::sqrt(dot(g, g, p.cols));
     *element<T>(out.norm, i) = norm;
-    *element<T>(out.penalty, i) = penalty.value(norm);
+    if (!p.summed) *element<T>(out.penalty, i) = penalty.value(norm);
   }
 }
 
@@ -44,7 +44,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
   for (int64_t i = begin; i < end; ++i) {
     const S* g = element<S>(p.gradient, i * p.stride);
     S* ggradient = element<S>(out.ggradient, i * p.cols);
-    const T gpenalty = T(out.weight) * *element<T>(out.gpenalty, i * out.gpenalty_stride);
+    const T gpenalty = T(p.weight) * *element<T>(out.gpenalty, p.summed ? 0 : i);
     const T slope = gpenalty * penalty.slope(*element<T>(out.norm, i));
     GENFUSE_INDEPENDENT
     for (int64_t j = 0; j < p.cols; ++j) store(ggradient[j], slope * load(g[j]));
@@ -58,9 +58,9 @@ GENFUSE_HD void rows_of(const Problem& p, const DoubleBackward& out, int64_t beg
   for (int64_t i = begin; i < end; ++i) {
     const S *g = element<S>(p.gradient, i * p.stride), *v = element<S>(out.v, i * out.v_stride);
     S* of_gradient = element<S>(out.of_gradient, i * p.cols);
-    const T gpenalty = T(out.weight) * *element<T>(out.gpenalty, i * out.gpenalty_stride);
+    const T gpenalty = T(p.weight) * *element<T>(out.gpenalty, p.summed ? 0 : i);
     const T norm = *element<T>(out.norm, i), along = dot(g, v, p.cols);
-    *element<T>(out.of_gpenalty, i) = T(out.weight) * penalty.slope(norm) * along;
+    *element<T>(out.of_gpenalty, i) = T(p.weight) * penalty.slope(norm) * along;
     const T slope = gpenalty * penalty.slope(norm), bend = gpenalty * penalty.bend(norm, along);
     GENFUSE_INDEPENDENT
     for (int64_t j = 0; j < p.cols; ++j) store(of_gradient[j], slope * load(v[j]) + bend * load(g[j]));
@@ -92,7 +92,16 @@ void run_rows(const Problem& p, const Out& out) {
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) { run_rows(p, out); }
+void run(const Problem& p, const Forward& out) {
+  run_rows(p, out);
+  if (!p.summed) return;
+  dispatch(p.dtype, [&](auto storage) {
+    using T = compute_t<decltype(storage)>;
+    double sum = 0;
+    for (int64_t i = 0; i < p.rows; ++i) sum += penalty_of<T>(p).value(*element<T>(out.norm, i));
+    *element<T>(out.penalty, 0) = T(p.weight * sum);
+  });
+}
 void run(const Problem& p, const Backward& out) { run_rows(p, out); }
 void run(const Problem& p, const DoubleBackward& out) { run_rows(p, out); }
 
@@ -103,27 +112,25 @@ namespace genfuse {
 void bind_gradient_norm_penalty(pybind11::module_& m) {
   using namespace gradient_norm_penalty;
   m.def("gradient_norm_penalty",
-        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, bool one_sided,
-           Address penalty, Address norm, int device, Address stream) {
-          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, 0, one_sided};
+        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, double eps,
+           double weight, bool one_sided, bool summed, Address penalty, Address norm, int device, Address stream) {
+          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, weight, one_sided, summed};
           GENFUSE_RUN(p, (Forward{at<void>(penalty), at<void>(norm)}), device, stream);
         });
   m.def("gradient_norm_penalty_backward",
-        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, bool one_sided,
-           double eps, Address gpenalty, int64_t gpenalty_stride, double weight, Address norm, Address ggradient,
-           int device, Address stream) {
-          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, one_sided};
-          const Backward out{at<void>(gpenalty), gpenalty_stride, weight, at<void>(norm), at<void>(ggradient)};
-          GENFUSE_RUN(p, out, device, stream);
+        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, double eps,
+           double weight, bool one_sided, bool summed, Address gpenalty, Address norm, Address ggradient, int device,
+           Address stream) {
+          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, weight, one_sided, summed};
+          GENFUSE_RUN(p, (Backward{at<void>(gpenalty), at<void>(norm), at<void>(ggradient)}), device, stream);
         });
   m.def("gradient_norm_penalty_double_backward",
-        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, bool one_sided,
-           double eps, Address gpenalty, int64_t gpenalty_stride, double weight, Address norm, Address v,
-           int64_t v_stride, Address of_gpenalty, Address of_gradient, int device, Address stream) {
-          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, one_sided};
-          const DoubleBackward out{at<void>(gpenalty), gpenalty_stride, weight,
-                                   at<void>(norm),     at<void>(v),     v_stride,
-                                   at<void>(of_gpenalty), at<void>(of_gradient)};
+        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, double eps,
+           double weight, bool one_sided, bool summed, Address gpenalty, Address norm, Address v, int64_t v_stride,
+           Address of_gpenalty, Address of_gradient, int device, Address stream) {
+          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, weight, one_sided, summed};
+          const DoubleBackward out{at<void>(gpenalty), at<void>(norm),        at<void>(v),
+                                   v_stride,           at<void>(of_gpenalty), at<void>(of_gradient)};
           GENFUSE_RUN(p, out, device, stream);
         });
 }

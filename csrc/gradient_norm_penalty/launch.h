@@ -3,35 +3,29 @@
 
 namespace genfuse::gradient_norm_penalty {
 
-// Addresses, and the stride between examples of gradient (rows, cols) in elements. All else is contiguous. norm,
-// penalty and its gradient (rows) are float32 where the rest is of 16 bits.
+// Addresses, and the stride between examples of gradient (rows, cols) in elements. All else is contiguous. norm (rows),
+// penalty and its gradient, (rows) or, where the penalties are summed with one weight, a single number, are float32
+// where the rest is of 16 bits.
 struct Problem {
   int dtype;
   const void* gradient;
   int64_t stride, rows, cols;
-  double target, eps;
-  bool one_sided;
+  double target, eps, weight;
+  bool one_sided, summed;
 };
 
 struct Forward {
   void *penalty, *norm;
 };
 
-// The gradient of every example's penalty is weight gpenalty; with gpenalty_stride 0 they share one gpenalty.
 struct Backward {
-  const void* gpenalty;
-  int64_t gpenalty_stride;
-  double weight;
-  const void* norm;
+  const void *gpenalty, *norm;
   void* ggradient;
 };
 
-// The gradients of gpenalty, one for each example, and of gradient, for the gradient v of ggradient.
+// The gradients of gpenalty, a term (rows) of each example, and of gradient, for the gradient v of ggradient.
 struct DoubleBackward {
-  const void* gpenalty;
-  int64_t gpenalty_stride;
-  double weight;
-  const void *norm, *v;
+  const void *gpenalty, *norm, *v;
   int64_t v_stride;
   void *of_gpenalty, *of_gradient;
 };

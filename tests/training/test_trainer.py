@@ -9,8 +9,9 @@ from tiny_models import Config, Plain, Tiny, validated
 
 import genfuse
 from genfuse import plugins
-from genfuse.errors import NonFiniteLossError, SettingsError
+from genfuse.errors import NonFiniteLossError, SettingsError, TrainingWarning
 from genfuse.training import Trainer
+from genfuse.training.loop import NOISE, seed_of
 
 
 def train_lines(run, player="model"):
@@ -162,6 +163,61 @@ def test_the_test_loss_is_the_mean_over_the_split_in_evaluation_mode(make, digit
         expected = model.loss(digits.batch("test", slice(None)))[0].item()
     assert test["loss"] == pytest.approx(expected, rel=1e-5)
     assert test["error"] == test["loss"]
+
+
+def test_samples_from_the_same_noise_are_kept_at_moments_and_disturb_nothing(
+    make, digits, trainer, tmp_path, same_weights
+):
+    kept = trainer(steps=20, log_every=7, out=tmp_path / "kept", pictures=True).fit(make("duel"), digits)
+    bare = trainer(steps=20, log_every=7, out=tmp_path / "bare").fit(make("duel"), digits)
+    assert same_weights(kept.model().state_dict(), bare.model().state_dict())
+    assert (kept.path / "state.safetensors").read_bytes() == (bare.path / "state.safetensors").read_bytes()
+    assert [e.get("loss") for e in kept.metrics()] == [e.get("loss") for e in bare.metrics()]
+    assert not bare.progress()
+    progress = kept.progress()
+    assert list(progress) == [0, 2, 5, 8, 10, 12, 15, 18, 20]
+    for step, model in ((0, make("duel")), (20, kept.model())):
+        expected = model.sample(8, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(progress[step], expected)
+
+
+def test_a_resumed_run_keeps_the_samples_that_it_has(make, digits, trainer, tmp_path):
+    run = trainer(steps=8, out=tmp_path / "run", pictures=True).fit(make("duel"), digits)
+    run.trainer(steps=24).fit(run.model(), digits)
+    assert list(run.progress()) == [*range(9), 9, 12, 15, 18, 21, 24]
+    assert (run.path / "pictures/progress.png").is_file()
+
+
+def test_gradient_norms_of_several_players_are_logged(make, digits, trainer, tmp_path):
+    options = {"epochs": 1, "batch_size": 2000}
+    run = trainer(**options, out=tmp_path / "duel", log_every=1).fit(make("duel"), digits)
+    (entry,) = train_lines(run, "critic")
+    model = make("duel")
+    torch.manual_seed(seed_of(0, NOISE, 0))
+    loss, _ = model.loss(digits.batch("train", slice(None)), "critic")
+    gradients = torch.autograd.grad(loss, list(model.critic.parameters()))
+    expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    assert entry["gradient_norm"] == pytest.approx(expected, rel=1e-3)
+    clipped = trainer(**options, out=tmp_path / "clipped", grad_clip=1e-3).fit(make("duel"), digits)
+    assert train_lines(clipped, "critic")[0]["gradient_norm"] == pytest.approx(expected, rel=1e-3)
+    alone = trainer(**options, out=tmp_path / "tiny").fit(make("tiny"), digits)
+    assert "gradient_norm" not in train_lines(alone)[0]
+
+
+def test_what_a_model_notices_is_told_once_by_name(digits, trainer, tmp_path):
+    class Worried(Plain):
+        def watch(self, player, step, terms):
+            assert player == "model"
+            assert terms.keys() == {"loss", "error"}
+            return {"early": f"seen at {step}", **({"late": "try less"} if step >= 20 else {})}
+
+    model = Worried(Config())
+    model.plugin = "plain"
+    with pytest.warns(TrainingWarning) as told:
+        run = trainer(log_every=5, out=tmp_path / "run").fit(model, digits)
+    assert [str(warning.message) for warning in told] == ["step 5: seen at 5", "step 20: try less"]
+    kept = [(e["step"], e["name"], e["message"]) for e in run.metrics() if e["split"] == "warning"]
+    assert kept == [(5, "early", "seen at 5"), (20, "late", "try less")]
 
 
 @pytest.mark.parametrize("folder", [True, False])

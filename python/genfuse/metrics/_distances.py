@@ -61,11 +61,11 @@ def frechet_distance(samples: Features | Moments, reference: Features | Moments)
     """
     moments = {
         "samples": samples if isinstance(samples, Moments) else Moments(samples),
-        "reference": reference if isinstance(reference, Moments) else Moments(reference),
+        "reference examples": reference if isinstance(reference, Moments) else Moments(reference),
     }
     for name, of in moments.items():
         needed = 1 + (len(of.mean) if of.count else 1)
-        require("the Fréchet distance", of.count, needed, name, f", one more than the {needed - 1} feature dimensions")
+        require("Fréchet distance", of.count, needed, name, f", one more than the {needed - 1} feature dimensions")
     a, b = moments.values()
     _check_alike(a.mean, b.mean)
     values, vectors = torch.linalg.eigh(a.covariance)
@@ -94,8 +94,8 @@ def kernel_distance(
     if subsets < 2 or subset_size < 2:
         raise SettingsError(f"subsets must be at least 2 and subset_size at least 2, got {subsets} and {subset_size}")
     x, y = pair(samples, reference)
-    for name, features in (("samples", x), ("reference", y)):
-        require("the kernel distance", len(features), 2, name)
+    for name, features in (("samples", x), ("reference examples", y)):
+        require("kernel distance", len(features), 2, name)
     size = min(subset_size, len(x), len(y))
     generator = torch.Generator().manual_seed(seed)
 
@@ -148,15 +148,15 @@ def sliced_wasserstein_distance(
 def require(metric: str, count: int, needed: int, what: str, why: str = "") -> None:
     """Raise TooFewSamplesError where there are fewer than ``needed``."""
     if count < needed:
-        raise TooFewSamplesError(f"{metric} needs at least {needed} {what}{why}; there are {count}")
+        raise TooFewSamplesError(f"{metric}: at least {needed} {what} are needed{why}; there are {count}")
 
 
 def pair(samples: Features, reference: Features) -> tuple[Tensor, Tensor]:
     """Both sets whole, (N, D) and (M, D), in float64. Raises SettingsError where they are not finite or not alike."""
     found = []
-    for name, features in (("samples", samples), ("reference", reference)):
+    for name, features in (("samples", samples), ("reference examples", reference)):
         parts = [_checked(batch) for batch in batches(features)]
-        require("a comparison", sum(map(len, parts)), 1, name)
+        require("comparison", sum(map(len, parts)), 1, name)
         found.append(torch.cat(parts))
     _check_alike(found[0][0], found[1][0])
     return found[0], found[1]

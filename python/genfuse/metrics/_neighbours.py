@@ -32,9 +32,8 @@ def prdc(samples: Features, reference: Features, *, k: int = 3, k_density: int =
         raise SettingsError(f"k and k_density must be at least 1, got {k} and {k_density}")
     x, y = pair(samples, reference)
     require("precision and recall", len(x), k + 1, "samples", f" for {k} neighbours of each")
-    require(
-        "precision, recall, density and coverage", len(y), max(k, k_density) + 1, "reference", " for the neighbours"
-    )
+    most = max(k, k_density)
+    require("precision to coverage", len(y), most + 1, "reference examples", f" for {most} neighbours of each")
     middle = y.mean(0)  # distances between far away points would lose digits
     x, y = x - middle, y - middle
     [around_x] = _radii(x, [k])
@@ -69,7 +68,7 @@ def nearest(queries: Tensor, points: Features, k: int = 1) -> tuple[Tensor, Tens
             best, order = best.topk(min(k, best.shape[1]), largest=False)
             index = index.gather(1, order)
         seen += len(batch)
-    require(f"a search for {k} neighbours", seen, k, "points")
+    require(f"search for {k} neighbours", seen, k, "points")
     return best.sqrt(), index
 
 

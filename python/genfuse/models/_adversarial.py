@@ -168,11 +168,8 @@ class AdversarialModel(ConditionalModel):
             return
         self.updates += 1
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.config.ema)
-        pairs = zip(_averageable(self.averaged), _averageable(self.generator), strict=True)
-        means, weights = map(list, zip(*pairs, strict=True))
-        changes = torch._foreach_sub(weights, means)
-        torch._foreach_mul_(changes, (1 - decay).to(weights[0].dtype))
-        torch._foreach_add_(means, changes)
+        means, weights = _averageable(self.averaged), _averageable(self.generator)
+        torch._foreach_lerp_(means, weights, [(1 - decay).to(weight.dtype) for weight in weights])
 
     def latents(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """n draws z ~ N(0, I), (n, D). A seeded generator may be on any device: its own decides the draws."""
@@ -239,7 +236,8 @@ def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:
     near = []
     for examples in (x, real):
         points = examples[:most].flatten(1)
-        distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")  # else equals are not at 0
+        points = points - points.mean(0)  # since cdist rounds by the size of the points
+        distances = torch.cdist(points, points)
         near.append(distances.fill_diagonal_(math.inf).amin(1).mean())
     tiny = torch.finfo(near[0].dtype).tiny
     return (near[0] + tiny) / (near[1] + tiny)

@@ -49,7 +49,7 @@ def _of_both(v: Tensor, gpenalty: Tensor, gradient: Tensor, norm: Tensor, *rest:
 
 def weight(gradient: Tensor, reduction: str) -> float:
     """Of an example in the result."""
-    return 1 / max(1, gradient.shape[0]) if reduction == "mean" else 1.0
+    return 1 / (gradient.shape[0] or math.nan) if reduction == "mean" else 1.0
 
 
 def reference(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
@@ -76,28 +76,32 @@ def double_backward_reference(
     return of_gpenalty, (scale[:, None] * along).to(gradient.dtype).contiguous()
 
 
-def _problem(gradient: Tensor, target: float, one_sided: bool) -> tuple[tuple, Tensor]:
+def _problem(
+    gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float
+) -> tuple[tuple, Tensor]:
     """What all compiled kernels take first, and the tensor whose address stands in it."""
     gradient, stride = _op.rows(gradient)
-    return (_op.DTYPES[gradient.dtype], gradient.data_ptr(), stride, *gradient.shape, target, one_sided), gradient
+    return (
+        _op.DTYPES[gradient.dtype], gradient.data_ptr(), stride, *gradient.shape,
+        target, eps, weight(gradient, reduction), one_sided, reduction != "none",
+    ), gradient  # fmt: skip
 
 
 def _native(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    penalty, norm = _outputs(gradient, target, one_sided, "none")
-    problem, _alive = _problem(gradient, target, one_sided)
+    penalty, norm = _outputs(gradient, target, one_sided, reduction)
+    problem, _alive = _problem(gradient, target, one_sided, reduction, 0.0)
     _C.gradient_norm_penalty(*problem, penalty.data_ptr(), norm.data_ptr(), *_op.place(gradient))
-    return _REDUCE[reduction](penalty), norm
+    return penalty, norm
 
 
 def _native_backward(
     gpenalty: Tensor, gradient: Tensor, norm: Tensor, target: float, one_sided: bool, reduction: str, eps: float
 ) -> Tensor:
     ggradient, gpenalty = _op.like(gradient), gpenalty.contiguous()
-    problem, _alive = _problem(gradient, target, one_sided)
+    problem, _alive = _problem(gradient, target, one_sided, reduction, eps)
     _C.gradient_norm_penalty_backward(
-        *problem, eps, gpenalty.data_ptr(), gpenalty.dim(), weight(gradient, reduction), norm.data_ptr(),
-        ggradient.data_ptr(), *_op.place(gradient),
-    )  # fmt: skip
+        *problem, gpenalty.data_ptr(), norm.data_ptr(), ggradient.data_ptr(), *_op.place(gradient)
+    )
     return ggradient
 
 
@@ -107,10 +111,10 @@ def _native_double_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     of_gpenalty, of_gradient = _of_both(v, gpenalty, gradient, norm)
     gpenalty, (v, v_stride) = gpenalty.contiguous(), _op.rows(v)
-    problem, _alive = _problem(gradient, target, one_sided)
+    problem, _alive = _problem(gradient, target, one_sided, reduction, eps)
     _C.gradient_norm_penalty_double_backward(
-        *problem, eps, gpenalty.data_ptr(), gpenalty.dim(), weight(gradient, reduction), norm.data_ptr(),
-        v.data_ptr(), v_stride, of_gpenalty.data_ptr(), of_gradient.data_ptr(), *_op.place(gradient),
+        *problem, gpenalty.data_ptr(), norm.data_ptr(), v.data_ptr(), v_stride,
+        of_gpenalty.data_ptr(), of_gradient.data_ptr(), *_op.place(gradient),
     )  # fmt: skip
     return of_gpenalty, of_gradient
 
