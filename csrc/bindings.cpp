@@ -10,6 +10,7 @@ void bind_actnorm(pybind11::module_&);
 void bind_affine_coupling(pybind11::module_&);
 void bind_autoregressive_inverse(pybind11::module_&);
 void bind_bernoulli(pybind11::module_&);
+void bind_diffuse(pybind11::module_&);
 void bind_gradient_norm_penalty(pybind11::module_&);
 void bind_rational_quadratic_spline(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   genfuse::bind_affine_coupling(m);
   genfuse::bind_autoregressive_inverse(m);
   genfuse::bind_bernoulli(m);
+  genfuse::bind_diffuse(m);
   genfuse::bind_gradient_norm_penalty(m);
   genfuse::bind_rational_quadratic_spline(m);
   genfuse::bind_reparameterize_kl(m);

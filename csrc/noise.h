@@ -62,4 +62,10 @@ class Noise {
   alignas(64) T buffer_[kBlock + 8 + 4 * kLanes];
 };
 
+// Elements [first, first + n) of the noise: as it was given, where it was, or else made.
+template <class S, class T>
+GENFUSE_HD const T* eps_at(const void* given, Noise<T>& stream, int64_t first, int64_t n, T* buffer) {
+  return given ? read(element<S>(given, first), n, buffer) : stream.at(first, n);
+}
+
 }  // namespace genfuse

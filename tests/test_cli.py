@@ -646,6 +646,24 @@ def test_temperature_and_label_are_refused_where_they_have_no_meaning(capsys, fl
     assert not Path("bare").exists()
 
 
+def test_samples_take_a_sampler_and_the_first_of_many_are_the_few(capsys, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.hidden", "8", "--model.layers", "1", "--model.conditional"]
+    train = ["train", "edm", "--data", "toy:moons", "--steps", "2", "--no-pictures", "--device", "cpu", *small]
+    assert main([*train, "--out", "edm"]) == 0
+    options = ["--sampler", "ddim", "--steps", "3", "--guidance", "1.5"]
+    for n in (100, 200, 1100):
+        assert main(["sample", "edm", "--n", str(n), "--out", f"{n}.npz", *options]) == 0
+    few, more, many = (dict(np.load(f"{n}.npz")) for n in (100, 200, 1100))
+    for part in ("x", "y"):
+        np.testing.assert_allclose(few[part], more[part][:100], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(more[part], many[part][:200], rtol=1e-4, atol=1e-5)
+    assert main(["sample", "edm", "--n", "100", "--out", "plain.npz"]) == 0
+    assert not np.allclose(dict(np.load("plain.npz"))["x"], few["x"], atol=1e-3)
+    assert "sampler must be one of ancestral" in fails(capsys, "sample", "edm", "--out", "x.npy", "--sampler", "euler")
+    assert "--steps: the model of" in fails(capsys, "sample", run, "--out", "x.npy", "--steps", "5")
+
+
 def test_samples_in_two_dimensions_are_points(tmp_path):
     assert main(["train", "vae", "--data", "toy:moons", *GAUSSIAN, "--out", str(tmp_path / "run")]) == 0
     assert main(["sample", str(tmp_path / "run"), "--n", "100", "--out", str(tmp_path / "points.png")]) == 0

@@ -6,12 +6,6 @@
 namespace genfuse::reparameterize_kl::cpu {
 namespace {
 
-// Elements [first, first + n) of the noise.
-template <class S, class T>
-GENFUSE_HD const T* eps_at(const Problem& p, Noise<T>& stream, int64_t first, int64_t n, T* buffer) {
-  return p.noise ? read(element<S>(p.noise, first), n, buffer) : stream.at(first, n);
-}
-
 template <class T>
 Noise<T> noise_of(const Problem& p, int64_t rows) {
   // With several samples the next elements that a row needs lie elsewhere: make no more than it asks for.
@@ -36,7 +30,7 @@ GENFUSE_HD void forward_rows(const Problem& p, const Forward& out, int64_t begin
       }
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + i) * p.cols + j0;
-        const T* eps = eps_at<S>(p, stream, first, n, eps_buffer);
+        const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);
         S* z = element<S>(out.z, first);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) store(z[j], sample(mu[j], sigmas[j], eps[j]));
@@ -58,7 +52,7 @@ GENFUSE_HD void backward_rows(const Problem& p, const Backward& out, int64_t beg
       for (int64_t j = 0; j < n; ++j) gz_sum[j] = gz_eps_sum[j] = 0;
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + i) * p.cols + j0;
-        const T* eps = eps_at<S>(p, stream, first, n, eps_buffer);
+        const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);
         const T* gz = read(element<S>(out.gz, first), n, gz_buffer);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {

@@ -45,6 +45,9 @@ def sample(
     n: int = 64,
     label: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: drawn for each example)")] = None,
     temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
+    sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None,
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
+    guidance: Annotated[float | None, arg(metavar="W", help_behavior_hint="(default: the model's)")] = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -64,6 +67,9 @@ def sample(
         n: number of examples
         label: conditional models: the label of all examples
         temperature: models that take one, such as flows: above 0; below 1 for samples nearer to the modes
+        sampler: diffusion models: ancestral, ddim, heun, heun-stochastic, langevin or dpm-solver++
+        steps: diffusion models: steps of the sampler
+        guidance: conditional diffusion models: above 1 for samples more typical of their label
         seed: of the draws
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
@@ -83,6 +89,7 @@ def sample(
     from genfuse._files import replacing
     from genfuse.models import sample_in_parts
     from genfuse.training import Run
+    from genfuse.training.loop import seed_of
 
     trained = Run(run)
     shape = tuple(trained.config["data"]["shape"])
@@ -93,10 +100,13 @@ def sample(
         )
     model = trained.model(find_device(device))
     generator = torch.Generator(model.device).manual_seed(seed)
-    options = {} if temperature is None else {"temperature": temperature}
-    if options and "temperature" not in inspect.signature(model.sample).parameters:
-        raise SettingsError(f"--temperature: the model of {run}, a {type(model).__name__}, takes none: leave it out")
-    y = _labels(run, model, n, label, generator)
+    given_options = {"temperature": temperature, "sampler": sampler, "steps": steps, "guidance": guidance}
+    options = {name: value for name, value in given_options.items() if value is not None}
+    for name in options:
+        if name not in inspect.signature(model.sample).parameters:
+            raise SettingsError(f"--{name}: the model of {run}, a {type(model).__name__}, takes none: leave it out")
+    # Labels are of a generator of their own, so that the noise does not depend on how many there are.
+    y = _labels(run, model, n, label, torch.Generator(model.device).manual_seed(seed_of(seed, 1)))
     x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling

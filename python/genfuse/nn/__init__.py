@@ -14,6 +14,10 @@ from genfuse.nn._coupling import Coupling as Coupling
 from genfuse.nn._coupling import SplineCoupling as SplineCoupling
 from genfuse.nn._coupling import checkerboard as checkerboard
 from genfuse.nn._coupling import half as half
+from genfuse.nn._denoisers import DenoisingMLP as DenoisingMLP
+from genfuse.nn._denoisers import NoiseEmbedding as NoiseEmbedding
+from genfuse.nn._denoisers import UNet as UNet
+from genfuse.nn._ema import EMA as EMA
 from genfuse.nn._gan import dcgan_critic as dcgan_critic
 from genfuse.nn._gan import dcgan_generator as dcgan_generator
 from genfuse.nn._gan import mlp_critic as mlp_critic

@@ -4,6 +4,7 @@ from genfuse.ops._actnorm import actnorm as actnorm
 from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
 from genfuse.ops._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from genfuse.ops._bernoulli import bernoulli as bernoulli
+from genfuse.ops._diffuse import diffuse as diffuse
 from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty as gradient_norm_penalty
 from genfuse.ops._gradient_penalty import gradient_penalty as gradient_penalty
 from genfuse.ops._gradient_penalty import input_gradient as input_gradient

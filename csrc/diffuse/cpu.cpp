@@ -1,0 +1,115 @@
+#include "bindings.h"
+#include "diffuse/launch.h"
+#include "diffuse/math.h"
+#include "noise.h"
+
+namespace genfuse::diffuse::cpu {
+namespace {
+
+// Blocks of elements, whatever rows they belong to: so no noise is made for nothing, and a few large images are work
+// for all threads.
+template <Target kind, class S>
+GENFUSE_HD void blocks_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  Noise<T> stream(p.seed ? *p.seed : 0, kBlock);
+  T x0_buffer[kBlock], eps_buffer[kBlock];
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock, last = std::min(first + kBlock, p.rows * p.cols);
+    const T* eps = eps_at<S>(p.noise, stream, first, last - first, eps_buffer);
+    for (int64_t i = first, row = first / p.cols; i < last; ++row) {
+      const int64_t column = i - row * p.cols, n = std::min(last - i, p.cols - column);
+      const T alpha = *element<T>(out.alpha, row), sigma = *element<T>(out.sigma, row);
+      const T* x0 = read(element<S>(p.x0, row * p.x0_stride + column), n, x0_buffer);
+      S *x_t = element<S>(out.x_t, i), *to = element<S>(out.target, i);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        store(x_t[j], sample(x0[j], eps[j], alpha, sigma));
+        if constexpr (kind != Target::x0) store(to[j], target<kind>(x0[j], eps[j], alpha, sigma));
+      }
+      i += n;
+      eps += n;
+    }
+  }
+}
+
+template <bool is_v, class S>
+GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  Noise<T> stream(p.seed ? *p.seed : 0, p.cols < kBlock ? std::min((end - begin) * p.cols, kBlock) : 0);
+  T x0_buffer[kBlock], eps_buffer[kBlock], gx_t_buffer[kBlock], gv_buffer[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    T galpha = 0, gsigma = 0;
+    for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
+      const int64_t n = std::min(kBlock, p.cols - j0), first = i * p.cols + j0;
+      const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);
+      const T* x0 = read(element<S>(p.x0, i * p.x0_stride + j0), n, x0_buffer);
+      const T* gx_t = read(element<S>(out.gx_t, first), n, gx_t_buffer);
+      const T* gv = is_v ? read(element<S>(out.gv, first), n, gv_buffer) : nullptr;
+#pragma omp simd reduction(+ : galpha, gsigma)
+      for (int64_t j = 0; j < n; ++j) {
+        const Grad<T> g = grad<is_v>(gx_t[j], is_v ? gv[j] : T(0), x0[j], eps[j]);
+        galpha += g.alpha;
+        gsigma += g.sigma;
+      }
+    }
+    *element<T>(out.galpha, i) = galpha;
+    *element<T>(out.gsigma, i) = gsigma;
+  }
+}
+
+// Each target has loops of its own: one that decided for itself would not be vectorised.
+#define GENFUSE_ROWS(S)                                                                           \
+  GENFUSE_SIMD void blocks(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) { \
+    switch (Target(out.kind)) {                                                                   \
+      case Target::x0: return blocks_of<Target::x0, S>(p, out, begin, end);                       \
+      case Target::noise: return blocks_of<Target::noise, S>(p, out, begin, end);                 \
+      case Target::v: return blocks_of<Target::v, S>(p, out, begin, end);                         \
+      case Target::velocity: return blocks_of<Target::velocity, S>(p, out, begin, end);           \
+    }                                                                                             \
+  }                                                                                               \
+  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t begin, int64_t end) {  \
+    out.gv ? rows_of<true, S>(p, out, begin, end) : rows_of<false, S>(p, out, begin, end);        \
+  }
+GENFUSE_ROWS(float)
+GENFUSE_ROWS(double)
+GENFUSE_ROWS(Half)
+GENFUSE_ROWS(BFloat16)
+#undef GENFUSE_ROWS
+
+}  // namespace
+
+void run(const Problem& p, const Forward& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows((p.rows * p.cols + kBlock - 1) / kBlock, kBlock,
+             [&](int64_t begin, int64_t end) { blocks(storage, p, out, begin, end); });
+  });
+}
+
+void run(const Problem& p, const Backward& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
+  });
+}
+
+}  // namespace genfuse::diffuse::cpu
+
+namespace genfuse {
+
+void bind_diffuse(pybind11::module_& m) {
+  using namespace diffuse;
+  m.def("diffuse", [](int dtype, Address x0, int64_t x0_stride, Address seed, Address noise, int64_t rows, int64_t cols,
+                      int kind, Address alpha, Address sigma, Address x_t, Address target, int device, Address stream) {
+    const Problem p{dtype, at<void>(x0), x0_stride, at<uint64_t>(seed), at<void>(noise), rows, cols};
+    const Forward out{kind, at<void>(alpha), at<void>(sigma), at<void>(x_t), at<void>(target)};
+    GENFUSE_RUN(p, out, device, stream);
+  });
+  m.def("diffuse_backward",
+        [](int dtype, Address x0, int64_t x0_stride, Address seed, Address noise, int64_t rows, int64_t cols,
+           Address gx_t, Address gv, Address galpha, Address gsigma, int device, Address stream) {
+          const Problem p{dtype, at<void>(x0), x0_stride, at<uint64_t>(seed), at<void>(noise), rows, cols};
+          const Backward out{at<void>(gx_t), at<void>(gv), at<void>(galpha), at<void>(gsigma)};
+          GENFUSE_RUN(p, out, device, stream);
+        });
+}
+
+}  // namespace genfuse

@@ -1,0 +1,166 @@
+"""Networks that see a noise level: (x, log noise level, context) -> as much as x.
+
+x is (N, D), or (N, C, H, W) of any height and width; the logarithm of its noise level (N,); the context (N, F) or None.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfuse.nn._conditioners import last_layer
+
+
+class NoiseEmbedding(nn.Module):
+    """Features (N, features) of a logarithm of a noise level (N,), by cosines and sines of it, and of the context."""
+
+    frequencies: Tensor
+
+    def __init__(self, features: int, context: int = 0, waves: int = 16) -> None:
+        super().__init__()
+        # A denoiser changes over factors of e in the noise level: waves from 60 to 1.5 of them long.
+        self.register_buffer("frequencies", torch.logspace(math.log10(0.1), math.log10(4), waves), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * waves + context, features), nn.SiLU(), nn.Linear(features, features))
+
+    def forward(self, log_level: Tensor, context: Tensor | None = None) -> Tensor:
+        angles = log_level[:, None] * self.frequencies
+        return self.layers(torch.cat([angles.cos(), angles.sin(), *([] if context is None else [context])], -1))
+
+
+class _LinearBlock(nn.Module):
+    """A residual block of two linear layers, activation first, with the noise level's scale and shift between them."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.film = nn.Linear(width, 2 * width)
+        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width))
+
+    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+        scale, shift = self.film(embedded).chunk(2, -1)
+        return h + self.second(torch.addcmul(shift, self.first(F.silu(h)), 1 + scale))
+
+
+class DenoisingMLP(nn.Module):
+    """Residual blocks that see the noise level; examples of any shape, as vectors."""
+
+    def __init__(
+        self, features: int, hidden: int = 128, blocks: int = 3, context: int = 0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.embedding = NoiseEmbedding(hidden, context)
+        self.first = nn.Linear(features, hidden)
+        self.blocks = nn.ModuleList(_LinearBlock(hidden, dropout) for _ in range(blocks))
+        self.last = last_layer(nn.Linear(hidden, features))
+
+    def forward(self, x: Tensor, log_level: Tensor, context: Tensor | None = None) -> Tensor:
+        embedded = F.silu(self.embedding(log_level, context))
+        h = self.first(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedded)
+        return self.last(F.silu(h)).view(x.shape)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    """At most 8 groups, of at least 4 channels each where there are as many."""
+    return nn.GroupNorm(
+        next(g for g in range(8, 0, -1) if channels % g == 0 and (channels // g >= 4 or g == 1)), channels
+    )
+
+
+class _Attention(nn.Module):
+    """Self-attention over the cells of images, with heads of 32 channels where these divide the width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // 32) if channels % 32 == 0 else 1
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.last = last_layer(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        return h + self.last(attended.reshape(h.shape))
+
+
+class _Block(nn.Module):
+    """A residual block: norm, activation, convolution; the same again, scaled and shifted by the noise level."""
+
+    def __init__(self, inputs: int, outputs: int, embedded: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(_norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.film = nn.Linear(embedded, 2 * outputs)
+        self.norm = _norm(outputs)
+        last = last_layer(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = _Attention(outputs) if attention else nn.Identity()
+
+    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+        scale, shift = self.film(embedded)[:, :, None, None].chunk(2, 1)
+        inner = torch.addcmul(shift, self.norm(self.first(h)), 1 + scale)
+        return self.attention(self.skip(h) + self.second(inner))
+
+
+class _Halve(nn.Conv2d):
+    """Height and width halved, rounding up."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(h)
+
+
+class UNet(nn.Module):
+    """A U-Net as of arXiv 2006.11239, appendix B: residual blocks that see the noise level, on ever smaller images and
+    back, where each sees what the way down made of images of its size.
+
+    ``channels`` are the widths of the scales, each of half the size of the one before, rounded up, so that images may
+    be of any size; ``attention`` names the scales, 0 for the whole image, whose blocks have self-attention.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        channels: Sequence[int] = (32, 64, 64),
+        blocks: int = 1,
+        attention: Sequence[int] = (),
+        context: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        embedded = 4 * channels[0]
+        self.embedding = NoiseEmbedding(embedded, context)
+        self.first = nn.Conv2d(inputs, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        passed = [(0, channels[0])]  # scale and width of what the way down leaves for the way up
+        for scale, width in enumerate(channels):
+            if scale:
+                self.down.append(_Halve(passed[-1][1]))
+                passed.append((scale, passed[-1][1]))
+            for _ in range(blocks):
+                self.down.append(_Block(passed[-1][1], width, embedded, dropout, scale in attention))
+                passed.append((scale, width))
+        h = channels[-1]
+        self.middle = _Block(h, h, embedded, dropout, len(channels) - 1 in attention)
+        for scale, width in reversed(passed):
+            self.up.append(_Block(h + width, channels[scale], embedded, dropout, scale in attention))
+            h = channels[scale]
+        self.last = nn.Sequential(_norm(h), nn.SiLU(), last_layer(nn.Conv2d(h, inputs, 3, padding=1)))
+
+    def forward(self, x: Tensor, log_level: Tensor, context: Tensor | None = None) -> Tensor:
+        embedded = F.silu(self.embedding(log_level, context))
+        passed = [self.first(x)]
+        for layer in self.down:
+            passed.append(layer(passed[-1], embedded))
+        h = self.middle(passed[-1], embedded)
+        for layer in self.up:
+            beside = passed.pop()
+            if h.shape[2:] != beside.shape[2:]:
+                h = F.interpolate(h, beside.shape[2:])
+            h = layer(torch.cat([h, beside], 1), embedded)
+        return self.last(h)
