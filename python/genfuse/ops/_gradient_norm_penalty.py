@@ -76,9 +76,7 @@ def double_backward_reference(
     return of_gpenalty, (scale[:, None] * along).to(gradient.dtype).contiguous()
 
 
-def _problem(
-    gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float
-) -> tuple[tuple, Tensor]:
+def _problem(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[tuple, Tensor]:
     """What all compiled kernels take first, and the tensor whose address stands in it."""
     gradient, stride = _op.rows(gradient)
     return (
