@@ -371,6 +371,7 @@ def test_the_command_writes_and_prints_the_table(tmp_path, capsys):
 
 
 def test_the_command_says_what_is_missing_or_misspelt(tmp_path, capsys):
+    assert "compare what? genfuse compare MODEL ... --data NAME" in fails(capsys, "compare")
     assert "which data? genfuse compare MODEL ... --data NAME" in fails(capsys, "compare", "vae")
     digits = ["compare", "vae", "--data", "digits", "--out", tmp_path / "c"]
     for word in ("vae=3", "vae.hidden", "hidden=3", "=3"):

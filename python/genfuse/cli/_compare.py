@@ -14,26 +14,27 @@ BUDGET, SEEDS = "5m", 3
 
 
 def compare(
-    models: Positional[Annotated[tuple[str, ...], arg(metavar="MODEL|RUN ...")]],
+    models: Positional[Annotated[tuple[str, ...], arg(metavar="MODEL|RUN ...", help_behavior_hint="")]],
     *,
     data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
     budget: Annotated[str | None, arg(metavar="TIME|Nexamples", help_behavior_hint=f"(default: {BUDGET})")] = None,
     seeds: Annotated[int | None, arg(metavar="N", help_behavior_hint=f"(default: {SEEDS})")] = None,
-    out: Annotated[Path, arg(metavar="DIR")] = Path("compare"),
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/compare"),
     set: Annotated[tuple[str, ...], arg(metavar="MODEL.SETTING=VALUE ...", help_behavior_hint="")] = (),
-    batch_size: Annotated[int | None, arg(help_behavior_hint="(default: 128)")] = None,
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 128)")] = None,
     schedule: Annotated[
         Literal["constant", "cosine"] | None, arg(metavar="constant|cosine", help_behavior_hint="(default: constant)")
     ] = None,
     features: Annotated[str, arg(metavar="NAME")] = "auto",
     n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, 10000 at most)")] = None,
-    limit: int = 500,
+    limit: Annotated[int, arg(metavar="N")] = 500,
     inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     binarize: Annotated[
-        Literal["none", "static", "dynamic"] | None, arg(name="data.binarize", help_behavior_hint="(default: none)")
+        Literal["none", "static", "dynamic"] | None,
+        arg(name="data.binarize", metavar="none|static|dynamic", help_behavior_hint="(default: none)"),
     ] = None,
-    data_seed: Annotated[int | None, arg(name="data.seed", help_behavior_hint="(default: 0)")] = None,
+    data_seed: Annotated[int | None, arg(name="data.seed", metavar="N", help_behavior_hint="(default: 0)")] = None,
     device: str = "auto",
 ) -> int:
     """Train several models equally long on the same data, measure them alike, and put them into one table.
@@ -45,7 +46,7 @@ def compare(
     Where runs are named in place of models, nothing is trained: each is a row. They must be of the same data.
 
     example:
-      genfuse compare vae gan wgan-gp realnvp --data digits --budget 30s --seeds 3 --out compare
+      genfuse compare vae gan wgan-gp realnvp --data digits --budget 30s --seeds 3 --out runs/compare
 
     Args:
         models: models, of `genfuse list models`, plugins too, or LABEL=MODEL, to have one in the table twice; or runs
@@ -65,6 +66,8 @@ def compare(
         data_seed: of a table's split and of static binarization
         device: auto, cpu, cuda, mps, or one of several: cuda:1
     """
+    if not models:
+        raise SettingsError("compare what? genfuse compare MODEL ... --data NAME, or genfuse compare RUN ...")
     if limit < 1:
         raise SettingsError(f"--limit must be at least 1; got {limit}")
     runs = [Path(each) for each in models if (Path(each) / "config.json").is_file()]

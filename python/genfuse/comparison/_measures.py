@@ -95,7 +95,8 @@ MEASURES = (
     Measure("training_seconds", "training, s", "cost", "", "seconds of updates; evaluation on the way does not count"),
     Measure("steps", "steps", "cost", "", "updates, of all players together", _thousands),
     Measure(
-        "sampling_seconds", "sampling, s", "cost", "lower", "seconds for 1,000 samples, the fastest of 3 times; where it is slow, ten times that for 100"
+        "sampling_seconds", "sampling, s", "cost", "lower",
+        "seconds for 1,000 samples, the fastest of 3 times; where it is slow, ten times that for 100",
     ),
     Measure("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
     Measure(
