@@ -95,20 +95,26 @@ def compare(
         if given := [option for option, value in of_training.items() if value is not None]:
             raise SettingsError(f"{runs[0]} is a run, which is trained already: leave out {', '.join(given)}")
         result = compare_runs(runs, data_root=data_root, device=where, **measuring)
+    elif data is None:
+        raise SettingsError("which data? genfuse compare MODEL ... --data NAME; `genfuse list datasets` shows them")
     else:
-        settings = _settings(set)
-        if data is None:
-            raise SettingsError("which data? genfuse compare MODEL ... --data NAME; `genfuse list datasets` shows them")
-        loaded = load_data(data, root=data_root, binarize=binarize or "none", seed=data_seed or 0)
-        result = compare(
-            models,
-            loaded,
-            budget=BUDGET if budget is None else budget,
-            seeds=SEEDS if seeds is None else seeds,
-            settings=settings,
-            trainer=Trainer(batch_size=batch_size or 128, schedule=schedule or "constant", device=where),
-            **measuring,
+        trainer = Trainer(
+            batch_size=128 if batch_size is None else batch_size, schedule=schedule or "constant", device=where
         )
+        settings = _settings(set)
+        loaded = load_data(data, root=data_root, binarize=binarize or "none", seed=data_seed or 0)
+        try:
+            result = compare(
+                models,
+                loaded,
+                budget=BUDGET if budget is None else budget,
+                seeds=SEEDS if seeds is None else seeds,
+                settings=settings,
+                trainer=trainer,
+                **measuring,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; the same command goes on with what is in {out}") from None
     _report.show(result)
     for file in ("report.html", "table.md", "comparison.json"):
         print(f"written: {out / file}")

@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
 import tempfile
 import warnings
@@ -118,6 +117,8 @@ def compare(
     if seeds < 1:
         raise SettingsError(f"seeds must be at least 1, got {seeds}")
     trainer = trainer or Trainer()
+    if trainer.devices > 1:
+        raise SettingsError(f"a comparison trains on one device at a time; got devices={trainer.devices}")
     device = _resolved(trainer.device)
     trainer = replace(trainer, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
@@ -350,8 +351,6 @@ def _trained(trainer: Trainer, entry: Entry, data: "Dataset", run: dict[str, Any
         if trained_steps(there) == trainer.steps:
             return there
         trainer = there.trainer(device=trainer.device)
-    elif path.exists():  # a killed run leaves none of its own making
-        shutil.rmtree(path)
     say(f"{entry.label}, seed {trainer.seed}: {'resuming' if trainer.resume else 'training'}, {trainer.steps:,} steps")
     with peak_memory(trainer.device) as peak:
         torch.manual_seed(trainer.seed)
@@ -376,9 +375,10 @@ def _failure_noted(run: dict[str, Any], what: str, say: Say) -> Iterator[None]:
         yield
     except Exception as error:
         said = str(error).strip() or "without a message"
-        ours = isinstance(error, GenfuseError) and not isinstance(error, NonFiniteLossError)
-        run["error"] = said if ours else f"{type(error).__name__}: {said}"
         run["diverged"] = isinstance(error, NonFiniteLossError)
+        if run["diverged"]:
+            said = said.partition(";")[0]  # what follows is where the last checkpoint lies
+        run["error"] = said if isinstance(error, GenfuseError) else f"{type(error).__name__}: {said}"
         say(f"{what}: failed: {run['error']}")
 
 

@@ -53,7 +53,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             std[measure.key] = statistics.stdev(values)
     if mean.get("frechet_distance") and "frechet_distance" in std:
         mean["spread"] = std["frechet_distance"] / mean["frechet_distance"]
-    if runs:
+    if any(run.get("losses") for run in runs):
         mean["warnings"] = float(sum(len(run.get("warnings", ())) for run in runs))
     errors = dict.fromkeys(run["error"] for run in runs if "error" in run)
     diverged = sum(run.get("diverged", False) for run in runs)
