@@ -8,15 +8,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genfuse.comparison import compare as compare
     from genfuse.data import load_data as load_data
     from genfuse.models import create as create
     from genfuse.training import Run as Run
     from genfuse.training import Trainer as Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Trainer", "create", "load_data"]
+__all__ = ["Run", "Trainer", "compare", "create", "load_data"]
 
-_HOME = {"create": "models", "load_data": "data", "Run": "training", "Trainer": "training"}
+_HOME = {
+    "compare": "comparison",
+    "create": "models",
+    "load_data": "data",
+    "Run": "training",
+    "Trainer": "training",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ usage: genfuse COMMAND [options]
   sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
   evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples
   train-features DATA        train the classifier that samples are compared by
+  compare MODEL ...          train several models equally long, and put them into one table and one page
   doctor                     versions, hardware, chosen kernels and plugins of this installation
 
   --help      of genfuse, of a command, and of `genfuse train MODEL`: its settings

@@ -11,6 +11,8 @@ from tyro.conf import arg
 
 from genfuse import plugins
 from genfuse.cli import lines
+from genfuse.cli._compare import compare
+from genfuse.cli._device import find_device
 from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def sample(
             f"a .png shows images or points in 2 dimensions, but {run} has examples of shape {shape}: "
             f"use --out {out.with_suffix('.npy')} or .npz"
         )
-    model = trained.model(_device(device))
+    model = trained.model(find_device(device))
     generator = torch.Generator(model.device).manual_seed(seed)
     given_options = {"temperature": temperature, "sampler": sampler, "steps": steps, "guidance": guidance}
     options = {name: value for name, value in given_options.items() if value is not None}
@@ -185,7 +187,7 @@ def evaluate(
 
     trained = Run(run)
     data = trained.data(data_root)
-    model = trained.model(_device(device))
+    model = trained.model(find_device(device))
     if n == 0 or type(model).sample is GenerativeModel.sample:
         of_samples = None
     else:
@@ -239,7 +241,7 @@ def train_features(
     from genfuse.metrics import train_features
 
     loaded = load_data(data, root=data_root, binarize=binarize, seed=data_seed)
-    path, accuracy = train_features(loaded, steps=steps, seed=seed, device=_device(device), overwrite=overwrite)
+    path, accuracy = train_features(loaded, steps=steps, seed=seed, device=find_device(device), overwrite=overwrite)
     print(f"{path}\nheld-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")
     return 0
 
@@ -269,6 +271,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sample": sample,
     "evaluate": evaluate,
     "train-features": train_features,
+    "compare": compare,
     "doctor": doctor,
 }
 
@@ -343,18 +346,3 @@ def _write_json(file: Path, content: Any) -> None:
 def _refuse_existing(file: Path, overwrite: bool) -> None:
     if file.exists() and not overwrite:
         raise SettingsError(f"{file} exists: name another file, or pass --overwrite")
-
-
-def _device(name: str) -> "torch.device":
-    """The device that a user means. Raises SettingsError where this machine or this PyTorch does not have it."""
-    import torch
-
-    if name == "auto":
-        return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
-    reason = "no such device"
-    if name.partition(":")[0] in ("cpu", "cuda", "mps"):
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-    raise SettingsError(f"--device must be auto, cpu, cuda, cuda:N or mps; got {name}: {reason}")

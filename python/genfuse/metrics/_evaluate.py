@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ def evaluate(
     samples: int = 50,
     limit: int | None = None,
     seed: int = 0,
+    splits: Sequence[str] = ("train", "validation", "test"),
 ) -> dict[str, dict[str, float | int | list[float]]]:
-    """Measure ``model`` on the train, validation and test splits of ``data``: a dict of plain numbers per split.
+    """Measure ``model`` on those of ``splits`` that ``data`` has: a dict of plain numbers per split.
 
     ``examples`` is how many were used: all, or the first ``limit`` of each split. The rest are means over them, each
     given where the model has the verb for it:
@@ -50,9 +51,7 @@ def evaluate(
     model.check_data(data)
     with undisturbed(model):
         return {
-            name: _evaluate_split(model, data, name, samples, limit, seed)
-            for name in ("train", "validation", "test")
-            if name in data.splits
+            name: _evaluate_split(model, data, name, samples, limit, seed) for name in splits if name in data.splits
         }
 
 

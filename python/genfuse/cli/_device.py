@@ -1,0 +1,23 @@
+"""The option ``--device``."""
+
+from typing import TYPE_CHECKING
+
+from genfuse.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_device(name: str) -> "torch.device":
+    """The device that a user means. Raises SettingsError where this machine or this PyTorch does not have it."""
+    import torch
+
+    if name == "auto":
+        return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
+    reason = "no such device"
+    if name.partition(":")[0] in ("cpu", "cuda", "mps"):
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+    raise SettingsError(f"--device must be auto, cpu, cuda, cuda:N or mps; got {name}: {reason}")

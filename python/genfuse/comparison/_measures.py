@@ -1,0 +1,282 @@
+"""What a row of the table holds: the measures by name, and how each is taken of one trained model."""
+
+import ctypes
+import dataclasses
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genfuse import pictures
+from genfuse.metrics import Extractor, evaluate, evaluate_samples
+from genfuse.models import GenerativeModel, sample_in_parts
+from genfuse.models._adversarial import slerp
+from genfuse.training import Run
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
+
+PATHS, STEPS = 64, 16  # interpolations, and the steps of each
+RETURNED = 1e-3  # real-valued cells that come back so near are counted as the same
+
+
+class Measure(NamedTuple):
+    """A column of the table."""
+
+    key: str
+    title: str
+    group: Literal["quality", "diversity", "stability", "latent space", "likelihood", "cost"]
+    better: Literal["lower", "higher", ""]
+    about: str
+    show: Callable[[float], str] = lambda value: f"{value:.3g}"
+
+
+def _thousands(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+MEASURES = (
+    Measure(
+        "frechet_distance", "Fréchet distance", "quality", "lower",
+        "between Gaussians fitted to the features of samples and of test examples; FID where these are Inception's",
+    ),
+    Measure("precision", "precision", "quality", "higher", "share of samples that lie among the test examples"),
+    Measure(
+        "density", "density", "quality", "higher",
+        "how densely test examples lie around samples; precision that stray test examples do not lift",
+    ),
+    Measure("high_quality", "high quality", "quality", "higher", "share of samples within 3 std of a mode"),
+    Measure(
+        "nearest_training", "nearest training", "quality", "",
+        "mean distance of a sample to its nearest training example; far below that of real examples: copies",
+    ),
+    Measure("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
+    Measure("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
+    Measure("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
+    Measure(
+        "spread", "spread", "stability", "lower",
+        "standard deviation of the Fréchet distance over the seeds, as a share of its mean",
+        lambda value: f"{value:.1%}",
+    ),
+    Measure(
+        "warnings", "warnings", "stability", "lower", "of all runs: a critic that runs away, samples that repeat",
+        _thousands,
+    ),
+    Measure(
+        "reconstruction_error", "reconstruction error", "latent space", "lower",
+        "mean squared error of a cell of a test example that was encoded and decoded; VAEs: at the posterior mean",
+        lambda value: f"{value:.2g}",
+    ),
+    Measure(
+        "inverted", "inverted", "latent space", "higher",
+        "share of test examples that decode(encode(x)) returns in every cell, to half a level of discrete data and "
+        f"{RETURNED:g} of real-valued data",
+    ),
+    Measure(
+        "smoothness", "smoothness", "latent space", "higher",
+        f"of {PATHS} arcs between two latents drawn from the prior, each in {STEPS} equal steps: mean change of the "
+        f"features in a step over the largest one. 1: all steps change as much; 1/{STEPS}: one jump",
+    ),
+    Measure(
+        "log_likelihood", "log-likelihood", "likelihood", "higher",
+        "nats per test example, in the units that the model saw; the column `bound` says whether it is log_prob itself "
+        "or a lower bound of it. A Bernoulli decoder has none for values between 0 and 1, and a GAN has none at all",
+        lambda value: f"{value:.4g}",
+    ),
+    Measure("bits_per_dim", "bits/dim", "likelihood", "lower", "the same, of discrete data, in bits per cell"),
+    Measure("training_seconds", "training, s", "cost", "", "seconds of updates; evaluation on the way does not count"),
+    Measure("steps", "steps", "cost", "", "updates, of all players together", _thousands),
+    Measure(
+        "sampling_seconds", "sampling, s", "cost", "lower",
+        "seconds for 1,000 samples, the fastest of 3 times; where it is slow, ten times that for 100",
+    ),
+    Measure("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
+    Measure(
+        "peak_memory", "memory, MB", "cost", "lower",
+        "the most that making and training the model took beyond what was held before", _thousands,
+    ),
+)  # fmt: skip
+
+
+def measure(
+    run: Run,
+    data: "Dataset",
+    extract: Extractor,
+    device: str,
+    *,
+    n: int | None = None,
+    limit: int | None = None,
+    inception_weights: str | Path | None = None,
+    picture: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is measured of the model of ``run`` by the verbs that it has, by the keys of `MEASURES`; and of real data.
+
+    ``n`` is as for `evaluate_samples`, whose metrics are in both; ``limit`` examples of the test split, chosen once
+    and for all models alike, are encoded, decoded and asked for their likelihood. ``bound`` names what
+    ``log_likelihood`` is. Samples are drawn into the file ``picture``.
+    """
+    model = run.model(device)
+    data = data.to(device)
+    samples = evaluate_samples(model, data, features=extract.name, n=n, inception_weights=inception_weights)
+    found = {
+        **samples["samples"],
+        "training_seconds": training_seconds(run, data),
+        "steps": trained_steps(run),
+        "sampling_seconds": _sampling_seconds(model),
+        "parameters": sum(weights.numel() for player in model.players() for weights in player.parameters),
+    }
+    test = data.splits["test"]
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:limit].to(device)
+    few = dataclasses.replace(test, x=test.x[chosen], y=None if test.y is None else test.y[chosen])
+    held_out = dataclasses.replace(data, splits={**data.splits, "test": few}, classes=data.classes)
+    found |= _likelihood(model, held_out)
+    found |= _latent_space(model, held_out, extract)
+    if picture is not None:
+        draw(model, data, picture)
+    usable = {key: v for key, v in found.items() if not isinstance(v, float) or math.isfinite(v)}  # JSON has no NaN
+    return usable, samples["real"]
+
+
+def trained_steps(run: Run) -> int:
+    """Updates behind the weights of a run."""
+    from genfuse.training.run import WEIGHTS, read_tensors
+
+    return read_tensors(run.path / WEIGHTS)[1]["step"]
+
+
+def training_seconds(run: Run, data: "Dataset", since: int = 0) -> float:
+    """Seconds that the updates of a run took, from the speeds that it logged; those after ``since`` alone."""
+    batch = run.config["training"]["batch_size"]
+    examples = len(data.splits["train"])
+    per_epoch = math.ceil(examples / batch)
+
+    def seen(step: int) -> int:
+        return step // per_epoch * examples + step % per_epoch * batch
+
+    rates = {e["step"]: e["examples_per_second"] for e in run.metrics() if e["split"] == "train"}
+    steps = [0, *sorted(rates)]
+    return sum((seen(b) - seen(a)) / rates[b] for a, b in pairwise(steps) if a >= since)
+
+
+def _sampling_seconds(model: GenerativeModel) -> float:
+    """For 1,000 samples, on their way to the CPU: the fastest of three times. Where they are slow, by the first 100."""
+
+    def seconds(n: int) -> float:
+        began = time.perf_counter()
+        for part in sample_in_parts(model, n, generator=torch.Generator(model.device).manual_seed(0)):
+            part.cpu()
+        return time.perf_counter() - began
+
+    first = seconds(100)
+    return 10 * first if first > 1 else min(seconds(1000) for _ in range(3))
+
+
+def _likelihood(model: GenerativeModel, data: "Dataset") -> dict[str, Any]:
+    """The log-likelihood, or its tightest bound, and what it is."""
+    if getattr(model.config, "decoder", None) == "bernoulli" and data.levels != 2:
+        return {"bound": "none (Bernoulli on grey)"}
+    found = evaluate(model, data, splits=["test"])["test"]
+    for name, value in reversed(found.items()):  # an IWAE bound comes after the ELBO, and is tighter
+        if (name in ("log_prob", "elbo") or name.startswith("iwae_bound")) and isinstance(value, float):
+            bits = -value / (math.prod(data.shape) * math.log(2)) if data.levels else None
+            return {"bound": name, "log_likelihood": value, **({} if bits is None else {"bits_per_dim": bits})}
+    return {"bound": "none"}
+
+
+@torch.no_grad()
+def _latent_space(model: Any, data: "Dataset", extract: Extractor) -> dict[str, float]:
+    found = {}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        if hasattr(model, "encode") and hasattr(model, "decode"):
+            errors, returned = [], []
+            tolerance = RETURNED if data.levels is None else 0.5 / (data.levels - 1)
+            for start in range(0, len(data.splits["test"]), 500):
+                x, y = data.batch("test", slice(start, start + 500))
+                given = {"y": y} if model.conditional else {}
+                z = model.encode(x, **given)
+                off = (model.decode(z if isinstance(z, Tensor) else z[0], **given) - x).flatten(1)
+                errors.append(off.square().mean(1))
+                returned.append((off.abs() <= tolerance).all(1))
+            found["reconstruction_error"] = torch.cat(errors).double().mean().item()
+            found["inverted"] = torch.cat(returned).double().mean().item()
+        if hasattr(model, "decode") or hasattr(model, "trajectory"):
+            found["smoothness"] = _smoothness(model, data, extract)
+    return found
+
+
+def _smoothness(model: Any, data: "Dataset", extract: Extractor) -> float:
+    """Of ways from prior draw to prior draw, see `MEASURES`. Arcs, as most of a normal's mass is at one radius."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    dimensions = model.config.latent_dim if hasattr(model.config, "latent_dim") else math.prod(data.shape)
+    start, end = torch.randn(2, PATHS, dimensions, generator=generator, device=model.device)
+    weights = torch.linspace(0, 1, STEPS + 1, device=model.device)
+    given = {}
+    if model.conditional:
+        given["y"] = torch.arange(PATHS, device=model.device) % model.config.classes
+    decode = model.decode if hasattr(model, "decode") else lambda z, **y: model.trajectory(z, **y)[-1]
+    features = torch.stack([extract(decode(z, **given)) for z in slerp(start, end, weights)])
+    changes = features.diff(dim=0).norm(dim=2)  # (STEPS, PATHS)
+    largest = changes.amax(0)
+    # A path without any change is as even as can be.
+    return torch.where(largest > 0, changes.mean(0) / largest, 1.0).double().mean().item()
+
+
+@torch.no_grad()
+def draw(model: GenerativeModel | None, data: "Dataset", path: Path) -> None:
+    """Draw samples of ``model``, or where it is None real examples, as `pictures` shows such data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = data.is_image
+    count = min(pictures.SAMPLES if images else pictures.POINTS, len(data.splits["test"]))
+    chosen = torch.randperm(len(data.splits["test"]), generator=torch.Generator().manual_seed(0))[:count]
+    test = data.batch("test", chosen.to(data.splits["test"].x.device))
+    if model is None:
+        drawn = test.x
+    else:
+        y = test.y if model.conditional else None
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            drawn = torch.cat(list(sample_in_parts(model, count, y, torch.Generator(model.device).manual_seed(0))))
+    if images:
+        pictures.sample_grid(drawn, path)
+    elif len(data.shape) == 1:
+        (pictures.scatter if data.shape == (2,) else pictures.histograms)(test.x, drawn, path, data.scaling)
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
+    """Yields a function that gives the most memory, in MB, held since beyond what was held before; None if unknown.
+
+    Of a CUDA device what torch allocated there; else the resident memory of the process, which only Linux tells.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        return
+    if device != "cpu":
+        yield lambda: None
+        return
+    with suppress(OSError, AttributeError):  # give back what is free, or it would hide what is taken anew
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here: man 5 proc
+        held = _resident("VmRSS")
+    except (OSError, AttributeError):
+        yield lambda: None
+        return
+    yield lambda: _resident("VmHWM") - held
+
+
+def _resident(key: str) -> float:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 / 1e6  # type: ignore[union-attr]

@@ -1,0 +1,209 @@
+"""A comparison as a table: in Markdown, on the terminal, and as a page that needs nothing but itself."""
+
+import base64
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from genfuse.comparison._measures import MEASURES, Measure
+
+# The table is too wide for a terminal or a page of text, so it is shown there in parts.
+PARTS = (("quality", "diversity"), ("stability",), ("latent space", "likelihood"), ("cost",))
+TEXTS = (
+    Measure("outcome", "runs", "stability", "", "how many seeds were trained to the end; of the others why not"),
+    Measure("bound", "bound", "likelihood", "", "what the log-likelihood is"),
+)
+WIDTH, HEIGHT = 300, 110  # of a loss curve
+ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
+
+
+class Cell(NamedTuple):
+    text: str
+    value: float | None = None
+
+
+class Row(NamedTuple):
+    label: str
+    cells: list[Cell]
+
+
+class Table(NamedTuple):
+    columns: list[Measure]
+    rows: list[Row]
+    real: Row  # the same measures of real examples
+
+    def part(self, groups: Sequence[str]) -> "Table":
+        """The columns of some groups. Real examples are left out where nothing is measured of them."""
+        kept = [i for i, column in enumerate(self.columns) if column.group in groups]
+        rows = [Row(row.label, [row.cells[i] for i in kept]) for row in (*self.rows, self.real)]
+        return Table([self.columns[i] for i in kept], rows[:-1], rows[-1])
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the runs of a row that have figures, and what became of the others."""
+    done = [run["figures"] for run in runs if "figures" in run]
+    mean, std = {}, {}
+    for measure in MEASURES:
+        values = [figures[measure.key] for figures in done if figures.get(measure.key) is not None]
+        if values:
+            mean[measure.key] = statistics.fmean(values)
+        if len(values) > 1:
+            std[measure.key] = statistics.stdev(values)
+    if mean.get("frechet_distance") and "frechet_distance" in std:
+        mean["spread"] = std["frechet_distance"] / mean["frechet_distance"]
+    if any(run.get("losses") for run in runs):
+        mean["warnings"] = float(sum(len(run.get("warnings", ())) for run in runs))
+    errors = dict.fromkeys(run["error"] for run in runs if "error" in run)
+    diverged = sum(run.get("diverged", False) for run in runs)
+    outcome = [f"{len(done)} of {len(runs)}", *([f"{diverged} diverged"] if diverged else []), *errors]
+    bounds = dict.fromkeys(figures["bound"] for figures in done)
+    return {"mean": mean, "std": std, "outcome": "; ".join(outcome), "bound": ", ".join(bounds)}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The columns for which any row has a value, and what they show."""
+    rows = result["rows"]
+    columns = [m for m in MEASURES if any(m.key in row["mean"] for row in rows)]
+    for text in TEXTS:  # each before the figures of its group
+        at = next((i for i, m in enumerate(columns) if m.group == text.group), len(columns))
+        columns.insert(at, text)
+
+    def cell(row: dict[str, Any], measure: Measure) -> Cell:
+        if measure in TEXTS:
+            return Cell(row[measure.key])
+        value, std = row["mean"].get(measure.key), row["std"].get(measure.key)
+        if value is None:
+            return Cell("–")
+        spread = f" ± {std:.2g}" if std and measure.group != "cost" else ""
+        return Cell(measure.show(value) + spread, value)
+
+    def real(measure: Measure) -> Cell:
+        value = result["real"].get(measure.key)
+        return Cell("–") if value is None else Cell(measure.show(value), value)
+
+    made = [Row(row["label"], [cell(row, measure) for measure in columns]) for row in rows]
+    return Table(columns, made, Row("real examples", [real(measure) for measure in columns]))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table in parts, as Markdown."""
+    whole = table(result)
+    return "\n\n".join([about(result), *(_markdown(whole.part(groups)) for groups in PARTS)]) + "\n"
+
+
+def about(result: dict[str, Any]) -> str:
+    """What was compared, in a line or two."""
+    options, machine = result["options"], result["machine"]
+    budget = options["budget"]
+    trained = "existing runs"
+    if budget and budget["seconds"]:
+        trained = f"{budget['seconds']:g} seconds of updates each"
+    elif budget:
+        trained = f"{budget['examples']:,} examples each"
+    return (
+        f"Data: {options['data']['name']}; {trained}. Features: {options['about']}. genfuse {machine['genfuse']}, "
+        f"torch {machine['torch']}, {machine['device']}, {machine['threads']} threads."
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table, in parts, on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console()
+    console.print(about(result), highlight=False, markup=False)
+    whole = table(result)
+    for groups in PARTS:
+        part = whole.part(groups)
+        if not part.columns:
+            continue
+        shown = RichTable("", *(_title(column) for column in part.columns), box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for row in _with_real(part):
+            shown.add_row(Text(row.label), *(Text(cell.text) for cell in row.cells))
+        console.print(shown)
+
+
+def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -> str:
+    """One page with all of it: pictures are within it, and it loads nothing. ``folder`` names the picture of a row."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    def picture(name: str) -> str | None:
+        file = pictures / f"{name}.png"
+        return base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
+
+    whole = table(result)
+    environment = Environment(
+        loader=PackageLoader("genfuse.comparison", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    groups = dict.fromkeys(column.group for column in whole.columns)
+    models = [
+        {
+            **row,
+            "picture": picture(folder(row["label"])),
+            "curves": list(_curves(row["runs"])),
+            "seeds": len(row["runs"]),
+            "distance": next(
+                (c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == MEASURES[0].key), ""
+            ),
+        }
+        for row, (_, cells) in zip(result["rows"], whole.rows, strict=True)
+    ]
+    return environment.get_template("report.html").render(
+        about=about(result),
+        data=result["options"]["data"]["name"],
+        table=whole,
+        groups={group: sum(column.group == group for column in whole.columns) for group in groups},
+        models=models,
+        real=picture("real"),
+        title=_title,
+        width=WIDTH,
+        height=HEIGHT,
+    )
+
+
+def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """For each player its loss over the steps: SVG points, one line a run, and the scale."""
+    players = dict.fromkeys(player for run in runs for player in run.get("losses", ()))
+    for player in players:
+        lines = [run["losses"][player] for run in runs if run.get("losses", {}).get(player)]
+        losses = sorted(loss for line in lines for _, loss in line)
+        # The steep fall of the first steps, and what shoots up, would press the rest into a line.
+        low, high = losses[int(0.02 * len(losses))], losses[math.ceil(0.95 * len(losses)) - 1]
+        margin = 0.05 * (high - low) or 0.5
+        low, high, last = low - margin, high + margin, max(step for line in lines for step, _ in line)
+
+        def point(step: int, loss: float, low: float = low, high: float = high, last: int = last) -> str:
+            up = (min(max(loss, low), high) - low) / (high - low)
+            return f"{step / last * WIDTH:.1f},{(1 - up) * HEIGHT:.1f}"
+
+        yield {
+            "player": player,
+            "lines": [" ".join(point(*each) for each in line) for line in lines],
+            "low": f"{low:.3g}",
+            "high": f"{high:.3g}",
+            "last": f"{last:,}",
+        }
+
+
+def _title(column: Measure) -> str:
+    return column.title + ARROWS[column.better]
+
+
+def _with_real(part: Table) -> list[Row]:
+    return [*part.rows, *([part.real] if any(cell.value is not None for cell in part.real.cells) else [])]
+
+
+def _markdown(part: Table) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
+
+    lines = [line(["", *map(_title, part.columns)]), line(["---", *("--:" for _ in part.columns)])]
+    for row in _with_real(part):
+        lines.append(line([row.label, *(cell.text for cell in row.cells)]))
+    return "\n".join(lines)
