@@ -406,6 +406,15 @@ def test_the_page_holds_everything_and_loads_nothing(compared):
     assert '<meta name="viewport" content="width=device-width' in page
 
 
+def test_the_page_shows_warnings_beside_runs_that_are_yet_to_be_trained(compared):
+    from genfuse.comparison import _report
+
+    result = json.loads(json.dumps(compared[1]))
+    row(result, "gan")["runs"][0]["warnings"] = ["step 7: samples repeat"]
+    row(result, "vae")["runs"].append({"seed": 2, "path": "vae/seed-2"})
+    assert "<li>gan, seed 0, step 7: samples repeat</li>" in _report.html(result, compared[0], str)
+
+
 @pytest.fixture(scope="module")
 def browser():
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")

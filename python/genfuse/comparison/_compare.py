@@ -164,7 +164,7 @@ def compare(
                 warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
                 if row["steps"] is None:
                     row["steps"] = _steps(budget, entry, data, trainer, say)
-                    _write(out, result)
+                    _keep(out, result)
                 every = max(1, row["steps"] // CHECKPOINTS)
                 of_seed = replace(trainer, steps=row["steps"], seed=seed, checkpoint_every=every, out=out / run["path"])
                 trained = _trained(of_seed, entry, data, run, say)
@@ -404,12 +404,16 @@ def _thinned(curve: list[tuple[int, float]], most: int) -> Iterator[tuple[int, f
         yield part[-1][0], float(f"{statistics.fmean(loss for _, loss in part):.5g}")
 
 
-def _write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Sum the rows up, and write all files. A file is replaced in one step, so a kill leaves the one before."""
+def _keep(out: Path, result: dict[str, Any]) -> None:
+    """Write what is to be found again. The file is replaced in one step, so a kill leaves the one before."""
     for row in result["rows"]:
         row |= _report.summary(row["runs"])
     out.mkdir(parents=True, exist_ok=True)
     _text(out / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def _write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    _keep(out, result)
     _text(out / TABLE, _report.markdown(result))
     _text(out / REPORT, _report.html(result, out / PICTURES, _folder))
     return result

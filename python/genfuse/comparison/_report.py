@@ -104,7 +104,7 @@ def about(result: dict[str, Any]) -> str:
         trained = f"{budget['examples']:,} examples each"
     return (
         f"Data: {options['data']['name']}; {trained}. Features: {options['about']}. genfuse {machine['genfuse']}, "
-        f"torch {machine['torch']}, {machine['device']}, {machine['threads']} threads."
+        f"torch {machine['torch']}, {machine['device']}, threads: {machine['threads']}."
     )
 
 
@@ -160,6 +160,12 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         table=whole,
         groups={group: sum(column.group == group for column in whole.columns) for group in groups},
         models=models,
+        warnings=[
+            f"{row['label']}, seed {run['seed']}, {warning}"
+            for row in result["rows"]
+            for run in row["runs"]
+            for warning in run.get("warnings", ())
+        ],
         real=picture("real"),
         title=_title,
         width=WIDTH,
