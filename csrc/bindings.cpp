@@ -11,6 +11,7 @@ void bind_affine_coupling(pybind11::module_&);
 void bind_autoregressive_inverse(pybind11::module_&);
 void bind_bernoulli(pybind11::module_&);
 void bind_gradient_norm_penalty(pybind11::module_&);
+void bind_interpolate(pybind11::module_&);
 void bind_rational_quadratic_spline(pybind11::module_&);
 void bind_reparameterize_kl(pybind11::module_&);
 void bind_standard_normal_log_prob(pybind11::module_&);
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   genfuse::bind_autoregressive_inverse(m);
   genfuse::bind_bernoulli(m);
   genfuse::bind_gradient_norm_penalty(m);
+  genfuse::bind_interpolate(m);
   genfuse::bind_rational_quadratic_spline(m);
   genfuse::bind_reparameterize_kl(m);
   genfuse::bind_standard_normal_log_prob(m);

@@ -5,6 +5,7 @@ from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
 from genfuse.ops._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from genfuse.ops._bernoulli import bernoulli as bernoulli
 from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty as gradient_norm_penalty
+from genfuse.ops._interpolate import interpolate as interpolate
 from genfuse.ops._op import OPERATORS as OPERATORS
 from genfuse.ops._op import Operator as Operator
 from genfuse.ops._op import available as available
