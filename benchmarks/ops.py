@@ -50,6 +50,12 @@ BARS = (
     Speed("rational_quadratic_spline", (4096, 32), "both", "compile", 3.0),
     Speed("rational_quadratic_spline_inverse", (4096, 32), "both", "eager", 5.0),
     Speed("rational_quadratic_spline_inverse", (4096, 32), "both", "compile", 3.0),
+    Speed("gradient_norm_penalty", (64, 784), "both", "eager", 2.5),
+    Speed("gradient_norm_penalty", (256, 3072), "both", "eager", 2.5),
+    Speed("gradient_norm_penalty", (64, 49152), "both", "eager", 2.5),
+    Speed("gradient_norm_penalty", (64, 784), "both", "compile", 1.0),
+    Speed("gradient_norm_penalty", (256, 3072), "both", "compile", 1.0),
+    Speed("gradient_norm_penalty", (64, 49152), "both", "compile", 1.3),
 )
 
 

@@ -5,6 +5,10 @@
 
 #include "portable.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace genfuse {
 
 // Columns worked on at a time: a handful of such buffers stays in the first-level cache.
@@ -46,14 +50,72 @@ GENFUSE_HD void prefetch([[maybe_unused]] const S* row, [[maybe_unused]] int64_t
 #endif
 }
 
+// A result of more bytes than this has left a core's caches before it is complete.
+constexpr int64_t kCached = 1 << 21;
+
+// Writes value(j), j < n, to a row: past the caches if asked to, so that lines which are overwritten whole are not read
+// first, and what is cached stays. Then for_rows_again has to run it, which makes it visible to other threads.
+template <class S, class F>
+GENFUSE_HD void write(S* to, int64_t n, [[maybe_unused]] bool past_caches, F value) {
+  int64_t j = 0;
+#ifdef __SSE2__
+  constexpr int64_t kBuffer = 128, kUnit = sizeof(__m128i) / sizeof(S);
+  alignas(64) S buffer[kBuffer];
+  for (; past_caches && j + kBuffer <= n && reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0; j += kBuffer) {
+    GENFUSE_INDEPENDENT
+    for (int64_t k = 0; k < kBuffer; ++k) store(buffer[k], value(j + k));
+    for (int64_t k = 0; k < kBuffer; k += kUnit) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j + k), *reinterpret_cast<const __m128i*>(buffer + k));
+    }
+  }
+#endif
+  GENFUSE_INDEPENDENT
+  for (int64_t k = j; k < n; ++k) store(to[k], value(k));
+}
+
+// Rows in chunks that are worth a thread's while.
+struct Chunks {
+  int64_t rows, size, count;
+  bool many;
+
+  Chunks(int64_t rows, int64_t work_per_row) : rows(rows) {
+    const int64_t work = std::max<int64_t>(work_per_row, 1);
+    size = std::max<int64_t>(kParallel / 2 / work, 1);
+    count = (rows + size - 1) / size;
+    many = rows > kParallel / work;
+  }
+
+  template <class F>
+  void run(int64_t chunk, F& f) const {
+    f(chunk * size, std::min((chunk + 1) * size, rows));
+  }
+};
+
 // Calls f(begin, end) for chunks of rows, on all threads where there is enough work.
 template <class F>
 void for_rows(int64_t rows, int64_t work_per_row, F f) {
-  const int64_t work = std::max<int64_t>(work_per_row, 1);
-  const int64_t chunk = std::max<int64_t>(kParallel / 2 / work, 1);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-#pragma omp parallel for schedule(static) if (rows > kParallel / work)
-  for (int64_t c = 0; c < chunks; ++c) f(c * chunk, std::min((c + 1) * chunk, rows));
+  const Chunks chunks(rows, work_per_row);
+#pragma omp parallel for schedule(static) if (chunks.many)
+  for (int64_t c = 0; c < chunks.count; ++c) chunks.run(c, f);
+}
+
+// The same, each thread's last chunk first: a second pass over rows finds there what the first one left in a cache.
+template <class F>
+void for_rows_again(int64_t rows, int64_t work_per_row, F f) {
+  const Chunks chunks(rows, work_per_row);
+#pragma omp parallel if (chunks.many)
+  {
+    int64_t first = 0, end = 0;  // of the thread's chunks, which are neighbours
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks.count; ++c) {
+      if (end == 0) first = c;
+      end = c + 1;
+    }
+    for (int64_t c = end - 1; c >= first; --c) chunks.run(c, f);
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+  }
 }
 
 }  // namespace genfuse

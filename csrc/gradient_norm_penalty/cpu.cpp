@@ -26,6 +26,11 @@ GENFUSE_HD T dot(const S* a, const S* b, int64_t n) {
 }
 
 template <class S>
+GENFUSE_HD bool past_caches(const Problem& p) {
+  return p.rows * p.cols * int64_t(sizeof(S)) > kCached;
+}
+
+template <class S>
 GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   const Penalty<T> penalty = penalty_of<T>(p);
@@ -46,8 +51,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     S* ggradient = element<S>(out.ggradient, i * p.cols);
     const T gpenalty = T(p.weight) * *element<T>(out.gpenalty, p.summed ? 0 : i);
     const T slope = gpenalty * penalty.slope(*element<T>(out.norm, i));
-    GENFUSE_INDEPENDENT
-    for (int64_t j = 0; j < p.cols; ++j) store(ggradient[j], slope * load(g[j]));
+    write(ggradient, p.cols, past_caches<S>(p), [=](int64_t j) { return slope * load(g[j]); });
   }
 }
 
@@ -62,8 +66,7 @@ GENFUSE_HD void rows_of(const Problem& p, const DoubleBackward& out, int64_t beg
     const T norm = *element<T>(out.norm, i), along = dot(g, v, p.cols);
     *element<T>(out.of_gpenalty, i) = T(p.weight) * penalty.slope(norm) * along;
     const T slope = gpenalty * penalty.slope(norm), bend = gpenalty * penalty.bend(norm, along);
-    GENFUSE_INDEPENDENT
-    for (int64_t j = 0; j < p.cols; ++j) store(of_gradient[j], slope * load(v[j]) + bend * load(g[j]));
+    write(of_gradient, p.cols, past_caches<S>(p), [=](int64_t j) { return slope * load(v[j]) + bend * load(g[j]); });
   }
 }
 
@@ -84,26 +87,26 @@ GENFUSE_ROWS(BFloat16)
 #undef GENFUSE_ROWS
 
 template <class Out>
-void run_rows(const Problem& p, const Out& out) {
+void run_again(const Problem& p, const Out& out) {
   dispatch(p.dtype, [&](auto storage) {
-    for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
+    for_rows_again(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
   });
 }
 
 }  // namespace
 
 void run(const Problem& p, const Forward& out) {
-  run_rows(p, out);
-  if (!p.summed) return;
   dispatch(p.dtype, [&](auto storage) {
     using T = compute_t<decltype(storage)>;
+    for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
+    if (!p.summed) return;
     double sum = 0;
     for (int64_t i = 0; i < p.rows; ++i) sum += penalty_of<T>(p).value(*element<T>(out.norm, i));
     *element<T>(out.penalty, 0) = T(p.weight * sum);
   });
 }
-void run(const Problem& p, const Backward& out) { run_rows(p, out); }
-void run(const Problem& p, const DoubleBackward& out) { run_rows(p, out); }
+void run(const Problem& p, const Backward& out) { run_again(p, out); }
+void run(const Problem& p, const DoubleBackward& out) { run_again(p, out); }
 
 }  // namespace genfuse::gradient_norm_penalty::cpu
 

@@ -3,19 +3,19 @@
 
 namespace genfuse::interpolate {
 
-// Addresses, and the strides between examples of real and fake (rows, cols) in elements; all else is contiguous.
+// Addresses, and strides between rows in elements. real and fake are (rows, cols), or null for 0; x is contiguous.
+// Exactly one of seed and epsilon (rows) is set; epsilon is float32 where the rest is of 16 bits.
 struct Problem {
   int dtype;
-  const void* real;
-  int64_t real_stride;
-  const void* fake;
-  int64_t fake_stride;
+  const void *real, *fake;
+  int64_t real_stride, fake_stride;
   const uint64_t* seed;
+  const void* epsilon;
   int64_t rows, cols;
 };
 
 struct Forward {
-  void *x, *epsilon;  // epsilon (rows) is float32 where the rest is of 16 bits
+  void* x;
 };
 
 namespace cpu {

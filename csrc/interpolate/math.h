@@ -1,18 +1,12 @@
 #pragma once
-#include "philox.h"
+#include "portable.h"
 
 namespace genfuse::interpolate {
 
-// The uniform of an example: element `row` of the stream.
+// The point between a real and a fake example.
 template <class T>
-GENFUSE_HD T epsilon(int64_t row, uint64_t key) {
-  return uniform<T>(philox(uint64_t(row) / 4, key).w[row % 4]);
-}
-
-// Exactly one of the two at either end.
-template <class T>
-GENFUSE_HD T between(T real, T fake, T epsilon) {
-  return epsilon * real + (T(1) - epsilon) * fake;
+GENFUSE_HD T between(T real, T fake, T eps) {
+  return eps * real + (T(1) - eps) * fake;
 }
 
 }  // namespace genfuse::interpolate

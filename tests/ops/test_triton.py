@@ -9,7 +9,9 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, diffuse, interpolate, standard_normal_log_prob
+from genfuse.ops._triton import (
+    actnorm, affine_coupling, bernoulli, diffuse, gradient_norm_penalty, interpolate, standard_normal_log_prob,
+)
 from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
@@ -24,9 +26,6 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     types = {"p": storage, "seed": "*i64", "x": storage, "n": "i64"}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
-    types = {"real": storage, "real_stride": "i64", "fake": storage, "fake_stride": "i64", "seed": "*i64", "x": storage,
-             "epsilon": sums, "cols": "i32"}
-    check(interpolate.forward_kernel, types, {"BLOCK": 64, "WIDE": wide})
     types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "mask": "*u8", "y": storage,
              "logdet": sums, "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "cols": "i32",
              "first": "i32", "moved": "i32"}
@@ -45,6 +44,19 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     for missing in ({}, {"logdet": None}):
         check(standard_normal_log_prob.forward_kernel, types, {"BLOCK": 64, "WIDE": wide, **missing})
     check(standard_normal_log_prob.backward_kernel, types, {"BLOCK": 64, "WIDE": wide})
+    types = {"gradient": storage, "stride": "i64", "penalty": sums, "norm": sums, "gpenalty": sums,
+             "ggradient": storage, "v": storage, "v_stride": "i64", "of_gpenalty": sums, "of_gradient": storage,
+             "cols": "i32"}
+    for one_sided, reduction in ((False, "mean"), (True, "sum"), (True, "none")):
+        fixed = {"TARGET": 1.0, "ONE_SIDED": one_sided, "BLOCK": 64, "WIDE": wide}
+        check(gradient_norm_penalty.forward_kernel, types, fixed)
+        fixed |= {"EPS": 1e-12, "REDUCTION": reduction}
+        check(gradient_norm_penalty.backward_kernel, types, fixed)
+        check(gradient_norm_penalty.double_backward_kernel, types, fixed)
+    types = {"real": storage, "real_stride": "i64", "fake": storage, "fake_stride": "i64", "seed": "*i64",
+             "epsilon": sums, "x": storage, "cols": "i32"}
+    for missing in ({"epsilon": None}, {"seed": None, "real": None}, {"epsilon": None, "fake": None}):
+        check(interpolate.between_kernel, types, {"BLOCK": 64, "WIDE": wide, **missing})
     types = {"x": storage, "x_stride": "i64", "log_scale": sums, "shift": sums, "y": storage, "logdet": sums,
              "gy": storage, "glogdet": sums, "gx": storage, "partial": sums, "rows": "i64", "channels": "i32",
              "cells": "i32"}

@@ -36,8 +36,8 @@ def eager(gradient: Tensor, target: float = 1.0, one_sided: bool = False, reduct
 
 
 def _outputs(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    norm = gradient.new_empty(gradient.shape[:1], dtype=_op.wide(gradient))
-    return norm.new_empty(norm.shape if reduction == "none" else ()), norm
+    norm = torch.empty(gradient.shape[0], dtype=_op.wide(gradient), device=gradient.device)
+    return torch.empty_like(norm) if reduction == "none" else norm.new_empty(()), norm
 
 
 def _ggradient(gpenalty: Tensor, gradient: Tensor, *rest: Any) -> Tensor:
@@ -145,17 +145,17 @@ _double_backward = _op.define(
 
 class GradientNormPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> Tensor:
-        penalty, norm = _forward(gradient, target, one_sided, reduction)
+    def forward(ctx: Any, gradient: Tensor, settings: tuple[float, bool, str, float]) -> Tensor:
+        penalty, norm = _forward(gradient, *settings[:3])
         ctx.save_for_backward(gradient, norm)
-        ctx.settings = target, one_sided, reduction, eps
+        ctx.settings = settings
         return penalty
 
     @staticmethod
     def backward(ctx: Any, gpenalty: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode is on in here only under create_graph=True: then stay differentiable.
         backward = Derivative.apply if torch.is_grad_enabled() else _backward
-        return backward(gpenalty, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+        return backward(gpenalty, *ctx.saved_tensors, *ctx.settings), None
 
 
 class Derivative(torch.autograd.Function):
@@ -212,8 +212,8 @@ def gradient_norm_penalty(
         raise ValueError(f"eps must be above 0, got {eps}")
     if reduction not in _REDUCE:
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    flat = gradient if gradient.dim() == 2 else _op.examples(gradient)
-    return GradientNormPenalty.apply(flat, float(target), bool(one_sided), reduction, float(eps))
+    flat = gradient if gradient.dim() == 2 else _op.flatten(gradient, _op.order(gradient))
+    return GradientNormPenalty.apply(flat, (float(target), bool(one_sided), reduction, float(eps)))
 
 
 def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:

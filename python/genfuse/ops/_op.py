@@ -263,11 +263,19 @@ def rows(t: Tensor) -> tuple[Tensor, int]:
     return t.contiguous(), t.shape[-1]
 
 
-def examples(t: Tensor) -> Tensor:
-    """``t``, (N, ...), as (N, D): a view of images in either memory format, too, for which D is in the order of memory,
-    and a copy only if an example has gaps."""
-    axes = sorted(range(1, t.dim()), key=t.stride, reverse=True)  # stable: contiguous ones stay as they are
-    return t.permute(0, *axes).reshape(t.shape[0], t.shape[1:].numel())
+def order(t: Tensor) -> list[int]:
+    """The axes of ``t``, (N, ...), with those of an example as they lie in memory: images have one of two formats."""
+    return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]  # stable: contiguous ones stay as they are
+
+
+def flatten(t: Tensor, order: list[int]) -> Tensor:
+    """``t``, (N, ...), as (N, D) with its axes in that order; copied only if an example has gaps in it."""
+    return t.permute(order).reshape(t.shape[0], t.shape[1:].numel())
+
+
+def unflatten(t: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    """What has that shape and becomes ``t`` by `flatten`."""
+    return t.view([shape[axis] for axis in order]).permute(sorted(order, key=order.__getitem__))
 
 
 def wide(t: Tensor) -> torch.dtype:

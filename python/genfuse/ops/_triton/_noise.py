@@ -39,6 +39,14 @@ def uniforms(seed, first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def uniform_at(seed, element, WIDE: tl.constexpr):
+    """One element of the stream of uniforms, or a block of any."""
+    w0, w1, w2, w3 = _words(seed, element // 4)
+    lower, upper = tl.where((element & 1) != 0, w1, w0), tl.where((element & 1) != 0, w3, w2)
+    return _uniform(tl.where((element & 2) != 0, upper, lower), WIDE)
+
+
+@triton.jit
 def _in_order(a, b, c, d, BLOCK: tl.constexpr):
     """The four numbers of each counter, one after the other: (BLOCK,) from four (BLOCK // 4,)."""
     # join puts its two operands on a new last axis: [[a, b], [c, d]] of each counter in that order.

@@ -1,4 +1,4 @@
-"""Points between two batches: one program a row."""
+"""Points between real and fake examples: one program a row."""
 
 import contextlib
 
@@ -8,37 +8,38 @@ import triton.language as tl
 from torch import Tensor
 
 from genfuse.ops import _op
-from genfuse.ops._interpolate import _outputs
-from genfuse.ops._triton._noise import _uniform, _words
+from genfuse.ops._interpolate import _output
+from genfuse.ops._triton._noise import uniform_at
 
 
 @triton.jit
-def forward_kernel(
-    real, real_stride, fake, fake_stride, seed, x, epsilon, cols, BLOCK: tl.constexpr, WIDE: tl.constexpr
+def between_kernel(
+    real, real_stride, fake, fake_stride, seed, epsilon, x, cols, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    w0, w1, w2, w3 = _words(tl.load(seed), row // 4)
-    word = tl.where(row % 4 == 0, w0, tl.where(row % 4 == 1, w1, tl.where(row % 4 == 2, w2, w3)))
-    e = _uniform(word, WIDE)
-    tl.store(epsilon + row, e)
+    if epsilon is not None:
+        eps = tl.load(epsilon + row)
+    else:
+        eps = uniform_at(tl.load(seed), row, WIDE)
     for start in range(0, cols, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < cols
-        a = tl.load(real + row * real_stride + column, mask, 0.0).to(wide)
-        b = tl.load(fake + row * fake_stride + column, mask, 0.0).to(wide)
-        tl.store(x + row * cols + column, (e * a + (1.0 - e) * b).to(x.dtype.element_ty), mask)
+        j = start + tl.arange(0, BLOCK)
+        point = tl.zeros((BLOCK,), wide)
+        if real is not None:
+            point += eps * tl.load(real + row * real_stride + j, j < cols, 0.0).to(wide)
+        if fake is not None:
+            point += (1.0 - eps) * tl.load(fake + row * fake_stride + j, j < cols, 0.0).to(wide)
+        tl.store(x + row * cols + j, point.to(x.dtype.element_ty), j < cols)
 
 
-def forward(real: Tensor, fake: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    x, epsilon = _outputs(real, fake, seed)
-    (real, real_stride), (fake, fake_stride) = _op.rows(real), _op.rows(fake)
-    rows, cols = real.shape
+def between(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+    x = _output(real, fake, seed, epsilon)
+    rows, cols = x.shape
     if rows:
-        block = min(triton.next_power_of_2(max(cols, 1)), 2048)
-        with torch.cuda.device(real.device) if real.is_cuda else contextlib.nullcontext():
-            forward_kernel[(rows,)](
-                real, real_stride, fake, fake_stride, seed, x, epsilon, cols, BLOCK=block,
-                WIDE=real.dtype is torch.float64,
-            )  # fmt: skip
-    return x, epsilon
+        real, real_stride = (None, 0) if real is None else _op.rows(real)
+        fake, fake_stride = (None, 0) if fake is None else _op.rows(fake)
+        block = min(1024, max(16, triton.next_power_of_2(cols)))
+        constants = {"BLOCK": block, "WIDE": x.dtype is torch.float64, "num_warps": max(1, min(8, block // 128))}
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            between_kernel[(rows,)](real, real_stride, fake, fake_stride, seed, epsilon, x, cols, **constants)
+    return x

@@ -1,0 +1,127 @@
+"""The penalty on the norm of each example's gradient: one program a row."""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genfuse.ops import _op
+from genfuse.ops._gradient_norm_penalty import _REDUCE, _ggradient, _of_both, _outputs
+
+
+@triton.jit
+def _dot(a, b, cols, BLOCK: tl.constexpr, wide: tl.constexpr):
+    products = tl.zeros((BLOCK,), wide)
+    for start in range(0, cols, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        products += tl.load(a + j, j < cols, 0.0).to(wide) * tl.load(b + j, j < cols, 0.0).to(wide)
+    return tl.sum(products, 0)
+
+
+@triton.jit
+def _slope(norm, target, eps, ONE_SIDED: tl.constexpr):
+    """The derivative of the penalty of g is slope g."""
+    slope = 2.0 - 2.0 * target / tl.where(norm < eps, eps, norm)
+    return tl.where(norm < target, 0.0, slope) if ONE_SIDED else slope
+
+
+@triton.jit
+def _scale(gpenalty, row, REDUCTION: tl.constexpr, wide: tl.constexpr):
+    """The weight of an example in the result, and the gradient of its penalty."""
+    weight = tl.full((), 1.0, wide)
+    if REDUCTION == "mean":
+        weight /= tl.num_programs(0)
+    return weight, weight * tl.load(gpenalty + (row if REDUCTION == "none" else row * 0))
+
+
+@triton.jit
+def forward_kernel(
+    gradient, stride, penalty, norm, cols, TARGET: tl.constexpr,
+    ONE_SIDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    wide: tl.constexpr = tl.float64 if WIDE else tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.sqrt(_dot(gradient + row * stride, gradient + row * stride, cols, BLOCK, wide))
+    excess = length - tl.full((), TARGET, wide)
+    if ONE_SIDED:
+        excess = tl.where(excess < 0, 0.0, excess)
+    tl.store(norm + row, length)
+    tl.store(penalty + row, excess * excess)
+
+
+@triton.jit
+def backward_kernel(
+    gradient, stride, gpenalty, norm, ggradient, cols, TARGET: tl.constexpr, EPS: tl.constexpr,
+    ONE_SIDED: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    wide: tl.constexpr = tl.float64 if WIDE else tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    target, eps = tl.full((), TARGET, wide), tl.full((), EPS, wide)  # a bare constant would be of float32
+    _weight, scale = _scale(gpenalty, row, REDUCTION, wide)
+    slope = scale * _slope(tl.load(norm + row), target, eps, ONE_SIDED)
+    for start in range(0, cols, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        g = tl.load(gradient + row * stride + j, j < cols, 0.0).to(wide)
+        tl.store(ggradient + row * cols + j, (slope * g).to(ggradient.dtype.element_ty), j < cols)
+
+
+@triton.jit
+def double_backward_kernel(
+    gradient, stride, v, v_stride, gpenalty, norm, of_gpenalty, of_gradient, cols, TARGET: tl.constexpr, EPS: tl.constexpr,
+    ONE_SIDED: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    wide: tl.constexpr = tl.float64 if WIDE else tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    target, eps = tl.full((), TARGET, wide), tl.full((), EPS, wide)
+    length = tl.load(norm + row)
+    dot = _dot(gradient + row * stride, v + row * v_stride, cols, BLOCK, wide)
+    # The derivative of slope g along v is slope v + bend g. Divided one by one: the cube underflows.
+    slope, floor = _slope(length, target, eps, ONE_SIDED), tl.where(length < eps, eps, length)
+    bend = tl.where(length < eps, 0.0, 2.0 * target / floor * (dot / floor) / floor)
+    if ONE_SIDED:
+        bend = tl.where(length < target, 0.0, bend)
+    weight, scale = _scale(gpenalty, row, REDUCTION, wide)
+    tl.store(of_gpenalty + row, weight * slope * dot)
+    for start in range(0, cols, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        g = tl.load(gradient + row * stride + j, j < cols, 0.0).to(wide)
+        along = slope * tl.load(v + row * v_stride + j, j < cols, 0.0).to(wide) + bend * g
+        tl.store(of_gradient + row * cols + j, (scale * along).to(of_gradient.dtype.element_ty), j < cols)
+
+
+def _launch(kernel: Any, gradient: Tensor, *arguments: Any, **settings: Any) -> None:
+    gradient, stride = _op.rows(gradient)
+    rows, cols = gradient.shape
+    if not rows:
+        return
+    block = min(1024, max(16, triton.next_power_of_2(cols)))
+    constants = {"BLOCK": block, "WIDE": gradient.dtype is torch.float64, "num_warps": max(1, min(8, block // 128))}
+    with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
+        kernel[(rows,)](gradient, stride, *arguments, cols=cols, **settings, **constants)
+
+
+def forward(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
+    penalty, norm = _outputs(gradient, target, one_sided, "none")
+    _launch(forward_kernel, gradient, penalty, norm, TARGET=target, ONE_SIDED=one_sided)
+    return _REDUCE[reduction](penalty), norm
+
+
+def _settings(target: float, one_sided: bool, reduction: str, eps: float) -> dict[str, Any]:
+    return {"TARGET": target, "ONE_SIDED": one_sided, "REDUCTION": reduction, "EPS": eps}
+
+
+def backward(gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any) -> Tensor:
+    ggradient = _ggradient(gpenalty, gradient)
+    _launch(backward_kernel, gradient, gpenalty.contiguous(), norm, ggradient, **_settings(*settings))
+    return ggradient
+
+
+def double_backward(
+    v: Tensor, gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    results, rows = _of_both(v, gpenalty, gradient, norm), _op.rows(v)
+    _launch(double_backward_kernel, gradient, *rows, gpenalty.contiguous(), norm, *results, **_settings(*settings))
+    return results
