@@ -9,7 +9,8 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, gradient_norm_penalty, interpolate, standard_normal_log_prob
+from genfuse.ops._triton import actnorm, affine_coupling, bernoulli, interpolate, standard_normal_log_prob
+from genfuse.ops._triton import gradient_norm_penalty as penalty
 from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
@@ -40,10 +41,10 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
              "cols": "i32"}
     for one_sided, reduction in ((False, "mean"), (True, "sum"), (True, "none")):
         fixed = {"TARGET": 1.0, "ONE_SIDED": one_sided, "BLOCK": 64, "WIDE": wide}
-        check(gradient_norm_penalty.forward_kernel, types, fixed)
+        check(penalty.forward_kernel, types, fixed)
         fixed |= {"EPS": 1e-12, "REDUCTION": reduction}
-        check(gradient_norm_penalty.backward_kernel, types, fixed)
-        check(gradient_norm_penalty.double_backward_kernel, types, fixed)
+        check(penalty.backward_kernel, types, fixed)
+        check(penalty.double_backward_kernel, types, fixed)
     types = {"real": storage, "real_stride": "i64", "fake": storage, "fake_stride": "i64", "seed": "*i64",
              "epsilon": sums, "x": storage, "cols": "i32"}
     for missing in ({"epsilon": None}, {"seed": None, "real": None}, {"epsilon": None, "fake": None}):

@@ -216,8 +216,8 @@ def gradient_norm_penalty(
 
 
 def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    n, d = size
-    gradient = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1.5 / max(1, d) ** 0.5  # norms near 1.5
+    # Of norms near 1.5.
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1.5 / max(1, size[1]) ** 0.5
     return {"gradient": gradient.to(device, dtype).requires_grad_()}
 
 
