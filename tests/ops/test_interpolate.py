@@ -31,7 +31,7 @@ def test_one_seed_gives_the_same_points_by_every_implementation(shape, dtype, de
 
 
 def test_every_example_has_one_uniform_epsilon(device, implementation):
-    n = 2000
+    n = 500 if implementation == "triton" else 5000
     points = interpolate(torch.ones(n, 3, device=device), torch.zeros(n, 3, device=device))
     assert torch.equal(points[:, 0], points[:, 2])
     assert scipy.stats.kstest(points[:, 0].cpu().numpy(), "uniform").pvalue > 1e-3
@@ -42,7 +42,7 @@ def test_every_example_has_one_uniform_epsilon(device, implementation):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_points_lie_between_real_and_fake(dtype, device, implementation):
-    real, fake = pair(500, 8, dtype=dtype, device=device)
+    real, fake = pair(100, 8, dtype=dtype, device=device)
     points, slack = interpolate(real, fake).double(), 2 * torch.finfo(dtype).eps
     low, high = torch.minimum(real, fake).double(), torch.maximum(real, fake).double()
     assert (points >= low - slack * low.abs()).all()

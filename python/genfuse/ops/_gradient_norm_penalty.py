@@ -1,7 +1,6 @@
 """The penalty on the norm of each example's gradient, with its first and second derivatives, in one pass each."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from genfuse.ops import _op
 from genfuse.ops._op import _C
 
-_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "none": lambda penalty: penalty}
+_REDUCE = {"mean": torch.mean, "sum": torch.sum, "none": lambda penalty: penalty}
 
 
 def formula(norm: Tensor, target: float, one_sided: bool) -> Tensor:
@@ -168,7 +167,7 @@ class Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gpenalty, gradient, norm = ctx.saved_tensors
-        double_backward: Callable[..., tuple[Tensor, Tensor]] = _double_backward
+        double_backward = _double_backward
         if torch.is_grad_enabled():  # the third order; what was kept of the norm has no graph
             double_backward, norm = double_backward_reference, gradient.to(norm.dtype).norm(2, dim=1)
         of_gpenalty, of_gradient = double_backward(v, gpenalty, gradient, norm, *ctx.settings)
@@ -217,8 +216,8 @@ def gradient_norm_penalty(
 
 
 def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    d = size[1]
-    gradient = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1.5 / max(1, d) ** 0.5  # norms near 1.5
+    # Of norms near 1.5.
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1.5 / max(1, size[1]) ** 0.5
     return {"gradient": gradient.to(device, dtype).requires_grad_()}
 
 

@@ -18,10 +18,7 @@ def between_kernel(
 ):
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    if epsilon is not None:
-        eps = tl.load(epsilon + row)
-    else:
-        eps = uniform_at(tl.load(seed), row, WIDE)
+    eps = tl.load(epsilon + row) if epsilon is not None else uniform_at(tl.load(seed), row, WIDE)
     for start in range(0, cols, BLOCK):
         j = start + tl.arange(0, BLOCK)
         point = tl.zeros((BLOCK,), wide)
