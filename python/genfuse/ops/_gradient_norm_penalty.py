@@ -1,6 +1,7 @@
 """The penalty on the norm of each example's gradient, with its first and second derivatives, in one pass each."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from genfuse.ops import _op
 from genfuse.ops._op import _C
 
-_REDUCE = {"mean": torch.mean, "sum": torch.sum, "none": lambda penalty: penalty}
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "none": lambda penalty: penalty}
 
 
 def formula(norm: Tensor, target: float, one_sided: bool) -> Tensor:
@@ -167,7 +168,7 @@ class Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gpenalty, gradient, norm = ctx.saved_tensors
-        double_backward = _double_backward
+        double_backward: Callable[..., tuple[Tensor, Tensor]] = _double_backward
         if torch.is_grad_enabled():  # the third order; what was kept of the norm has no graph
             double_backward, norm = double_backward_reference, gradient.to(norm.dtype).norm(2, dim=1)
         of_gpenalty, of_gradient = double_backward(v, gpenalty, gradient, norm, *ctx.settings)

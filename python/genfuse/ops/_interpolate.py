@@ -81,8 +81,8 @@ class Interpolate(torch.autograd.Function):
 
 
 def _of_epsilon(g: Tensor, real: Tensor | None, fake: Tensor | None, epsilon: Tensor) -> Tensor:
-    real, fake = (0 if end is None else end.to(epsilon.dtype) for end in (real, fake))
-    return (g * (real - fake)).sum(1)
+    ends: list[Any] = [0 if end is None else end.to(epsilon.dtype) for end in (real, fake)]
+    return (g * (ends[0] - ends[1])).sum(1)
 
 
 def interpolate(
@@ -117,6 +117,7 @@ def interpolate(
         or not real.dim()
     ):
         _op.complain_unless_like(real, "real", fake=(fake, tuple(real.shape)))
+    noise: tuple[Tensor | None, Tensor | None]
     if epsilon is None:
         noise = _philox.seed(real, generator), None
     else:

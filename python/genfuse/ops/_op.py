@@ -38,7 +38,7 @@ class Kernel:
     triton: str | None  # "module:function" in genfuse.ops._triton, imported on first use
     chosen: dict[str, Callable] = field(default_factory=dict)  # what is registered for each type of device
 
-    def __call__(self, tensor: Tensor, *rest: Any) -> Any:
+    def __call__(self, tensor: Any, *rest: Any) -> Any:
         """Call the operator. Where nobody listens to PyTorch's dispatcher (no compiler, mode, profiler or subclass of
         Tensor), go straight to what is registered: a tenth of the time of a small forward and backward pass."""
         if (

@@ -71,7 +71,8 @@ def backward_kernel(
 @triton.jit
 def double_backward_kernel(
     gradient, stride, v, v_stride, gpenalty, norm, of_gpenalty, of_gradient, cols,
-    TARGET: tl.constexpr, EPS: tl.constexpr, ONE_SIDED: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    TARGET: tl.constexpr, EPS: tl.constexpr, ONE_SIDED: tl.constexpr, REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
