@@ -112,7 +112,8 @@ class GenerativeModel(nn.Module):
                 f"the model is conditional and needs labels, but the data set {data.name!r} has none in its splits "
                 f"{', '.join(bare)}: use a data set with labels, or a model without `conditional`"
             )
-        if self.conditional and data.classes is not None and data.classes > self.config.classes:
+        classes = getattr(self.config, "classes", None)
+        if self.conditional and data.classes is not None and classes is not None and data.classes > classes:
             raise SettingsError(
                 f"the data set {data.name!r} has labels up to {data.classes - 1}, but the model was made for labels 0.."
                 f"{self.config.classes - 1}: pass the data set when you make it, as in genfuse.create(name, data)"
