@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from required import skip
 
 # Read when Triton is first imported: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -15,16 +16,6 @@ if not torch.cuda.is_available():
 def _seed():
     """What a test draws without a generator of its own is the same in every run."""
     torch.manual_seed(0)
-
-
-REQUIRED = set(filter(None, os.environ.get("GENFUSE_REQUIRE", "").split(",")))
-
-
-def skip(what: str, reason: str) -> None:
-    """Skip, unless GENFUSE_REQUIRE names what is missing: a suite that must run a thing cannot pass by skipping it."""
-    if what in REQUIRED:
-        pytest.fail(f"GENFUSE_REQUIRE={what}: {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import skip
 from distributions import write_distribution
+from required import skip
 
 import genfuse
 from genfuse import plugins

@@ -1,0 +1,14 @@
+"""What a suite must not skip."""
+
+import os
+
+import pytest
+
+REQUIRED = set(filter(None, os.environ.get("GENFUSE_REQUIRE", "").split(",")))
+
+
+def skip(what: str, reason: str) -> None:
+    """Skip, unless GENFUSE_REQUIRE names what is missing: a suite that must run a thing cannot pass by skipping it."""
+    if what in REQUIRED:
+        pytest.fail(f"GENFUSE_REQUIRE={what}: {reason}")
+    pytest.skip(reason)
