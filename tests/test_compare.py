@@ -278,24 +278,25 @@ def test_what_is_done_is_not_done_again_and_seeds_can_be_added(compared, data, t
     assert row(again, "vae")["outcome"] == "3 of 3"
 
 
-def test_a_run_that_was_stopped_is_resumed_to_the_same_weights(compared, data, tmp_path):
+def test_a_run_that_was_stopped_is_resumed_to_the_same_weights(compared, data, tmp_path, monkeypatch):
+    from genfuse.training.loop import Loop
     from genfuse.training.run import read_tensors
 
     out = tmp_path / "c"
     options = {"out": out, "budget": "1280examples", "seeds": 1, "settings": {"vae": SMALL["vae"]}, "limit": 50}
+    update = Loop._update
 
-    def stop(line: str) -> None:
-        if "training" in line:
-            signal.setitimer(signal.ITIMER_REAL, 0.001)
+    def interrupted(loop, *arguments):
+        update(loop, *arguments)
+        if loop.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored in the background
     try:
-        with pytest.raises(KeyboardInterrupt):
-            genfuse.compare(["vae"], data, say=stop, **options)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Loop, "_update", interrupted)
+            genfuse.compare(["vae"], data, **options)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         signal.signal(signal.SIGINT, interrupts)
     result = genfuse.compare(["vae"], data, **options)
     assert result["rows"][0]["outcome"] == "1 of 1"
