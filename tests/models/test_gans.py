@@ -324,7 +324,7 @@ def test_the_networks_have_the_papers_widths():
 
 def test_real_valued_data_are_not_bounded():
     model = made("gan", shape=(2,), levels=None)
-    nn.init.constant_(model.averaged[-2].bias, 7.0)
+    nn.init.constant_(model.averaged.module[-2].bias, 7.0)
     assert (model.sample(10) > 2).all()
 
 
@@ -370,11 +370,11 @@ def test_without_averaging_samples_are_of_the_last_weights():
 def test_statistics_of_batch_norm_are_averaged_and_sampling_leaves_them(digits):
     model = made("gan", shape=(1, 8, 8), network="dcgan")
     genfuse.Trainer(steps=20, device="cpu").fit(model, digits)
-    mean = model.averaged[2].running_mean
+    mean = model.averaged.module[2].running_mean
     assert mean.abs().max() > 0
     before = mean.clone()
     model.train().sample(10)
-    assert torch.equal(before, model.averaged[2].running_mean)
+    assert torch.equal(before, model.averaged.module[2].running_mean)
 
 
 def test_an_interpolation_runs_along_arcs_between_its_ends():

@@ -1,6 +1,5 @@
 """What adversarial models share: a generator and a critic that train against each other, and how that is watched."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, Player
 from genfuse.models._conditional import ConditionalConfig, ConditionalModel
 from genfuse.nn import (
+    EMA,
     WithContext,
     dcgan_critic,
     dcgan_generator,
@@ -101,16 +101,12 @@ class AdversarialModel(ConditionalModel):
     config: AdversarialConfig
     critic_name: ClassVar[str] = "critic"
     objective: Objective
-    updates: Tensor
 
     def __init__(self, config: AdversarialConfig) -> None:
         super().__init__(config)
         self.generator = _generator(config)
         self.critic = _critic(config)
-        self.averaged: nn.Module | None = None
-        if config.ema:
-            self.averaged = copy.deepcopy(self.generator).requires_grad_(False)
-            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.averaged = EMA(self.generator, config.ema) if config.ema else None
 
     def train(self, mode: bool = True) -> "AdversarialModel":
         super().train(mode)
@@ -161,15 +157,9 @@ class AdversarialModel(ConditionalModel):
             return config.penalty_weight / 2 * gradient_penalty(self.critic, x, y=context, target=0.0, at="real")
         return config.penalty_weight * gradient_penalty(self.critic, x, fake, context, one_sided=config.one_sided)
 
-    @torch.no_grad()
     def after_step(self, player: str) -> None:
-        """Average the generator's weights. The decay grows to ``ema``, so that the first weights are soon forgotten."""
-        if player != "generator" or self.averaged is None:
-            return
-        self.updates += 1
-        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.config.ema)
-        means, weights = _averageable(self.averaged), _averageable(self.generator)
-        torch._foreach_lerp_(means, weights, [(1 - decay).to(weight.dtype) for weight in weights])
+        if player == "generator" and self.averaged is not None:
+            self.averaged.update(self.generator)
 
     def latents(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """n draws z ~ N(0, I), (n, D). A seeded generator may be on any device: its own decides the draws."""
@@ -257,11 +247,6 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     angle, t = torch.acos(cosine)[:, None], weights[:, None, None]
     arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
     return torch.where(torch.sin(angle).abs() < 1e-4, torch.lerp(a, b, t), arc)
-
-
-def _averageable(network: nn.Module) -> list[Tensor]:
-    """Weights, and the running statistics of batch norm, which belong to them."""
-    return [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
 
 
 def _generator(config: AdversarialConfig) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from genfuse.errors import DataError, SettingsError
 from genfuse.models._base import GenerativeModel
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ class ConditionalModel(GenerativeModel):
     @property
     def conditional(self) -> bool:
         return self.config.conditional
+
+    def _check_levels(self, data: "Dataset") -> None:
+        """For `check_data` of a model whose likelihood depends on them."""
+        if self.config.levels != data.levels:
+            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
+            raise SettingsError(
+                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
+                "when you make it, as in genfuse.create(name, data)"
+            )
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.config.shape:

@@ -27,6 +27,9 @@ from genfuse.ops._diffuse import Diffuse
 if TYPE_CHECKING:
     from genfuse.data import Dataset
 
+if TYPE_CHECKING:
+    pass
+
 Network = Literal["auto", "mlp", "unet"]
 Target = Literal["noise", "x0", "v", "velocity"]
 
@@ -104,12 +107,7 @@ class DiffusionModel(ConditionalModel):
 
     def check_data(self, data: "Dataset") -> None:
         super().check_data(data)
-        if self.config.levels != data.levels:
-            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
-            raise SettingsError(
-                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
-                "when you make it, as in genfuse.create(name, data)"
-            )
+        self._check_levels(data)
 
     def players(self) -> list[Player]:
         return [Player("model", self.network.parameters(), adam(self.config.lr))]

@@ -26,6 +26,9 @@ from genfuse.ops import standard_normal_log_prob
 if TYPE_CHECKING:
     from genfuse.data import Dataset
 
+if TYPE_CHECKING:
+    pass
+
 Dequantization = Literal["uniform", "variational"]
 
 
@@ -79,12 +82,7 @@ class FlowModel(ConditionalModel):
 
     def check_data(self, data: "Dataset") -> None:
         super().check_data(data)
-        if self.config.levels != data.levels:
-            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.config.levels)]
-            raise SettingsError(
-                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
-                "when you make it, as in genfuse.create(name, data)"
-            )
+        self._check_levels(data)
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x), or for discrete data minus its lower bound, in the mean over the batch."""

@@ -10,7 +10,8 @@ class EMA(nn.Module):
     """A network whose weights are the moving average of another's: w <- d w + (1 - d) w', once per `update`.
 
     The decay d grows from 2/11 as (1 + n) / (10 + n) with the number n of updates up to ``decay``, so that the first
-    weights are soon forgotten. The average and n are part of the state_dict; an update waits for no device.
+    weights are soon forgotten. Floating buffers, such as the statistics of batch norm, are averaged as the weights that
+    they belong to. The average and n are part of the state_dict; an update waits for no device.
     """
 
     updates: Tensor
@@ -26,13 +27,12 @@ class EMA(nn.Module):
         """Move towards the present weights of ``module``."""
         self.updates.add_(1)
         step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        averages: list[Tensor] = list(self.module.parameters())
-        weights: list[Tensor] = list(module.parameters())
-        changes = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(changes, step)
-        torch._foreach_add_(averages, changes)
-        for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            average.copy_(buffer)
+        weights = _averageable(module)
+        torch._foreach_lerp_(_averageable(self.module), weights, [step.to(weight.dtype) for weight in weights])
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
         return self.module(*inputs)
+
+
+def _averageable(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
