@@ -100,6 +100,15 @@ def test_real_and_fake_share_a_panel_of_the_curves(tmp_path, figures):
     assert list(lines["fake, test"].get_ydata()) == [0.3, 0.3]
 
 
+@pytest.mark.parametrize("unit", ["nats per example", "per cell, without unit"])
+def test_curves_have_the_unit_of_the_models_loss(unit, tmp_path, figures, monkeypatch):
+    monkeypatch.setattr(Affine, "loss_unit", unit)
+    data = Dataset("two", {part: Split(torch.randn(20, 2)) for part in ("train", "test")})
+    metrics = [{"step": step, "split": "train", "player": "model", "loss": 1.0} for step in (1, 2)]
+    pictures.draw(tmp_path, Affine(AffineConfig()), data, metrics)
+    assert figures["curves.png"].axes[0].get_ylabel() == unit
+
+
 @pytest.mark.parametrize("moments", [2, 30])
 def test_progress_shows_first_and_last_and_some_between(moments, tmp_path, figures):
     points = {100 * k: torch.full((5, 2), float(k)) for k in range(moments)}

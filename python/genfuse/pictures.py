@@ -103,7 +103,7 @@ def draw(
             points, title = _latents(model, test.x, labels)
             latent_space(points, test.y, at("latent.png"), title)
     if any(entry["split"] == "train" for entry in metrics):
-        curves(metrics, at("curves.png"))
+        curves(metrics, at("curves.png"), model.loss_unit)
     if progress and len(progress) > 1:
         kept = dict(_evenly(list(progress.items()), MOMENTS))
         if data.is_image:
@@ -205,9 +205,9 @@ def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return centred @ axes[:2].T, shares[:2]
 
 
-def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
+def curves(metrics: Sequence[dict[str, Any]], path: str | Path, unit: str = "nats per example") -> None:
     """Each loss term of each player over the steps, one colour a split; terms that one panel compares, one a term,
-    with the training split as a line and the others dashed."""
+    with the training split as a line and the others dashed. ``unit`` is that of a single player's terms."""
     panels: dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, float]]]] = {}
     for entry in metrics:
         if entry["split"] in SPLITS:
@@ -224,7 +224,7 @@ def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
             title = title.replace("_", " ")
             axes.set(title=f"{player}: {title}" if several else title, xlabel="step")
             if (i - 1) % columns == 0 and not several:  # the objectives of a game have no unit in common
-                axes.set_ylabel("nats per example")
+                axes.set_ylabel(unit)
             names = list(dict.fromkeys(name for name, _ in series))
             for (name, split), points in sorted(series.items(), key=lambda each: list(SPLITS).index(each[0][1])):
                 steps, values = zip(*points, strict=True)

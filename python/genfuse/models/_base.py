@@ -57,6 +57,7 @@ class GenerativeModel(nn.Module):
 
     genfuse_api: ClassVar[int] = plugins.API
     Config: ClassVar[type]
+    loss_unit: ClassVar[str] = "nats per example"  # of what `loss` returns, as pictures name it
     plugin: str | None = None  # what the user typed to make it
 
     def __init__(self, config: Any) -> None:

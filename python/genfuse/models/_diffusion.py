@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class DiffusionModel(ConditionalModel):
     real-valued examples as they are, discrete ones as 2 x - 1. Densities are in nats.
     """
 
+    loss_unit: ClassVar[str] = "per cell, without unit"
     config: DiffusionConfig
     target: Target = "noise"  # of the network
     unit: float = 1.0  # the standard deviation of examples that the network's input and target are scaled by
