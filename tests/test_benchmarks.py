@@ -12,7 +12,6 @@ import torch
 import genfuse.models._flow
 from benchmarks import _measure, _peers, _record, flows, gans, ops
 from benchmarks.__main__ import main
-from benchmarks.plain_vae import PlainVAE, train_epoch
 from genfuse.ops import OPERATORS
 
 OP = "reparameterize_kl"
@@ -181,14 +180,6 @@ def test_what_is_no_record_is_refused_by_name(tmp_path, capsys, content):
     assert stopped.value.code == 2
     assert "other.json" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
-
-
-def test_the_plain_vae_learns():
-    torch.manual_seed(0)
-    model, images = PlainVAE(pixels=16, hidden=32, latent=2), torch.eye(16).repeat(16, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = [train_epoch(model, optimizer, images, batch_size=32) for _ in range(30)]
-    assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST: set GENFUSE_DATA")
