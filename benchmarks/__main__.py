@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: ops, training, flows, gans, and the report that is made from their records."""
+"""The command `python -m benchmarks`: ops, training, flows, gans, examples, and the report made from their records."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _part, _peers, _record, _report, flows, gans, ops
+from benchmarks import _part, _peers, _record, _report, examples, flows, gans, ops
 from genfuse.ops import OPERATORS
 
 
@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--only", nargs="+", choices=list(gans.PARTS), metavar="PART", help=", ".join(gans.PARTS))
     command.add_argument("--quality", action="store_true", help="also what they learn (minutes)")
 
+    command = commands.add_parser("examples", parents=[measure], help="plain examples beside their fused twins")
+    command.set_defaults(only=None, quality=False)
+
     command = commands.add_parser("report", help="write the page of results from records")
     command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
     command.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             record, bars = _part.run(args, flows.PARTS, flows.QUALITY)
         elif args.command == "gans":
             record, bars = _part.run(args, gans.PARTS, gans.QUALITY)
+        elif args.command == "examples":
+            record, bars = _part.run(args, examples.PARTS, ())
         else:
             from benchmarks import training  # all of genfuse, which the operators can do without
 
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, "plot", None):
         for record in records:
             _report.plot(record, args.plot)
-    wrong = {"ops": ops.wrong, "flows": _part.wrong, "gans": _part.wrong}.get(args.command)
+    wrong = {"ops": ops.wrong, "flows": _part.wrong, "gans": _part.wrong, "examples": _part.wrong}.get(args.command)
     return int(wrong is not None and wrong(records[0]))
 
 

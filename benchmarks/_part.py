@@ -1,4 +1,4 @@
-"""A benchmark in parts, each a function of what it measures: `flows` and `gans`."""
+"""A benchmark in parts, each a function of what it measures: `flows`, `gans` and `examples`."""
 
 import dataclasses
 import inspect

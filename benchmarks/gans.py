@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import genfuse
-from benchmarks import plain_wgan_gp
 from benchmarks._measure import Side, peak_memory
 from benchmarks._part import OURS, Part
 from benchmarks._record import Bar
+from examples.plain import wgan_gp
 from genfuse.metrics import mode_coverage
 from genfuse.models import Batch
 from genfuse.ops import gradient_penalty
@@ -29,6 +29,14 @@ ERROR = 1e-4  # of the penalty's gradient against double backward in float64, of
 Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
+def _dcgan_critic(channels: int = 3, width: int = 64) -> nn.Sequential:
+    """The critic of DCGAN (arXiv 1511.06434) for images of 32 x 32, without its batch norm."""
+    layers: list[nn.Module] = []
+    for before, after in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
+        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, 1))
+
+
 def _gradients(penalty: Penalty, critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     """Those of the critic's weights, as one vector, for the same epsilons at every call."""
     torch.manual_seed(0)
@@ -42,7 +50,7 @@ def _wrong(critic: nn.Module, x: Tensor) -> str:
     """What is wrong with our gradient at x, or an empty text."""
     at_x = partial(gradient_penalty, at="real")
     # Where all points are the same, so are those between them.
-    truth = _gradients(plain_wgan_gp.gradient_penalty, copy.deepcopy(critic).double(), x.double(), x.double())
+    truth = _gradients(wgan_gp.gradient_penalty, copy.deepcopy(critic).double(), x.double(), x.double())
     error = float((_gradients(at_x, critic, x, x) - truth).norm() / truth.norm())
     return "" if error <= ERROR else f"WRONG: the gradient is off by {error:.1e}"
 
@@ -51,9 +59,9 @@ def penalty(part: Part) -> None:
     """The gradient penalty and its gradients for all weights, LeakyReLU 0.2. Both sides draw their points between the
     same real and fake examples, and call backward. Memory is the most that a call holds at a time."""
     critics = {
-        "784-1024-1024-1": (plain_wgan_gp.mlp(784, 1024, 1024, 1), (256, 784), 2.5),
-        "784-256-256-1": (plain_wgan_gp.mlp(784, 256, 256, 1), (64, 784), 1.3),
-        "DCGAN at 32 x 32": (plain_wgan_gp.dcgan_critic(), (64, 3, 32, 32), 1.5),
+        "784-1024-1024-1": (wgan_gp.mlp(784, 1024, 1024, 1), (256, 784), 2.5),
+        "784-256-256-1": (wgan_gp.mlp(784, 256, 256, 1), (64, 784), 1.3),
+        "DCGAN at 32 x 32": (_dcgan_critic(), (64, 3, 32, 32), 1.5),
     }
     for name, (critic, shape, bar) in critics.items():
         critic = critic.to(part.args.device)
@@ -68,7 +76,7 @@ def penalty(part: Part) -> None:
 
         sides: dict[str, Side | str] = {
             OURS: _wrong(critic, real) or side(gradient_penalty),
-            PLAIN: side(plain_wgan_gp.gradient_penalty),
+            PLAIN: side(wgan_gp.gradient_penalty),
         }
         what = f"critic {name}, batch {len(real)}"
         part.compare(f"{what}, penalty", sides, {PLAIN: bar})
@@ -87,7 +95,8 @@ def step(part: Part) -> None:
     optimizer = critic.optimizer(critic.parameters)
     for weight in model.generator.parameters():
         weight.requires_grad_(False)  # as the training loop does
-    plain = plain_wgan_gp.PlainWGANGP().to(device)
+    plain = wgan_gp.WGANGP().to(device)
+    plain_optimizer = torch.optim.Adam(plain.critic.parameters(), lr=1e-4, betas=(0.0, 0.9))
     x = torch.rand(part.size(64, 4), 1, 28, 28, device=device)
 
     def ours() -> None:
@@ -95,7 +104,10 @@ def step(part: Part) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    sides: dict[str, Side | str] = {OURS: Side(ours), "plain PyTorch": Side(partial(plain.critic_step, x.flatten(1)))}
+    def theirs() -> None:
+        wgan_gp.update(plain.critic_loss(x.flatten(1)), plain_optimizer)
+
+    sides: dict[str, Side | str] = {OURS: Side(ours), "plain PyTorch": Side(theirs)}
     part.compare(f"critic step, batch {len(x)}", sides, {"plain PyTorch": 1.3})
 
 

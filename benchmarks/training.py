@@ -10,7 +10,7 @@ import genfuse
 from benchmarks._measure import FULL, QUICK, Side, Timing, interleave, seconds
 from benchmarks._record import Bar
 from benchmarks._report import figure
-from benchmarks.plain_vae import PlainVAE, train_epoch
+from examples.plain.vae import VAE, train_epoch
 from genfuse.data import Dataset, Split
 from genfuse.metrics import evaluate
 
@@ -36,7 +36,7 @@ def epochs(data: Dataset, count: int, device: str) -> tuple[Timing, Timing]:
     """
     torch.manual_seed(0)
     data = _first(data, test=BATCH)
-    model, plain = genfuse.create("vae", data), PlainVAE().to(device)
+    model, plain = genfuse.create("vae", data), VAE().to(device)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     images = data.splits["train"].x.flatten(1).to(device).float() / 255
     seeds = iter(range(count + 1))

@@ -1,5 +1,6 @@
 """Real distributions for tests, in folders of their own: they are found by what finds installed ones."""
 
+import zipfile
 from pathlib import Path
 
 
@@ -18,3 +19,22 @@ def write_distribution(
     for module, source in (modules or {}).items():
         (folder / f"{module}.py").write_text(source)
     return info
+
+
+def write_wheel(folder: Path, name: str, models: dict[str, str], source: str) -> Path:
+    """Write version 1.0 of a distribution with one module, ``name`` with _ for -, as a wheel that pip installs."""
+    module = name.replace("-", "_")
+    info = f"{module}-1.0.dist-info"
+    entries = "".join(f"{entry} = {target}\n" for entry, target in models.items())
+    files = {
+        f"{module}.py": source,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": f"[genfuse.models]\n{entries}",
+    }
+    record = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    wheel = folder / f"{module}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, content in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(file, content)
+    return wheel

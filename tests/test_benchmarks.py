@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import genfuse.models._flow
-from benchmarks import _measure, _peers, _record, flows, gans, ops
+from benchmarks import _measure, _peers, _record, examples, flows, gans, ops
 from benchmarks.__main__ import main
-from benchmarks.plain_vae import PlainVAE, train_epoch
+from examples.fused import vae
 from genfuse.ops import OPERATORS
 
 OP = "reparameterize_kl"
@@ -183,14 +183,6 @@ def test_what_is_no_record_is_refused_by_name(tmp_path, capsys, content):
     assert not (tmp_path / "page.md").exists()
 
 
-def test_the_plain_vae_learns():
-    torch.manual_seed(0)
-    model, images = PlainVAE(pixels=16, hidden=32, latent=2), torch.eye(16).repeat(16, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = [train_epoch(model, optimizer, images, batch_size=32) for _ in range(30)]
-    assert losses[-1] < 0.6 * losses[0]
-
-
 @pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST: set GENFUSE_DATA")
 def test_training_is_timed_beside_plain_pytorch(tmp_path, capsys):
     path = tmp_path / "record.json"
@@ -301,6 +293,31 @@ def test_a_gradient_penalty_with_a_wrong_gradient_gets_no_time(tmp_path, monkeyp
     assert main(["gans", "--quick", "--only", "penalty", "--json", str(path)]) == 1
     assert "WRONG: the gradient is off by" in capsys.readouterr().out
     assert not any(seconds for what, seconds in sides(_record.load(path)).items() if what.endswith(", genfuse"))
+
+
+def test_examples_are_timed_beside_their_twins(tmp_path):
+    path = tmp_path / "record.json"
+    assert main(["examples", "--quick", "--json", str(path)]) == 0
+    found = sides(_record.load(path))
+    assert all(found.values())
+    assert {what.split()[0] for what in found} == set(examples.EXAMPLES)
+    assert main(["report", str(path), "--out", str(tmp_path / "page.md")]) == 0
+    assert "| vae (8, 6), a step, plain PyTorch |" in (tmp_path / "page.md").read_text()
+
+
+def test_a_twin_whose_gradient_is_wrong_gets_no_time(tmp_path, monkeypatch, capsys):
+    class Wrong(vae.VAE):
+        def loss(self, images):
+            loss = super().loss(images)
+            return loss + 0.01 * (self.decoder[-1].bias.sum() - self.decoder[-1].bias.sum().detach())
+
+    monkeypatch.setattr(vae, "VAE", Wrong)
+    path = tmp_path / "record.json"
+    assert main(["examples", "--quick", "--json", str(path)]) == 1
+    assert "WRONG: the gradient is off by" in capsys.readouterr().out
+    assert [what for what, seconds in sides(_record.load(path)).items() if not seconds] == [
+        "vae (8, 6), a step, genfuse"
+    ]
 
 
 @pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST, MINIBOONE and POWER: set GENFUSE_DATA")

@@ -106,10 +106,12 @@ def test_no_command_shows_the_usage_and_is_an_error(capsys):
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
-    assert "no command 'trian'; commands: train, list, sample" in fails(capsys, "trian")
+    assert "no command 'trian'; commands: train, list, plugins, new-plugin, sample" in fails(capsys, "trian")
 
 
-@pytest.mark.parametrize("name", ["list", "train", "sample", "evaluate", "train-features", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["list", "plugins", "new-plugin", "train", "sample", "evaluate", "train-features", "compare", "doctor"]
+)
 def test_every_command_has_help_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
     assert re.search(rf"example:\n +genfuse {name}\b", capsys.readouterr().out)
@@ -335,7 +337,7 @@ def test_a_broken_plugin_fails_its_own_user_alone(capsys, acme, tmp_path):
 
 
 def test_a_model_without_settings_is_a_plugin_error(capsys, acme):
-    source = "class Flow: genfuse_api = 1"
+    source = "from genfuse.models import GenerativeModel\nclass Flow(GenerativeModel): pass"
     write_distribution(acme, "acme", "models", {"flow": "acme_bare:Flow"}, {"acme_bare": source})
     plugins.discover.cache_clear()
     assert "acme 1.0 (acme_bare:Flow) has no dataclass of settings" in fails(

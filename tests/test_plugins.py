@@ -10,9 +10,14 @@ from genfuse import plugins
 from genfuse.errors import PluginError
 
 GOOD = """
+from dataclasses import dataclass
 from genfuse.models import GenerativeModel
+@dataclass(frozen=True)
+class Config:
+    shape: tuple[int, ...] = (2,)
 class Model(GenerativeModel):
-    pass
+    Config = Config
+    def loss(self, batch, player): ...
 """
 
 
@@ -139,7 +144,7 @@ def test_plugins_can_be_switched_off(install, monkeypatch):
 def test_describe_reports_each_error_beside_the_plugins_that_work(install):
     install("acme", "models", {"flow": "acme_good:Model"}, {"acme_good": GOOD})
     install("zeta", "datasets", {"cats": "zeta_broken:cats"}, {"zeta_broken": "1 / 0"})
-    errors = {p.name: error for p, error in plugins.describe()}
+    errors = {p.name: error for p, _, error in plugins.describe()}
     assert errors["flow"] is None
     assert "ZeroDivisionError" in str(errors["cats"])
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def _kernels() -> Iterator[tuple[str, str]]:
 
 
 def _plugins() -> Iterator[tuple[str, str]]:
-    for plugin, error in plugins.describe():
-        name = f"{plugins.KINDS[plugin.kind]} {plugin.name}"
-        yield name, f"{plugin.distribution} {plugin.version}, {plugin.target}" if error is None else f"ERROR: {error}"
+    states = list(plugins.describe())
+    for kind in plugins.KINDS:
+        owners = Counter(f"{p.distribution} {p.version}" for p, _, _ in states if p.kind == kind)
+        yield kind, ", ".join(f"{count} of {owner}" for owner, count in owners.items()) or "none"
+    for plugin, _, error in states:
+        if error is not None:
+            yield f"{plugins.KINDS[plugin.kind]} {plugin.name}", f"ERROR: {error}"

@@ -1,4 +1,4 @@
-"""Models and data sets are entry points: ours and those of any installed package alike.
+"""Models, data sets and metrics are entry points: ours and those of any installed package alike.
 
 Discovery reads the metadata of installed distributions and imports nothing. A plugin is imported when it is used, so a
 broken one fails its own user and nobody else.
@@ -6,15 +6,16 @@ broken one fails its own user and nobody else.
 
 import importlib.metadata
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from genfuse.errors import PluginError
 
 API = 1  # what `genfuse_api` on a model class is held against
-KINDS = {"models": "model", "datasets": "data set"}  # groups are genfuse.models and genfuse.datasets
+KINDS = {"models": "model", "datasets": "data set", "metrics": "metric"}  # groups are genfuse.models and so on
 OURS = "genfuse"
 
 
@@ -22,7 +23,7 @@ OURS = "genfuse"
 class Plugin:
     """One entry point: what a user types, and where it leads."""
 
-    kind: str  # "models" or "datasets"
+    kind: str  # one of KINDS
     name: str  # what the user types
     distribution: str
     version: str
@@ -39,14 +40,29 @@ class Plugin:
             raise
         except BaseException as error:  # a module that calls sys.exit() is broken too
             raise PluginError(f"{self} failed to import: {type(error).__name__}: {error}") from error
-        if self.kind == "models":
-            api = getattr(loaded, "genfuse_api", None)
-            if api != API:
-                written_for = "no plugin API (it has no `genfuse_api`)" if api is None else f"plugin API {api}"
-                raise PluginError(f"{self} was written for {written_for}; this genfuse has plugin API {API}")
-        elif not callable(loaded):
-            raise PluginError(f"{self} is not callable: it is {loaded!r}")
+        if wrong := problem(self.kind, loaded):
+            raise PluginError(f"{self} {wrong}")
         return loaded
+
+
+def problem(kind: str, loaded: Any) -> str | None:
+    """What makes an object unfit to be a plugin of its kind."""
+    if kind != "models":
+        return None if callable(loaded) else f"is not callable: it is {loaded!r}"
+    api = getattr(loaded, "genfuse_api", None)
+    if api != API:
+        written_for = "no plugin API (it has no `genfuse_api`)" if api is None else f"plugin API {api}"
+        return f"was written for {written_for}; this genfuse has plugin API {API}"
+
+    from genfuse.models import GenerativeModel
+
+    if not (isinstance(loaded, type) and issubclass(loaded, GenerativeModel)):
+        return f"is not a subclass of genfuse.models.GenerativeModel: it is {loaded!r}"
+    if not (isinstance(config := getattr(loaded, "Config", None), type) and is_dataclass(config)):
+        return f"has no dataclass of settings as its Config; it has {config!r}"
+    if loaded.loss is GenerativeModel.loss:
+        return "lacks the verb loss(batch, player), without which it cannot be trained"
+    return None
 
 
 def _owner(entry_point: importlib.metadata.EntryPoint) -> tuple[str, str]:
@@ -89,18 +105,37 @@ def find(kind: str, name: str) -> Plugin:
     return claims[0]
 
 
+def typed(plugin: Plugin) -> str:
+    """What a user types to mean just this plugin: its name, or DISTRIBUTION:NAME where the name is another's too."""
+    try:
+        alone = find(plugin.kind, plugin.name) == plugin
+    except PluginError:  # claimed by several
+        alone = False
+    return plugin.name if alone else f"{plugin.distribution}:{plugin.name}"
+
+
 def load(kind: str, name: str) -> Any:
     """Import what a user means by ``name``. Raises PluginError; see `find` and `Plugin.load`."""
     return find(kind, name).load()
 
 
-def describe() -> Iterator[tuple[Plugin, PluginError | None]]:
-    """Every plugin with the error that its import raises, if it does. This imports all of them."""
-    for kind in KINDS:
-        for plugin in discover(kind):
-            try:
-                plugin.load()
-            except PluginError as error:
-                yield plugin, error
-            else:
-                yield plugin, None
+class Status(NamedTuple):
+    """What came of importing a plugin."""
+
+    plugin: Plugin
+    seconds: float  # that the import took, less what was imported before
+    error: PluginError | None
+
+
+def describe(*kinds: str) -> Iterator[Status]:
+    """Import every plugin of these kinds, or of all: each with the error that this raises, if it does."""
+    import genfuse.metrics
+    import genfuse.training  # noqa: F401, with torch: no plugin's own time
+
+    for plugin in (plugin for kind in kinds or KINDS for plugin in discover(kind)):
+        began, failed = time.perf_counter(), None
+        try:
+            plugin.load()
+        except PluginError as error:
+            failed = error
+        yield Status(plugin, time.perf_counter() - began, failed)

@@ -197,8 +197,8 @@ def test_too_few_samples_are_an_error_where_asked_for_and_left_out_where_there_a
     assert found["samples"].keys() == found["real"].keys() == {
         "kernel_distance", "sliced_wasserstein", "nearest_training"
     }  # fmt: skip
-    assert "at least 65 samples" in found["left_out"]["frechet_distance"]
-    assert "at least 6 reference examples" in found["left_out"]["precision_recall"]
+    assert "at least 65 samples" in found["left_out"]["frechet-distance"]
+    assert "at least 6 reference examples" in found["left_out"]["precision-recall"]
 
 
 def test_a_model_that_cannot_sample_or_has_diverged_is_named(digits):

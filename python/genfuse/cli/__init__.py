@@ -7,19 +7,21 @@ from collections.abc import Sequence
 
 import genfuse
 from genfuse import plugins
-from genfuse.errors import GenfuseError, PluginError, SettingsError
+from genfuse.errors import GenfuseError, SettingsError
 
 USAGE = """\
 genfuse: train, sample and evaluate generative models
 
 usage: genfuse COMMAND [options]
 
-  list [models|datasets]     what can be trained, and on what
+  list [KIND]                models, data sets and metrics: what can be trained, on what, and how it is measured
   train MODEL --data NAME    train a model and leave a run folder
   sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
   evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples
   train-features DATA        train the classifier that samples are compared by
   compare MODEL ...          train several models equally long, and put them into one table and one page
+  plugins                    state of every model, data set and metric that a package brought, with its error
+  new-plugin NAME            write a package with a model of your own, to start from
   doctor                     versions, hardware, chosen kernels and plugins of this installation
 
   --help      of genfuse, of a command, and of `genfuse train MODEL`: its settings
@@ -100,11 +102,6 @@ def lines(kind: str) -> list[str]:
     """The plugins of one kind as a table: what to type, the distribution, where it is defined."""
     rows = [(f"{kind}:", "from", "defined in")]
     for plugin in plugins.discover(kind):
-        try:
-            alone = plugins.find(kind, plugin.name) == plugin
-        except PluginError:  # claimed twice
-            alone = False
-        typed = plugin.name if alone else f"{plugin.distribution}:{plugin.name}"
-        rows.append((f"  {typed}", f"{plugin.distribution} {plugin.version}", plugin.target))
+        rows.append((f"  {plugins.typed(plugin)}", f"{plugin.distribution} {plugin.version}", plugin.target))
     first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
     return [f"{a:{first}}{b:{second}}{c}" for a, b, c in rows]

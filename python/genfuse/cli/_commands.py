@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,16 +16,21 @@ from genfuse.cli._compare import compare
 from genfuse.cli._device import find_device
 from genfuse.errors import SettingsError
 
+SLOW = 1.0  # seconds that the import of a plugin takes, beside those of torch and genfuse
+
 if TYPE_CHECKING:
     import torch
 
     from genfuse.models import GenerativeModel
 
 
-def list_(kind: Literal["models", "datasets", "all"] = "all", /) -> int:
-    """Show the models and data sets that are installed, and the distribution that each comes from.
+Kind = Literal["models", "datasets", "metrics", "all"]
 
-    This reads metadata and imports no plugin; `genfuse doctor` imports them all and shows what fails.
+
+def list_(kind: Kind = "all", /) -> int:
+    """Show the models, data sets and metrics that are installed, and the distribution that each comes from.
+
+    This reads metadata and imports no plugin; `genfuse plugins` imports them all and shows what fails.
 
     example:
       genfuse list models
@@ -32,9 +38,41 @@ def list_(kind: Literal["models", "datasets", "all"] = "all", /) -> int:
     Args:
         kind: what to show
     """
-    groups = tuple(plugins.KINDS) if kind == "all" else (kind,)
-    print("\n\n".join("\n".join(lines(group)) for group in groups))
+    print("\n\n".join("\n".join(lines(group)) for group in _groups(kind)))
     return 0
+
+
+def plugins_(kind: Kind = "all", /) -> int:
+    """Import every plugin, and show its state: whether it works, and if not, the error.
+
+    A plugin is a model, data set or metric of any installed package, ours included. A broken one disturbs nothing but
+    the command that uses it. Where a name is claimed by several packages, DISTRIBUTION:NAME is shown: type that.
+
+    example:
+      genfuse plugins models
+
+    Args:
+        kind: what to show
+    """
+    states = list(plugins.describe(*_groups(kind)))
+    rows = []
+    for plugin, seconds, error in states:
+        state = "BROKEN" if error else "ok" if seconds < SLOW else f"ok, but its import takes {seconds:.1f} s"
+        kind_of = plugins.KINDS[plugin.kind]
+        rows.append((plugins.typed(plugin), kind_of, plugin.distribution, plugin.version, plugin.target, state))
+    heads = ("name", "kind", "distribution", "version", "target", "state")
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row, (_, _, error) in zip((heads, *rows), [(None, 0, None), *states], strict=True):
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        if error is not None:
+            print(f"    {error}")
+    broken = sum(error is not None for _, _, error in states)
+    print(f"{len(states)} plugins of {len({row[2] for row in rows})} distributions, {broken} broken")
+    return 0
+
+
+def _groups(kind: Kind) -> tuple[str, ...]:
+    return tuple(plugins.KINDS) if kind == "all" else (kind,)
 
 
 def sample(
@@ -139,6 +177,7 @@ def evaluate(
     limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
     features: Annotated[str, arg(metavar="NAME")] = "auto",
     n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, 10000 at most)")] = None,
+    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = None,
     seed: int = 0,
     inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     pictures: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: RUN/pictures)")] = None,
@@ -170,6 +209,7 @@ def evaluate(
             classifier, which `genfuse train-features` trains; auto: the classifier if there is one, else random-conv or
             columns
         n: samples to draw, and real examples to compare them with; 0: measure no samples
+        metrics: of samples, of `genfuse list metrics`, those of other packages too
         seed: of the samples
         inception_weights: for --features inception: a TorchScript file
         pictures: folder for neighbours.png
@@ -193,7 +233,14 @@ def evaluate(
     else:
         picture = (pictures or run / "pictures") / "neighbours.png" if data.is_image else None
         of_samples = evaluate_samples(
-            model, data, features=features, n=n, seed=seed, inception_weights=inception_weights, picture=picture
+            model,
+            data,
+            features=features,
+            n=n,
+            seed=seed,
+            metrics=metrics,
+            inception_weights=inception_weights,
+            picture=picture,
         )
     result = evaluate(model, data, samples=samples, limit=limit)
     for file in {run / "evaluation.json", json or run / "evaluation.json"}:
@@ -246,12 +293,39 @@ def train_features(
     return 0
 
 
+def new_plugin(
+    name: Annotated[str, arg(metavar="NAME")],
+    /,
+    *,
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: NAME)")] = None,
+) -> int:
+    """Write a package with a model of your own, which installs, trains and passes its test as it is.
+
+    The model, a small variational autoencoder, is there to be changed.
+
+    example:
+      genfuse new-plugin my-model
+
+    Args:
+        name: what users will type, and the name of the package: lower-case letters, digits and -
+        out: folder to make
+    """
+    from genfuse.cli._new_plugin import write
+
+    for file in write(name, Path(name) if out is None else out):
+        print(f"written: {file}")
+    folder = shlex.quote(str(out or name))
+    print(f"next: pip install --editable {folder}\n      genfuse train {name} --data digits\n      pytest {folder}")
+    return 0
+
+
 def doctor(
     *, data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None
 ) -> int:
-    """Show versions, hardware, which implementation each operator got and why, and every plugin with its error.
+    """Show versions, hardware, which implementation each operator got and why, and how many plugins there are.
 
-    Look here where something is slower than it should be, or a model does not appear. This imports every plugin.
+    Look here where something is slower than it should be, or a model does not appear. This imports every plugin, and
+    shows the errors of those that are broken.
 
     example:
       genfuse doctor
@@ -268,6 +342,8 @@ def doctor(
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "list": list_,
+    "plugins": plugins_,
+    "new-plugin": new_plugin,
     "sample": sample,
     "evaluate": evaluate,
     "train-features": train_features,
@@ -328,7 +404,8 @@ def _print_samples(result: dict[str, Any]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, value in result["samples"].items():
-        table.add_row(name.replace("_", " "), f"{value:.5g}", f"{result['real'][name]:.5g}")
+        real = result["real"].get(name)
+        table.add_row(name.replace("_", " "), f"{value:.5g}", "–" if real is None else f"{real:.5g}")
     console = Console()
     console.print(table)
     for reason in result["left_out"].values():

@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 import genfuse
 from genfuse import pictures, plugins
-from genfuse.errors import PluginError, SettingsError, TrainingWarning
+from genfuse.errors import SettingsError, TrainingWarning
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
 
@@ -69,7 +69,7 @@ def train(args: list[str]) -> int:
 
     of_files = [word for file, settings in sources.items() for word in _as_arguments(name, file, settings)]
     try:
-        job = _parse(name, of_files + options)
+        job = parse(name, of_files + options)
     except SystemExit as stop:
         if stop.code and of_files:
             print(f"read from {' and '.join(map(str, sources))}: {shlex.join(of_files)}", file=sys.stderr)
@@ -93,9 +93,9 @@ def train(args: list[str]) -> int:
     return 0
 
 
-def _parse(model: str, args: list[str]) -> Job:
+def parse(model: str, args: list[str]) -> Job:
     """Read the options of ``genfuse train MODEL``. Raises SystemExit, after help or an error was printed."""
-    config_class = _config_class(model)
+    config_class = plugins.load("models", model).Config
     left_out = {Trainer: LEFT_OUT, config_class: FACTS}
     registry = ConstructorRegistry()
 
@@ -140,13 +140,6 @@ def _parse(model: str, args: list[str]) -> Job:
         return tyro.cli(job, prog=f"genfuse train {model}", description=description, args=args)
 
 
-def _config_class(model: str) -> type:
-    cls = plugins.load("models", model)
-    if not is_dataclass(getattr(cls, "Config", None)):
-        raise PluginError(f"{plugins.find('models', model)} has no dataclass of settings as its Config")
-    return cls.Config
-
-
 def _read(file: Path) -> dict[str, Any]:
     """The settings in a YAML or JSON file."""
     kind = "JSON" if file.suffix == ".json" else "YAML"
@@ -171,6 +164,13 @@ def _as_typed(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **{key: dict(v) if isinstance(v, dict) else {"name": v} for key, v in sections.items()}}
 
 
+def arguments_of(model: str, file: Path) -> list[str]:
+    """The arguments of ``genfuse train MODEL`` that say what a file says, which may name the model too."""
+    settings = _read(file)
+    settings["model"].pop("name", None)
+    return list(_as_arguments(model, file, settings))
+
+
 def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[str]:
     """The arguments of ``genfuse train MODEL`` that say what a file says. Raises SettingsError for unknown names."""
 
@@ -179,7 +179,7 @@ def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[
         return {prefix + f.name: hints[f.name] for f in fields(cls) if f.name not in but}
 
     known = {"data.name": str, "data_root": Path, "out": Path, **types(Trainer, LEFT_OUT)}
-    known |= types(DataOptions, prefix="data.") | types(_config_class(model), FACTS, "model.")
+    known |= types(DataOptions, prefix="data.") | types(plugins.load("models", model).Config, FACTS, "model.")
     flat = {key: value for key, value in settings.items() if key not in ("model", "data")}
     flat |= {f"{section}.{key}": value for section in ("model", "data") for key, value in settings[section].items()}
     for key, value in flat.items():

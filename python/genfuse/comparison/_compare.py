@@ -133,7 +133,10 @@ def compare(
     }
     out = Path(out)
     was = _claim(out, options)
-    result: dict[str, Any] = {**_begin(options, device), **{key: was[key] for key in ("real", "rows") if key in was}}
+    result: dict[str, Any] = {
+        **_begin(options, device),
+        **{key: was[key] for key in ("real", "plugins", "rows") if key in was},
+    }
     rows = {row["label"]: row for row in result["rows"]}
     for entry in entries:
         row = {"label": entry.label, "model": entry.model, "settings": entry.settings}
@@ -169,7 +172,7 @@ def compare(
                 of_seed = replace(trainer, steps=row["steps"], seed=seed, checkpoint_every=every, out=out / run["path"])
                 trained = _trained(of_seed, entry, data, run, say)
                 say(f"{what}: measuring")
-                measured(trained, run, result, picture=out / PICTURES / f"{_folder(entry.label)}.png")
+                measured(trained, run, result, say, picture=out / PICTURES / f"{_folder(entry.label)}.png")
             _log_of(out / run["path"], run)
             _write(out, result)
     return _write(out, result)
@@ -227,7 +230,7 @@ def compare_runs(
         with _failure_noted(found, str(path), say):
             peaks = [e["peak_memory_bytes"] / 1e6 for e in run.metrics() if "peak_memory_bytes" in e]
             found["peak_memory"] = max(peaks, default=None)
-            measured(run, found, result, picture=out / PICTURES / f"{_folder(str(path))}.png")
+            measured(run, found, result, say, picture=out / PICTURES / f"{_folder(str(path))}.png")
         _log_of(run.path, found)
     return _write(out, result)
 
@@ -312,7 +315,7 @@ def _begin(options: dict[str, Any], device: str) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
     }
-    return {"version": VERSION, "machine": machine, "options": options, "real": {}, "rows": []}
+    return {"version": VERSION, "machine": machine, "options": options, "real": {}, "plugins": {}, "rows": []}
 
 
 def _steps(budget: Budget, entry: Entry, data: "Dataset", trainer: Trainer, say: Say) -> int:
@@ -360,11 +363,17 @@ def _trained(trainer: Trainer, entry: Entry, data: "Dataset", run: dict[str, Any
     return trained
 
 
-def _measure(trained: Run, run: dict[str, Any], result: dict[str, Any], *, picture: Path, **options: Any) -> None:
+def _measure(
+    trained: Run, run: dict[str, Any], result: dict[str, Any], say: Say, *, picture: Path, **options: Any
+) -> None:
     """Put the figures of a run into its place, and those of real examples into the result. The first run is drawn."""
-    figures, real = measure(trained, picture=None if picture.exists() else picture, **options)
+    figures, samples = measure(trained, picture=None if picture.exists() else picture, **options)
     run["figures"] = {**figures, "peak_memory": run.pop("peak_memory", None)}
-    result["real"] = result["real"] or real
+    run["left_out"] = samples["left_out"]
+    for reason in samples["left_out"].values():
+        say(f"not measured: {reason}")
+    for key in ("real", "plugins"):  # what was measured before stays
+        result[key] = {**samples[key], **result.get(key, {})}
 
 
 @contextmanager
@@ -407,7 +416,7 @@ def _thinned(curve: list[tuple[int, float]], most: int) -> Iterator[tuple[int, f
 def _keep(out: Path, result: dict[str, Any]) -> None:
     """Write what is to be found again. The file is replaced in one step, so a kill leaves the one before."""
     for row in result["rows"]:
-        row |= _report.summary(row["runs"])
+        row |= _report.summary(row["runs"], _report.measures(result))
     out.mkdir(parents=True, exist_ok=True)
     _text(out / RESULT, json.dumps(result, indent=1) + "\n")
 

@@ -33,10 +33,16 @@ class Measure(NamedTuple):
 
     key: str
     title: str
-    group: Literal["quality", "diversity", "stability", "latent space", "likelihood", "cost"]
+    group: Literal["quality", "diversity", "plugins", "stability", "latent space", "likelihood", "cost"]
     better: Literal["lower", "higher", ""]
     about: str
     show: Callable[[float], str] = lambda value: f"{value:.3g}"
+
+    @classmethod
+    def of_plugin(cls, key: str, described: dict[str, str]) -> "Measure":
+        """The column of a figure that another package's metric makes."""
+        about = f"{described['about'] or key}; by the {described['from']}"
+        return cls(key, key.replace("_", " "), "plugins", described["better"], about)  # type: ignore[arg-type]
 
 
 def _thousands(value: float) -> str:
@@ -117,9 +123,10 @@ def measure(
     inception_weights: str | Path | None = None,
     picture: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is measured of the model of ``run`` by the verbs that it has, by the keys of `MEASURES`; and of real data.
+    """What is measured of the model of ``run`` by the verbs that it has, by the keys of `MEASURES`, and what
+    `evaluate_samples` returned for it.
 
-    ``n`` is as for `evaluate_samples`, whose metrics are in both; ``limit`` examples of the test split, chosen once
+    ``n`` is as there; ``limit`` examples of the test split, chosen once
     and for all models alike, are encoded, decoded and asked for their likelihood. ``bound`` names what
     ``log_likelihood`` is. Samples are drawn into the file ``picture``.
     """
@@ -142,7 +149,7 @@ def measure(
     if picture is not None:
         draw(model, data, picture)
     usable = {key: v for key, v in found.items() if not isinstance(v, float) or math.isfinite(v)}  # JSON has no NaN
-    return usable, samples["real"]
+    return usable, samples
 
 
 def trained_steps(run: Run) -> int:

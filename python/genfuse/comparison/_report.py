@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from genfuse.comparison._measures import MEASURES, Measure
 
 # The table is too wide for a terminal or a page of text, so it is shown there in parts.
-PARTS = (("quality", "diversity"), ("stability",), ("latent space", "likelihood"), ("cost",))
+PARTS = (("quality", "diversity"), ("plugins",), ("stability",), ("latent space", "likelihood"), ("cost",))
 TEXTS = (
     Measure("outcome", "runs", "stability", "", "how many seeds were trained to the end; of the others why not"),
     Measure("bound", "bound", "likelihood", "", "what the log-likelihood is"),
@@ -41,11 +41,19 @@ class Table(NamedTuple):
         return Table([self.columns[i] for i in kept], rows[:-1], rows[-1])
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def measures(result: dict[str, Any]) -> list[Measure]:
+    """All that there are columns for: `MEASURES`, and what metrics of other packages make, before the stability."""
+    known = {measure.key for measure in MEASURES}
+    others = [Measure.of_plugin(*each) for each in result.get("plugins", {}).items() if each[0] not in known]
+    first = next(i for i, measure in enumerate(MEASURES) if measure.group == "stability")
+    return [*MEASURES[:first], *others, *MEASURES[first:]]
+
+
+def summary(runs: list[dict[str, Any]], measures: Sequence[Measure]) -> dict[str, Any]:
     """Mean and standard deviation over the runs of a row that have figures, and what became of the others."""
     done = [run["figures"] for run in runs if "figures" in run]
     mean, std = {}, {}
-    for measure in MEASURES:
+    for measure in measures:
         values = [figures[measure.key] for figures in done if figures.get(measure.key) is not None]
         if values:
             mean[measure.key] = statistics.fmean(values)
@@ -65,7 +73,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Table:
     """The columns for which any row has a value, and what they show."""
     rows = result["rows"]
-    columns = [m for m in MEASURES if any(m.key in row["mean"] for row in rows)]
+    columns = [m for m in measures(result) if any(m.key in row["mean"] for row in rows)]
     for text in TEXTS:  # each before the figures of its group
         at = next((i for i, m in enumerate(columns) if m.group == text.group), len(columns))
         columns.insert(at, text)
@@ -90,7 +98,7 @@ def table(result: dict[str, Any]) -> Table:
 def markdown(result: dict[str, Any]) -> str:
     """The table in parts, as Markdown."""
     whole = table(result)
-    return "\n\n".join([about(result), *(_markdown(whole.part(groups)) for groups in PARTS)]) + "\n"
+    return "\n\n".join([about(result), *(_markdown(part) for part in _parts(whole))]) + "\n"
 
 
 def about(result: dict[str, Any]) -> str:
@@ -118,10 +126,7 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     console.print(about(result), highlight=False, markup=False)
     whole = table(result)
-    for groups in PARTS:
-        part = whole.part(groups)
-        if not part.columns:
-            continue
+    for part in _parts(whole):
         shown = RichTable("", *(_title(column) for column in part.columns), box=box.SIMPLE, padding=(0, 1, 0, 0))
         for row in _with_real(part):
             shown.add_row(Text(row.label), *(Text(cell.text) for cell in row.cells))
@@ -195,6 +200,10 @@ def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             "high": f"{high:.3g}",
             "last": f"{last:,}",
         }
+
+
+def _parts(whole: Table) -> list[Table]:
+    return [part for groups in PARTS if (part := whole.part(groups)).columns]
 
 
 def _title(column: Measure) -> str:

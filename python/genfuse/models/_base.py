@@ -12,7 +12,7 @@ import typeguard
 from torch import Tensor, nn
 
 from genfuse import plugins
-from genfuse.errors import PluginError, SettingsError
+from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -175,8 +175,6 @@ def create(name: str, data: "Dataset | None" = None, **settings: Any) -> Generat
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
     cls = plugins.load("models", name)
-    if not (isinstance(cls, type) and issubclass(cls, GenerativeModel)):
-        raise PluginError(f"{plugins.find('models', name)} is not a subclass of genfuse.models.GenerativeModel")
     model = cls(configure(cls, settings, data))
     model.plugin = name
     return model

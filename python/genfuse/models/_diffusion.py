@@ -27,9 +27,6 @@ from genfuse.ops._diffuse import Diffuse
 if TYPE_CHECKING:
     from genfuse.data import Dataset
 
-if TYPE_CHECKING:
-    pass
-
 Network = Literal["auto", "mlp", "unet"]
 Target = Literal["noise", "x0", "v", "velocity"]
 

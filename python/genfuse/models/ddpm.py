@@ -54,9 +54,10 @@ class DDPM(DiffusionModel):
         self.target = config.prediction
         self.sampler = "ancestral", min(250, config.timesteps)
         squares = config.alphas_squared()
-        self.steps = ((1 - squares) / squares).sqrt()  # noise levels of t = 1 .. T
-        self.limits = float(self.steps[0]), float(self.steps[-1])
-        self.register_buffer("table", self.steps.float(), persistent=False)
+        levels = ((1 - squares) / squares).sqrt()
+        self.ladder: list[float] = levels.tolist()  # the noise levels of t = 1 .. T, for the host
+        self.limits = self.ladder[0], self.ladder[-1]
+        self.register_buffer("table", levels.float(), persistent=False)
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ class DDPM(DiffusionModel):
                 f"steps must be at most the {self.config.timesteps} timesteps of the model, got {steps}"
             )
         chosen = torch.linspace(self.config.timesteps - 1, 0, steps).round().long()
-        return [*self.steps[chosen].tolist(), 0.0]
+        return [*(self.ladder[t] for t in chosen.tolist()), 0.0]
 
     @torch.no_grad()
     def elbo_and_error(
@@ -103,8 +104,8 @@ class DDPM(DiffusionModel):
                 f"strata {strata} and {options}"
             )
         keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
-        n, steps = len(x), self.steps
-        weights = ((1 / steps[:-1] ** 2 - 1 / steps[1:] ** 2) / 2).to(x)  # of t = 2 .. T
+        n, levels = len(x), torch.tensor(self.ladder, dtype=torch.float64)
+        weights = ((1 / levels[:-1] ** 2 - 1 / levels[1:] ** 2) / 2).to(x)  # of t = 2 .. T
         edges = torch.linspace(0, len(weights), min(strata, len(weights)) + 1).round().long().tolist()
         total, variance = x.new_zeros(n), x.new_zeros(n)
         for low, high in pairwise(edges):
@@ -116,7 +117,7 @@ class DDPM(DiffusionModel):
                 pair.append((high - low) * weights[at] * off.flatten(1).square().sum(1))
             total += (pair[0] + pair[1]) / 2
             variance += (pair[0] - pair[1]).square() / 4
-        first, square = float(steps[0]), 1 / (1 + float(steps[-1]) ** 2)
+        first, square = self.ladder[0], 1 / (1 + self.ladder[-1] ** 2)
         decoded = self.decoder_log_prob(x, noisy(x, first, next(keys))[0], first, context)
         prior = 0.5 * (square * x.flatten(1).square().sum(1) - self.config.dimensions * (square + math.log1p(-square)))
         return decoded - prior - total, variance.sqrt()

@@ -108,7 +108,7 @@ class Run:
 
 def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json. Raises SettingsError where `Run.model` could not rebuild the model from it."""
-    name = model.plugin or _plugin_of(type(model))
+    name = model.plugin or plugin_of(type(model))
     settings = dataclasses.asdict(model.config)
     try:
         plain = json.loads(json.dumps(settings))
@@ -136,12 +136,12 @@ def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) 
     }
 
 
-def _plugin_of(cls: type) -> str:
+def plugin_of(cls: type) -> str:
     """The name under which a class is registered. Its module is loaded already, so nothing is imported to find out."""
     for plugin in plugins.discover("models"):
         module, _, attribute = plugin.target.partition(":")
         if getattr(sys.modules.get(module), attribute, None) is cls:
-            return plugin.name
+            return plugins.typed(plugin)
     raise SettingsError(
         f"{cls.__module__}:{cls.__qualname__} is not registered as a model, so its run folder could not be loaded "
         'again: declare it under the entry point group "genfuse.models" in a package, or train without `out`'

@@ -1,0 +1,1 @@
+"""An adversarial autoencoder, a data set of waves and a metric for genfuse."""

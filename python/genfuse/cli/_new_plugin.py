@@ -1,0 +1,47 @@
+"""Write a package with a model, from the one in the folder `template`, whose name is my-model."""
+
+import re
+from pathlib import Path
+
+from genfuse import plugins
+from genfuse.errors import RunError, SettingsError
+
+TEMPLATE = Path(__file__).parent / "template"
+
+
+def write(name: str, out: Path) -> list[Path]:
+    """Write the package ``name`` into the folder ``out``; returns its files.
+
+    Raises SettingsError for a name that no package can have, or that a model or a module has already, and RunError
+    where ``out`` holds something.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        raise SettingsError(
+            f"a plugin's name is of lower-case letters, digits and single -, with a letter first; got {name!r}"
+        )
+    if taken := [str(plugin) for plugin in plugins.discover("models") if plugin.name == name]:
+        raise SettingsError(f"the name {name!r} is taken, by the {' and the '.join(taken)}: choose another one")
+    module = name.replace("-", "_")
+    if _is_module(module):
+        raise SettingsError(f"a package {name!r} would hide the module {module!r} that is there: choose another name")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"{out} exists: name another folder by --out")
+    names = {"my-model": name, "my_model": module, "MyModel": "".join(map(str.capitalize, name.split("-")))}
+    written = []
+    for source in sorted(path for path in TEMPLATE.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        file = out / _renamed(str(source.relative_to(TEMPLATE)), names)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(_renamed(source.read_text(encoding="utf-8"), names), encoding="utf-8")
+        written.append(file)
+    return written
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    return re.sub("|".join(names), lambda found: names[found.group()], text)
+
+
+def _is_module(name: str) -> bool:
+    import importlib.util
+    import keyword
+
+    return keyword.iskeyword(name) or importlib.util.find_spec(name) is not None

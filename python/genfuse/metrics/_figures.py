@@ -1,0 +1,113 @@
+"""The metrics of samples, registered as plugins like anybody's: each makes figures, by name, of `Samples`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from genfuse import plugins
+from genfuse.errors import PluginError
+from genfuse.metrics import _distances
+from genfuse.metrics._distances import TooFewSamplesError
+from genfuse.metrics._modes import mode_coverage
+from genfuse.metrics._neighbours import prdc
+
+if TYPE_CHECKING:
+    from genfuse.data import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What a metric is given: what a model drew, and as many held-out examples to hold it against.
+
+    For the floor, ``x`` is examples of the training split in place of what a model drew. All is on one device. Where
+    only metrics of ours are measured, on data without a mixture, ``x`` and ``reference`` are not kept whole.
+    """
+
+    x: Tensor  # (N, *shape), as `Dataset.batch` has them
+    reference: Tensor  # (N, *shape), of the test split
+    features: Tensor  # (N, D), of x
+    reference_features: Tensor  # (N, D)
+    data: "Dataset"
+    seed: int  # of what a metric draws
+
+
+def frechet_distance(samples: Samples) -> dict[str, float]:
+    return {"frechet_distance": _distances.frechet_distance(samples.features, samples.reference_features)}
+
+
+def kernel_distance(samples: Samples) -> dict[str, float]:
+    found = _distances.kernel_distance(samples.features, samples.reference_features, seed=samples.seed)
+    return {"kernel_distance": found.value, **({} if found.std is None else {"kernel_distance_std": found.std})}
+
+
+def precision_recall(samples: Samples) -> dict[str, float]:
+    return prdc(samples.features, samples.reference_features)._asdict()
+
+
+def sliced_wasserstein(samples: Samples) -> dict[str, float]:
+    of = samples.features, samples.reference_features
+    return {"sliced_wasserstein": _distances.sliced_wasserstein_distance(*of, seed=samples.seed)}
+
+
+def modes(samples: Samples) -> dict[str, float]:
+    mixture = samples.data.mixture
+    return {} if mixture is None else mode_coverage(samples.x, mixture)._asdict()
+
+
+def registered(names: Sequence[str] | None) -> list[plugins.Plugin]:
+    """The metrics that a user means by these names; all that are installed, ours first, where there are none."""
+    if names is not None:
+        return [plugins.find("metrics", name) for name in names]
+    return sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)
+
+
+class Figures(NamedTuple):
+    """What metrics made of samples."""
+
+    values: dict[str, float]
+    made_by: dict[str, plugins.Plugin]  # of each of them
+    failed: dict[str, Exception]  # by the names of the metrics that made none
+
+
+def measured(metrics: Sequence[plugins.Plugin], samples: Samples) -> Figures:
+    """What metrics make of ``samples``. Whatever one of another package does, the others are measured."""
+    values: dict[str, float] = {}
+    made_by: dict[str, plugins.Plugin] = {}
+    failed: dict[str, Exception] = {}
+    for metric in metrics:
+        name = plugins.typed(metric)
+        try:
+            figures = metric.load()(samples)
+            if metric.distribution != plugins.OURS:
+                _check(figures, values)
+        except (TooFewSamplesError, PluginError) as error:
+            failed[name] = error
+        except Exception as error:
+            if metric.distribution == plugins.OURS:
+                raise
+            failed[name] = PluginError(f"{metric} failed: {type(error).__name__}: {error}")
+        else:
+            values |= figures
+            made_by |= dict.fromkeys(figures, metric)
+    return Figures(values, made_by, failed)
+
+
+def _check(figures: Any, found: dict[str, float]) -> None:
+    """Raise TypeError or ValueError unless these are figures, of names that are not ``found`` yet."""
+    if not (isinstance(figures, dict) and all(isinstance(v, (int, float)) for v in figures.values())):
+        raise TypeError(f"a metric must return a dict of numbers by name; it returned {figures!r:.100}")
+    if odd := [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]:
+        raise ValueError(f"not finite: {', '.join(odd)}")
+    if taken := sorted(figures.keys() & found.keys()):
+        raise ValueError(f"another metric has figures of these names: {', '.join(taken)}")
+
+
+def described(metric: plugins.Plugin) -> dict[str, str]:
+    """What a table says of the figures of a metric: which are better, lower or higher ones, and what they are."""
+    loaded = metric.load()
+    about = (loaded.__doc__ or "").strip().partition("\n")[0]
+    better = getattr(loaded, "better", "")
+    return {"better": better if better in ("lower", "higher") else "", "about": about, "from": str(metric)}
