@@ -61,6 +61,9 @@ def reader(tmp_path, monkeypatch):
     _write_images(tmp_path / "data")
     yield Reader(tmp_path, monkeypatch)
     plugins.discover.cache_clear()
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
 
 
 class Reader:
@@ -80,19 +83,26 @@ class Reader:
 
     def toml(self, block, page):
         """The page's Python has what the entry points name, and the commands that follow have them as plugins."""
-        for group, entries in tomllib.loads(block.text)["project"]["entry-points"].items():
-            kind = group.removeprefix("genfuse.")
-            assert kind in plugins.KINDS, f"{group} is no group of entry points that genfuse reads"
+        project = tomllib.loads(block.text)["project"]
+        for entries in project["entry-points"].values():
             for target in entries.values():
                 module, name = target.split(":")
                 assert name in self.names, f"{target}: the page's Python has no {name}"
                 there = sys.modules.get(module, types.ModuleType(module))
                 setattr(there, name, self.names[name])
+                self.names[name].__module__ = module
                 self.monkeypatch.setitem(sys.modules, module, there)
-            installed = self.folder / "installed" / str(block.line)
-            write_distribution(installed / kind, f"of-line-{block.line}", kind, entries)
-            self.monkeypatch.syspath_prepend(str(installed / kind))
-            plugins.discover.cache_clear()
+        self.install(project)
+
+    def install(self, project):
+        """The plugins of a pyproject.toml, whose modules can be imported."""
+        for group, entries in project["entry-points"].items():
+            kind = group.removeprefix("genfuse.")
+            assert kind in plugins.KINDS, f"{group} is no group of entry points that genfuse reads"
+            name = f"{project.get('name', 'of-the-page')}-{kind}"
+            write_distribution(site := self.folder / "site" / name, name, kind, entries)
+            self.monkeypatch.syspath_prepend(str(site))
+        plugins.discover.cache_clear()
 
     def diff(self, block, page):
         """Of two files of ours, whose lines it shows."""
@@ -117,8 +127,11 @@ class Reader:
                 names = [f"{target}:", *(f"{variable.partition('=')[0]} ?=" for variable in variables)]
                 makefile = text_of(ROOT / "Makefile").splitlines()
                 assert all(any(line.startswith(name) for line in makefile) for name in names), where
-            case ["pip", "install", *_]:
-                pass
+            case ["pip", "install", "--editable", folder]:
+                self.monkeypatch.syspath_prepend(str(self.folder / folder / "src"))
+                self.install(tomllib.loads(text_of(self.folder / folder / "pyproject.toml"))["project"])
+            case ["pytest", folder]:
+                assert list((self.folder / folder / "tests").glob("test_*.py")), where
             case ["python", "-m", "benchmarks", *args]:
                 _parser().parse_args(args)
             case ["python", file, *_]:
