@@ -78,8 +78,10 @@ class Reader:
         }  # fmt: skip
 
     def python(self, block, page):
-        """As it stands."""
+        """As it stands; the tests that it defines pass."""
         exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), self.names)
+        for name in re.findall(r"^def (test_\w+)\(\)", block.text, re.MULTILINE):
+            self.names[name]()
 
     def toml(self, block, page):
         """The page's Python has what the entry points name, and the commands that follow have them as plugins."""
