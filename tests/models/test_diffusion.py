@@ -630,5 +630,6 @@ def test_samples_of_a_toy_are_about_as_near_as_two_real_samples(name, toy):
     genfuse.Trainer(steps=4000, batch_size=512, schedule="cosine", device="cpu").fit(model, data)
     real, train = data.splits["test"].x, data.splits["train"].x
     floor = sum(sliced_wasserstein(part, real) for part in train.split(5000)) / 4
-    samples = [model.sample(5000, generator=seeded(k)) for k in range(3)]
-    assert sum(sliced_wasserstein(x, real) for x in samples) / 3 < 1.5 * floor
+    # Draws of real data alone vary from 0.7 to 1.35 of the floor.
+    samples = [model.sample(5000, generator=seeded(k)) for k in range(10)]
+    assert sum(sliced_wasserstein(x, real) for x in samples) / 10 < 1.5 * floor
