@@ -217,6 +217,12 @@ def test_samples_beyond_the_range_of_discrete_data_are_seen(installed):
         check_model(installed(BELL + "class Mine(Bell):\n    def check_data(self, data): pass"))
 
 
+def test_a_model_that_fails_on_a_shape_is_told_to_refuse_it(installed):
+    source = BELL + "class Mine(Bell):\n    def __init__(self, config): raise IndexError('tuple index out of range')"
+    with pytest.raises(ContractError, match=r"it refuses with a SettingsError[\s\S]*seen: IndexError: tuple index out"):
+        check_model(installed(source))
+
+
 def test_a_class_that_is_not_installed_is_told_so():
     class Mine(plugins.load("models", "vae")):
         pass

@@ -59,6 +59,9 @@ def check_model(cls: type[GenerativeModel], *data: Dataset, **settings: Any) -> 
             cls(config).check_data(few)
         except SettingsError as error:
             refused.append(f"{each.name}: {error}")
+        except Exception as error:
+            seen = {_REFUSES: f"{type(error).__name__}: {error}"}
+            raise ContractError(_told(cls, f" on {each.name}", seen, len(_MODEL))) from error
         else:
             cases.append(_Case(cls, plugin_of(cls), config, few))
     if not cases or (data and refused):
@@ -88,6 +91,8 @@ def check_dataset(
         raise ContractError(_told(make, "", broken, len(_DATASET)))
     return list(_DATASET)
 
+
+_REFUSES = "what a model cannot take, a shape, data or settings, it refuses with a SettingsError when it is made"
 
 Clauses = dict[str, Callable[[Any], None]]
 _PLUGIN: Clauses = {}

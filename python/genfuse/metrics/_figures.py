@@ -101,7 +101,7 @@ def _check(figures: Any, found: dict[str, float]) -> None:
         raise TypeError(f"a metric must return a dict of numbers by name; it returned {figures!r:.100}")
     if odd := [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]:
         raise ValueError(f"not finite: {', '.join(odd)}")
-    if taken := sorted(figures.keys() & found.keys()):
+    if taken := sorted(figures.keys() & {*found, "nearest_training"}):
         raise ValueError(f"another metric has figures of these names: {', '.join(taken)}")
 
 
