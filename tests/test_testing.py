@@ -11,7 +11,7 @@ from genfuse import plugins
 from genfuse.errors import SettingsError
 from genfuse.testing import ContractError, check_dataset, check_model
 
-CHEAP = {"ddpm": {"timesteps": 50}, "score": {"ladder": 20}, "glow": {"hidden": 16}}
+CHEAP = {"ddpm": {"timesteps": 50}, "score": {"ladder": 20}}
 
 BELL = """
 import math
