@@ -11,7 +11,14 @@ from genfuse import plugins
 from genfuse.errors import SettingsError
 from genfuse.testing import ContractError, check_dataset, check_model
 
-CHEAP = {"ddpm": {"timesteps": 50}, "score": {"ladder": 20}}
+DENOISER = {"channels": (8, 8), "hidden": 32, "layers": 1}
+CHEAP = {
+    "ddpm": {"timesteps": 50, **DENOISER},
+    "score": {"ladder": 20, **DENOISER},
+    "edm": DENOISER,
+    "flow-matching": DENOISER,
+    "glow": {"steps": 2, "channels": 8, "hidden": (16,)},
+}
 
 BELL = """
 import math
@@ -84,7 +91,7 @@ def test_every_built_in_model_keeps_the_contract(name):
 
 @pytest.mark.parametrize("name", ["gan", "realnvp", "edm"])
 def test_conditional_models_keep_it_too(name):
-    check_model(plugins.load("models", name), conditional=True)
+    check_model(plugins.load("models", name), conditional=True, **CHEAP.get(name, {}))
 
 
 @pytest.mark.parametrize(("name", "argument"), [("digits", None), ("toy", "moons"), ("toy", "eight-gaussians")])

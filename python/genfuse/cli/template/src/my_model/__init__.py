@@ -44,7 +44,7 @@ class MyModel(GenerativeModel):
             nn.Identity() if config.levels is None else nn.Sigmoid(),
             nn.Unflatten(1, config.shape),
         )
-        self.log_sigma = nn.Parameter(torch.zeros(()))
+        self.log_sigma = nn.Parameter(torch.tensor(-1.5))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar (N, latent_dim) of q(z | x)."""
