@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and replace nothing unasked."""
 
 import os
 from collections.abc import Iterator
@@ -28,3 +28,8 @@ def sync_folder(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def occupied(path: Path) -> bool:
+    """Whether something is at ``path`` that is no empty folder."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))

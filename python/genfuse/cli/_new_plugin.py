@@ -1,9 +1,12 @@
 """Write a package with a model, from the one in the folder `template`, whose name is my-model."""
 
+import importlib.util
+import keyword
 import re
 from pathlib import Path
 
 from genfuse import plugins
+from genfuse._files import occupied
 from genfuse.errors import RunError, SettingsError
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -24,7 +27,7 @@ def write(name: str, out: Path) -> list[Path]:
     module = name.replace("-", "_")
     if _is_module(module):
         raise SettingsError(f"a package {name!r} would hide the module {module!r} that is there: choose another name")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if occupied(out):
         raise RunError(f"{out} exists: name another folder by --out")
     names = {"my-model": name, "my_model": module, "MyModel": "".join(map(str.capitalize, name.split("-")))}
     written = []
@@ -41,7 +44,4 @@ def _renamed(text: str, names: dict[str, str]) -> str:
 
 
 def _is_module(name: str) -> bool:
-    import importlib.util
-    import keyword
-
     return keyword.iskeyword(name) or importlib.util.find_spec(name) is not None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genfuse import __version__, plugins
-from genfuse._files import replacing
+from genfuse._files import occupied, replacing
 from genfuse.comparison import _report
 from genfuse.comparison._measures import draw, measure, peak_memory, trained_steps, training_seconds
 from genfuse.errors import (
@@ -283,7 +283,7 @@ def _claim(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The comparison that is in ``out``, or nothing. Raises RunError where it is another one, or something else."""
     file = out / RESULT
     if not file.is_file():
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if occupied(out):
             raise RunError(f"{out} exists and is no comparison, as it has no {RESULT}: name another folder")
         return {}
     try:
