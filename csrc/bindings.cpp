@@ -6,16 +6,13 @@
 
 namespace genfuse {
 
-void bind_actnorm(pybind11::module_&);
-void bind_affine_coupling(pybind11::module_&);
-void bind_autoregressive_inverse(pybind11::module_&);
-void bind_bernoulli(pybind11::module_&);
-void bind_diffuse(pybind11::module_&);
-void bind_gradient_norm_penalty(pybind11::module_&);
-void bind_interpolate(pybind11::module_&);
-void bind_rational_quadratic_spline(pybind11::module_&);
-void bind_reparameterize_kl(pybind11::module_&);
-void bind_standard_normal_log_prob(pybind11::module_&);
+// CMakeLists.txt gives GENFUSE_OPS, a list of OP(name).
+#define OP(name)                 \
+  namespace name {               \
+  void bind(pybind11::module_&); \
+  }
+GENFUSE_OPS
+#undef OP
 
 namespace {
 
@@ -52,21 +49,14 @@ pybind11::dict build_info() {
 }  // namespace genfuse
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels. They take addresses; genfuse.ops checks what it hands them.";
+  m.doc() = "Compiled kernels. They take tensors for their memory alone; genfuse.ops checks what it hands them.";
   m.def("build_info", &genfuse::build_info);
   // The raw generator, for its known answers.
   m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
     const genfuse::Words out = genfuse::philox(c[0], c[1], c[2], c[3], k[0], k[1]);
     return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
   });
-  genfuse::bind_actnorm(m);
-  genfuse::bind_affine_coupling(m);
-  genfuse::bind_autoregressive_inverse(m);
-  genfuse::bind_bernoulli(m);
-  genfuse::bind_diffuse(m);
-  genfuse::bind_gradient_norm_penalty(m);
-  genfuse::bind_interpolate(m);
-  genfuse::bind_rational_quadratic_spline(m);
-  genfuse::bind_reparameterize_kl(m);
-  genfuse::bind_standard_normal_log_prob(m);
+#define OP(name) genfuse::name::bind(m);
+  GENFUSE_OPS
+#undef OP
 }

@@ -1,13 +1,37 @@
+#include <cudaTypedefs.h>
+
 #include "bindings.h"
 #include "rows.cuh"
 
 namespace genfuse {
+namespace {
 
-DeviceGuard::DeviceGuard(int device) {
-  check(cudaGetDevice(&previous_));
-  if (device != previous_) check(cudaSetDevice(device));
+// Whether the process has a context on a device. cudaSetDevice would create one, of some hundred megabytes. Asked of
+// the driver by way of the runtime, so that the module needs no libcuda to be loaded.
+bool has_context(int device) {
+  static const auto state = [] {
+    void* function = nullptr;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 12000, cudaEnableDefault);
+#else
+    cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &function, cudaEnableDefault);
+#endif
+    return reinterpret_cast<PFN_cuDevicePrimaryCtxGetState_v7000>(function);
+  }();
+  unsigned flags;
+  int active = 0;
+  return state && state(device, &flags, &active) == CUDA_SUCCESS && active;
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(previous_); }
+}  // namespace
+
+DeviceGuard::DeviceGuard(int device) : device_(device) {
+  check(cudaGetDevice(&previous_));
+  if (device_ != previous_) check(cudaSetDevice(device_));
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (device_ != previous_ && has_context(previous_)) cudaSetDevice(previous_);
+}
 
 }  // namespace genfuse

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace genfuse {
 
@@ -56,6 +57,29 @@ inline void check(cudaError_t error) {
                ": reinstall with CUDAARCHS set to this GPU's, or set GENFUSE_IMPL=triton";
   }
   throw std::runtime_error(message);
+}
+
+// Calls launch(blocks) for a grid of a thread for each piece of work. Here and below, for no work at all there is no
+// launch: one of no blocks is an error.
+template <class F>
+void for_threads(int64_t work, F launch) {
+  if (work == 0) return;
+  launch(blocks_for<1>(work));
+  check(cudaGetLastError());
+}
+
+// Calls launch(lanes, blocks), where `lanes` is a constant, for a grid of as many lanes for each row: of a warp, or of
+// a block where a row has more than `most` columns.
+template <class F>
+void for_rows(int64_t rows, int64_t cols, int64_t most, F launch) {
+  if (rows == 0) return;
+  const auto with = [&](auto lanes) { launch(lanes, blocks_for<lanes>(rows)); };
+  if (cols <= most) {
+    with(std::integral_constant<int, 32>());
+  } else {
+    with(std::integral_constant<int, kThreads>());
+  }
+  check(cudaGetLastError());
 }
 
 }  // namespace genfuse

@@ -118,4 +118,23 @@ void for_rows_again(int64_t rows, int64_t work_per_row, F f) {
   }
 }
 
+// The same for blocks of kBlock elements.
+template <class F>
+void for_blocks(int64_t n, F f) {
+  for_rows((n + kBlock - 1) / kBlock, kBlock, f);
+}
+
 }  // namespace genfuse
+
+// Defines name(S, p, out, begin, end), an overload for each storage type S, which calls the loop of rows that comes
+// last, such as loop<S>: GENFUSE_SIMD cannot stand on a template.
+#define GENFUSE_SIMD_LOOP(Storage, name, Out, ...)                                                \
+  GENFUSE_SIMD void name(Storage, const Problem& p, const Out& out, int64_t begin, int64_t end) { \
+    using S = Storage;                                                                            \
+    __VA_ARGS__(p, out, begin, end);                                                              \
+  }
+#define GENFUSE_SIMD_LOOPS(name, Out, ...)          \
+  GENFUSE_SIMD_LOOP(float, name, Out, __VA_ARGS__)  \
+  GENFUSE_SIMD_LOOP(double, name, Out, __VA_ARGS__) \
+  GENFUSE_SIMD_LOOP(Half, name, Out, __VA_ARGS__)   \
+  GENFUSE_SIMD_LOOP(BFloat16, name, Out, __VA_ARGS__)

@@ -3,7 +3,7 @@
 #include "bindings.h"
 #include "rows.h"
 
-namespace genfuse::actnorm::cpu {
+namespace genfuse::actnorm {
 namespace {
 
 using namespace affine_coupling;
@@ -59,7 +59,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
 
 // The examples of one chunk.
 template <bool inverse, class S>
-GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t chunk) {
+GENFUSE_HD void chunk_of(const Problem& p, const Backward& out, int64_t chunk) {
   using T = compute_t<S>;
   const int64_t cols = p.channels * p.cells, begin = p.rows * chunk / out.chunks,
                 end = p.rows * (chunk + 1) / out.chunks;
@@ -99,24 +99,22 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t chunk) {
   }
 }
 
-#define GENFUSE_ROWS(S)                                                                         \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) { \
-    if (p.inverse) return rows_of<true, S>(p, out, begin, end);                                 \
-    return rows_of<false, S>(p, out, begin, end);                                               \
-  }                                                                                             \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t chunk) {             \
-    if (p.inverse) return rows_of<true, S>(p, out, chunk);                                      \
-    return rows_of<false, S>(p, out, chunk);                                                    \
+template <class S>
+GENFUSE_HD void either_way(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  p.inverse ? rows_of<true, S>(p, out, begin, end) : rows_of<false, S>(p, out, begin, end);
+}
+template <class S>
+GENFUSE_HD void either_way(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    p.inverse ? chunk_of<true, S>(p, out, chunk) : chunk_of<false, S>(p, out, chunk);
   }
-GENFUSE_ROWS(float)
-GENFUSE_ROWS(double)
-GENFUSE_ROWS(Half)
-GENFUSE_ROWS(BFloat16)
-#undef GENFUSE_ROWS
+}
+GENFUSE_SIMD_LOOPS(rows, Forward, either_way<S>)
+GENFUSE_SIMD_LOOPS(rows, Backward, either_way<S>)
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) {
+void run_cpu(const Problem& p, const Forward& out) {
   dispatch(p.dtype, [&](auto storage) {
     using T = compute_t<decltype(storage)>;
     double sum = 0;
@@ -126,13 +124,11 @@ void run(const Problem& p, const Forward& out) {
   });
 }
 
-void run(const Problem& p, const Backward& out) {
+void run_cpu(const Problem& p, const Backward& out) {
   dispatch(p.dtype, [&](auto storage) {
     using T = compute_t<decltype(storage)>;
     const int64_t work = out.chunks ? p.rows / out.chunks * p.channels * p.cells : 0;
-    for_rows(out.chunks, work, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) rows(storage, p, out, chunk);
-    });
+    for_rows(out.chunks, work, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
     const int64_t sums = 2 * p.channels;
     for (int64_t chunk = 1; chunk < out.chunks; ++chunk) {
       for (int64_t c = 0; c < sums; ++c) out.partial[c] += out.partial[chunk * sums + c];
@@ -144,27 +140,14 @@ void run(const Problem& p, const Backward& out) {
   });
 }
 
-}  // namespace genfuse::actnorm::cpu
-
-namespace genfuse {
-
-void bind_actnorm(pybind11::module_& m) {
-  using namespace actnorm;
-  m.def("actnorm", [](int dtype, bool inverse, Address x, int64_t x_stride, Address log_scale, Address shift,
-                      int64_t rows, int64_t channels, int64_t cells, Address y, Address logdet, int device,
-                      Address stream) {
-    const Problem p{dtype, inverse, at<void>(x), at<void>(log_scale), at<void>(shift), x_stride, rows, channels, cells};
-    GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
-  });
-  m.def("actnorm_backward", [](int dtype, bool inverse, Address x, int64_t x_stride, Address log_scale, Address shift,
-                               int64_t rows, int64_t channels, int64_t cells, Address gy, Address glogdet,
-                               int64_t chunks, Address partial, Address gx, Address glog_scale, Address gshift,
-                               int device, Address stream) {
-    const Problem p{dtype, inverse, at<void>(x), at<void>(log_scale), at<void>(shift), x_stride, rows, channels, cells};
-    const Backward out{at<void>(gy), at<void>(glogdet),    chunks,          at<double>(partial),
-                       at<void>(gx), at<void>(glog_scale), at<void>(gshift)};
-    GENFUSE_RUN(p, out, device, stream);
-  });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem =
+      fields(&P::dtype, &P::inverse, &P::x, &P::x_stride, &P::log_scale, &P::shift, &P::rows, &P::channels, &P::cells);
+  define(m, "actnorm", problem, fields(&Forward::y, &Forward::logdet));
+  using B = Backward;
+  define(m, "actnorm_backward", problem,
+         fields(&B::gy, &B::glogdet, &B::chunks, &B::partial, &B::gx, &B::glog_scale, &B::gshift));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::actnorm

@@ -2,7 +2,7 @@
 #include "affine_coupling/math.h"  // of which this is the case that all examples share their parameters
 #include "rows.cuh"
 
-namespace genfuse::actnorm::cuda {
+namespace genfuse::actnorm {
 namespace {
 
 using namespace affine_coupling;
@@ -95,23 +95,17 @@ __global__ void sum_kernel(Problem p, Backward out) {
 
 template <bool Images, class S>
 void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
-  const int64_t rows = Images ? p.rows * p.channels : p.rows;
-  if ((Images ? p.cells : p.channels) <= 1024) {
-    kernel<Images, 32, S><<<blocks_for<32>(rows), kThreads, 0, stream>>>(p, out);
-  } else {
-    kernel<Images, kThreads, S><<<blocks_for<kThreads>(rows), kThreads, 0, stream>>>(p, out);
-  }
+  for_rows(Images ? p.rows * p.channels : p.rows, Images ? p.cells : p.channels, 1024,
+           [&](auto lanes, int blocks) { kernel<Images, lanes, S><<<blocks, kThreads, 0, stream>>>(p, out); });
 }
 
 template <bool Images, class S>
 void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
-  if (p.channels == 0) return;
-  if (out.chunks) {
+  if (p.channels && out.chunks) {
     const int tiles = int(std::min(Images ? p.channels : (p.channels + 31) / 32, kMostBlocks));
     kernel<Images, S><<<dim3(tiles, unsigned(out.chunks)), kThreads, 0, stream>>>(p, out);
   }
-  sum_kernel<compute_t<S>><<<blocks_for<1>(p.channels), kThreads, 0, stream>>>(p, out);
+  for_threads(p.channels, [&](int blocks) { sum_kernel<compute_t<S>><<<blocks, kThreads, 0, stream>>>(p, out); });
 }
 
 template <class Out>
@@ -119,17 +113,16 @@ void run_rows(const Problem& p, const Out& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     if (p.cells == 1 || p.channels == 0) {
-      launch<false, S>(p, out, static_cast<cudaStream_t>(stream));
+      launch<false, S>(p, out, cudaStream_t(stream));
     } else {
-      launch<true, S>(p, out, static_cast<cudaStream_t>(stream));
+      launch<true, S>(p, out, cudaStream_t(stream));
     }
   });
-  check(cudaGetLastError());
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
 
-}  // namespace genfuse::actnorm::cuda
+}  // namespace genfuse::actnorm

@@ -3,7 +3,7 @@
 #include "bindings.h"
 #include "rows.h"
 
-namespace genfuse::affine_coupling::cpu {
+namespace genfuse::affine_coupling {
 namespace {
 
 // Bits that are all set for columns that move, and 0 for those that the mask keeps after all. What is to be 0 there is
@@ -129,29 +129,17 @@ GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int6
     p.inverse ? rows_of<kind, true, false, S>(p, out, begin, end) : rows_of<kind, false, false, S>(p, out, begin, end);
   }
 }
+GENFUSE_SIMD_LOOPS(tanh_rows, Forward, either_way<Kind::tanh, S>)
+GENFUSE_SIMD_LOOPS(tanh_rows, Backward, either_way<Kind::tanh, S>)
+GENFUSE_SIMD_LOOPS(exp_rows, Forward, either_way<Kind::exp, S>)
+GENFUSE_SIMD_LOOPS(exp_rows, Backward, either_way<Kind::exp, S>)
+GENFUSE_SIMD_LOOPS(sigmoid_rows, Forward, either_way<Kind::sigmoid, S>)
+GENFUSE_SIMD_LOOPS(sigmoid_rows, Backward, either_way<Kind::sigmoid, S>)
 
-#define GENFUSE_ROWS(S, Out)                                                                        \
-  GENFUSE_SIMD void tanh_rows(S, const Problem& p, const Out& out, int64_t begin, int64_t end) {    \
-    either_way<Kind::tanh, S>(p, out, begin, end);                                                  \
-  }                                                                                                 \
-  GENFUSE_SIMD void exp_rows(S, const Problem& p, const Out& out, int64_t begin, int64_t end) {     \
-    either_way<Kind::exp, S>(p, out, begin, end);                                                   \
-  }                                                                                                 \
-  GENFUSE_SIMD void sigmoid_rows(S, const Problem& p, const Out& out, int64_t begin, int64_t end) { \
-    either_way<Kind::sigmoid, S>(p, out, begin, end);                                               \
-  }
-GENFUSE_ROWS(float, Forward)
-GENFUSE_ROWS(float, Backward)
-GENFUSE_ROWS(double, Forward)
-GENFUSE_ROWS(double, Backward)
-GENFUSE_ROWS(Half, Forward)
-GENFUSE_ROWS(Half, Backward)
-GENFUSE_ROWS(BFloat16, Forward)
-GENFUSE_ROWS(BFloat16, Backward)
-#undef GENFUSE_ROWS
+}  // namespace
 
 template <class Out>
-void run_rows(const Problem& p, const Out& out) {
+void run_cpu(const Problem& p, const Out& out) {
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
       switch (Kind(p.kind)) {
@@ -163,32 +151,13 @@ void run_rows(const Problem& p, const Out& out) {
   });
 }
 
-}  // namespace
-
-void run(const Problem& p, const Forward& out) { run_rows(p, out); }
-void run(const Problem& p, const Backward& out) { run_rows(p, out); }
-
-}  // namespace genfuse::affine_coupling::cpu
-
-namespace genfuse {
-
-void bind_affine_coupling(pybind11::module_& m) {
-  using namespace affine_coupling;
-  m.def("affine_coupling", [](int dtype, int kind, bool inverse, Address x, int64_t x_stride, Address params,
-                              int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t start,
-                              int64_t moved, Address y, Address logdet, int device, Address stream) {
-    const Problem p{dtype, kind, inverse, at<void>(x), at<void>(params), x_stride, params_stride, at<uint8_t>(mask),
-                    rows,  cols, start,   moved};
-    GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
-  });
-  m.def("affine_coupling_backward", [](int dtype, int kind, bool inverse, Address x, int64_t x_stride, Address params,
-                                       int64_t params_stride, Address mask, int64_t rows, int64_t cols, int64_t start,
-                                       int64_t moved, Address gy, Address glogdet, Address gx, Address gparams,
-                                       int device, Address stream) {
-    const Problem p{dtype, kind, inverse, at<void>(x), at<void>(params), x_stride, params_stride, at<uint8_t>(mask),
-                    rows,  cols, start,   moved};
-    GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
-  });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem = fields(&P::dtype, &P::kind, &P::inverse, &P::x, &P::x_stride, &P::params, &P::params_stride,
+                              &P::mask, &P::rows, &P::cols, &P::start, &P::moved);
+  define(m, "affine_coupling", problem, fields(&Forward::y, &Forward::logdet));
+  using B = Backward;
+  define(m, "affine_coupling_backward", problem, fields(&B::gy, &B::glogdet, &B::gx, &B::gparams));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::affine_coupling

@@ -2,7 +2,7 @@
 #include "affine_coupling/math.h"
 #include "rows.cuh"
 
-namespace genfuse::affine_coupling::cuda {
+namespace genfuse::affine_coupling {
 namespace {
 
 // Whether a moved column passes through after all.
@@ -57,33 +57,27 @@ __global__ void kernel(Problem p, Backward out) {
   }
 }
 
-template <int Lanes, class S, class Out>
-void launch(const Problem& p, const Out& out, cudaStream_t stream) {
-  const int blocks = blocks_for<Lanes>(p.rows);
-  switch (Kind(p.kind)) {
-    case Kind::tanh: return kernel<Lanes, Kind::tanh, S><<<blocks, kThreads, 0, stream>>>(p, out);
-    case Kind::exp: return kernel<Lanes, Kind::exp, S><<<blocks, kThreads, 0, stream>>>(p, out);
-    case Kind::sigmoid: return kernel<Lanes, Kind::sigmoid, S><<<blocks, kThreads, 0, stream>>>(p, out);
-  }
+template <Kind kind, class Out>
+void launch(const Problem& p, const Out& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
+      kernel<lanes, kind, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
+  });
 }
 
 template <class Out>
 void run_rows(const Problem& p, const Out& out, void* stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    if (p.cols <= 1024) {
-      launch<32, S>(p, out, static_cast<cudaStream_t>(stream));
-    } else {
-      launch<kThreads, S>(p, out, static_cast<cudaStream_t>(stream));
-    }
-  });
-  check(cudaGetLastError());
+  switch (Kind(p.kind)) {
+    case Kind::tanh: return launch<Kind::tanh>(p, out, stream);
+    case Kind::exp: return launch<Kind::exp>(p, out, stream);
+    case Kind::sigmoid: return launch<Kind::sigmoid>(p, out, stream);
+  }
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
 
-}  // namespace genfuse::affine_coupling::cuda
+}  // namespace genfuse::affine_coupling

@@ -25,14 +25,7 @@ struct Backward {
   void *gx, *gparams;
 };
 
-namespace cpu {
-void run(const Problem&, const Forward&);
-void run(const Problem&, const Backward&);
-}  // namespace cpu
-
-namespace cuda {
-void run(const Problem&, const Forward&, void* stream);
-void run(const Problem&, const Backward&, void* stream);
-}  // namespace cuda
+void run_cuda(const Problem&, const Forward&, void* stream);
+void run_cuda(const Problem&, const Backward&, void* stream);
 
 }  // namespace genfuse::affine_coupling

@@ -6,8 +6,16 @@
 #include "rational_quadratic_spline/lanes.h"
 #include "rows.h"
 
-namespace genfuse::autoregressive_inverse::cpu {
+namespace genfuse::autoregressive_inverse {
 namespace {
+
+// Tensors arrive as addresses; 0 is "no tensor".
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 namespace spline = rational_quadratic_spline;
 using affine_coupling::Kind;
@@ -207,17 +215,12 @@ void run_tiles(const Problem& p, const Forward& out) {
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) {
+void run_cpu(const Problem& p, const Forward& out) {
   if (p.dtype == 0) return run_tiles<float>(p, out);
   run_tiles<double>(p, out);
 }
 
-}  // namespace genfuse::autoregressive_inverse::cpu
-
-namespace genfuse {
-
-void bind_autoregressive_inverse(pybind11::module_& m) {
-  using namespace autoregressive_inverse;
+void bind(pybind11::module_& m) {
   const auto problem = [](int dtype, Address y, int64_t y_stride, Address context, int64_t context_stride, int64_t rows,
                           int64_t cols, Address layers, int64_t hidden, int64_t units, Address starts, int scale,
                           int64_t bins, int tails, double bound, double min_width, double min_height,
@@ -242,11 +245,11 @@ void bind_autoregressive_inverse(pybind11::module_& m) {
   pybind11::class_<Problem>(m, "AutoregressiveInverse", pybind11::module_local()).def(pybind11::init(problem));
   m.def("autoregressive_inverse",
         [](const Problem& p, Address x, Address logdet, Address workspace, int device, Address stream) {
-          GENFUSE_RUN(p, (Forward{at<void>(x), at<void>(logdet), at<void>(workspace)}), device, stream);
+          run(p, Forward{at<void>(x), at<void>(logdet), at<void>(workspace)}, device, stream);
         });
 #ifdef GENFUSE_CUDA
-  m.def("autoregressive_inverse_workspace", &cuda::workspace);
+  m.def("autoregressive_inverse_workspace", &workspace);
 #endif
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::autoregressive_inverse

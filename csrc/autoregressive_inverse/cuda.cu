@@ -3,7 +3,7 @@
 #include "rational_quadratic_spline/coordinate.cuh"
 #include "rows.cuh"
 
-namespace genfuse::autoregressive_inverse::cuda {
+namespace genfuse::autoregressive_inverse {
 namespace {
 
 namespace spline = rational_quadratic_spline;
@@ -108,7 +108,7 @@ void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
 
 int64_t workspace(const Problem& p) { return kept(p) > kSharedMemory ? blocks(p) * kept(p) : 0; }
 
-void run(const Problem& p, const Forward& out, void* stream) {
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
   if (p.rows == 0) return;  // a launch of no blocks is an error
   if (p.dtype == 0) {
     launch<float>(p, out, static_cast<cudaStream_t>(stream));
@@ -118,4 +118,4 @@ void run(const Problem& p, const Forward& out, void* stream) {
   check(cudaGetLastError());
 }
 
-}  // namespace genfuse::autoregressive_inverse::cuda
+}  // namespace genfuse::autoregressive_inverse

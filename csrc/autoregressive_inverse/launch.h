@@ -33,16 +33,10 @@ struct Problem {
 
 struct Forward {
   void *x, *logdet;  // contiguous
-  void* workspace;   // of the size that cuda::workspace says; null on the CPU
+  void* workspace;   // of the size that workspace(problem) says; null on the CPU
 };
 
-namespace cpu {
-void run(const Problem&, const Forward&);
-}  // namespace cpu
-
-namespace cuda {
-int64_t workspace(const Problem&);  // in bytes; 0 where shared memory holds all
-void run(const Problem&, const Forward&, void* stream);
-}  // namespace cuda
+void run_cuda(const Problem&, const Forward&, void* stream);
+int64_t workspace(const Problem&);  // on a GPU, in bytes; 0 where shared memory holds all
 
 }  // namespace genfuse::autoregressive_inverse

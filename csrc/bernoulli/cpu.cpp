@@ -3,7 +3,7 @@
 #include "bindings.h"
 #include "noise.h"
 
-namespace genfuse::bernoulli::cpu {
+namespace genfuse::bernoulli {
 namespace {
 
 template <class S>
@@ -20,36 +20,19 @@ GENFUSE_HD void draw_blocks(const Problem& problem, const Forward& out, int64_t 
     for (int64_t j = 0; j < n; ++j) store(x[j], draw(p[j], u[j]));
   }
 }
-
-#define GENFUSE_BLOCKS(S)                                                                         \
-  GENFUSE_SIMD void blocks(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) { \
-    draw_blocks<S>(p, out, begin, end);                                                           \
-  }
-GENFUSE_BLOCKS(float)
-GENFUSE_BLOCKS(double)
-GENFUSE_BLOCKS(Half)
-GENFUSE_BLOCKS(BFloat16)
-#undef GENFUSE_BLOCKS
+GENFUSE_SIMD_LOOPS(blocks, Forward, draw_blocks<S>)
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) {
+void run_cpu(const Problem& p, const Forward& out) {
   dispatch(p.dtype, [&](auto storage) {
-    for_rows((p.n + kBlock - 1) / kBlock, kBlock,
-             [&](int64_t begin, int64_t end) { blocks(storage, p, out, begin, end); });
+    for_blocks(p.n, [&](int64_t begin, int64_t end) { blocks(storage, p, out, begin, end); });
   });
 }
 
-}  // namespace genfuse::bernoulli::cpu
-
-namespace genfuse {
-
-void bind_bernoulli(pybind11::module_& m) {
-  using namespace bernoulli;
-  m.def("bernoulli", [](int dtype, Address p, Address seed, int64_t n, Address x, int device, Address stream) {
-    const Problem problem{dtype, at<void>(p), at<uint64_t>(seed), n};
-    GENFUSE_RUN(problem, Forward{at<void>(x)}, device, stream);
-  });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  define(m, "bernoulli", fields(&P::dtype, &P::p, &P::seed, &P::n), fields(&Forward::x));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::bernoulli

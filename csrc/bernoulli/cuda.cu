@@ -3,7 +3,7 @@
 #include "philox.h"
 #include "rows.cuh"
 
-namespace genfuse::bernoulli::cuda {
+namespace genfuse::bernoulli {
 namespace {
 
 constexpr int kWords = 4;  // of one counter, for as many elements of one thread
@@ -26,14 +26,12 @@ __global__ void draw_kernel(Problem problem, Forward out) {
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) {
-  if (p.n == 0) return;  // a launch of no blocks is an error
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    const int64_t blocks = (p.n + kThreads * kWords - 1) / (kThreads * kWords);
-    draw_kernel<decltype(storage)>
-        <<<int(std::min<int64_t>(blocks, kMostBlocks)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, out);
+    for_threads((p.n + kWords - 1) / kWords, [&](int blocks) {
+      draw_kernel<decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
   });
-  check(cudaGetLastError());
 }
 
-}  // namespace genfuse::bernoulli::cuda
+}  // namespace genfuse::bernoulli

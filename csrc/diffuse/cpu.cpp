@@ -3,13 +3,13 @@
 #include "diffuse/math.h"
 #include "noise.h"
 
-namespace genfuse::diffuse::cpu {
+namespace genfuse::diffuse {
 namespace {
 
 // Blocks of elements, whatever rows they belong to: so no noise is made for nothing, and a few large images are work
 // for all threads.
 template <Target kind, class S>
-GENFUSE_HD void blocks_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   Noise<T> stream(p.seed ? *p.seed : 0, kBlock);
   T x0_buffer[kBlock], eps_buffer[kBlock];
@@ -58,58 +58,43 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
 }
 
 // Each target has loops of its own: one that decided for itself would not be vectorised.
-#define GENFUSE_ROWS(S)                                                                           \
-  GENFUSE_SIMD void blocks(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) { \
-    switch (Target(out.kind)) {                                                                   \
-      case Target::x0: return blocks_of<Target::x0, S>(p, out, begin, end);                       \
-      case Target::noise: return blocks_of<Target::noise, S>(p, out, begin, end);                 \
-      case Target::v: return blocks_of<Target::v, S>(p, out, begin, end);                         \
-      case Target::velocity: return blocks_of<Target::velocity, S>(p, out, begin, end);           \
-    }                                                                                             \
-  }                                                                                               \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t begin, int64_t end) {  \
-    out.gv ? rows_of<true, S>(p, out, begin, end) : rows_of<false, S>(p, out, begin, end);        \
+template <class S>
+GENFUSE_HD void of_target(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  switch (Target(out.kind)) {
+    case Target::x0: return rows_of<Target::x0, S>(p, out, begin, end);
+    case Target::noise: return rows_of<Target::noise, S>(p, out, begin, end);
+    case Target::v: return rows_of<Target::v, S>(p, out, begin, end);
+    case Target::velocity: return rows_of<Target::velocity, S>(p, out, begin, end);
   }
-GENFUSE_ROWS(float)
-GENFUSE_ROWS(double)
-GENFUSE_ROWS(Half)
-GENFUSE_ROWS(BFloat16)
-#undef GENFUSE_ROWS
+}
+template <class S>
+GENFUSE_HD void of_target(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  out.gv ? rows_of<true, S>(p, out, begin, end) : rows_of<false, S>(p, out, begin, end);
+}
+GENFUSE_SIMD_LOOPS(rows, Forward, of_target<S>)
+GENFUSE_SIMD_LOOPS(rows, Backward, of_target<S>)
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) {
+void run_cpu(const Problem& p, const Forward& out) {
   dispatch(p.dtype, [&](auto storage) {
-    for_rows((p.rows * p.cols + kBlock - 1) / kBlock, kBlock,
-             [&](int64_t begin, int64_t end) { blocks(storage, p, out, begin, end); });
+    for_blocks(p.rows * p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
   });
 }
 
-void run(const Problem& p, const Backward& out) {
+void run_cpu(const Problem& p, const Backward& out) {
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
   });
 }
 
-}  // namespace genfuse::diffuse::cpu
-
-namespace genfuse {
-
-void bind_diffuse(pybind11::module_& m) {
-  using namespace diffuse;
-  m.def("diffuse", [](int dtype, Address x0, int64_t x0_stride, Address seed, Address noise, int64_t rows, int64_t cols,
-                      int kind, Address alpha, Address sigma, Address x_t, Address target, int device, Address stream) {
-    const Problem p{dtype, at<void>(x0), x0_stride, at<uint64_t>(seed), at<void>(noise), rows, cols};
-    const Forward out{kind, at<void>(alpha), at<void>(sigma), at<void>(x_t), at<void>(target)};
-    GENFUSE_RUN(p, out, device, stream);
-  });
-  m.def("diffuse_backward",
-        [](int dtype, Address x0, int64_t x0_stride, Address seed, Address noise, int64_t rows, int64_t cols,
-           Address gx_t, Address gv, Address galpha, Address gsigma, int device, Address stream) {
-          const Problem p{dtype, at<void>(x0), x0_stride, at<uint64_t>(seed), at<void>(noise), rows, cols};
-          const Backward out{at<void>(gx_t), at<void>(gv), at<void>(galpha), at<void>(gsigma)};
-          GENFUSE_RUN(p, out, device, stream);
-        });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem = fields(&P::dtype, &P::x0, &P::x0_stride, &P::seed, &P::noise, &P::rows, &P::cols);
+  define(m, "diffuse", problem,
+         fields(&Forward::kind, &Forward::alpha, &Forward::sigma, &Forward::x_t, &Forward::target));
+  using B = Backward;
+  define(m, "diffuse_backward", problem, fields(&B::gx_t, &B::gv, &B::galpha, &B::gsigma));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::diffuse

@@ -3,7 +3,7 @@
 #include "philox.h"
 #include "rows.cuh"
 
-namespace genfuse::diffuse::cuda {
+namespace genfuse::diffuse {
 namespace {
 
 // A thread takes the four elements of one counter, whatever rows they belong to.
@@ -73,46 +73,36 @@ __global__ void backward_kernel(Problem p, Backward out) {
   }
 }
 
-template <Target kind, class S>
-void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
-  const int64_t threads = (p.rows * p.cols + kWords - 1) / kWords;
-  forward_kernel<kind, S><<<blocks_for<1>(threads), kThreads, 0, stream>>>(p, out);
+template <Target kind>
+void launch(const Problem& p, const Forward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_threads((p.rows * p.cols + kWords - 1) / kWords, [&](int blocks) {
+      forward_kernel<kind, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
+  });
 }
 
-template <bool is_v, class S>
-void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
-  if (p.cols <= 32 * kWords * 8) {
-    backward_kernel<32, is_v, S><<<blocks_for<32>(p.rows), kThreads, 0, stream>>>(p, out);
-  } else {
-    backward_kernel<kThreads, is_v, S><<<blocks_for<kThreads>(p.rows), kThreads, 0, stream>>>(p, out);
-  }
+template <bool is_v>
+void launch(const Problem& p, const Backward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows(p.rows, p.cols, 32 * kWords * 8, [&](auto lanes, int blocks) {
+      backward_kernel<lanes, is_v, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
+  });
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream_) {
-  if (p.rows * p.cols == 0) return;  // a launch of no blocks is an error
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    const auto stream = static_cast<cudaStream_t>(stream_);
-    switch (Target(out.kind)) {
-      case Target::x0: return launch<Target::x0, S>(p, out, stream);
-      case Target::noise: return launch<Target::noise, S>(p, out, stream);
-      case Target::v: return launch<Target::v, S>(p, out, stream);
-      case Target::velocity: return launch<Target::velocity, S>(p, out, stream);
-    }
-  });
-  check(cudaGetLastError());
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
+  switch (Target(out.kind)) {
+    case Target::x0: return launch<Target::x0>(p, out, stream);
+    case Target::noise: return launch<Target::noise>(p, out, stream);
+    case Target::v: return launch<Target::v>(p, out, stream);
+    case Target::velocity: return launch<Target::velocity>(p, out, stream);
+  }
+}
+void run_cuda(const Problem& p, const Backward& out, void* stream) {
+  out.gv ? launch<true>(p, out, stream) : launch<false>(p, out, stream);
 }
 
-void run(const Problem& p, const Backward& out, void* stream_) {
-  if (p.rows == 0) return;
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    const auto stream = static_cast<cudaStream_t>(stream_);
-    out.gv ? launch<true, S>(p, out, stream) : launch<false, S>(p, out, stream);
-  });
-  check(cudaGetLastError());
-}
-
-}  // namespace genfuse::diffuse::cuda
+}  // namespace genfuse::diffuse

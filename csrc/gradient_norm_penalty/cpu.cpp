@@ -3,7 +3,7 @@
 #include "gradient_norm_penalty/math.h"
 #include "rows.h"
 
-namespace genfuse::gradient_norm_penalty::cpu {
+namespace genfuse::gradient_norm_penalty {
 namespace {
 
 template <class T>
@@ -69,33 +69,13 @@ GENFUSE_HD void rows_of(const Problem& p, const DoubleBackward& out, int64_t beg
     write(of_gradient, p.cols, past_caches<S>(p), [=](int64_t j) { return slope * load(v[j]) + bend * load(g[j]); });
   }
 }
-
-#define GENFUSE_ROWS(S)                                                                                \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) {        \
-    rows_of<S>(p, out, begin, end);                                                                    \
-  }                                                                                                    \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t begin, int64_t end) {       \
-    rows_of<S>(p, out, begin, end);                                                                    \
-  }                                                                                                    \
-  GENFUSE_SIMD void rows(S, const Problem& p, const DoubleBackward& out, int64_t begin, int64_t end) { \
-    rows_of<S>(p, out, begin, end);                                                                    \
-  }
-GENFUSE_ROWS(float)
-GENFUSE_ROWS(double)
-GENFUSE_ROWS(Half)
-GENFUSE_ROWS(BFloat16)
-#undef GENFUSE_ROWS
-
-template <class Out>
-void run_again(const Problem& p, const Out& out) {
-  dispatch(p.dtype, [&](auto storage) {
-    for_rows_again(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
-  });
-}
+GENFUSE_SIMD_LOOPS(rows, Forward, rows_of<S>)
+GENFUSE_SIMD_LOOPS(rows, Backward, rows_of<S>)
+GENFUSE_SIMD_LOOPS(rows, DoubleBackward, rows_of<S>)
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) {
+void run_cpu(const Problem& p, const Forward& out) {
   dispatch(p.dtype, [&](auto storage) {
     using T = compute_t<decltype(storage)>;
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
@@ -105,37 +85,24 @@ void run(const Problem& p, const Forward& out) {
     *element<T>(out.penalty, 0) = T(p.weight * sum);
   });
 }
-void run(const Problem& p, const Backward& out) { run_again(p, out); }
-void run(const Problem& p, const DoubleBackward& out) { run_again(p, out); }
 
-}  // namespace genfuse::gradient_norm_penalty::cpu
-
-namespace genfuse {
-
-void bind_gradient_norm_penalty(pybind11::module_& m) {
-  using namespace gradient_norm_penalty;
-  m.def("gradient_norm_penalty",
-        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, double eps,
-           double weight, bool one_sided, bool summed, Address penalty, Address norm, int device, Address stream) {
-          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, weight, one_sided, summed};
-          GENFUSE_RUN(p, (Forward{at<void>(penalty), at<void>(norm)}), device, stream);
-        });
-  m.def("gradient_norm_penalty_backward",
-        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, double eps,
-           double weight, bool one_sided, bool summed, Address gpenalty, Address norm, Address ggradient, int device,
-           Address stream) {
-          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, weight, one_sided, summed};
-          GENFUSE_RUN(p, (Backward{at<void>(gpenalty), at<void>(norm), at<void>(ggradient)}), device, stream);
-        });
-  m.def("gradient_norm_penalty_double_backward",
-        [](int dtype, Address gradient, int64_t stride, int64_t rows, int64_t cols, double target, double eps,
-           double weight, bool one_sided, bool summed, Address gpenalty, Address norm, Address v, int64_t v_stride,
-           Address of_gpenalty, Address of_gradient, int device, Address stream) {
-          const Problem p{dtype, at<void>(gradient), stride, rows, cols, target, eps, weight, one_sided, summed};
-          const DoubleBackward out{at<void>(gpenalty), at<void>(norm),        at<void>(v),
-                                   v_stride,           at<void>(of_gpenalty), at<void>(of_gradient)};
-          GENFUSE_RUN(p, out, device, stream);
-        });
+template <class Out>
+void run_cpu(const Problem& p, const Out& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows_again(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
+  });
 }
 
-}  // namespace genfuse
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem = fields(&P::dtype, &P::gradient, &P::stride, &P::rows, &P::cols, &P::target, &P::eps, &P::weight,
+                              &P::one_sided, &P::summed);
+  define(m, "gradient_norm_penalty", problem, fields(&Forward::penalty, &Forward::norm));
+  using B = Backward;
+  define(m, "gradient_norm_penalty_backward", problem, fields(&B::gpenalty, &B::norm, &B::ggradient));
+  using D = DoubleBackward;
+  define(m, "gradient_norm_penalty_double_backward", problem,
+         fields(&D::gpenalty, &D::norm, &D::v, &D::v_stride, &D::of_gpenalty, &D::of_gradient));
+}
+
+}  // namespace genfuse::gradient_norm_penalty

@@ -2,7 +2,7 @@
 #include "gradient_norm_penalty/math.h"
 #include "rows.cuh"
 
-namespace genfuse::gradient_norm_penalty::cuda {
+namespace genfuse::gradient_norm_penalty {
 namespace {
 
 template <class T>
@@ -93,38 +93,25 @@ __global__ void kernel(Problem p, DoubleBackward out) {
 }
 
 template <class Out>
-void run_rows(const Problem& p, const Out& out, cudaStream_t stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
+void run_rows(const Problem& p, const Out& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    if (p.cols <= 1024) {
-      kernel<32, S><<<blocks_for<32>(p.rows), kThreads, 0, stream>>>(p, out);
-    } else {
-      kernel<kThreads, S><<<blocks_for<kThreads>(p.rows), kThreads, 0, stream>>>(p, out);
-    }
+    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
+      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
   });
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) {
-  const auto queue = static_cast<cudaStream_t>(stream);
-  run_rows(p, out, queue);
-  if (p.summed) {
-    dispatch(p.dtype,
-             [&](auto storage) { sum_kernel<compute_t<decltype(storage)>><<<1, kThreads, 0, queue>>>(p, out); });
-  }
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
+  run_rows(p, out, stream);
+  if (!p.summed) return;
+  dispatch(p.dtype, [&](auto storage) {
+    sum_kernel<compute_t<decltype(storage)>><<<1, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+  });
   check(cudaGetLastError());
 }
+void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const DoubleBackward& out, void* stream) { run_rows(p, out, stream); }
 
-void run(const Problem& p, const Backward& out, void* stream) {
-  run_rows(p, out, static_cast<cudaStream_t>(stream));
-  check(cudaGetLastError());
-}
-
-void run(const Problem& p, const DoubleBackward& out, void* stream) {
-  run_rows(p, out, static_cast<cudaStream_t>(stream));
-  check(cudaGetLastError());
-}
-
-}  // namespace genfuse::gradient_norm_penalty::cuda
+}  // namespace genfuse::gradient_norm_penalty

@@ -30,16 +30,8 @@ struct DoubleBackward {
   void *of_gpenalty, *of_gradient;
 };
 
-namespace cpu {
-void run(const Problem&, const Forward&);
-void run(const Problem&, const Backward&);
-void run(const Problem&, const DoubleBackward&);
-}  // namespace cpu
-
-namespace cuda {
-void run(const Problem&, const Forward&, void* stream);
-void run(const Problem&, const Backward&, void* stream);
-void run(const Problem&, const DoubleBackward&, void* stream);
-}  // namespace cuda
+void run_cuda(const Problem&, const Forward&, void* stream);
+void run_cuda(const Problem&, const Backward&, void* stream);
+void run_cuda(const Problem&, const DoubleBackward&, void* stream);
 
 }  // namespace genfuse::gradient_norm_penalty

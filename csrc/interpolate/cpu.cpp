@@ -3,7 +3,7 @@
 #include "interpolate/math.h"
 #include "noise.h"
 
-namespace genfuse::interpolate::cpu {
+namespace genfuse::interpolate {
 namespace {
 
 template <class S>
@@ -26,38 +26,22 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     }
   }
 }
-
-#define GENFUSE_ROWS(S)                                                                         \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) { \
-    rows_of<S>(p, out, begin, end);                                                             \
-  }
-GENFUSE_ROWS(float)
-GENFUSE_ROWS(double)
-GENFUSE_ROWS(Half)
-GENFUSE_ROWS(BFloat16)
-#undef GENFUSE_ROWS
+GENFUSE_SIMD_LOOPS(rows, Forward, rows_of<S>)
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out) {
+void run_cpu(const Problem& p, const Forward& out) {
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
   });
 }
 
-}  // namespace genfuse::interpolate::cpu
-
-namespace genfuse {
-
-void bind_interpolate(pybind11::module_& m) {
-  using namespace interpolate;
-  m.def("interpolate", [](int dtype, Address real, int64_t real_stride, Address fake, int64_t fake_stride, Address seed,
-                          Address epsilon, int64_t rows, int64_t cols, Address x, int device, Address stream) {
-    const Problem p{dtype,       at<void>(real),     at<void>(fake),    real_stride,
-                    fake_stride, at<uint64_t>(seed), at<void>(epsilon), rows,
-                    cols};
-    GENFUSE_RUN(p, Forward{at<void>(x)}, device, stream);
-  });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  define(m, "interpolate",
+         fields(&P::dtype, &P::real, &P::real_stride, &P::fake, &P::fake_stride, &P::seed, &P::epsilon, &P::rows,
+                &P::cols),
+         fields(&Forward::x));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::interpolate

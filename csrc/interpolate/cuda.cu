@@ -3,7 +3,7 @@
 #include "philox.h"
 #include "rows.cuh"
 
-namespace genfuse::interpolate::cuda {
+namespace genfuse::interpolate {
 namespace {
 
 // Every lane makes its row's number anew: that is a few dozen instructions, and no traffic between lanes.
@@ -31,18 +31,12 @@ __global__ void kernel(Problem p, Forward out) {
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    const auto queue = static_cast<cudaStream_t>(stream);
-    if (p.cols <= 1024) {
-      kernel<32, S><<<blocks_for<32>(p.rows), kThreads, 0, queue>>>(p, out);
-    } else {
-      kernel<kThreads, S><<<blocks_for<kThreads>(p.rows), kThreads, 0, queue>>>(p, out);
-    }
+    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
+      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
   });
-  check(cudaGetLastError());
 }
 
-}  // namespace genfuse::interpolate::cuda
+}  // namespace genfuse::interpolate

@@ -18,12 +18,6 @@ struct Forward {
   void* x;
 };
 
-namespace cpu {
-void run(const Problem&, const Forward&);
-}
-
-namespace cuda {
-void run(const Problem&, const Forward&, void* stream);
-}
+void run_cuda(const Problem&, const Forward&, void* stream);
 
 }  // namespace genfuse::interpolate

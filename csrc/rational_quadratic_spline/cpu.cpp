@@ -4,8 +4,10 @@
 #include "rational_quadratic_spline/lanes.h"
 #include "rows.h"
 
-namespace genfuse::rational_quadratic_spline::cpu {
+namespace genfuse::rational_quadratic_spline {
 namespace {
+
+using namespace cpu;
 
 // Grad of all lanes; of derivatives as they are before softplus.
 template <class T>
@@ -160,8 +162,10 @@ void rows(const Problem& p, const Backward& out, T* scratch, int64_t begin, int6
   }
 }
 
+}  // namespace
+
 template <class Out>
-void run_rows(const Problem& p, const Out& out) {
+void run_cpu(const Problem& p, const Out& out) {
   dispatch(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     using T = compute_t<S>;
@@ -172,34 +176,14 @@ void run_rows(const Problem& p, const Out& out) {
   });
 }
 
-}  // namespace
-
-void run(const Problem& p, const Forward& out) { run_rows(p, out); }
-void run(const Problem& p, const Backward& out) { run_rows(p, out); }
-
-}  // namespace genfuse::rational_quadratic_spline::cpu
-
-namespace genfuse {
-
-void bind_rational_quadratic_spline(pybind11::module_& m) {
-  using namespace rational_quadratic_spline;
-  m.def("rational_quadratic_spline",
-        [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
-           int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
-           double min_derivative, double edge, double damping, Address y, Address logdet, int device, Address stream) {
-          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols,   bins, tails,
-                          inverse, bound,       min_width,        min_height, min_derivative, edge, damping};
-          GENFUSE_RUN(p, (Forward{at<void>(y), at<void>(logdet)}), device, stream);
-        });
-  m.def("rational_quadratic_spline_backward",
-        [](int dtype, Address x, int64_t x_stride, Address params, int64_t params_stride, int64_t rows, int64_t cols,
-           int64_t bins, int tails, bool inverse, double bound, double min_width, double min_height,
-           double min_derivative, double edge, double damping, Address gy, Address glogdet, Address gx, Address gparams,
-           int device, Address stream) {
-          const Problem p{dtype,   at<void>(x), at<void>(params), x_stride,   params_stride,  rows, cols,   bins, tails,
-                          inverse, bound,       min_width,        min_height, min_derivative, edge, damping};
-          GENFUSE_RUN(p, (Backward{at<void>(gy), at<void>(glogdet), at<void>(gx), at<void>(gparams)}), device, stream);
-        });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem =
+      fields(&P::dtype, &P::x, &P::x_stride, &P::params, &P::params_stride, &P::rows, &P::cols, &P::bins, &P::tails,
+             &P::inverse, &P::bound, &P::min_width, &P::min_height, &P::min_derivative, &P::edge, &P::damping);
+  define(m, "rational_quadratic_spline", problem, fields(&Forward::y, &Forward::logdet));
+  using B = Backward;
+  define(m, "rational_quadratic_spline_backward", problem, fields(&B::gy, &B::glogdet, &B::gx, &B::gparams));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::rational_quadratic_spline

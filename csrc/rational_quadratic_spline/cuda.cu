@@ -1,11 +1,13 @@
 #include "rational_quadratic_spline/coordinate.cuh"
 #include "rows.cuh"
 
-namespace genfuse::rational_quadratic_spline::cuda {
+namespace genfuse::rational_quadratic_spline {
 namespace {
 
+using namespace cuda;
+
 template <int Lanes, class S>
-__global__ void forward_kernel(Problem p, Constants<compute_t<S>> c, Forward out) {
+__global__ void kernel(Problem p, Constants<compute_t<S>> c, Forward out) {
   using T = compute_t<S>;
   for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
     const S* params = static_cast<const S*>(p.params) + row * p.params_stride;
@@ -34,7 +36,7 @@ __device__ void raw_gradients(const Softmax<S>& shares, const Axis<T>& axis, int
 }
 
 template <int Lanes, class S>
-__global__ void backward_kernel(Problem p, Constants<compute_t<S>> c, Backward out) {
+__global__ void kernel(Problem p, Constants<compute_t<S>> c, Backward out) {
   using T = compute_t<S>;
   for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
     const S* params = static_cast<const S*>(p.params) + row * p.params_stride;
@@ -61,32 +63,19 @@ __global__ void backward_kernel(Problem p, Constants<compute_t<S>> c, Backward o
   }
 }
 
-template <int Lanes, class S>
-void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
-  forward_kernel<Lanes, S><<<blocks_for<Lanes>(p.rows), kThreads, 0, stream>>>(p, Constants<compute_t<S>>(p), out);
-}
-template <int Lanes, class S>
-void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
-  backward_kernel<Lanes, S><<<blocks_for<Lanes>(p.rows), kThreads, 0, stream>>>(p, Constants<compute_t<S>>(p), out);
-}
-
 template <class Out>
 void run_rows(const Problem& p, const Out& out, void* stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
   dispatch(p.dtype, [&](auto storage) {
     using S = decltype(storage);
-    if (p.cols <= 32 * 8) {
-      launch<32, S>(p, out, static_cast<cudaStream_t>(stream));
-    } else {
-      launch<kThreads, S>(p, out, static_cast<cudaStream_t>(stream));
-    }
+    for_rows(p.rows, p.cols, 32 * 8, [&](auto lanes, int blocks) {
+      kernel<lanes, S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, Constants<compute_t<S>>(p), out);
+    });
   });
-  check(cudaGetLastError());
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
 
-}  // namespace genfuse::rational_quadratic_spline::cuda
+}  // namespace genfuse::rational_quadratic_spline

@@ -3,7 +3,7 @@
 #include "reparameterize_kl/launch.h"
 #include "reparameterize_kl/math.h"
 
-namespace genfuse::reparameterize_kl::cpu {
+namespace genfuse::reparameterize_kl {
 namespace {
 
 template <class T>
@@ -73,55 +73,25 @@ GENFUSE_HD void backward_rows(const Problem& p, const Backward& out, int64_t beg
     }
   }
 }
+GENFUSE_SIMD_LOOPS(rows, Forward, forward_rows<S>)
+GENFUSE_SIMD_LOOPS(rows, Backward, backward_rows<S>)
 
-#define GENFUSE_ROWS(S)                                                                          \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) {  \
-    forward_rows<S>(p, out, begin, end);                                                         \
-  }                                                                                              \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t begin, int64_t end) { \
-    backward_rows<S>(p, out, begin, end);                                                        \
-  }
-GENFUSE_ROWS(float)
-GENFUSE_ROWS(double)
-GENFUSE_ROWS(Half)
-GENFUSE_ROWS(BFloat16)
-#undef GENFUSE_ROWS
+}  // namespace
 
 template <class Out>
-void run_rows(const Problem& p, const Out& out) {
+void run_cpu(const Problem& p, const Out& out) {
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols * p.samples, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
   });
 }
 
-}  // namespace
-
-void run(const Problem& p, const Forward& out) { run_rows(p, out); }
-void run(const Problem& p, const Backward& out) { run_rows(p, out); }
-
-}  // namespace genfuse::reparameterize_kl::cpu
-
-namespace genfuse {
-
-void bind_reparameterize_kl(pybind11::module_& m) {
-  using namespace reparameterize_kl;
-  m.def("reparameterize_kl",
-        [](int dtype, Address mu, int64_t mu_stride, Address logvar, int64_t logvar_stride, Address seed, Address noise,
-           int64_t rows, int64_t cols, int64_t samples, Address z, Address kl, int device, Address stream) {
-          const Problem p{
-              dtype, at<void>(mu), at<void>(logvar), mu_stride, logvar_stride, at<uint64_t>(seed), at<void>(noise),
-              rows,  cols,         samples};
-          GENFUSE_RUN(p, (Forward{at<void>(z), at<void>(kl)}), device, stream);
-        });
-  m.def("reparameterize_kl_backward",
-        [](int dtype, Address mu, int64_t mu_stride, Address logvar, int64_t logvar_stride, Address seed, Address noise,
-           int64_t rows, int64_t cols, int64_t samples, Address gz, Address gkl, Address gmu, Address glogvar,
-           int device, Address stream) {
-          const Problem p{
-              dtype, at<void>(mu), at<void>(logvar), mu_stride, logvar_stride, at<uint64_t>(seed), at<void>(noise),
-              rows,  cols,         samples};
-          GENFUSE_RUN(p, (Backward{at<void>(gz), at<void>(gkl), at<void>(gmu), at<void>(glogvar)}), device, stream);
-        });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem = fields(&P::dtype, &P::mu, &P::mu_stride, &P::logvar, &P::logvar_stride, &P::seed, &P::noise,
+                              &P::rows, &P::cols, &P::samples);
+  define(m, "reparameterize_kl", problem, fields(&Forward::z, &Forward::kl));
+  using B = Backward;
+  define(m, "reparameterize_kl_backward", problem, fields(&B::gz, &B::gkl, &B::gmu, &B::glogvar));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::reparameterize_kl

@@ -3,7 +3,7 @@
 #include "reparameterize_kl/math.h"
 #include "rows.cuh"
 
-namespace genfuse::reparameterize_kl::cuda {
+namespace genfuse::reparameterize_kl {
 namespace {
 
 // A lane takes four neighbouring columns, so that the four normals of one counter serve it. Loops over them are
@@ -31,7 +31,7 @@ __device__ void eps_at(const Problem& p, uint64_t key, int64_t first, int n, T e
 }
 
 template <int Lanes, class S>
-__global__ void forward_kernel(Problem p, Forward out) {
+__global__ void kernel(Problem p, Forward out) {
   using T = compute_t<S>;
   const uint64_t key = p.seed ? *p.seed : 0;
   for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
@@ -64,7 +64,7 @@ __global__ void forward_kernel(Problem p, Forward out) {
 }
 
 template <int Lanes, class S>
-__global__ void backward_kernel(Problem p, Backward out) {
+__global__ void kernel(Problem p, Backward out) {
   using T = compute_t<S>;
   const uint64_t key = p.seed ? *p.seed : 0;
   for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
@@ -97,32 +97,18 @@ __global__ void backward_kernel(Problem p, Backward out) {
   }
 }
 
-template <int Lanes, class S>
-void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
-  forward_kernel<Lanes, S><<<blocks_for<Lanes>(p.rows), kThreads, 0, stream>>>(p, out);
-}
-template <int Lanes, class S>
-void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
-  backward_kernel<Lanes, S><<<blocks_for<Lanes>(p.rows), kThreads, 0, stream>>>(p, out);
-}
-
 template <class Out>
 void run_rows(const Problem& p, const Out& out, void* stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
   dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    if (p.cols <= 32 * kColumns * 8) {
-      launch<32, S>(p, out, static_cast<cudaStream_t>(stream));
-    } else {
-      launch<kThreads, S>(p, out, static_cast<cudaStream_t>(stream));
-    }
+    for_rows(p.rows, p.cols, 32 * kColumns * 8, [&](auto lanes, int blocks) {
+      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
   });
-  check(cudaGetLastError());
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
 
-}  // namespace genfuse::reparameterize_kl::cuda
+}  // namespace genfuse::reparameterize_kl

@@ -23,14 +23,7 @@ struct Backward {
   void *gmu, *glogvar;  // (rows, cols), contiguous
 };
 
-namespace cpu {
-void run(const Problem&, const Forward&);
-void run(const Problem&, const Backward&);
-}  // namespace cpu
-
-namespace cuda {
-void run(const Problem&, const Forward&, void* stream);
-void run(const Problem&, const Backward&, void* stream);
-}  // namespace cuda
+void run_cuda(const Problem&, const Forward&, void* stream);
+void run_cuda(const Problem&, const Backward&, void* stream);
 
 }  // namespace genfuse::reparameterize_kl

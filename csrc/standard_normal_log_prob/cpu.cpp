@@ -3,7 +3,7 @@
 #include "standard_normal_log_prob/launch.h"
 #include "standard_normal_log_prob/math.h"
 
-namespace genfuse::standard_normal_log_prob::cpu {
+namespace genfuse::standard_normal_log_prob {
 namespace {
 
 template <class S>
@@ -30,48 +30,24 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     for (int64_t j = 0; j < p.cols; ++j) store(gz[j], grad(g, T(load(z[j]))));
   }
 }
+GENFUSE_SIMD_LOOPS(rows, Forward, rows_of<S>)
+GENFUSE_SIMD_LOOPS(rows, Backward, rows_of<S>)
 
-#define GENFUSE_ROWS(S)                                                                          \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Forward& out, int64_t begin, int64_t end) {  \
-    rows_of<S>(p, out, begin, end);                                                              \
-  }                                                                                              \
-  GENFUSE_SIMD void rows(S, const Problem& p, const Backward& out, int64_t begin, int64_t end) { \
-    rows_of<S>(p, out, begin, end);                                                              \
-  }
-GENFUSE_ROWS(float)
-GENFUSE_ROWS(double)
-GENFUSE_ROWS(Half)
-GENFUSE_ROWS(BFloat16)
-#undef GENFUSE_ROWS
+}  // namespace
 
 template <class Out>
-void run_rows(const Problem& p, const Out& out) {
+void run_cpu(const Problem& p, const Out& out) {
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
   });
 }
 
-}  // namespace
-
-void run(const Problem& p, const Forward& out) { run_rows(p, out); }
-void run(const Problem& p, const Backward& out) { run_rows(p, out); }
-
-}  // namespace genfuse::standard_normal_log_prob::cpu
-
-namespace genfuse {
-
-void bind_standard_normal_log_prob(pybind11::module_& m) {
-  using namespace standard_normal_log_prob;
-  m.def("standard_normal_log_prob", [](int dtype, Address z, int64_t z_stride, int64_t rows, int64_t cols,
-                                       Address logdet, Address log_prob, int device, Address stream) {
-    const Problem p{dtype, at<void>(z), z_stride, rows, cols};
-    GENFUSE_RUN(p, (Forward{at<void>(logdet), at<void>(log_prob)}), device, stream);
-  });
-  m.def("standard_normal_log_prob_backward", [](int dtype, Address z, int64_t z_stride, int64_t rows, int64_t cols,
-                                                Address g, Address gz, int device, Address stream) {
-    const Problem p{dtype, at<void>(z), z_stride, rows, cols};
-    GENFUSE_RUN(p, (Backward{at<void>(g), at<void>(gz)}), device, stream);
-  });
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem = fields(&P::dtype, &P::z, &P::z_stride, &P::rows, &P::cols);
+  define(m, "standard_normal_log_prob", problem, fields(&Forward::logdet, &Forward::log_prob));
+  using B = Backward;
+  define(m, "standard_normal_log_prob_backward", problem, fields(&B::g, &B::gz));
 }
 
-}  // namespace genfuse
+}  // namespace genfuse::standard_normal_log_prob

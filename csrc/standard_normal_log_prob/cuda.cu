@@ -2,7 +2,7 @@
 #include "standard_normal_log_prob/launch.h"
 #include "standard_normal_log_prob/math.h"
 
-namespace genfuse::standard_normal_log_prob::cuda {
+namespace genfuse::standard_normal_log_prob {
 namespace {
 
 template <int Lanes, class S>
@@ -36,22 +36,16 @@ __global__ void kernel(Problem p, Backward out) {
 
 template <class Out>
 void run_rows(const Problem& p, const Out& out, void* stream) {
-  if (p.rows == 0) return;  // a launch of no blocks is an error
   dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    const auto queue = static_cast<cudaStream_t>(stream);
-    if (p.cols <= 1024) {
-      kernel<32, S><<<blocks_for<32>(p.rows), kThreads, 0, queue>>>(p, out);
-    } else {
-      kernel<kThreads, S><<<blocks_for<kThreads>(p.rows), kThreads, 0, queue>>>(p, out);
-    }
+    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
+      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    });
   });
-  check(cudaGetLastError());
 }
 
 }  // namespace
 
-void run(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
 
-}  // namespace genfuse::standard_normal_log_prob::cuda
+}  // namespace genfuse::standard_normal_log_prob
