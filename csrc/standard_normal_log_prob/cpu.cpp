@@ -14,7 +14,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     T squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t j = 0; j < p.cols; ++j) squares += load(z[j]) * load(z[j]);
-    const T logdet = out.logdet ? *element<T>(out.logdet, i) : T(0);
+    const T logdet = p.logdet ? *element<T>(p.logdet, i) : T(0);
     *element<T>(out.log_prob, i) = log_prob(squares, T(p.cols), logdet);
   }
 }
@@ -44,8 +44,8 @@ void run_cpu(const Problem& p, const Out& out) {
 
 void bind(pybind11::module_& m) {
   using P = Problem;
-  const auto problem = fields(&P::dtype, &P::z, &P::z_stride, &P::rows, &P::cols);
-  define(m, "standard_normal_log_prob", problem, fields(&Forward::logdet, &Forward::log_prob));
+  const auto problem = fields(&P::dtype, &P::z, &P::z_stride, &P::rows, &P::cols, &P::logdet);
+  define(m, "standard_normal_log_prob", problem, fields(&Forward::log_prob));
   using B = Backward;
   define(m, "standard_normal_log_prob_backward", problem, fields(&B::g, &B::gz));
 }

@@ -17,7 +17,7 @@ __global__ void kernel(Problem p, Forward out) {
     }
     squares = row_sum<Lanes>(squares);
     if (lane<Lanes>() == 0) {
-      const T logdet = out.logdet ? static_cast<const T*>(out.logdet)[row] : T(0);
+      const T logdet = p.logdet ? static_cast<const T*>(p.logdet)[row] : T(0);
       static_cast<T*>(out.log_prob)[row] = log_prob(squares, T(p.cols), logdet);
     }
   }

@@ -9,10 +9,10 @@ struct Problem {
   int dtype;
   const void* z;
   int64_t z_stride, rows, cols;
+  const void* logdet;
 };
 
 struct Forward {
-  const void* logdet;
   void* log_prob;
 };
 

@@ -9,10 +9,9 @@ from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty as gradient
 from genfuse.ops._gradient_penalty import gradient_penalty as gradient_penalty
 from genfuse.ops._gradient_penalty import input_gradient as input_gradient
 from genfuse.ops._interpolate import interpolate as interpolate
-from genfuse.ops._op import OPERATORS as OPERATORS
-from genfuse.ops._op import Operator as Operator
 from genfuse.ops._op import available as available
 from genfuse.ops._op import choices as choices
+from genfuse.ops._op import fused as fused
 from genfuse.ops._op import info as info
 from genfuse.ops._op import use as use
 from genfuse.ops._rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline

@@ -1,14 +1,13 @@
 """Affine coupling: bounded scale, shift, pass-through and log-determinant in one pass."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genfuse.ops import _op
-from genfuse.ops._op import _C
 
 Scale = Literal["tanh", "exp", "sigmoid"]
 SCALES: tuple[Scale, ...] = get_args(Scale)  # as math.h numbers them
@@ -38,119 +37,27 @@ def formula(
     return torch.cat([before, y, after], dim=-1), -logdet if inverse else logdet
 
 
-def gradient(
-    gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    raw, t = params.chunk(2, dim=-1)
-    s, glogdet = log_scale(raw, scale), glogdet.unsqueeze(-1)
-    parts = _parts(x.shape[-1], split)
-    slope = {"tanh": lambda: 1 - s**2, "exp": lambda: torch.ones_like(s), "sigmoid": lambda: (-raw - 2).sigmoid()}
-    (before, g, after), moved = gy.split(parts, -1), x.split(parts, -1)[1]
-    factor = moved - t if inverse else moved
-    gx = g * (-s if inverse else s).exp()
-    gs = gx * factor + glogdet
-    graw, gt = (-gs if inverse else gs) * slope[scale](), -gx if inverse else g
-    if mask is not None:
-        gx, graw, gt = torch.where(mask, g, gx), graw.masked_fill(mask, 0), gt.masked_fill(mask, 0)
-    return torch.cat([before, gx, after], dim=-1), torch.cat([graw, gt.expand_as(graw)], dim=-1)
-
-
-def eager(
-    x: Tensor, params: Tensor, mask_or_split: Tensor | int, *, scale: str = "tanh", inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    mask = mask_or_split if isinstance(mask_or_split, Tensor) else None
-    return formula(x, params, mask, 0 if mask is not None else int(mask_or_split), scale, inverse)
-
-
-def _outputs(
+def _results(
     x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     return _op.like(x), x.new_empty((x.shape[0],), dtype=_op.wide(x))
 
 
-def _gradients(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _op.like(x), _op.like(params)
-
-
-def reference(
-    x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    y, logdet = formula(x.to(_op.wide(x)), params.to(_op.wide(x)), mask, split, scale, inverse)
-    return y.to(x.dtype).contiguous(), logdet.contiguous()
-
-
-def backward_reference(
-    gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    wide = _op.wide(x)
-    gx, gparams = gradient(gy.to(wide), glogdet, x.to(wide), params.to(wide), mask, split, scale, inverse)
-    return gx.to(x.dtype).contiguous(), gparams.to(x.dtype).contiguous()
-
-
 def _problem(x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool) -> tuple:
-    """What both compiled kernels take first, and the tensors whose addresses stand in it."""
-    x, x_stride = _op.rows(x)
-    params, params_stride = _op.rows(params)
     return (
-        _op.DTYPES[x.dtype], SCALES.index(scale), inverse, x.data_ptr(), x_stride, params.data_ptr(), params_stride,
-        0 if mask is None else mask.data_ptr(), x.shape[0], x.shape[1],
-        *_parts(x.shape[1], split)[:2],
-    ), (x, params)  # fmt: skip
+        _op.DTYPES[x.dtype], SCALES.index(scale), inverse, *_op.rows(x), *_op.rows(params),
+        None if mask is None else mask.contiguous(), *x.shape, *_parts(x.shape[1], split)[:2],
+    )  # fmt: skip
 
 
-def _native(
-    x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    y, logdet = _outputs(x, params, mask, split, scale, inverse)
-    problem, _alive = _problem(x, params, mask, split, scale, inverse)
-    _C.affine_coupling(*problem, y.data_ptr(), logdet.data_ptr(), *_op.place(x))
-    return y, logdet
-
-
-def _native_backward(
-    gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    gx, gparams = _gradients(gy, glogdet, x, params)
-    gy, glogdet = gy.contiguous(), glogdet.contiguous()
-    problem, _alive = _problem(x, params, mask, split, scale, inverse)
-    _C.affine_coupling_backward(
-        *problem, gy.data_ptr(), glogdet.data_ptr(), gx.data_ptr(), gparams.data_ptr(), *_op.place(x)
-    )
-    return gx, gparams
-
-
-_SETTINGS = "Tensor x, Tensor params, Tensor? mask, SymInt split, str scale, bool inverse) -> (Tensor, Tensor)"
-_forward = _op.define(
-    f"affine_coupling({_SETTINGS}",
-    reference=reference,
-    fake=_outputs,
-    native=_native,
-    triton="affine_coupling:forward",
+_fused = _op.fused(
+    "affine_coupling(Tensor x, Tensor params, Tensor? mask, SymInt split, str scale, bool inverse) -> (Tensor, Tensor)",
+    formula=formula,
+    results=_results,
+    problem=_problem,
+    triton="genfuse.ops._triton.affine_coupling",
+    wrt=2,
 )
-_backward = _op.define(
-    f"affine_coupling_backward(Tensor gy, Tensor glogdet, {_SETTINGS}",
-    reference=backward_reference,
-    fake=_gradients,
-    native=_native_backward,
-    triton="affine_coupling:backward",
-)
-
-
-class AffineCoupling(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, params, mask)
-        ctx.settings = split, scale, inverse
-        return _forward(x, params, mask, split, scale, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on in here only under create_graph=True: then stay differentiable.
-        backward = backward_reference if torch.is_grad_enabled() else _backward
-        gx, gparams = backward(gy, glogdet, *ctx.saved_tensors, *ctx.settings)
-        return gx, gparams, None, None, None, None
 
 
 def affine_coupling(
@@ -204,7 +111,7 @@ def affine_coupling(
     rows, cells = (x.shape[0], math.prod(x.shape[2:])) if image else (math.prod(x.shape[:-1]), 1)
     flat = x if x.dim() == 2 else x.reshape(rows, features * cells)
     raw = params if x.dim() == 2 else params.reshape(rows, 2 * (features - abs(split)) * cells)
-    y, logdet = AffineCoupling.apply(flat, raw, mask, split * cells, scale, inverse)
+    y, logdet = _fused(flat, raw, mask, split * cells, scale, inverse)
     return (y, logdet) if x.dim() == 2 else (y.view(x.shape), logdet.view(x.shape[:1] if image else x.shape[:-1]))
 
 
@@ -219,28 +126,3 @@ def _flat_mask(mask: Tensor, x: Tensor, example: tuple[int, ...]) -> Tensor:
         raise ValueError(
             f"mask_or_split must have the shape of an example, {example}, or expand to it; got {tuple(mask.shape)}"
         ) from None
-
-
-def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    n, d = size
-    make = torch.Generator().manual_seed(1)
-    x, params = torch.randn(n, d, generator=make), torch.randn(n, 2 * (d - d // 2), generator=make)
-    leaves = {"x": x.to(device, dtype), "params": params.to(device, dtype)}
-    return {**{name: t.requires_grad_() for name, t in leaves.items()}, "mask_or_split": d // 2}
-
-
-def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    n, d = size
-    # x, params of as many, y and logdet; gy, glogdet, x, params and the gradients of the last two
-    return (3 * n * d + n) * itemsize, (5 * n * d + n) * itemsize
-
-
-_op.OPERATORS["affine_coupling"] = _op.Operator(
-    name="affine_coupling",
-    function=affine_coupling,
-    eager=eager,
-    kernels=(_forward, _backward),
-    sizes=((1, 8), (256, 32), (4096, 64), (65536, 64)),
-    example=_example,
-    moved=_moved,
-)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,8 @@ from torch.nn import functional as F
 
 from genfuse.ops import _affine_coupling, _op
 from genfuse.ops import _rational_quadratic_spline as _spline
-from genfuse.ops._affine_coupling import SCALES, AffineCoupling, Scale
+from genfuse.ops._affine_coupling import SCALES, Scale
 from genfuse.ops._op import _C
-from genfuse.ops._rational_quadratic_spline import RationalQuadraticSpline
 
 
 class Settings(NamedTuple):
@@ -39,15 +39,15 @@ class Settings(NamedTuple):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the transform of one coordinate (N, 1), given its parameters (N, P)."""
         if self.bins:
-            return RationalQuadraticSpline.apply(y, params.unsqueeze(1), *self.spline)
-        return AffineCoupling.apply(y, params, None, 0, self.scale, True)
+            return _spline._fused(y, params.unsqueeze(1), *self.spline)
+        return _affine_coupling._fused(y, params, None, 0, self.scale, True)
 
     def gradients(self, gx: Tensor, glogdet: Tensor, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Those of `inverse`, for y and for params."""
         if self.bins:
-            gy, gparams = _spline._backward(gx, glogdet, y, params.unsqueeze(1), *self.spline)
+            gy, gparams = torch.ops.genfuse.rational_quadratic_spline_backward(gx, glogdet, y, params.unsqueeze(1), *self.spline)
             return gy, gparams.squeeze(1)
-        return _affine_coupling._backward(gx, glogdet, y, params, None, 0, self.scale, True)
+        return torch.ops.genfuse.affine_coupling_backward(gx, glogdet, y, params, None, 0, self.scale, True)
 
 
 def by_layer(bounds: Sequence[int], layers: int) -> list[list[int]]:
@@ -56,7 +56,7 @@ def by_layer(bounds: Sequence[int], layers: int) -> list[list[int]]:
     return [list(bounds[i * length : (i + 1) * length]) for i in range(layers)]
 
 
-def reference(
+def formula(
     y: Tensor,
     context: Tensor | None,
     weights: Sequence[Tensor],
@@ -86,7 +86,7 @@ def reference(
     return x.contiguous(), logdet
 
 
-def _outputs(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _results(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _op.like(y), y.new_empty((y.shape[0],))
 
 
@@ -146,10 +146,10 @@ def _native(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bounds: Sequence[int],
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
+    *rest: Any,
+) -> None:
+    *settings, x, logdet, device, stream = rest
     s = Settings(*settings)
-    x, logdet = _outputs(y)
     layers = [(w.contiguous(), b.contiguous()) for w, b in zip(weights, biases, strict=True)]
     y, y_stride = _op.rows(y)
     context, context_stride = (None, 0) if context is None else _op.rows(context)
@@ -164,51 +164,47 @@ def _native(
     size = _C.autoregressive_inverse_workspace(problem) if y.is_cuda else 0
     workspace = y.new_empty(size // y.element_size())
     _C.autoregressive_inverse(
-        problem, x.data_ptr(), logdet.data_ptr(), workspace.data_ptr() if size else 0, *_op.place(y)
+        problem, x.data_ptr(), logdet.data_ptr(), workspace.data_ptr() if size else 0, device, stream
     )
-    return x, logdet
 
 
-_kernel = _op.define(
+def _backward(
+    needed: Sequence[bool],
+    cotangents: tuple[Tensor | None, Tensor | None],
+    y: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    *settings: Any,
+    outputs: tuple[Tensor, Tensor],
+) -> Sequence[Tensor | None]:
+    gx, glogdet = (torch.zeros_like(o) if g is None else g for g, o in zip(cotangents, outputs, strict=True))
+    if not (torch.is_grad_enabled() or _op.transformed()):
+        with torch.autocast(y.device.type, enabled=False):
+            gy, gfirst, gweights, gbiases = reverse_sweep(
+                gx, glogdet, y, outputs[0], context, weights, biases, bounds, *settings
+            )
+        return gy, None if context is None else gfirst, *gweights, *gbiases
+    n = len(weights)
+
+    def flat(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return formula(tensors[0], tensors[1], tensors[2 : 2 + n], tensors[2 + n :], bounds, *settings)
+
+    by = [i for i, wanted in enumerate(needed) if wanted]
+    found = _op.differentiate(flat, (gx, glogdet), (y, context, *weights, *biases), by)
+    return [*map(dict(zip(by, found, strict=True)).get, range(2 + 2 * n))]
+
+
+_fused = _op.fused(
     "autoregressive_inverse(Tensor y, Tensor? context, Tensor[] weights, Tensor[] biases, int[] bounds, str scale, "
     "int bins, float bound, str tails, float min_width, float min_height, float min_derivative, float damping) "
     "-> (Tensor, Tensor)",
-    reference=reference,
-    fake=_outputs,
-    native=_native,
+    formula=formula,
+    results=_results,
+    native=_C and SimpleNamespace(autoregressive_inverse=_native, build_info=_C.build_info),
+    backward=_backward,
 )
-
-
-class AutoregressiveInverse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, context: Tensor | None, bounds: tuple[int, ...], settings: Settings, *layers: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        n = len(layers) // 2
-        x, logdet = _kernel(y, context, layers[:n], layers[n:], bounds, *settings)
-        ctx.save_for_backward(y, x, context, *layers)
-        ctx.bounds, ctx.settings = bounds, settings
-        return x, logdet
-
-    @staticmethod
-    def backward(ctx: Any, gx: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
-        y, x, context, *layers = ctx.saved_tensors
-        n = len(layers) // 2
-        if not torch.is_grad_enabled():
-            with torch.autocast(y.device.type, enabled=False):
-                gy, gfirst, gweights, gbiases = reverse_sweep(
-                    gx, glogdet, y, x, context, layers[:n], layers[n:], ctx.bounds, *ctx.settings
-                )
-            return gy, None if context is None else gfirst, None, None, *gweights, *gbiases
-        # Grad mode is on in here only under create_graph=True: then stay differentiable. Of views, since one argument
-        # may have been made of another.
-        own = [None if t is None else t.view_as(t) for t in (y, context, *layers)]
-        outputs = reference(own[0], own[1], own[2 : 2 + n], own[2 + n :], ctx.bounds, *ctx.settings)  # type: ignore[arg-type]
-        wanted = [t for t in own if t is not None and t.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, (gx, glogdet), create_graph=True, materialize_grads=True)
-        gradients = dict(zip(map(id, wanted), found, strict=True))
-        gown = [gradients.get(id(t)) for t in own]
-        return *gown[:2], None, None, *gown[2:]
 
 
 def autoregressive_inverse(
@@ -297,4 +293,4 @@ def autoregressive_inverse(
         weights = [*weights[:-1], weights[-1].view(2, d, -1).transpose(0, 1).reshape(2 * d, -1)]
         biases = [*biases[:-1], biases[-1].view(2, d).t().reshape(-1)]
     flat = tuple(int(start) for starts in bounds for start in starts)
-    return AutoregressiveInverse.apply(y, context, flat, settings, *weights, *biases)
+    return _fused(y, context, list(weights), list(biases), list(flat), *settings)

@@ -1,166 +1,110 @@
 """The forward process of diffusion: noise, noisy sample and target in one pass."""
 
 import math
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from genfuse.ops import _op, _philox
-from genfuse.ops._op import _C
 
 Target = Literal["x0", "noise", "v", "velocity"]
 TARGETS: tuple[Target, ...] = get_args(Target)  # as math.h numbers them
 
 
-def formula(x0: Tensor, alpha: Tensor, sigma: Tensor, eps: Tensor, target: str) -> tuple[Tensor, Tensor]:
-    """Of x0 and eps (N, ...), with alpha and sigma that expand to them."""
+def formula(
+    x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str
+) -> tuple[Tensor, Tensor]:
+    alpha, sigma = alpha[:, None], sigma[:, None]  # (N, 1)
+    eps = _eps(x0, seed, noise)  # (N, D)
     x_t = alpha * x0 + sigma * eps
-    if target == "v":
-        return x_t, alpha * eps - sigma * x0
-    return x_t, {"x0": lambda: x0, "noise": lambda: eps, "velocity": lambda: eps - x0}[target]()
+    if target == "x0":
+        return x_t, x0.new_empty((0,))  # nothing: it is there
+    return x_t, {"noise": eps, "v": alpha * eps - sigma * x0, "velocity": eps - x0}[target]
 
 
-def gradient(gx_t: Tensor, gv: Tensor | None, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Of alpha and sigma, for x0 (N, M); gv is None unless the target is v."""
+def reductions(
+    gx_t: Tensor, gv: Tensor | None, x0: Tensor, seed: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of alpha and sigma; gv is None unless the target is v."""
+    eps = _eps(x0, seed, noise)
     galpha, gsigma = gx_t * x0, gx_t * eps
     if gv is not None:
         galpha, gsigma = galpha + gv * eps, gsigma - gv * x0
     return galpha.sum(-1), gsigma.sum(-1)
 
 
-def eager(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, *, target: str = "noise", noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    alpha, sigma = (t.view(-1, *[1] * (x0.dim() - 1)) for t in (alpha, sigma))
-    return formula(x0, alpha, sigma, torch.randn_like(x0) if noise is None else noise, target)
-
-
-def _outputs(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str
-) -> tuple[Tensor, Tensor]:
-    return _op.like(x0), x0.new_empty((0,)) if target == "x0" else _op.like(x0)
-
-
-def _gradients(gx_t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)), gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t))
-
-
 def _eps(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> Tensor:
     if noise is not None:
-        return noise.to(_op.wide(x0))
+        return noise
     assert seed is not None
-    return _philox.normal(seed, tuple(x0.shape), _op.wide(x0))
+    return _philox.normal(seed, x0.shape, x0.dtype)
 
 
-def reference(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str
-) -> tuple[Tensor, Tensor]:
-    eps = _eps(x0, seed, noise)
-    x_t, of_target = formula(x0.to(eps.dtype), alpha.unsqueeze(-1), sigma.unsqueeze(-1), eps, target)
-    stored = x0.new_empty((0,)) if target == "x0" else of_target.to(x0.dtype).contiguous()
-    return x_t.to(x0.dtype).contiguous(), stored
+def _results(x0: Tensor, alpha: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _op.like(x0), x0.new_empty((0,)) if rest[-1] == "x0" else _op.like(x0)
 
 
-def backward_reference(
-    gx_t: Tensor, gv: Tensor | None, x0: Tensor, seed: Tensor | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    eps = _eps(x0, seed, noise)
-    return gradient(gx_t.to(eps.dtype), None if gv is None else gv.to(eps.dtype), x0.to(eps.dtype), eps)
-
-
-def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> tuple[tuple, tuple]:
-    """What both compiled kernels take first, and the tensors whose addresses stand in it."""
-    x0, stride = _op.rows(x0)
+def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> tuple:
     noise = None if noise is None else noise.contiguous()
+    return _op.DTYPES[x0.dtype], *_op.rows(x0), seed, noise, *x0.shape
+
+
+def _backward(
+    needed: tuple[bool, ...],
+    cotangents: tuple[Tensor | None, Tensor | None],
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    target: str,
+    outputs: tuple[Tensor, Tensor],
+) -> tuple[Tensor | None, ...]:
+    gx_t, gtarget = cotangents
+    gx_t = torch.zeros_like(x0) if gx_t is None else gx_t
+    if target in ("x0", "noise"):
+        gtarget = None  # torch.compile makes one even of what is not differentiable
+    one = torch.ones_like(alpha)
+    to_x0, to_noise = (-sigma, alpha) if target == "v" else (-one, one)  # how the target depends on them
+
+    def combine(a: Tensor, b: Tensor) -> Tensor:
+        """a gx_t + b gtarget: itself a noisy sample, of gradients."""
+        if gtarget is None:
+            return (a[:, None] * gx_t).to(x0.dtype)
+        return _fused(gx_t, a, b, None, gtarget, "x0")[0]
+
+    galpha = gsigma = None
+    if needed[1] or needed[2]:
+        galpha, gsigma = _reductions(gx_t, gtarget if target == "v" else None, x0, seed, noise)
     return (
-        _op.DTYPES[x0.dtype], x0.data_ptr(), stride,
-        0 if seed is None else seed.data_ptr(), 0 if noise is None else noise.data_ptr(), *x0.shape,
-    ), (x0, noise)  # fmt: skip
+        combine(alpha, to_x0) if needed[0] else None,
+        galpha if needed[1] else None,
+        gsigma if needed[2] else None,
+        None,
+        combine(sigma, to_noise) if needed[4] else None,
+    )
 
 
-def _native(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str
-) -> tuple[Tensor, Tensor]:
-    x_t, of_target = _outputs(x0, alpha, sigma, seed, noise, target)
-    alpha, sigma = alpha.contiguous(), sigma.contiguous()
-    problem, _alive = _problem(x0, seed, noise)
-    addresses = (t.data_ptr() for t in (alpha, sigma, x_t, of_target))
-    _C.diffuse(*problem, TARGETS.index(target), *addresses, *_op.place(x0))
-    return x_t, of_target
-
-
-def _native_backward(
-    gx_t: Tensor, gv: Tensor | None, x0: Tensor, seed: Tensor | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    galpha, gsigma = _gradients(gx_t)
-    gx_t, gv = gx_t.contiguous(), None if gv is None else gv.contiguous()
-    problem, _alive = _problem(x0, seed, noise)
-    addresses = (0 if t is None else t.data_ptr() for t in (gx_t, gv, galpha, gsigma))
-    _C.diffuse_backward(*problem, *addresses, *_op.place(x0))
-    return galpha, gsigma
-
-
-_forward = _op.define(
+_TRITON = "genfuse.ops._triton.diffuse"
+_fused = _op.fused(
     "diffuse(Tensor x0, Tensor alpha, Tensor sigma, Tensor? seed, Tensor? noise, str target) -> (Tensor, Tensor)",
-    reference=reference,
-    fake=_outputs,
-    native=_native,
-    triton="diffuse:forward",
+    formula=formula,
+    results=_results,
+    problem=lambda x0, alpha, sigma, seed, noise, target: (
+        *_problem(x0, seed, noise), TARGETS.index(target), alpha.contiguous(), sigma.contiguous()
+    ),
+    triton=_TRITON,
+    backward=_backward,
+    constant=lambda *given: (1,) if given[-1] in ("x0", "noise") else (),
 )
-_backward = _op.define(
+_reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
-    reference=backward_reference,
-    fake=_gradients,
-    native=_native_backward,
-    triton="diffuse:backward",
+    formula=reductions,
+    results=lambda gx_t, *rest: (per_example := gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)), torch.empty_like(per_example)),
+    problem=lambda gx_t, gv, *given: (*_problem(*given), gx_t.contiguous(), None if gv is None else gv.contiguous()),
+    triton=f"{_TRITON}:backward",
 )
-
-
-class Diffuse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x0, alpha, sigma, seed, noise)
-        ctx.target = target
-        ctx.set_materialize_grads(False)
-        x_t, of_target = _forward(x0, alpha, sigma, seed, noise, target)
-        if target in ("x0", "noise"):
-            ctx.mark_non_differentiable(of_target)
-        return x_t, of_target
-
-    @staticmethod
-    def backward(ctx: Any, gx_t: Tensor | None, gtarget: Tensor | None) -> tuple[Tensor | None, ...]:
-        x0, alpha, sigma, seed, noise = ctx.saved_tensors
-        # Grad mode is on in here only under create_graph=True: then stay differentiable.
-        forward, backward = (reference, backward_reference) if torch.is_grad_enabled() else (_forward, _backward)
-        of_x0, of_alpha, of_sigma, _, of_noise, _ = ctx.needs_input_grad
-        one = torch.ones_like(alpha)
-        to_x0, to_noise = (-sigma, alpha) if ctx.target == "v" else (-one, one)  # how the target depends on them
-        if gx_t is None:
-            gx_t = torch.zeros_like(x0)
-        if ctx.target in ("x0", "noise"):
-            gtarget = None  # torch.compile makes one even of what is not differentiable
-
-        def combine(a: Tensor, b: Tensor) -> Tensor:
-            """a gx_t + b gtarget: itself a noisy sample, of gradients."""
-            if gtarget is None:
-                return (a.unsqueeze(-1) * gx_t).to(x0.dtype)
-            return forward(gx_t, a, b, None, gtarget, "x0")[0]
-
-        galpha = gsigma = None
-        if of_alpha or of_sigma:
-            galpha, gsigma = backward(gx_t, gtarget if ctx.target == "v" else None, x0, seed, noise)
-        return (
-            combine(alpha, to_x0) if of_x0 else None,
-            galpha if of_alpha else None,
-            gsigma if of_sigma else None,
-            None,
-            combine(sigma, to_noise) if of_noise else None,
-            None,
-        )
 
 
 def diffuse(
@@ -212,7 +156,7 @@ def diffuse(
     )
     seed = _philox.seed(x0, generator) if noise is None else None
     there = noise if target == "noise" else x0 if target == "x0" else None  # a target that need not be stored
-    x_t, of_target = Diffuse.apply(flat, alpha, sigma, seed, given, target if there is None else "x0")
+    x_t, of_target = _fused(flat, alpha, sigma, seed, given, target if there is None else "x0")
     x_t = x_t if x0.dim() == 2 else x_t.view(x0.shape)
     return x_t, of_target.view(x0.shape) if there is None else there
 
@@ -226,42 +170,3 @@ def _per_example(x0: Tensor, value: Tensor | float, name: str) -> Tensor:
     if value.shape != x0.shape[:1] or value.dtype not in (x0.dtype, wide) or value.device != x0.device:
         _op.complain_unless_like(x0, "x0", **{name: (value, x0.shape[:1], wide)})
     return value.to(wide)
-
-
-def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    make = torch.Generator().manual_seed(1)
-    x0, angle = torch.randn(size, generator=make), math.pi / 2 * torch.rand(size[0], generator=make)
-    return {name: t.to(device, dtype) for name, t in (("x0", x0), ("alpha", angle.cos()), ("sigma", angle.sin()))}
-
-
-def _learned(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    return {name: t.requires_grad_() for name, t in _example(size, dtype, device).items()}
-
-
-def _replay(arguments: dict[str, Any]) -> dict[str, Any]:
-    x0 = arguments["x0"]
-    return {"noise": _philox.normal(_philox.seed(x0), tuple(x0.shape))}
-
-
-def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    n, elements = size[0], math.prod(size)
-    # x0, x_t, the target, alpha and sigma; the gradients of all of these, and x0 and alpha and sigma again
-    return (3 * elements + 2 * n) * itemsize, (4 * elements + 4 * n) * itemsize
-
-
-# As a model is trained; and with a learned schedule and data that are another network's, which is differentiated.
-_REGISTERED: tuple[tuple[str, Target, Any, tuple[_op.Kernel, ...]], ...] = (
-    ("diffuse", "noise", _example, (_forward,)),
-    ("diffuse_learned", "v", _learned, (_forward, _backward)),
-)
-for _name, _target, _make, _kernels in _REGISTERED:
-    _op.OPERATORS[_name] = _op.Operator(
-        name=_name,
-        function=partial(diffuse, target=_target),
-        eager=partial(eager, target=_target),
-        kernels=_kernels,
-        sizes=((1, 8), (256, 2), (512, 784), (128, 3, 32, 32)),
-        example=_make,
-        moved=_moved,
-        replay=_replay,
-    )

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from genfuse.ops import _op
-from genfuse.ops._op import _C
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "none": lambda penalty: penalty}
-
-
-def formula(norm: Tensor, target: float, one_sided: bool) -> Tensor:
-    excess = norm - target
-    return (excess.clamp(min=0) if one_sided else excess) ** 2
 
 
 def slope(norm: Tensor, target: float, one_sided: bool, eps: float) -> Tensor:
@@ -31,148 +25,97 @@ def bend(norm: Tensor, dot: Tensor, target: float, one_sided: bool, eps: float) 
     return bend.masked_fill(norm < max(eps, target if one_sided else 0), 0)
 
 
-def eager(gradient: Tensor, target: float = 1.0, one_sided: bool = False, reduction: str = "mean") -> Tensor:
-    return _REDUCE[reduction](formula(gradient.flatten(1).norm(2, dim=1), target, one_sided))
-
-
-def _outputs(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    norm = torch.empty(gradient.shape[0], dtype=_op.wide(gradient), device=gradient.device)
-    return torch.empty_like(norm) if reduction == "none" else norm.new_empty(()), norm
-
-
-def _ggradient(gpenalty: Tensor, gradient: Tensor, *rest: Any) -> Tensor:
-    return _op.like(gradient)
-
-
-def _of_both(v: Tensor, gpenalty: Tensor, gradient: Tensor, norm: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _op.like(norm), _op.like(gradient)
-
-
 def weight(gradient: Tensor, reduction: str) -> float:
     """Of an example in the result."""
     return 1 / (gradient.shape[0] or math.nan) if reduction == "mean" else 1.0
 
 
-def reference(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    norm = gradient.to(_op.wide(gradient)).norm(2, dim=1)
-    return _REDUCE[reduction](formula(norm, target, one_sided)), norm
+def formula(
+    gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    norm = gradient.norm(2, dim=1)  # (N,)
+    # Below eps, as `slope` has it: the value of the norm, and the derivative of |g|^2 / (2 eps).
+    floored = (gradient**2).sum(1) / (2 * eps)
+    floored = torch.where(norm < eps, floored + (norm - floored).detach(), norm)
+    excess = floored - target
+    return _REDUCE[reduction]((excess.clamp(min=0) if one_sided else excess) ** 2), norm
 
 
-def backward_reference(
+def derivative(
     gpenalty: Tensor, gradient: Tensor, norm: Tensor, target: float, one_sided: bool, reduction: str, eps: float
 ) -> Tensor:
-    scale = weight(gradient, reduction) * gpenalty * slope(norm, target, one_sided, eps)
-    return (scale[:, None] * gradient).to(gradient.dtype).contiguous()
+    norm = gradient.norm(2, dim=1)  # again: what was kept of it has no graph
+    scale = weight(gradient, reduction) * gpenalty * slope(norm, target, one_sided, eps)  # (N,)
+    return scale[:, None] * gradient
 
 
-def double_backward_reference(
+def second_derivative(
     v: Tensor, gpenalty: Tensor, gradient: Tensor, norm: Tensor,
     target: float, one_sided: bool, reduction: str, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    v, g = v.to(norm.dtype), gradient.to(norm.dtype)
-    dot, settings = (g * v).sum(1), (target, one_sided, eps)
+    norm = gradient.norm(2, dim=1)
+    dot, settings = (gradient * v).sum(1), (target, one_sided, eps)  # (N,)
     of_gpenalty = weight(gradient, reduction) * slope(norm, *settings) * dot
-    along = slope(norm, *settings)[:, None] * v + bend(norm, dot, *settings)[:, None] * g
+    along = slope(norm, *settings)[:, None] * v + bend(norm, dot, *settings)[:, None] * gradient  # (N, D)
     scale = (weight(gradient, reduction) * gpenalty).expand_as(norm)
-    return of_gpenalty, (scale[:, None] * along).to(gradient.dtype).contiguous()
+    return of_gpenalty, scale[:, None] * along
 
 
-def _problem(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[tuple, Tensor]:
-    """What all compiled kernels take first, and the tensor whose address stands in it."""
-    gradient, stride = _op.rows(gradient)
+def _results(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[Tensor, Tensor]:
+    norm = gradient.new_empty(gradient.shape[:1], dtype=_op.wide(gradient))
+    return torch.empty_like(norm) if reduction == "none" else norm.new_empty(()), norm
+
+
+def _problem(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple:
     return (
-        _op.DTYPES[gradient.dtype], gradient.data_ptr(), stride, *gradient.shape,
+        _op.DTYPES[gradient.dtype], *_op.rows(gradient), *gradient.shape,
         target, eps, weight(gradient, reduction), one_sided, reduction != "none",
-    ), gradient  # fmt: skip
-
-
-def _native(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    penalty, norm = _outputs(gradient, target, one_sided, reduction)
-    problem, _alive = _problem(gradient, target, one_sided, reduction, 0.0)
-    _C.gradient_norm_penalty(*problem, penalty.data_ptr(), norm.data_ptr(), *_op.place(gradient))
-    return penalty, norm
-
-
-def _native_backward(
-    gpenalty: Tensor, gradient: Tensor, norm: Tensor, target: float, one_sided: bool, reduction: str, eps: float
-) -> Tensor:
-    ggradient, gpenalty = _op.like(gradient), gpenalty.contiguous()
-    problem, _alive = _problem(gradient, target, one_sided, reduction, eps)
-    _C.gradient_norm_penalty_backward(
-        *problem, gpenalty.data_ptr(), norm.data_ptr(), ggradient.data_ptr(), *_op.place(gradient)
-    )
-    return ggradient
-
-
-def _native_double_backward(
-    v: Tensor, gpenalty: Tensor, gradient: Tensor, norm: Tensor,
-    target: float, one_sided: bool, reduction: str, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    of_gpenalty, of_gradient = _of_both(v, gpenalty, gradient, norm)
-    gpenalty, (v, v_stride) = gpenalty.contiguous(), _op.rows(v)
-    problem, _alive = _problem(gradient, target, one_sided, reduction, eps)
-    _C.gradient_norm_penalty_double_backward(
-        *problem, gpenalty.data_ptr(), norm.data_ptr(), v.data_ptr(), v_stride,
-        of_gpenalty.data_ptr(), of_gradient.data_ptr(), *_op.place(gradient),
     )  # fmt: skip
-    return of_gpenalty, of_gradient
+
+
+def _problem_again(gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any) -> tuple:
+    return *_problem(gradient, *settings), gpenalty.contiguous(), norm.contiguous()
+
+
+def _backward(needed: Any, cotangents: Any, gradient: Tensor, *settings: Any, outputs: Any) -> tuple[Tensor]:
+    return (_derivative(cotangents[0], gradient, outputs[1], *settings),)
+
+
+def _backward_again(
+    needed: Any, cotangents: Any, gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any, outputs: Any
+) -> tuple[Tensor | None, ...]:
+    of_gpenalty, of_gradient = _second_derivative(cotangents[0], gpenalty, gradient, norm, *settings)
+    return of_gpenalty if gpenalty.dim() else of_gpenalty.sum(), of_gradient, None
 
 
 # Of gradient (N, D). norm (N,) is kept for the derivatives; gpenalty is () or (N,), as the result that it belongs to.
-_forward = _op.define(
-    "gradient_norm_penalty(Tensor gradient, float target, bool one_sided, str reduction) -> (Tensor, Tensor)",
-    reference=reference,
-    fake=_outputs,
-    native=_native,
-    triton="gradient_norm_penalty:forward",
+_SETTINGS = "float target, bool one_sided, str reduction, float eps"
+_TRITON = "genfuse.ops._triton.gradient_norm_penalty"
+_fused = _op.fused(
+    f"gradient_norm_penalty(Tensor gradient, {_SETTINGS}) -> (Tensor, Tensor)",
+    formula=formula,
+    results=_results,
+    problem=_problem,
+    triton=_TRITON,
+    backward=_backward,
+    constant=lambda *given: (1,),
 )
-_SETTINGS = "Tensor gpenalty, Tensor gradient, Tensor norm, float target, bool one_sided, str reduction, float eps"
-_backward = _op.define(
-    f"gradient_norm_penalty_backward({_SETTINGS}) -> Tensor",
-    reference=backward_reference,
-    fake=_ggradient,
-    native=_native_backward,
-    triton="gradient_norm_penalty:backward",
+_derivative = _op.fused(
+    f"gradient_norm_penalty_backward(Tensor gpenalty, Tensor gradient, Tensor norm, {_SETTINGS}) -> Tensor",
+    formula=derivative,
+    results=lambda gpenalty, gradient, *rest: _op.like(gradient),
+    problem=_problem_again,
+    triton=f"{_TRITON}:backward",
+    backward=_backward_again,
 )
-_double_backward = _op.define(
-    f"gradient_norm_penalty_double_backward(Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
-    reference=double_backward_reference,
-    fake=_of_both,
-    native=_native_double_backward,
-    triton="gradient_norm_penalty:double_backward",
+_second_derivative = _op.fused(
+    "gradient_norm_penalty_double_backward(Tensor v, Tensor gpenalty, Tensor gradient, Tensor norm, "
+    f"{_SETTINGS}) -> (Tensor, Tensor)",
+    formula=second_derivative,
+    results=lambda v, gpenalty, gradient, norm, *rest: (_op.like(norm), _op.like(gradient)),
+    problem=lambda v, *given: (*_problem_again(*given), *_op.rows(v)),
+    triton=f"{_TRITON}:double_backward",
 )
-
-
-class GradientNormPenalty(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, settings: tuple[float, bool, str, float]) -> Tensor:
-        penalty, norm = _forward(gradient, *settings[:3])
-        ctx.save_for_backward(gradient, norm)
-        ctx.settings = settings
-        return penalty
-
-    @staticmethod
-    def backward(ctx: Any, gpenalty: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on in here only under create_graph=True: then stay differentiable.
-        backward = Derivative.apply if torch.is_grad_enabled() else _backward
-        return backward(gpenalty, *ctx.saved_tensors, *ctx.settings), None
-
-
-class Derivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any) -> Tensor:
-        ctx.save_for_backward(gpenalty, gradient, norm)
-        ctx.settings = settings
-        return _backward(gpenalty, gradient, norm, *settings)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gpenalty, gradient, norm = ctx.saved_tensors
-        double_backward: Callable[..., tuple[Tensor, Tensor]] = _double_backward
-        if torch.is_grad_enabled():  # the third order; what was kept of the norm has no graph
-            double_backward, norm = double_backward_reference, gradient.to(norm.dtype).norm(2, dim=1)
-        of_gpenalty, of_gradient = double_backward(v, gpenalty, gradient, norm, *ctx.settings)
-        return of_gpenalty if gpenalty.dim() else of_gpenalty.sum(), of_gradient, None, None, None, None, None
 
 
 def gradient_norm_penalty(
@@ -213,26 +156,4 @@ def gradient_norm_penalty(
     if reduction not in _REDUCE:
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     flat = gradient if gradient.dim() == 2 else _op.flatten(gradient, _op.order(gradient))
-    return GradientNormPenalty.apply(flat, (float(target), bool(one_sided), reduction, float(eps)))
-
-
-def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    # Of norms near 1.5.
-    gradient = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1.5 / max(1, size[1]) ** 0.5
-    return {"gradient": gradient.to(device, dtype).requires_grad_()}
-
-
-def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    n, d = size
-    return (n * d + n) * itemsize, (2 * n * d + n) * itemsize  # gradient, norm; gradient, its gradient, norm
-
-
-_op.OPERATORS["gradient_norm_penalty"] = _op.Operator(
-    name="gradient_norm_penalty",
-    function=gradient_norm_penalty,
-    eager=eager,
-    kernels=(_forward, _backward),
-    sizes=((64, 784), (256, 3072), (64, 49152)),
-    example=_example,
-    moved=_moved,
-)
+    return _fused(flat, float(target), bool(one_sided), reduction, float(eps))[0]

@@ -6,83 +6,68 @@ import torch
 from torch import Tensor
 
 from genfuse.ops import _op, _philox
-from genfuse.ops._op import _C
 
 
-def formula(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
-    return epsilon * real + (1 - epsilon) * fake
-
-
-def eager(real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> Tensor:
+def formula(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+    there = fake if real is None else real
+    assert there is not None
     if epsilon is None:
-        epsilon = torch.rand(real.shape[0], dtype=real.dtype, device=real.device)
-    return formula(real, fake, epsilon.view(-1, *[1] * (real.dim() - 1)))
+        assert seed is not None
+        epsilon = _philox.uniform(seed, there.shape[:1])
+    epsilon = epsilon.to(there.dtype)[:, None]  # (N, 1)
+    points = torch.zeros_like(there) if real is None else epsilon * real  # (N, D)
+    return points if fake is None else points + (1 - epsilon) * fake
 
 
-def _output(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+def _results(real: Tensor | None, fake: Tensor | None, *noise: Any) -> Tensor:
     there = fake if real is None else real
     assert there is not None
     return _op.like(there)
 
 
-def reference(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
-    x = _output(real, fake, seed, epsilon)
-    if epsilon is None:
-        assert seed is not None
-        epsilon = _philox.uniform(seed, x.shape[:1]).to(_op.wide(x))
-    zero = epsilon.new_zeros(())
-    return x.copy_(formula(zero if real is None else real, zero if fake is None else fake, epsilon[:, None]))
-
-
-def _native(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
-    x = _output(real, fake, seed, epsilon)
+def _problem(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
+    there = fake if real is None else real
+    assert there is not None
     real, real_stride = (None, 0) if real is None else _op.rows(real)
     fake, fake_stride = (None, 0) if fake is None else _op.rows(fake)
-    address = [0 if t is None else t.data_ptr() for t in (real, fake, seed, epsilon)]
-    _C.interpolate(
-        _op.DTYPES[x.dtype], address[0], real_stride, address[1], fake_stride, *address[2:], *x.shape,
-        x.data_ptr(), *_op.place(x),
-    )  # fmt: skip
-    return x
+    epsilon = None if epsilon is None else epsilon.contiguous()
+    return _op.DTYPES[there.dtype], real, real_stride, fake, fake_stride, seed, epsilon, *there.shape
+
+
+def _backward(
+    needed: tuple[bool, ...],
+    cotangents: tuple[Tensor],
+    real: Tensor | None,
+    fake: Tensor | None,
+    seed: Tensor | None,
+    epsilon: Tensor | None,
+    outputs: tuple[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """A point is linear in its ends: the gradient of each is the point between g and 0."""
+    (g,) = cotangents
+    of_epsilon = None
+    if needed[3]:
+        assert epsilon is not None
+        ends: list[Any] = [0 if end is None else end.to(epsilon.dtype) for end in (real, fake)]
+        of_epsilon = (g * (ends[0] - ends[1])).sum(1)
+    return (
+        _fused(g, None, seed, epsilon) if needed[0] else None,
+        _fused(None, g, seed, epsilon) if needed[1] else None,
+        None,
+        of_epsilon,
+    )
 
 
 # Of real and fake, (N, D), of which one may be missing and is 0 then; and epsilon (N,), or the seed that it comes from.
-_between = _op.define(
+_fused = _op.fused(
     "interpolate(Tensor? real, Tensor? fake, Tensor? seed, Tensor? epsilon) -> Tensor",
-    reference=reference,
-    fake=_output,
-    native=_native,
-    triton="interpolate:between",
+    formula=formula,
+    results=_results,
+    problem=_problem,
+    triton="genfuse.ops._triton.interpolate",
+    backward=_backward,
+    saved=lambda needed, real, fake, *noise: (*((real, fake) if needed[3] else (None, None)), *noise),
 )
-
-
-class Interpolate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None
-    ) -> Tensor:
-        ends = (real, fake) if ctx.needs_input_grad[3] else (None, None)
-        ctx.save_for_backward(*ends, seed, epsilon)
-        return _between(real, fake, seed, epsilon)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        real, fake, seed, epsilon = ctx.saved_tensors
-        of_real, of_fake, _, of_epsilon = ctx.needs_input_grad
-        # A point is linear in its ends: each one's gradient is the point between g and 0, and so to any order.
-        # Grad mode is on in here only under create_graph=True: then stay differentiable.
-        between = Interpolate.apply if torch.is_grad_enabled() else _between
-        return (
-            between(g, None, seed, epsilon) if of_real else None,
-            between(None, g, seed, epsilon) if of_fake else None,
-            None,
-            _of_epsilon(g, real, fake, epsilon) if of_epsilon else None,
-        )
-
-
-def _of_epsilon(g: Tensor, real: Tensor | None, fake: Tensor | None, epsilon: Tensor) -> Tensor:
-    ends: list[Any] = [0 if end is None else end.to(epsilon.dtype) for end in (real, fake)]
-    return (g * (ends[0] - ends[1])).sum(1)
 
 
 def interpolate(
@@ -124,34 +109,7 @@ def interpolate(
         _op.complain_unless_like(real, "real", epsilon=(epsilon, real.shape[:1], _op.wide(real)))
         noise = None, epsilon.to(_op.wide(real)).contiguous()
     if real.dim() == 2:
-        return Interpolate.apply(real, fake, *noise)
+        return _fused(real, fake, *noise)
     order = _op.order(real)
-    x = Interpolate.apply(_op.flatten(real, order), _op.flatten(fake, order), *noise)
+    x = _fused(_op.flatten(real, order), _op.flatten(fake, order), *noise)
     return _op.unflatten(x, real.shape, order)
-
-
-def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    real, fake = torch.randn((2, *size), generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    return {"real": real.detach().requires_grad_(), "fake": fake.detach().requires_grad_()}
-
-
-def _replay(arguments: dict[str, Any]) -> dict[str, Any]:
-    real = arguments["real"]
-    return {"epsilon": _philox.uniform(_philox.seed(real), real.shape[:1])}
-
-
-def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    n, d = size
-    return 3 * n * d * itemsize, 4 * n * d * itemsize  # real, fake, x; g twice, both gradients
-
-
-_op.OPERATORS["interpolate"] = _op.Operator(
-    name="interpolate",
-    function=interpolate,
-    eager=eager,
-    kernels=(_between,),
-    sizes=((64, 784), (256, 3072), (64, 49152)),
-    example=_example,
-    moved=_moved,
-    replay=_replay,
-)

@@ -1,19 +1,32 @@
-"""Registers fused operators with PyTorch: the only code that touches torch.library.
+"""Makes fused operators out of a formula, its results and a problem: the only code that touches torch.library.
 
 Each device gets one implementation of each kernel when this is imported, so that a call pays nothing for the choice.
+An operator is called in one of two ways. Where nobody listens to PyTorch's dispatcher, a call goes straight to the
+kernel. Everywhere else (compilers, tracers, modes, transforms, subclasses) it goes through the dispatcher, where the
+operator behaves as PyTorch's own do: its kernel without a graph, an autograd node with one, and its formula under vmap
+and forward mode.
 """
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _any_requires_grad as any_requires_grad
+from torch._C import _are_functorch_transforms_active as transformed
+from torch._C import _get_tracing_state as tracing
+from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import _profiler_enabled as profiled  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch as modes
 
 _C: Any  # the compiled module, or None
 try:
@@ -25,39 +38,37 @@ except ImportError as error:  # installed without a compiler, or with GENFUSE_PU
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as portable.h numbers them
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}  # other devices: reference
+TENSORS = (Tensor, torch.nn.Parameter)  # what has an address; other subclasses may stand for anything
+
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One torch operator, ``genfuse::name``, and what implements it."""
+    """One torch operator, ``namespace::name``, and what implements it."""
 
     name: str
-    operator: Callable  # as PyTorch dispatches it, by device
+    operator: Any  # as PyTorch dispatches it, by device
     reference: Callable
     native: Callable | None
-    triton: str | None  # "module:function" in genfuse.ops._triton, imported on first use
+    triton: Callable | None
+    module: Any  # where native comes from
     chosen: dict[str, Callable] = field(default_factory=dict)  # what is registered for each type of device
 
-    def __call__(self, tensor: Any, *rest: Any) -> Any:
-        """Call the operator. Where nobody listens to PyTorch's dispatcher (no compiler, mode, profiler or subclass of
-        Tensor), go straight to what is registered: a tenth of the time of a small forward and backward pass."""
-        if (
-            torch.compiler.is_compiling()
-            or type(tensor) is not Tensor
-            or _len_torch_dispatch_stack()
-            or torch.autograd._profiler_enabled()
-        ):
-            return self.operator(tensor, *rest)
-        return self.chosen.get(tensor.device.type, self.operator)(tensor, *rest)
+    def on(self, tensors: Sequence[Tensor | None]) -> Callable:
+        """What is registered for the device of the first tensor."""
+        first = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
+        return self.chosen["cpu"] if first.is_cpu else self.chosen.get(first.device.type, self.operator)
 
     def find(self, implementation: str, device: str) -> tuple[Callable | None, str]:
         """What implements this on a type of device, or None and the reason why nothing does."""
         if implementation == "reference":
             return self.reference, "plain PyTorch"
         if implementation == "native":
-            if _C is None or self.native is None:
-                return None, _why_not or "no compiled kernel for this operator"
-            if device == "cuda" and "cuda" not in _C.build_info():
+            ours = self.operator.namespace == "genfuse"
+            if self.native is None or (ours and _C is None):
+                return None, (ours and _why_not) or "no compiled kernel for this operator"
+            if device == "cuda" and "cuda" not in getattr(self.module, "build_info", dict)():
                 return None, "built without CUDA (no nvcc, or GENFUSE_CUDA=OFF)"
             return self.native, "C++" if device == "cpu" else "CUDA"
         if implementation == "triton":
@@ -67,15 +78,11 @@ class Kernel:
                 return None, "Triton is not installed"
             if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
                 return None, "Triton runs on the CPU only under TRITON_INTERPRET=1"
-            return self._triton, "Triton"
+            return self.triton, "Triton"
         raise ValueError(f"no implementation is called {implementation!r}; there are native, triton and reference")
 
-    def _triton(self, *arguments: Any) -> Any:
-        module, function = str(self.triton).split(":")
-        return getattr(importlib.import_module(f"genfuse.ops._triton.{module}"), function)(*arguments)
-
     def choose(self, device: str, asked: str) -> tuple[str, Callable | None, str]:
-        """Name, function and reason of the implementation for a device; the function is None where the one that was
+        """Name, function and reason of the implementation for a device; the function is None if the one that was
         asked for by name is missing."""
         if asked != "auto":
             function, why = self.find(asked, device)
@@ -89,92 +96,364 @@ class Kernel:
         return implementation, function, "; ".join([why, *missing])
 
 
-@dataclass(frozen=True)
-class Operator:
-    """A public operator, as tests and benchmarks see it."""
-
-    name: str
-    function: Callable  # the public function
-    eager: Callable  # the same as one writes it in plain PyTorch; takes also what `replay` returns
-    kernels: tuple[Kernel, ...]
-    sizes: tuple[tuple[int, ...], ...]  # from launch-bound to bandwidth-bound
-    example: Callable[..., dict[str, Any]]  # (size, dtype, device) -> arguments of `function`
-    moved: Callable[
-        [tuple[int, ...], int], tuple[int, int]
-    ]  # (size, itemsize) -> bytes that must move, forward, backward
-    replay: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: {}  # the noise of the next call, in float64
-
-    def error(self, size: tuple[int, ...], dtype: torch.dtype, device: str, *, eager: bool = False) -> float:
-        """Largest error of outputs and gradients against float64, of `function` or of `eager`, each as a share of the
-        largest value of its tensor (of 1, where all are smaller).
-
-        In float64 the eager formula would be held against itself: it gets as many roundings as it makes in float32.
-        """
-        if eager and dtype is torch.float64:
-            return self.error(size, torch.float32, device, eager=True) * 2.0**-29
-        arguments = self.example(size, dtype, device)
-        torch.manual_seed(0)
-        noise = self.replay(arguments)
-        torch.manual_seed(0)
-        cast = {name: value.to(dtype) for name, value in noise.items()}
-        ours = _results(self.eager, {**arguments, **cast}) if eager else _results(self.function, arguments)
-        exact = {name: _double(value) for name, value in arguments.items()}
-        truth = _results(self.eager, {**exact, **noise})
-        shares = [
-            (a.double() - b).abs().max() / b.detach().abs().max().clamp(min=1)
-            for a, b in zip(ours, truth, strict=True)
-            if b.numel()
-        ]
-        return float(torch.stack(shares).max()) if shares else 0.0  # Python's max would drop a NaN
-
-
-def _double(value: Any) -> Any:
-    return value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-
-def _results(function: Callable, arguments: dict[str, Any]) -> list[Tensor]:
-    """Outputs and gradients, for cotangents that differ from element to element and are the same in every dtype."""
-    outputs = function(**arguments)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
-    if not leaves:
-        return outputs
-    cotangents = [
-        torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape).to(o.device, o.dtype) for o in outputs
-    ]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
-
-
 KERNELS: dict[str, Kernel] = {}
-OPERATORS: dict[str, Operator] = {}
 
-_schemas = torch.library.Library("genfuse", "DEF")
+_schemas: dict[str, torch.library.Library] = {}  # by namespace
 _implementations: dict[tuple[str, str], torch.library.Library] = {}  # by kernel and device
 _asked = os.environ.get("GENFUSE_IMPL", "auto") or "auto"
 
 
-def define(
-    schema: str, *, reference: Callable, fake: Callable, native: Callable | None = None, triton: str | None = None
-) -> Kernel:
-    """Define ``genfuse::<schema>`` and register an implementation for each device.
+def plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody listens to PyTorch's dispatcher, and the memory of these tensors holds their values."""
+    if (
+        modes._is_in_torch_dispatch_mode
+        or transformed()
+        or forward_ad._current_level >= 0
+        or profiled()
+        or tracing() is not None
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (t.__class__ not in TENSORS or t.is_neg()):
+            return False
+    return True
 
-    ``fake`` allocates what every implementation returns. Devices without a kernel run ``reference``.
-    """
-    name = schema[: schema.index("(")]
-    _schemas.define(schema)
-    _schemas.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"genfuse::{name}", fake, lib=_schemas)
-    kernel = KERNELS[name] = Kernel(name, getattr(torch.ops.genfuse, name).default, reference, native, triton)
+
+def _forward_mode() -> bool:
+    """Whether tangents may come with the arguments: PyTorch's own forward mode, or torch.func's on this level."""
+    return forward_ad._current_level >= 0 or (transformed() and peek_interpreter_stack().key() == TransformType.Jvp)
+
+
+def _library(namespace: str) -> torch.library.Library:
+    if namespace not in _schemas:
+        _schemas[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _schemas[namespace]
+
+
+def _define(
+    schema: str,
+    *,
+    reference: Callable,
+    results: Callable,
+    native: Callable | None,
+    triton: Callable | None,
+    module: Any,
+    autograd: Callable,
+) -> Kernel:
+    """Define the torch operator of a schema with a namespace, and register what runs on each device and level."""
+    namespace, _, rest = schema.partition("::")
+    short, library = rest[: rest.index("(")], _library(namespace)
+    name = short if namespace == "genfuse" else f"{namespace}::{short}"
+    library.define(rest)
+    library.impl(short, reference, "CompositeExplicitAutograd")
+    library.impl(short, reference, "FuncTorchBatched")  # vmap: by the rules of the formula's parts
+    torch.library.register_fake(f"{namespace}::{short}", results, lib=library)
+    operator = getattr(getattr(torch.ops, namespace), short).default
+    library.impl(short, partial(autograd, operator), "Autograd", with_keyset=True)
+    kernel = KERNELS[name] = Kernel(name, operator, reference, native, triton, module)
     _register(kernel, _asked)
     return kernel
+
+
+def fused(
+    schema: str,
+    *,
+    formula: Callable,
+    results: Callable,
+    problem: Callable | None = None,
+    native: Any = None,
+    triton: Any = None,
+    wrt: int = 0,
+    gradient: Callable | None = None,
+    others: Mapping[int, Callable] | None = None,
+    backward: Callable | None = None,
+    scratch: Callable | None = None,
+    saved: Callable | None = None,
+    constant: Callable | None = None,
+) -> Callable:
+    r"""Make an operator out of its formula, its results and a problem.
+
+    The operator runs a kernel where there is one for the device, and else the formula. It is differentiable to any
+    order, and right under torch.func, torch.compile, torch.export, tracers, modes and subclasses: under vmap and forward
+    mode it is its formula, and the second derivative is the formula's.
+
+    Args:
+        schema: as torch.library takes it, "namespace::name(Tensor x, ..., int n) -> (Tensor, ...)": tensors first, then
+            settings, no defaults. Without a namespace, genfuse. The gradients of the first ``wrt`` arguments become
+            an operator too, name_backward, which takes one cotangent a result before the same arguments.
+        formula: the results in plain PyTorch, of all arguments. It gets floating-point tensors in the type that is
+            computed in, float64 for those and float32 for all others, and may return it: results are cast.
+        results: empty contiguous tensors for the results, given all arguments.
+        problem: what kernels take before the results, given all arguments: sizes, strides, tensors or None.
+        native: a compiled module with functions name and name_backward that take ``(*problem, *results, device,
+            stream)``, and for the gradients ``(*problem, *cotangents, *results, device, stream)``; device is -1 for
+            the CPU, else a GPU's index, and stream its address. They fill the results and return nothing.
+        triton: a module, or the name of one to be imported when it is first needed, with functions forward and backward
+            that take the same but device and stream; "module:function" if forward is called otherwise.
+        wrt: how many arguments the kernel of the gradients differentiates by, the first ones. 0: there is none, and
+            derivatives are the formula's.
+        gradient: their gradients in plain PyTorch, ``gradient(*cotangents, *arguments)``, itself differentiable, if
+            autograd's way through the formula would lose digits.
+        others: by index, gradients of further arguments in plain PyTorch, as a function of cotangents and arguments.
+        backward: in place of all that, ``backward(needed, cotangents, *arguments, outputs=...)``: the gradients of all
+            tensors, made of differentiable operators; a cotangent is None where there is none.
+        scratch: what the kernel of the gradients takes between cotangents and results, given all arguments.
+        saved: of the flags of what is to be differentiated and all tensors, those that the gradients need; None for
+            others. Default all.
+        constant: given all arguments, the indices of results that have no derivative.
+
+    Returns:
+        The operator, a function of the schema's arguments, by position.
+
+    Raises:
+        ValueError: if a tensor follows a setting in the schema, or an argument has a default.
+    """
+    schema = schema if "::" in schema else f"genfuse::{schema}"
+    name, _, rest = schema.partition("(")
+    arguments, _, returns = rest.partition(") -> ")
+    kinds = [argument.split()[0] for argument in arguments.split(", ")]
+    tensors = sum(kind.startswith("Tensor") for kind in kinds)
+    if "=" in arguments or any(kind.startswith("Tensor") for kind in kinds[tensors:]):
+        raise ValueError(f"{name} must take tensors first, then settings, without defaults; got ({arguments})")
+    lists = any("[" in kind for kind in kinds[:tensors])
+    outputs = returns.count("Tensor")
+    short = name.rpartition("::")[2]
+    others = others or {}
+    problem = problem or (lambda *given: given)
+    native = _C if native is None and name.startswith("genfuse::") else native
+
+    def reference(*given: Any) -> Any:
+        return _narrow(formula(*map(_widen, given)), results(*given))
+
+    def gradients(by: Sequence[int], cotangents: Sequence[Tensor], given: Sequence[Any]) -> Sequence[Tensor]:
+        """Those of the tensors ``by``, to be differentiated again if grad mode is on."""
+        if gradient is None or any(i >= wrt for i in by):
+            return differentiate(reference, cotangents, given, by)
+        found = _tuple(gradient(*map(_widen, cotangents), *map(_widen, given)))
+        return [found[i].to(given[i].dtype) for i in by]
+
+    def compiled(function: str, made: Callable, before: Callable) -> Callable | None:
+        kernel = getattr(native, function, None)
+        return None if kernel is None else _native(kernel, made, before)
+
+    def interpreted(function: str, made: Callable, before: Callable) -> Callable | None:
+        if triton is None:
+            return None
+        module, _, forward = triton.partition(":") if isinstance(triton, str) else (triton, "", "")
+        return _triton(module, (function == "forward" and forward) or function, made, before)
+
+    def autograd(operator: Any, keys: Any, *given: Any) -> Any:
+        """The operator above the kernels: what records a graph."""
+        if _forward_mode():
+            return reference(*given)
+        if not (torch.is_grad_enabled() and any_requires_grad(*given)):
+            return operator.redispatch(keys & _BELOW_AUTOGRAD, *given)
+        with enable_single_level_autograd_function():  # levels of torch.func are gone through by the dispatcher
+            return record(partial(_next_level, operator, keys & _BELOW_AUTOGRAD), given)
+
+    forward = _define(
+        schema,
+        reference=reference,
+        results=results,
+        native=compiled(short, results, problem),
+        triton=interpreted("forward", results, problem),
+        module=native,
+        autograd=autograd,
+    )
+
+    if wrt:
+
+        def gradient_results(*given: Any) -> Any:
+            return like(given[outputs]) if wrt == 1 else tuple(map(like, given[outputs : outputs + wrt]))
+
+        def gradient_problem(*given: Any) -> tuple:
+            cotangents, given = given[:outputs], given[outputs:]
+            between = () if scratch is None else scratch(*given)
+            return (*problem(*given), *(g.contiguous() for g in cotangents), *between)
+
+        def gradient_reference(*given: Any) -> Any:
+            found = gradients(range(wrt), given[:outputs], given[outputs:])
+            return found[0].contiguous() if wrt == 1 else tuple(t.contiguous() for t in found)
+
+        def gradient_autograd(operator: Any, keys: Any, *given: Any) -> Any:
+            if _forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*given)):
+                return gradient_reference(*given)
+            return operator.redispatch(keys & _BELOW_AUTOGRAD, *given)
+
+        cotangents = ", ".join(f"Tensor g{i}" for i in range(outputs))
+        made = "Tensor" if wrt == 1 else f"({', '.join(['Tensor'] * wrt)})"
+        backward_kernel = _define(
+            f"{name}_backward({cotangents}, {arguments}) -> {made}",
+            reference=gradient_reference,
+            results=gradient_results,
+            native=compiled(f"{short}_backward", gradient_results, gradient_problem),
+            triton=interpreted("backward", gradient_results, gradient_problem),
+            module=native,
+            autograd=gradient_autograd,
+        )
+
+    nothing = (None,) * (len(kinds) - tensors)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, run: Callable, counts: Any, *flat: Any) -> Any:
+            given = flat if counts is None else (*_nest(flat, counts), *flat[len(flat) - len(nothing) :])
+            outputs = run(*given)
+            found = flat[: len(flat) - len(nothing)]
+            if saved is not None:
+                found = saved(ctx.needs_input_grad[2:], *found)
+            if backward is not None:
+                ctx.set_materialize_grads(False)
+                found = (*found, *_tuple(outputs))
+            ctx.save_for_backward(*found)
+            ctx.counts, ctx.settings = counts, given[tensors:]
+            if constant is not None:
+                ctx.mark_non_differentiable(*(outputs[i] for i in constant(*given)))
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            found, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+            if backward is not None:
+                found, made = found[:-outputs], found[-outputs:]
+                given = found if ctx.counts is None else _nest(found, ctx.counts)
+                return (None, None, *backward(needed, cotangents, *given, *ctx.settings, outputs=made), *nothing)
+            given = (*(found if ctx.counts is None else _nest(found, ctx.counts)), *ctx.settings)
+            # Grad mode is on in here only under create_graph=True: then stay differentiable.
+            if torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+                by = [i for i in range(tensors) if needed[i] and i not in others]
+                made = dict(zip(by, gradients(by, cotangents, given), strict=True)) if by else {}
+            elif any(needed[:wrt]):
+                every = (*cotangents, *given)
+                run = backward_kernel.on(every) if plain(every[: outputs + tensors]) else backward_kernel.operator
+                made = run(*every)
+                if not any(needed[wrt:]):
+                    return (None, None, made, *rest) if wrt == 1 else (None, None, *made, *rest)
+                made = dict(enumerate(_tuple(made)))
+            else:
+                made = {}
+            by = [i for i in range(wrt, tensors) if needed[i] and i not in others and i not in made]
+            if by:
+                made.update(zip(by, gradients(by, cotangents, given), strict=True))
+            for i, function in others.items():
+                made[i] = function(*cotangents, *given) if needed[i] else None
+            return (None, None, *map(made.get, range(tensors)), *nothing)
+
+    rest = (None,) * (len(kinds) - wrt)
+    apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
+
+    operator = forward.operator
+
+    def record(run: Callable, given: Sequence[Any]) -> Any:
+        """Run with a node in the graph."""
+        if not lists:
+            return apply(run, None, *given)
+        counts = [len(g) if isinstance(g, (list, tuple)) else None for g in given[:tensors]]
+        return apply(run, counts, *_flat(given[:tensors]), *given[tensors:])
+
+    def call(*given: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*given)
+        every = _flat(given[:tensors]) if lists else given[:tensors]
+        if not plain(every):
+            return operator(*given)
+        run = forward.on(every)
+        return record(run, given) if torch.is_grad_enabled() and any_requires_grad(*every) else run(*given)
+
+    return call
+
+
+def _flat(given: Sequence[Any]) -> list[Tensor | None]:
+    """All tensors, those of lists one by one."""
+    return [t for g in given for t in (g if isinstance(g, (list, tuple)) else (g,))]
+
+
+def _nest(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
+    """What `_flat` was given: a list of so many tensors where there is a count."""
+    tensors = iter(flat)
+    return [next(tensors) if n is None else [next(tensors) for _ in range(n)] for n in counts]
+
+
+def _tuple(t: Any) -> Any:
+    return t if isinstance(t, tuple) else (t,)
+
+
+def _floating(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _widen(t: Any) -> Any:
+    if isinstance(t, (list, tuple)):
+        return [_widen(one) for one in t]
+    return t.to(wide(t)) if _floating(t) else t
+
+
+def _narrow(made: Any, results: Any) -> Any:
+    """What a formula made, as the results are: of their dtypes, and contiguous."""
+    if isinstance(results, tuple):
+        return tuple(m.to(r.dtype).contiguous() for m, r in zip(made, results, strict=True))
+    return made.to(results.dtype).contiguous()
+
+
+def _native(kernel: Callable, results: Callable, problem: Callable) -> Callable:
+    def native(*given: Any) -> Any:
+        made = results(*given)
+        if made.__class__ is tuple:
+            first = made[0]
+            kernel(*problem(*given), *made, *((-1, 0) if first.is_cpu else _place(first)))
+        else:
+            kernel(*problem(*given), made, *((-1, 0) if made.is_cpu else _place(made)))
+        return made
+
+    return native
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """Device index and raw stream as the compiled kernels take them."""
+    return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
+
+
+def _triton(module: Any, function: str, results: Callable, problem: Callable) -> Callable:
+    def interpreted(*given: Any) -> Any:
+        made = results(*given)
+        kernels = importlib.import_module(module) if isinstance(module, str) else module
+        first = _tuple(made)[0]
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            getattr(kernels, function)(*problem(*given), *_tuple(made))
+        return made
+
+    return interpreted
+
+
+def _next_level(operator: Any, keys: Any, *given: Any) -> Any:
+    """The operator below autograd. On a level of torch.func that is the next level, which records for itself."""
+    if not transformed():
+        return operator.redispatch(keys, *given)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return operator.redispatch(keys, *given)
+
+
+def differentiate(
+    function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], by: Sequence[int]
+) -> Sequence[Tensor]:
+    """Gradients of the arguments ``by`` of a function in plain PyTorch, to be differentiated again if grad mode is on."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad(), enable_inplace_requires_grad(True):
+        # Views, since one argument may have been made of another.
+        own = [t.view_as(t) if _floating(t) else t for t in given]
+        leaves = [own[i] if own[i].requires_grad else own[i].requires_grad_() for i in by]
+        pairs = zip(_tuple(function(*own)), cotangents, strict=True)
+        found, used = zip(*((o, c) for o, c in pairs if c is not None and o.requires_grad), strict=True)
+        return torch.autograd.grad(found, leaves, used, create_graph=graph, allow_unused=True, materialize_grads=True)
 
 
 def define_random(schema: str, function: Callable, *, fake: Callable) -> None:
     """Define an operator that draws from PyTorch's generators: two calls of it are never taken for one."""
     name = schema[: schema.index("(")]
-    _schemas.define(schema, tags=(torch.Tag.nondeterministic_seeded,))
-    _schemas.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"genfuse::{name}", fake, lib=_schemas)
+    library = _library("genfuse")
+    library.define(schema, tags=(torch.Tag.nondeterministic_seeded,))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genfuse::{name}", fake, lib=library)
 
 
 def _register(kernel: Kernel, asked: str) -> None:
@@ -183,9 +462,10 @@ def _register(kernel: Kernel, asked: str) -> None:
         if old is not None:
             old._destroy()
         implementation, function, why = kernel.choose(device, asked)
-        library = _implementations[kernel.name, device] = torch.library.Library("genfuse", "IMPL")
+        namespace, _, name = kernel.operator.name().partition("::")
+        library = _implementations[kernel.name, device] = torch.library.Library(namespace, "IMPL")
         function = function or _missing(f"{kernel.name} has no {implementation} implementation on {device}: {why}")
-        library.impl(kernel.name, function, device.upper())
+        library.impl(name, function, device.upper())
         kernel.chosen[device] = function
 
 
@@ -286,13 +566,6 @@ def wide(t: Tensor) -> torch.dtype:
 def like(t: Tensor) -> Tensor:
     """Room for a result of t's shape and dtype, contiguous."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def place(t: Tensor) -> tuple[int, int]:
-    """Device index and raw stream as the compiled kernels take them; -1 is the CPU."""
-    if not t.is_cuda:
-        return -1, 0
-    return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
 
 
 def complain_unless_like(first: Tensor, name: str, **others: tuple) -> None:

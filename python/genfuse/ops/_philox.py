@@ -12,9 +12,13 @@ _LOWEST = -(2**63)  # of int64; random_ draws from here up to the highest
 
 def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
-    synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another."""
-    if torch.compiler.is_compiling():
+    synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another. Under vmap
+    it follows vmap's ``randomness``."""
+    if torch.compiler.is_compiling() and generator is None:
         return torch.ops.genfuse.seed(like)
+    if _op.transformed():
+        highest = -_LOWEST - 1
+        return torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
     return torch.empty((), dtype=torch.int64, device=like.device).random_(_LOWEST, None, generator=generator)
 
 

@@ -1,7 +1,6 @@
 """Monotonic rational-quadratic splines and their log-determinant, from a conditioner's raw output, in one pass."""
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genfuse.ops import _op
-from genfuse.ops._op import _C
 
 TAILS = {"linear": 0, "none": 1, "circular": 2}  # as launch.h numbers them
 EXTRA = {"linear": -1, "none": 1, "circular": 0}  # raw derivatives, beyond one a bin
@@ -89,7 +87,8 @@ def _folded(x: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(inside, x, 0.0), torch.zeros_like(x), inside
 
 
-def formula(x: Tensor, params: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+def formula(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    s = Settings(*settings)
     at, turns, inside = _folded(x, s)
     b = _find(at, _shares(params, s), s, along_y=s.inverse)
     delta = b.h / b.w
@@ -117,8 +116,11 @@ def formula(x: Tensor, params: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
     return torch.where(inside, y + turns, math.nan if s.tails == "none" else x), logdet
 
 
-def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
-    """Gradients for x and params; of the inverse, whose result x is here, for what it was taken of and params."""
+def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of x and params. Those of the inverse by the implicit function theorem, at its result."""
+    s = Settings(*settings)
+    if s.inverse:
+        x, _ = _fused(x, params, *settings)
     at, _, inside = _folded(x, s)
     shares = _shares(params, s)
     b = _find(at, shares, s, along_y=False)
@@ -133,7 +135,7 @@ def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, s: Settings
     g_log = glogdet.unsqueeze(-1)
     log_m = 2 * (theta * (b.d1 - delta) + q * (delta - b.d0)) / m
     log_x = (log_m - 2 * (b.d0 + b.d1 - 2 * delta) * (q - theta) * below) / b.w
-    if s.inverse:  # by the implicit function theorem
+    if s.inverse:
         g = -(gy - g_log * log_x) / slope
         g_log = -g_log
         gx, gxk = -g, gy
@@ -165,96 +167,28 @@ def gradient(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, s: Settings
     return torch.where(inside, gx, gy), torch.where(inside[..., None], gparams, 0.0)
 
 
-def _outputs(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _results(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return _op.like(x), x.new_empty(x.shape[:-1], dtype=_op.wide(x))
 
 
-def _gradients(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _op.like(x), _op.like(params)
-
-
-def reference(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    y, logdet = formula(x.to(_op.wide(x)), params.to(_op.wide(x)), Settings(*settings))
-    return y.to(x.dtype).contiguous(), logdet.contiguous()
-
-
-def backward_reference(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    s, wide = Settings(*settings), _op.wide(x)
-    x_, params_ = x.to(wide), params.to(wide)
-    if s.inverse:
-        x_, _ = formula(x_, params_, s)
-    gx, gparams = gradient(gy.to(wide), glogdet, x_, params_, s)
-    return gx.to(x.dtype).contiguous(), gparams.to(x.dtype).contiguous()
-
-
-def _problem(x: Tensor, params: Tensor, s: Settings) -> tuple[list, tuple]:
-    """What both compiled kernels take first, and the tensors whose addresses stand in it."""
-    x, x_stride = _op.rows(x)
-    params, params_stride = _op.rows(params.flatten(-2))
-    return [
-        _op.DTYPES[x.dtype],
-        x.data_ptr(), x_stride, params.data_ptr(), params_stride, x.shape[:-1].numel(), x.shape[-1],
+def _problem(x: Tensor, params: Tensor, *settings: Any) -> tuple:
+    s = Settings(*settings)
+    return (
+        _op.DTYPES[x.dtype], *_op.rows(x), *_op.rows(params.flatten(-2)), x.shape[:-1].numel(), x.shape[-1],
         s.bins, TAILS[s.tails], s.inverse, s.bound, s.min_width, s.min_height, s.min_derivative, s.edge, s.damping,
-    ], (x, params)  # fmt: skip
+    )  # fmt: skip
 
 
-def _native(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    y, logdet = _outputs(x, params)
-    problem, _alive = _problem(x, params, Settings(*settings))
-    _C.rational_quadratic_spline(*problem, y.data_ptr(), logdet.data_ptr(), *_op.place(x))
-    return y, logdet
-
-
-def _native_backward(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    gx, gparams = _gradients(gy, glogdet, x, params)
-    gy, glogdet = gy.contiguous(), glogdet.contiguous()
-    problem, _alive = _problem(x, params, Settings(*settings))
-    _C.rational_quadratic_spline_backward(
-        *problem, gy.data_ptr(), glogdet.data_ptr(), gx.data_ptr(), gparams.data_ptr(), *_op.place(x)
-    )
-    return gx, gparams
-
-
-_SETTINGS = (
-    "int bins, float bound, str tails, bool inverse, float min_width, float min_height, float min_derivative, "
-    "float damping"
+_fused = _op.fused(
+    "rational_quadratic_spline(Tensor x, Tensor params, int bins, float bound, str tails, bool inverse, "
+    "float min_width, float min_height, float min_derivative, float damping) -> (Tensor, Tensor)",
+    formula=formula,
+    gradient=gradient,
+    results=_results,
+    problem=_problem,
+    triton="genfuse.ops._triton.rational_quadratic_spline",
+    wrt=2,
 )
-_forward = _op.define(
-    f"rational_quadratic_spline(Tensor x, Tensor params, {_SETTINGS}) -> (Tensor, Tensor)",
-    reference=reference,
-    fake=_outputs,
-    native=_native,
-    triton="rational_quadratic_spline:forward",
-)
-_backward = _op.define(
-    f"rational_quadratic_spline_backward(Tensor gy, Tensor glogdet, Tensor x, Tensor params, {_SETTINGS}) "
-    "-> (Tensor, Tensor)",
-    reference=backward_reference,
-    fake=_gradients,
-    native=_native_backward,
-    triton="rational_quadratic_spline:backward",
-)
-
-
-class RationalQuadraticSpline(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, params)
-        ctx.settings = settings
-        return _forward(x, params, *settings)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
-        x, params = ctx.saved_tensors
-        # Grad mode is on in here only under create_graph=True: then stay differentiable.
-        if not torch.is_grad_enabled():
-            gradients = _backward(gy, glogdet, x, params, *ctx.settings)
-        else:
-            s, wide = Settings(*ctx.settings), _op.wide(x)
-            at = RationalQuadraticSpline.apply(x, params, *s)[0] if s.inverse else x
-            gx, gparams = gradient(gy.to(wide), glogdet, at.to(wide), params.to(wide), s)
-            gradients = gx.to(x.dtype), gparams.to(x.dtype)
-        return *gradients, *[None] * len(ctx.settings)
 
 
 def complain_unless_valid(s: Settings) -> None:
@@ -344,34 +278,4 @@ def rational_quadratic_spline(
     ):
         _op.complain_unless_like(x, "x", params=(params, shape))
     complain_unless_inside(x, "x", settings)
-    return RationalQuadraticSpline.apply(x, params, *settings)
-
-
-def eager(x: Tensor, params: Tensor, *, bins: int, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    return formula(x, params, Settings(bins, bound, "linear", inverse, 1e-3, 1e-3, 1e-3))
-
-
-def _example(size: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    make = torch.Generator().manual_seed(1)
-    x = 1.5 * torch.randn(size, generator=make)  # some of it in the tails
-    params = 0.1 * torch.randn((*size, 23), generator=make)
-    x, params = (t.to(device, dtype).detach().requires_grad_() for t in (x, params))
-    return {"x": x, "params": params}
-
-
-def _moved(size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    n, d = size
-    # x, params, y, logdet; gy, glogdet, x, params, gx, gparams
-    return (n * d * (2 + 23) + n) * itemsize, (n * d * (3 + 2 * 23) + n) * itemsize
-
-
-for _name, _inverse in (("rational_quadratic_spline", False), ("rational_quadratic_spline_inverse", True)):
-    _op.OPERATORS[_name] = _op.Operator(
-        name=_name,
-        function=partial(rational_quadratic_spline, bins=8, bound=3.0, inverse=_inverse),
-        eager=partial(eager, bins=8, bound=3.0, inverse=_inverse),
-        kernels=(_forward, _backward),
-        sizes=((1, 8), (128, 16), (4096, 32)),
-        example=_example,
-        moved=_moved,
-    )
+    return _fused(x, params, *settings)

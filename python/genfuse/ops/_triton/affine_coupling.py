@@ -1,6 +1,5 @@
 """Affine coupling: one program a row."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -8,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._affine_coupling import SCALES, _gradients, _outputs, _parts
-
+from genfuse.ops._triton._launch import launch_rows
 
 @triton.jit
 def _log_scale(raw, KIND: tl.constexpr):
@@ -99,46 +96,18 @@ def backward_kernel(
         tl.store(gparams + moved + j, gshift.to(gx.dtype.element_ty), there)
 
 
+def forward(dtype: int, *problem: Any) -> None:
+    _launch(forward_kernel, *problem)
+
+
+def backward(dtype: int, *problem: Any) -> None:
+    _launch(backward_kernel, *problem)
+
+
 def _launch(
-    kernel: Any,
-    x: Tensor,
-    params: Tensor,
-    mask: Tensor | None,
-    split: int,
-    scale: str,
-    inverse: bool,
-    *tensors: Tensor,
-) -> None:
-    x, x_stride = _op.rows(x)
-    params, params_stride = _op.rows(params)
-    n, cols = x.shape
-    first, moved, _ = _parts(cols, split)
-    if not n:
-        return
-    block = min(1024, max(16, triton.next_power_of_2(max(moved, cols - moved))))
-    constants = {"KIND": SCALES.index(scale), "INVERSE": inverse, "BLOCK": block, "WIDE": x.dtype is torch.float64}
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[(n,)](
-            *(x, x_stride, params, params_stride, None if mask is None else mask.view(torch.uint8), *tensors),
-            cols=cols,
-            first=first,
-            moved=moved,
-            **constants,
-            num_warps=max(1, min(8, block // 128)),
-        )
-
-
-def forward(
-    x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    y, logdet = _outputs(x, params, mask, split, scale, inverse)
-    _launch(forward_kernel, x, params, mask, split, scale, inverse, y, logdet)
-    return y, logdet
-
-
-def backward(
-    gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    gx, gparams = _gradients(gy, glogdet, x, params)
-    _launch(backward_kernel, x, params, mask, split, scale, inverse, gy.contiguous(), glogdet.contiguous(), gx, gparams)
-    return gx, gparams
+    kernel: Any, kind: int, inverse: bool, x: Tensor, x_stride: int, params: Tensor, params_stride: int,
+    mask: Tensor | None, rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
+) -> None:  # fmt: skip
+    mask = None if mask is None else mask.view(torch.uint8)
+    given = (x, x_stride, params, params_stride, mask, *tensors, cols, first, moved)
+    launch_rows(kernel, rows, max(moved, cols - moved), x, *given, KIND=kind, INVERSE=inverse)

@@ -1,13 +1,12 @@
 """Bernoulli draws: a block of elements a program."""
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._bernoulli import _output
+from genfuse.ops._triton._launch import launch
+from genfuse.ops._triton._noise import uniforms
+
 from genfuse.ops._triton._noise import uniforms
 
 BLOCK = 1024
@@ -24,10 +23,5 @@ def draw_kernel(p, seed, x, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     tl.store(x + first + offsets, drawn.to(x.dtype.element_ty), mask)
 
 
-def draw(p: Tensor, seed: Tensor) -> Tensor:
-    p, x = p.contiguous(), _output(p, seed)
-    if x.numel():
-        with torch.cuda.device(p.device) if p.is_cuda else contextlib.nullcontext():
-            grid = (triton.cdiv(x.numel(), BLOCK),)
-            draw_kernel[grid](p, seed, x, x.numel(), BLOCK=BLOCK, WIDE=p.dtype is torch.float64)
-    return x
+def forward(dtype: int, p: Tensor, seed: Tensor, n: int, x: Tensor) -> None:
+    launch(draw_kernel, (triton.cdiv(n, BLOCK),), x, p, seed, x, n, BLOCK=BLOCK)

@@ -1,18 +1,16 @@
 """The forward process of diffusion: a block of elements a program; backward one program an example."""
 
-import contextlib
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._diffuse import _gradients, _outputs
+from genfuse.ops._triton._launch import launch, launch_rows
+from genfuse.ops._triton._noise import normals
+
 from genfuse.ops._triton._noise import normals
 
 BLOCK = 1024
+NOISE, V, VELOCITY = (tl.constexpr(kind) for kind in (1, 2, 3))  # as math.h numbers the targets
 
 
 @triton.jit
@@ -32,18 +30,18 @@ def forward_kernel(
     key = tl.load(seed) if seed is not None else 0
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = first + tl.arange(0, BLOCK)
-    mask = i < rows * cols
+    mask = i < tl.cast(rows, tl.int64) * cols
     row = i // cols
     eps = _eps(noise, key, first, mask, BLOCK, True, WIDE)
     x = tl.load(x0 + row * x0_stride + i % cols, mask, 0.0).to(wide)
     a = tl.load(alpha + row, mask, 0.0)
     s = tl.load(sigma + row, mask, 0.0)
     tl.store(x_t + i, (a * x + s * eps).to(x_t.dtype.element_ty), mask)
-    if TARGET == "noise":
+    if TARGET == NOISE:
         tl.store(target + i, eps.to(x_t.dtype.element_ty), mask)
-    if TARGET == "v":
+    if TARGET == V:
         tl.store(target + i, (a * eps - s * x).to(x_t.dtype.element_ty), mask)
-    if TARGET == "velocity":
+    if TARGET == VELOCITY:
         tl.store(target + i, (eps - x).to(x_t.dtype.element_ty), mask)
 
 
@@ -73,35 +71,17 @@ def backward_kernel(
     tl.store(gsigma + row, tl.sum(of_sigma, 0))
 
 
-def _launch(
-    kernel: Any, grid: tuple[int], x0: Tensor, seed: Tensor | None, noise: Tensor | None, *tensors: Any, **fixed: Any
-) -> None:
-    x0, x0_stride = _op.rows(x0)
-    noise = None if noise is None else noise.contiguous()
-    sizes = {"rows": x0.shape[0], "cols": x0.shape[1], "WIDE": x0.dtype is torch.float64}
-    with torch.cuda.device(x0.device) if x0.is_cuda else contextlib.nullcontext():
-        kernel[grid](x0, x0_stride, seed, noise, *tensors, **sizes, **fixed)
-
-
 def forward(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str
-) -> tuple[Tensor, Tensor]:
-    x_t, of_target = _outputs(x0, alpha, sigma, seed, noise, target)
-    if x0.numel():
-        grid = (triton.cdiv(x0.numel(), BLOCK),)
-        tensors = (alpha.contiguous(), sigma.contiguous(), x_t, of_target)
-        _launch(forward_kernel, grid, x0, seed, noise, *tensors, TARGET=target, BLOCK=BLOCK)
-    return x_t, of_target
+    dtype: int, x0: Tensor, x0_stride: int, seed: Tensor | None, noise: Tensor | None, rows: int, cols: int,
+    kind: int, alpha: Tensor, sigma: Tensor, x_t: Tensor, target: Tensor,
+) -> None:  # fmt: skip
+    given = (x0, x0_stride, seed, noise, alpha, sigma, x_t, target, rows, cols)
+    launch(forward_kernel, (triton.cdiv(rows * cols, BLOCK),), x_t, *given, TARGET=kind, BLOCK=BLOCK)
 
 
 def backward(
-    gx_t: Tensor, gv: Tensor | None, x0: Tensor, seed: Tensor | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    galpha, gsigma = _gradients(gx_t)
-    rows, cols = x0.shape
-    if rows:
-        gv = None if gv is None else gv.contiguous()
-        block = min(BLOCK, max(16, triton.next_power_of_2(cols)))
-        tensors = (gx_t.contiguous(), gv, galpha, gsigma)
-        _launch(backward_kernel, (rows,), x0, seed, noise, *tensors, ALIGNED=cols % 4 == 0, BLOCK=block)
-    return galpha, gsigma
+    dtype: int, x0: Tensor, x0_stride: int, seed: Tensor | None, noise: Tensor | None, rows: int, cols: int,
+    *tensors: Tensor | None,
+) -> None:  # fmt: skip
+    given = (x0, x0_stride, seed, noise, *tensors, rows, cols)
+    launch_rows(backward_kernel, rows, cols, x0, *given, ALIGNED=cols % 4 == 0)

@@ -1,6 +1,5 @@
 """The penalty on the norm of each example's gradient: one program a row."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -8,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._gradient_norm_penalty import _REDUCE, _ggradient, _of_both, _outputs
-
+from genfuse.ops._triton._launch import launch_rows
 
 @triton.jit
 def _dot(a, b, cols, BLOCK: tl.constexpr, wide: tl.constexpr):
@@ -29,12 +26,12 @@ def _slope(norm, target, eps, ONE_SIDED: tl.constexpr):
 
 
 @triton.jit
-def _scale(gpenalty, row, REDUCTION: tl.constexpr, wide: tl.constexpr):
+def _scale(gpenalty, row, MEAN: tl.constexpr, SUMMED: tl.constexpr, wide: tl.constexpr):
     """The weight of an example in the result, and the gradient of its penalty."""
     weight = tl.full((), 1.0, wide)
-    if REDUCTION == "mean":
+    if MEAN:
         weight /= tl.num_programs(0)
-    return weight, weight * tl.load(gpenalty + (row if REDUCTION == "none" else row * 0))
+    return weight, weight * tl.load(gpenalty + (row * 0 if SUMMED else row))
 
 
 @triton.jit
@@ -55,12 +52,12 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     gradient, stride, gpenalty, norm, ggradient, cols, TARGET: tl.constexpr, EPS: tl.constexpr,
-    ONE_SIDED: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ONE_SIDED: tl.constexpr, MEAN: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
     target, eps = tl.full((), TARGET, wide), tl.full((), EPS, wide)  # a bare constant would be of float32
-    _weight, scale = _scale(gpenalty, row, REDUCTION, wide)
+    _weight, scale = _scale(gpenalty, row, MEAN, SUMMED, wide)
     slope = scale * _slope(tl.load(norm + row), target, eps, ONE_SIDED)
     for start in range(0, cols, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -70,8 +67,8 @@ def backward_kernel(
 
 @triton.jit
 def double_backward_kernel(
-    gradient, stride, v, v_stride, gpenalty, norm, of_gpenalty, of_gradient, cols,
-    TARGET: tl.constexpr, EPS: tl.constexpr, ONE_SIDED: tl.constexpr, REDUCTION: tl.constexpr,
+    gradient, stride, gpenalty, norm, v, v_stride, of_gpenalty, of_gradient, cols,
+    TARGET: tl.constexpr, EPS: tl.constexpr, ONE_SIDED: tl.constexpr, MEAN: tl.constexpr, SUMMED: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
@@ -84,7 +81,7 @@ def double_backward_kernel(
     bend = tl.where(length < eps, 0.0, 2.0 * target / floor * (dot / floor) / floor)
     if ONE_SIDED:
         bend = tl.where(length < target, 0.0, bend)
-    weight, scale = _scale(gpenalty, row, REDUCTION, wide)
+    weight, scale = _scale(gpenalty, row, MEAN, SUMMED, wide)
     tl.store(of_gpenalty + row, weight * slope * dot)
     for start in range(0, cols, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -93,36 +90,29 @@ def double_backward_kernel(
         tl.store(of_gradient + row * cols + j, (scale * along).to(of_gradient.dtype.element_ty), j < cols)
 
 
-def _launch(kernel: Any, gradient: Tensor, *arguments: Any, **settings: Any) -> None:
-    gradient, stride = _op.rows(gradient)
-    rows, cols = gradient.shape
-    if not rows:
-        return
-    block = min(1024, max(16, triton.next_power_of_2(cols)))
-    constants = {"BLOCK": block, "WIDE": gradient.dtype is torch.float64, "num_warps": max(1, min(8, block // 128))}
-    with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](gradient, stride, *arguments, cols=cols, **settings, **constants)
+def forward(
+    dtype: int, gradient: Tensor, stride: int, rows: int, cols: int, target: float, eps: float, weight: float,
+    one_sided: bool, summed: bool, penalty: Tensor, norm: Tensor,
+) -> None:  # fmt: skip
+    each = torch.empty_like(norm) if summed else penalty
+    launch_rows(
+        forward_kernel, rows, cols, norm, gradient, stride, each, norm, cols, TARGET=target, ONE_SIDED=one_sided
+    )
+    if summed:
+        torch.sum(each, 0, out=penalty).mul_(weight)
 
 
-def forward(gradient: Tensor, target: float, one_sided: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    penalty, norm = _outputs(gradient, target, one_sided, "none")
-    _launch(forward_kernel, gradient, penalty, norm, TARGET=target, ONE_SIDED=one_sided)
-    return _REDUCE[reduction](penalty), norm
+def backward(dtype: int, *problem: Any) -> None:
+    _launch(backward_kernel, *problem)
 
 
-def _settings(target: float, one_sided: bool, reduction: str, eps: float) -> dict[str, Any]:
-    return {"TARGET": target, "ONE_SIDED": one_sided, "REDUCTION": reduction, "EPS": eps}
+def double_backward(dtype: int, *problem: Any) -> None:
+    _launch(double_backward_kernel, *problem)
 
 
-def backward(gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any) -> Tensor:
-    ggradient = _ggradient(gpenalty, gradient)
-    _launch(backward_kernel, gradient, gpenalty.contiguous(), norm, ggradient, **_settings(*settings))
-    return ggradient
-
-
-def double_backward(
-    v: Tensor, gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    results, rows = _of_both(v, gpenalty, gradient, norm), _op.rows(v)
-    _launch(double_backward_kernel, gradient, *rows, gpenalty.contiguous(), norm, *results, **_settings(*settings))
-    return results
+def _launch(
+    kernel: Any, gradient: Tensor, stride: int, rows: int, cols: int, target: float, eps: float, weight: float,
+    one_sided: bool, summed: bool, gpenalty: Tensor, norm: Tensor, *rest: Any,
+) -> None:  # fmt: skip
+    sizes = {"TARGET": target, "EPS": eps, "ONE_SIDED": one_sided, "MEAN": weight != 1, "SUMMED": summed}
+    launch_rows(kernel, rows, cols, norm, gradient, stride, gpenalty, norm, *rest, cols, **sizes)

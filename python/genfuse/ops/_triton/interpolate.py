@@ -1,14 +1,12 @@
 """Points between real and fake examples: one program a row."""
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._interpolate import _output
+from genfuse.ops._triton._launch import launch_rows
+from genfuse.ops._triton._noise import uniform_at
+
 from genfuse.ops._triton._noise import uniform_at
 
 
@@ -29,14 +27,8 @@ def between_kernel(
         tl.store(x + row * cols + j, point.to(x.dtype.element_ty), j < cols)
 
 
-def between(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
-    x = _output(real, fake, seed, epsilon)
-    rows, cols = x.shape
-    if rows:
-        real, real_stride = (None, 0) if real is None else _op.rows(real)
-        fake, fake_stride = (None, 0) if fake is None else _op.rows(fake)
-        block = min(1024, max(16, triton.next_power_of_2(cols)))
-        constants = {"BLOCK": block, "WIDE": x.dtype is torch.float64, "num_warps": max(1, min(8, block // 128))}
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            between_kernel[(rows,)](real, real_stride, fake, fake_stride, seed, epsilon, x, cols, **constants)
-    return x
+def forward(
+    dtype: int, real: Tensor | None, real_stride: int, fake: Tensor | None, fake_stride: int,
+    seed: Tensor | None, epsilon: Tensor | None, rows: int, cols: int, x: Tensor,
+) -> None:  # fmt: skip
+    launch_rows(between_kernel, rows, cols, x, real, real_stride, fake, fake_stride, seed, epsilon, x, cols)

@@ -1,16 +1,12 @@
 """Rational-quadratic splines: one program a row, a tile of coordinates and their bins at a time."""
 
-import contextlib
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._rational_quadratic_spline import TAILS, Settings, _gradients, _outputs
-
+from genfuse.ops._triton._launch import launch
 
 @triton.jit
 def _softplus(x):
@@ -192,35 +188,22 @@ def backward_kernel(
         tl.store(to[:, None] + 2 * BINS + k, gd.to(gparams.dtype.element_ty), keep)
 
 
-def _launch(kernel: Any, x: Tensor, params: Tensor, s: Settings, *tensors: Tensor) -> None:
-    x, x_stride = _op.rows(x)
-    params, params_stride = _op.rows(params.flatten(-2))
-    rows, cols = x.shape[:-1].numel(), x.shape[-1]
-    if not rows:
-        return
-    tile = triton.next_power_of_2(s.bins)
+def forward(dtype: int, *problem: Any) -> None:
+    _launch(forward_kernel, *problem)
+
+
+def backward(dtype: int, *problem: Any) -> None:
+    _launch(backward_kernel, *problem)
+
+
+def _launch(
+    kernel: Any, x: Tensor, x_stride: int, params: Tensor, params_stride: int, rows: int, cols: int,
+    bins: int, tails: int, inverse: bool, bound: float, min_width: float, min_height: float, min_derivative: float,
+    edge: float, damping: float, *tensors: Tensor,
+) -> None:  # fmt: skip
+    tile = triton.next_power_of_2(bins)
+    settings = {"bound": bound, "min_w": min_width, "min_h": min_height, "min_d": min_derivative, "edge": edge}
+    sizes = {"BINS": bins, "WIDTH": params.shape[-1] // max(cols, 1), "TILE": tile, "TAILS": tails, "INVERSE": inverse}
     block = max(1, min(triton.next_power_of_2(max(cols, 1)), 1024 // tile))
-    settings = {"bound": s.bound, "min_w": s.min_width, "min_h": s.min_height, "min_d": s.min_derivative}
-    sizes = {"BINS": s.bins, "WIDTH": s.params, "TILE": tile, "TAILS": TAILS[s.tails], "INVERSE": s.inverse}
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](
-            *(x, x_stride, params, params_stride, *tensors, cols),
-            **settings,
-            **sizes,
-            damping=s.damping,
-            edge=s.edge,
-            BLOCK=block,
-            WIDE=x.dtype is torch.float64,
-        )
-
-
-def forward(x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    y, logdet = _outputs(x, params)
-    _launch(forward_kernel, x, params, Settings(*settings), y, logdet)
-    return y, logdet
-
-
-def backward(gy: Tensor, glogdet: Tensor, x: Tensor, params: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    gx, gparams = _gradients(gy, glogdet, x, params)
-    _launch(backward_kernel, x, params, Settings(*settings), gy.contiguous(), glogdet.contiguous(), gx, gparams)
-    return gx, gparams
+    given = (x, x_stride, params, params_stride, *tensors, cols)
+    launch(kernel, (rows,), x, *given, **settings, **sizes, damping=damping, BLOCK=block)

@@ -1,15 +1,14 @@
 """Reparameterised sample and its KL divergence: one program a row."""
 
-import contextlib
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._reparameterize_kl import _gradients, _outputs
+from genfuse.ops._triton._launch import launch_rows
+from genfuse.ops._triton._noise import normals
+
 from genfuse.ops._triton._noise import normals
 
 
@@ -72,44 +71,17 @@ def backward_kernel(
         tl.store(glogvar + to, (0.5 * (gz_eps_sum * sigma + (gk * sigma) * sigma - gk)).to(gmu.dtype.element_ty), mask)
 
 
+def forward(dtype: int, *problem: Any) -> None:
+    _launch(forward_kernel, *problem)
+
+
+def backward(dtype: int, *problem: Any) -> None:
+    _launch(backward_kernel, *problem)
+
+
 def _launch(
-    kernel: Any,
-    mu: Tensor,
-    logvar: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    samples: int | None,
-    *tensors: Tensor,
-) -> None:
-    mu, mu_stride = _op.rows(mu)
-    logvar, logvar_stride = _op.rows(logvar)
-    rows, cols = mu.shape[:-1].numel(), mu.shape[-1]
-    if not rows:
-        return
-    block = min(1024, max(16, triton.next_power_of_2(cols)))
-    noise = None if noise is None else noise.contiguous()
-    sizes = {"rows": rows, "cols": cols, "samples": samples or 1}
-    constants = {"BLOCK": block, "ALIGNED": cols % 4 == 0, "WIDE": mu.dtype is torch.float64}
-    with torch.cuda.device(mu.device) if mu.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](
-            *(mu, mu_stride, logvar, logvar_stride, seed, noise, *tensors),
-            **sizes,
-            **constants,
-            num_warps=max(1, min(8, block // 128)),
-        )
-
-
-def forward(
-    mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
-) -> tuple[Tensor, Tensor]:
-    z, kl = _outputs(mu, logvar, seed, noise, samples)
-    _launch(forward_kernel, mu, logvar, seed, noise, samples, z, kl)
-    return z, kl
-
-
-def backward(
-    gz: Tensor, gkl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
-) -> tuple[Tensor, Tensor]:
-    gmu, glogvar = _gradients(gz, gkl, mu)
-    _launch(backward_kernel, mu, logvar, seed, noise, samples, gz.contiguous(), gkl.contiguous(), gmu, glogvar)
-    return gmu, glogvar
+    kernel: Any, mu: Tensor, mu_stride: int, logvar: Tensor, logvar_stride: int, seed: Tensor | None,
+    noise: Tensor | None, rows: int, cols: int, samples: int, *tensors: Tensor,
+) -> None:  # fmt: skip
+    given = (mu, mu_stride, logvar, logvar_stride, seed, noise, *tensors, rows, cols, samples)
+    launch_rows(kernel, rows, cols, mu, *given, ALIGNED=cols % 4 == 0)

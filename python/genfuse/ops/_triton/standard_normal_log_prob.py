@@ -1,15 +1,11 @@
 """Log-density of a standard normal plus a log-determinant: one program a row."""
 
-import contextlib
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops import _op
-from genfuse.ops._standard_normal_log_prob import _gradient, _output
+from genfuse.ops._triton._launch import launch_rows
+
 
 LOG_TWO_PI = tl.constexpr(1.8378770664093454836)
 
@@ -41,24 +37,13 @@ def backward_kernel(z, z_stride, g, gz, cols, BLOCK: tl.constexpr, WIDE: tl.cons
         tl.store(gz + row * cols + j, (minus_g * value).to(gz.dtype.element_ty), j < cols)
 
 
-def _launch(kernel: Any, z: Tensor, *tensors: Tensor | None) -> None:
-    z, z_stride = _op.rows(z)
-    rows, cols = z.shape[:-1].numel(), z.shape[-1]
-    if not rows:
-        return
-    block = min(1024, max(16, triton.next_power_of_2(cols)))
-    constants = {"BLOCK": block, "WIDE": z.dtype is torch.float64}
-    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](z, z_stride, *tensors, cols=cols, **constants, num_warps=max(1, min(8, block // 128)))
+def forward(
+    dtype: int, z: Tensor, z_stride: int, rows: int, cols: int, logdet: Tensor | None, log_prob: Tensor
+) -> None:
+    launch_rows(forward_kernel, rows, cols, log_prob, z, z_stride, logdet, log_prob, cols)
 
 
-def forward(z: Tensor, logdet: Tensor | None) -> Tensor:
-    log_prob = _output(z, logdet)
-    _launch(forward_kernel, z, None if logdet is None else logdet.contiguous(), log_prob)
-    return log_prob
-
-
-def backward(g: Tensor, z: Tensor) -> Tensor:
-    gz = _gradient(g, z)
-    _launch(backward_kernel, z, g.contiguous(), gz)
-    return gz
+def backward(
+    dtype: int, z: Tensor, z_stride: int, rows: int, cols: int, logdet: Tensor | None, g: Tensor, gz: Tensor
+) -> None:
+    launch_rows(backward_kernel, rows, cols, gz, z, z_stride, g, gz, cols)
