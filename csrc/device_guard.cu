@@ -6,7 +6,7 @@
 namespace genfuse {
 namespace {
 
-// Whether the process has a context on a device. cudaSetDevice would create one, of some hundred megabytes. Asked of
+// Whether the process has a context on a device. (cudaSetDevice creates one, of some hundred megabytes.) Asked of
 // the driver by way of the runtime, so that the module needs no libcuda to be loaded.
 bool has_context(int device) {
   static const auto state = [] {
@@ -30,6 +30,7 @@ DeviceGuard::DeviceGuard(int device) : device_(device) {
   if (device_ != previous_) check(cudaSetDevice(device_));
 }
 
+// Making a device current that has no context would create it: then this one stays current.
 DeviceGuard::~DeviceGuard() {
   if (device_ != previous_ && has_context(previous_)) cudaSetDevice(previous_);
 }
