@@ -86,9 +86,7 @@ def _normals(*sizes: Size) -> tuple[Tensor, ...]:
     return tuple(torch.randn(size, generator=make) for size in sizes)
 
 
-def _actnorm(
-    x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
+def _actnorm(x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
     axes = (slice(None), *[None] * (x.dim() - 2)) if x.dim() == 4 else ()
     cells = math.prod(x.shape[2:]) if x.dim() == 4 else 1
     s, t = log_scale[axes], shift[axes]
@@ -113,8 +111,8 @@ def _diffuse_eager(
 ) -> tuple[Tensor, Tensor]:
     alpha, sigma = (t.view(-1, *[1] * (x0.dim() - 1)) for t in (alpha, sigma))
     eps = torch.randn_like(x0) if noise is None else noise
-    targets = {"x0": lambda: x0, "noise": lambda: eps, "v": lambda: alpha * eps - sigma * x0, "velocity": lambda: eps - x0}
-    return alpha * x0 + sigma * eps, targets[target]()
+    targets = {"x0": x0, "noise": eps, "v": alpha * eps - sigma * x0, "velocity": eps - x0}
+    return alpha * x0 + sigma * eps, targets[target]
 
 
 def _penalty(gradient: Tensor, target: float = 1.0, one_sided: bool = False, reduction: str = "mean") -> Tensor:

@@ -1,6 +1,7 @@
 """ActNorm: scale and shift of every feature or channel, with the log-determinant, and its reductions backward."""
 
 import math
+
 import torch
 from torch import Tensor
 

@@ -45,7 +45,9 @@ class Settings(NamedTuple):
     def gradients(self, gx: Tensor, glogdet: Tensor, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Those of `inverse`, for y and for params."""
         if self.bins:
-            gy, gparams = torch.ops.genfuse.rational_quadratic_spline_backward(gx, glogdet, y, params.unsqueeze(1), *self.spline)
+            gy, gparams = torch.ops.genfuse.rational_quadratic_spline_backward(
+                gx, glogdet, y, params.unsqueeze(1), *self.spline
+            )
             return gy, gparams.squeeze(1)
         return torch.ops.genfuse.affine_coupling_backward(gx, glogdet, y, params, None, 0, self.scale, True)
 

@@ -1,5 +1,6 @@
 """Bernoulli draws: the noise and the comparison in one pass."""
 
+import torch
 from torch import Tensor
 
 from genfuse.ops import _op, _philox

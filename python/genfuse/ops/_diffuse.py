@@ -92,7 +92,10 @@ _fused = _op.fused(
     formula=formula,
     results=_results,
     problem=lambda x0, alpha, sigma, seed, noise, target: (
-        *_problem(x0, seed, noise), TARGETS.index(target), alpha.contiguous(), sigma.contiguous()
+        *_problem(x0, seed, noise),
+        TARGETS.index(target),
+        alpha.contiguous(),
+        sigma.contiguous(),
     ),
     triton=_TRITON,
     backward=_backward,
@@ -101,7 +104,7 @@ _fused = _op.fused(
 _reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
     formula=reductions,
-    results=lambda gx_t, *rest: (per_example := gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)), torch.empty_like(per_example)),
+    results=lambda gx_t, *rest: tuple(gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)) for _ in range(2)),
     problem=lambda gx_t, gv, *given: (*_problem(*given), gx_t.contiguous(), None if gv is None else gv.contiguous()),
     triton=f"{_TRITON}:backward",
 )

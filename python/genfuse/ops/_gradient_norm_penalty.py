@@ -30,9 +30,7 @@ def weight(gradient: Tensor, reduction: str) -> float:
     return 1 / (gradient.shape[0] or math.nan) if reduction == "mean" else 1.0
 
 
-def formula(
-    gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float
-) -> tuple[Tensor, Tensor]:
+def formula(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[Tensor, Tensor]:
     norm = gradient.norm(2, dim=1)  # (N,)
     # Below eps, as `slope` has it: the value of the norm, and the derivative of |g|^2 / (2 eps).
     floored = (gradient**2).sum(1) / (2 * eps)

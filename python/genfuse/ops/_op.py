@@ -113,7 +113,7 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
         or tracing() is not None
     ):
         return False
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110, which costs a generator
         if t is not None and (t.__class__ not in TENSORS or t.is_neg()):
             return False
     return True
@@ -174,8 +174,8 @@ def fused(
     r"""Make an operator out of its formula, its results and a problem.
 
     The operator runs a kernel where there is one for the device, and else the formula. It is differentiable to any
-    order, and right under torch.func, torch.compile, torch.export, tracers, modes and subclasses: under vmap and forward
-    mode it is its formula, and the second derivative is the formula's.
+    order, and right under torch.func, torch.compile, torch.export, tracers, modes and subclasses: under vmap and
+    forward mode it is its formula, and the second derivative is the formula's.
 
     Args:
         schema: as torch.library takes it, "namespace::name(Tensor x, ..., int n) -> (Tensor, ...)": tensors first, then
@@ -436,7 +436,7 @@ def _next_level(operator: Any, keys: Any, *given: Any) -> Any:
 def differentiate(
     function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], by: Sequence[int]
 ) -> Sequence[Tensor]:
-    """Gradients of the arguments ``by`` of a function in plain PyTorch, to be differentiated again if grad mode is on."""
+    """Gradients of a function in plain PyTorch by some arguments, to be differentiated again if grad mode is on."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad(), enable_inplace_requires_grad(True):
         # Views, since one argument may have been made of another.

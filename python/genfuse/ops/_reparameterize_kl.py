@@ -38,9 +38,7 @@ def _results(
     return z, mu.new_empty(mu.shape[:-1], dtype=_op.wide(mu))
 
 
-def _problem(
-    mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
-) -> tuple:
+def _problem(mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None) -> tuple:
     noise = None if noise is None else noise.contiguous()
     rows, cols = mu.shape[:-1].numel(), mu.shape[-1]
     return _op.DTYPES[mu.dtype], *_op.rows(mu), *_op.rows(logvar), seed, noise, rows, cols, samples or 1

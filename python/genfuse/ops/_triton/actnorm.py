@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genfuse.ops._triton._launch import block_of, launch
 
+
 @triton.jit
 def forward_kernel(
     x, x_stride, log_scale, shift, y, logdet, channels, cells,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genfuse.ops._triton._launch import launch_rows
 
+
 @triton.jit
 def _log_scale(raw, KIND: tl.constexpr):
     """The log-scale and its derivative; KIND counts as SCALES does."""

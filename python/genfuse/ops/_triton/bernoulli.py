@@ -7,8 +7,6 @@ from torch import Tensor
 from genfuse.ops._triton._launch import launch
 from genfuse.ops._triton._noise import uniforms
 
-from genfuse.ops._triton._noise import uniforms
-
 BLOCK = 1024
 
 

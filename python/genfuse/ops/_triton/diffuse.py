@@ -7,8 +7,6 @@ from torch import Tensor
 from genfuse.ops._triton._launch import launch, launch_rows
 from genfuse.ops._triton._noise import normals
 
-from genfuse.ops._triton._noise import normals
-
 BLOCK = 1024
 NOISE, V, VELOCITY = (tl.constexpr(kind) for kind in (1, 2, 3))  # as math.h numbers the targets
 

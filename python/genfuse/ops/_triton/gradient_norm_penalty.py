@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genfuse.ops._triton._launch import launch_rows
 
+
 @triton.jit
 def _dot(a, b, cols, BLOCK: tl.constexpr, wide: tl.constexpr):
     products = tl.zeros((BLOCK,), wide)

@@ -7,8 +7,6 @@ from torch import Tensor
 from genfuse.ops._triton._launch import launch_rows
 from genfuse.ops._triton._noise import uniform_at
 
-from genfuse.ops._triton._noise import uniform_at
-
 
 @triton.jit
 def between_kernel(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from genfuse.ops._triton._launch import launch
 
+
 @triton.jit
 def _softplus(x):
     z = tl.exp(-tl.abs(x))

@@ -9,8 +9,6 @@ from torch import Tensor
 from genfuse.ops._triton._launch import launch_rows
 from genfuse.ops._triton._noise import normals
 
-from genfuse.ops._triton._noise import normals
-
 
 @triton.jit
 def _eps(noise, seed, first, columns, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):

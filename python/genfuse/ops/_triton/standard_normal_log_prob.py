@@ -6,7 +6,6 @@ from torch import Tensor
 
 from genfuse.ops._triton._launch import launch_rows
 
-
 LOG_TWO_PI = tl.constexpr(1.8378770664093454836)
 
 
