@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import _part, _peers, _record, _report, examples, flows, gans, ops
-from genfuse.ops import OPERATORS
+from benchmarks.operators import OPERATORS
 
 
 def _size(text: str) -> tuple[int, ...]:

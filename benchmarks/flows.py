@@ -23,6 +23,7 @@ from benchmarks._measure import Effort, Side, peak_memory, seconds
 from benchmarks._part import OURS, Part
 from benchmarks._peers import Flow
 from benchmarks._record import Bar
+from benchmarks.operators import OPERATORS
 
 SLOW = Effort(block=0.02, rounds=(5, 51), seconds=6)  # of calls that take seconds
 RATE = 1e-5  # of the optimizers that are timed: a step costs the same, and the model stays as it is
@@ -88,8 +89,8 @@ def spline(part: Part) -> None:
         ("rational_quadratic_spline_inverse", True, "forward"),
         ("rational_quadratic_spline_inverse", True, "both"),
     ):
-        operator = genfuse.ops.OPERATORS[name]
-        inputs = operator.example(size, torch.float32, args.device)
+        operator = OPERATORS[name]
+        inputs = operator.arguments(size, torch.float32, args.device)
         context = torch.no_grad if mode == "forward" else contextlib.nullcontext
         run, what = operator.function, f"{name} {size} {ops.MODES[mode]}"
         check = ops.check(operator, size, torch.float32, args.device, ops.implementations(operator, args.device)[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks._measure import FULL, QUICK, Side, interleave, peak_memory
 from benchmarks._record import Bar
 from benchmarks._report import MODES, describe
+from benchmarks.operators import OPERATORS, Operator
 from genfuse import ops
 
 
@@ -93,17 +94,17 @@ def _copy(moved: int, device: str) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def implementations(operator: ops.Operator, device: str) -> list[str]:
+def implementations(operator: Operator, device: str) -> list[str]:
     """What can run the operator on a device; the first is what the device gets by default."""
     names = ("native", "triton", "reference")
-    return [name for name in names if all(kernel.find(name, device)[0] for kernel in operator.kernels)]
+    return [name for name in names if all(ops._op.KERNELS[kernel].find(name, device)[0] for kernel in operator.kernels)]
 
 
 def first_line(reason: Exception) -> str:
     return f"{type(reason).__name__}: {reason}".splitlines()[0]
 
 
-def check(operator: ops.Operator, size: tuple[int, ...], dtype: torch.dtype, device: str, name: str) -> dict[str, Any]:
+def check(operator: Operator, size: tuple[int, ...], dtype: torch.dtype, device: str, name: str) -> dict[str, Any]:
     """The error against float64, or why it is wrong: over twice eager PyTorch's in this dtype and four roundings."""
     allowed = 2 * operator.error(size, dtype, device, eager=True) + 4 * torch.finfo(dtype).eps
     try:
@@ -116,14 +117,14 @@ def check(operator: ops.Operator, size: tuple[int, ...], dtype: torch.dtype, dev
     return {"error": error}
 
 
-def _compare(operator: ops.Operator, size: tuple[int, ...], args: Namespace) -> Iterator[dict[str, Any]]:
+def _compare(operator: Operator, size: tuple[int, ...], args: Namespace) -> Iterator[dict[str, Any]]:
     """For each mode all sides at one size: what they have got wrong, or else how long they take and what they hold."""
     dtype, device = getattr(torch, args.dtype), args.device
     facts = {name: check(operator, size, dtype, device, name) for name in implementations(operator, device)}
     moved = dict(zip(("forward", "backward"), operator.moved(size, dtype.itemsize), strict=True))
     moved["both"] = moved["forward"] + moved["backward"]
     for mode in args.mode or MODES:
-        inputs = operator.example(size, dtype, device)
+        inputs = operator.arguments(size, dtype, device)
         if mode != "forward" and not _differentiable(list(inputs.values())):
             continue
         results = {"eager": {"error": operator.error(size, dtype, device, eager=True)}, "compile": {}, **facts}
@@ -171,7 +172,7 @@ def judge(comparisons: list[dict[str, Any]], device: str, dtype: str) -> list[Ba
     return judged
 
 
-def _sizes(operator: ops.Operator, args: Namespace) -> list[tuple[int, ...]]:
+def _sizes(operator: Operator, args: Namespace) -> list[tuple[int, ...]]:
     sizes = {*operator.sizes, *(bar.size for bar in BARS if bar.op == operator.name and bar.device == args.device)}
     chosen = args.size or sorted(sizes, key=math.prod)
     return chosen[:2] if args.quick and not args.size else chosen
@@ -180,9 +181,9 @@ def _sizes(operator: ops.Operator, args: Namespace) -> list[tuple[int, ...]]:
 def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Measure and print the operators, sizes and modes that were asked for; returns the record and its bars."""
     comparisons = []
-    for name in args.op or ops.OPERATORS:
-        for size in _sizes(ops.OPERATORS[name], args):
-            for comparison in _compare(ops.OPERATORS[name], size, args):
+    for name in args.op or OPERATORS:
+        for size in _sizes(OPERATORS[name], args):
+            for comparison in _compare(OPERATORS[name], size, args):
                 comparisons.append(comparison)
                 print(describe(comparison), flush=True)
     settings = {"device": args.device, "dtype": args.dtype, "quick": args.quick}

@@ -12,8 +12,8 @@ import torch
 import genfuse.models._flow
 from benchmarks import _measure, _peers, _record, examples, flows, gans, ops
 from benchmarks.__main__ import main
+from benchmarks.operators import OPERATORS
 from examples.fused import vae
-from genfuse.ops import OPERATORS
 
 OP = "reparameterize_kl"
 QUICK = ["ops", "--op", OP, "--size", "2x4", "--quick"]

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from benchmarks.operators import OPERATORS
 from genfuse import ops
 from genfuse.ops import affine_coupling
-from genfuse.ops._affine_coupling import SCALES, eager
+from genfuse.ops._affine_coupling import SCALES
+
+eager = OPERATORS["affine_coupling"].eager
 
 every_scale = pytest.mark.parametrize("scale", SCALES)
 either_way = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])

@@ -6,9 +6,12 @@ import pytest
 import scipy.stats
 import torch
 
+from benchmarks.operators import OPERATORS
 from genfuse import ops
 from genfuse.ops import diffuse
-from genfuse.ops._diffuse import TARGETS, eager
+from genfuse.ops._diffuse import TARGETS
+
+eager = OPERATORS["diffuse"].eager.func
 
 
 def example(*shape, dtype=torch.float32, device="cpu"):

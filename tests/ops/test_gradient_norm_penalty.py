@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.operators import OPERATORS
 from genfuse import ops
 from genfuse.ops import gradient_norm_penalty
 
@@ -84,7 +85,7 @@ def test_second_derivatives_are_those_of_autograd(dtype, one_sided, device, impl
         return torch.autograd.grad((first * v).sum(), (g, factor))
 
     ours = derivatives(lambda g: gradient_norm_penalty(g, one_sided=one_sided, reduction="none"), gradient, v, factor)
-    eager = ops.OPERATORS["gradient_norm_penalty"].eager
+    eager = OPERATORS["gradient_norm_penalty"].eager
     truth = derivatives(
         lambda g: eager(g, one_sided=one_sided, reduction="none"), gradient.double(), v.double(), factor.double()
     )
@@ -102,7 +103,7 @@ def test_the_third_order_is_autograds():
             (result,) = torch.autograd.grad((result**2).sum(), gradient, create_graph=True)
         return result
 
-    torch.testing.assert_close(third(gradient_norm_penalty), third(ops.OPERATORS["gradient_norm_penalty"].eager))
+    torch.testing.assert_close(third(gradient_norm_penalty), third(OPERATORS["gradient_norm_penalty"].eager))
 
 
 def test_a_critics_weights_are_trained_through_it(device, implementation):
@@ -114,7 +115,7 @@ def test_a_critics_weights_are_trained_through_it(device, implementation):
         (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
         return torch.autograd.grad(penalty(gradient), list(critic.parameters())[:3])
 
-    eager = ops.OPERATORS["gradient_norm_penalty"].eager
+    eager = OPERATORS["gradient_norm_penalty"].eager
     torch.testing.assert_close(of_weights(gradient_norm_penalty), of_weights(eager))
 
 

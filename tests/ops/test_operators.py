@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operators import OPERATORS
 from genfuse import ops
 
 SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20)]
 
 
-@pytest.fixture(params=list(ops.OPERATORS))
+@pytest.fixture(params=list(OPERATORS))
 def operator(request):
-    return ops.OPERATORS[request.param]
+    return OPERATORS[request.param]
 
 
 def leaves(arguments):
@@ -53,7 +54,7 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_agree_with_finite_differences(operator, order, device, implementation):
-    arguments = operator.example((2, 5), torch.float64, device)
+    arguments = operator.arguments((2, 5), torch.float64, device)
     inputs = leaves(arguments)
     if not inputs:
         pytest.skip(f"{operator.name} is not differentiable")
@@ -67,32 +68,32 @@ def test_derivatives_agree_with_finite_differences(operator, order, device, impl
 
 
 def test_pytorchs_operator_check_passes(operator, device, implementation):
-    arguments = operator.example((3, 65), torch.float32, device)
+    arguments = operator.arguments((3, 65), torch.float32, device)
     with Recorder() as recorder:
         run(operator, arguments)
-    assert {f._schema.name for f, _ in recorder.calls} == {f"genfuse::{k.name}" for k in operator.kernels}
+    assert {f._schema.name for f, _ in recorder.calls} == {f"genfuse::{k}" for k in operator.kernels}
     for function, args in recorder.calls:
         torch.library.opcheck(function, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
 def test_a_profiler_sees_the_operator_by_name(operator, device):
-    arguments = operator.example((3, 65), torch.float32, device)
+    arguments = operator.arguments((3, 65), torch.float32, device)
     with torch.profiler.profile() as profile:
         operator.function(**arguments)
-    assert f"genfuse::{operator.kernels[0].name}" in {event.key for event in profile.key_averages()}
+    assert f"genfuse::{operator.kernels[0]}" in {event.key for event in profile.key_averages()}
 
 
 def test_every_shape_that_has_no_elements_works(operator, device, implementation):
     for size in [(0, 4), (3, 0), (0, 0)]:
-        arguments = operator.example(size, torch.float32, device)
+        arguments = operator.arguments(size, torch.float32, device)
         gradients = run(operator, arguments)
         assert [g.shape for g in gradients] == [tensor.shape for tensor in leaves(arguments).values()]
 
 
 def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(operator, monkeypatch):
     monkeypatch.setattr(ops._op, "_C", None)
-    arguments = operator.example((2, 4), torch.float32, "cpu")
-    missing = f"{operator.kernels[0].name} has no native implementation on cpu"
+    arguments = operator.arguments((2, 4), torch.float32, "cpu")
+    missing = f"{operator.kernels[0]} has no native implementation on cpu"
     with ops.use("native"), pytest.raises(RuntimeError, match=missing):
         operator.function(**arguments)
     with ops.use("auto"):  # chosen automatically, it falls back

@@ -5,9 +5,11 @@ import scipy.stats
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from benchmarks.operators import OPERATORS
 from genfuse import ops
 from genfuse.ops import reparameterize_kl
-from genfuse.ops._reparameterize_kl import eager
+
+eager = OPERATORS["reparameterize_kl"].eager
 
 
 def noise_of(shape, dtype=torch.float32, device="cpu", seed=0, **kwargs):

@@ -22,7 +22,6 @@ from genfuse.models._samplers import SAMPLERS
 from genfuse.nn import EMA, DenoisingMLP, UNet
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import _philox, diffuse
-from genfuse.ops._diffuse import Diffuse
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -407,9 +406,7 @@ class DiffusionModel(ConditionalModel):
 def noisy(x: Tensor, sigma: float | Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """x + sigma eps and eps, both (N, *shape), for sigma a number or (N,). Each element of eps, a standard normal,
     follows from the key and its place: it is the same in a larger batch."""
-    ones = x.new_ones(len(x))
-    x_t, eps = Diffuse.apply(x.flatten(1), ones, ones * sigma, key, None, "noise")
-    return x_t.view(x.shape), eps.view(x.shape)
+    return diffuse(x, 1, sigma, seed=key)
 
 
 def _divergence(f: Tensor, y: Tensor, probe: Tensor | None) -> Tensor:

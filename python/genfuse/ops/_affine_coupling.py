@@ -29,9 +29,11 @@ def formula(
 ) -> tuple[Tensor, Tensor]:
     before, moved, after = x.split(_parts(x.shape[-1], split), -1)
     raw, t = params.chunk(2, dim=-1)
+    if mask is not None:  # of what passes through nothing has an effect, NaN included
+        raw, t = raw.masked_fill(mask, 0), t.masked_fill(mask, 0)
     s = log_scale(raw, scale)
     if mask is not None:
-        s, t = s.masked_fill(mask, 0), t.masked_fill(mask, 0)
+        s = s.masked_fill(mask, 0)
     y = (moved - t) * (-s).exp() if inverse else moved * s.exp() + t
     logdet = s.sum(-1)
     return torch.cat([before, y, after], dim=-1), -logdet if inverse else logdet

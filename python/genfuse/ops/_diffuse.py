@@ -117,6 +117,7 @@ def diffuse(
     *,
     target: Target = "noise",
     generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Add noise to data as the forward process of diffusion does, and give what a network is to predict of it.
@@ -141,6 +142,8 @@ def diffuse(
             "velocity", epsilon - x0, which is d x_t / dt on a straight path.
         generator: of x0's device; default PyTorch's own, which `torch.manual_seed` rules. One seed gives the same
             noise on every device and implementation, to rounding.
+        seed: 64 bits, int64, (), on x0's device, in place of a drawn one: each element of epsilon follows from it and
+            the element's place.
         noise: epsilon, of x0's shape, dtype and device, in place of drawn noise. It may require grad.
 
     Returns:
@@ -157,7 +160,13 @@ def diffuse(
     flat, given = (
         t if t is None or t.dim() == 2 else t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in (x0, noise)
     )
-    seed = _philox.seed(x0, generator) if noise is None else None
+    if noise is not None:
+        seed = None
+    elif seed is None:
+        seed = _philox.seed(x0, generator)
+    elif seed.dtype is not torch.int64 or seed.dim() or seed.device != x0.device:
+        got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+        raise ValueError(f"seed must be a scalar of torch.int64 on x0's device {x0.device}, got {got}")
     there = noise if target == "noise" else x0 if target == "x0" else None  # a target that need not be stored
     x_t, of_target = _fused(flat, alpha, sigma, seed, given, target if there is None else "x0")
     x_t = x_t if x0.dim() == 2 else x_t.view(x0.shape)
