@@ -86,7 +86,7 @@ struct pybind11::detail::type_caster<genfuse::Array> {
     if (value.data) return true;
     if (PyErr_Occurred()) throw error_already_set();
     if (call(tensor, numel).equal(int_(0))) return true;
-    throw value_error(type_of(tensor) + " has no memory (a fake, sparse or zero tensor)");
+    throw buffer_error(type_of(tensor) + " has no memory (a fake, sparse or zero tensor)");
   }
 
  private:
@@ -94,6 +94,9 @@ struct pybind11::detail::type_caster<genfuse::Array> {
     PyObject* const result = PyObject_CallMethodNoArgs(tensor.ptr(), method);
     if (!result && PyErr_ExceptionMatches(PyExc_AttributeError)) {
       raise_from(PyExc_TypeError, ("expected a tensor or None, got " + type_of(tensor)).c_str());
+    }
+    if (!result && PyErr_ExceptionMatches(PyExc_RuntimeError)) {  // as of what torch.func wraps
+      raise_from(PyExc_BufferError, (type_of(tensor) + " has no memory").c_str());
     }
     if (!result) throw error_already_set();
     return reinterpret_steal<object>(result);

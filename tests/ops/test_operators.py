@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.operators import OPERATORS
@@ -99,3 +100,75 @@ def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(op
     with ops.use("auto"):  # chosen automatically, it falls back
         operator.function(**arguments)
         assert {choice[2] for choice in ops.choices() if choice[1] == "cpu"} == {"reference"}
+
+
+class Doubled(torch.Tensor):
+    """A subclass that stands for twice what its memory holds."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            unwrap = lambda t: 2 * t.as_subclass(torch.Tensor) if type(t) is Doubled else t  # noqa: E731
+            args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+
+def _strided(t):
+    """Every second element of what is twice as wide."""
+    return torch.stack([t, t + 1e3], -1).flatten(-2)[..., ::2] if t.dim() else t
+
+
+def _expanded(t):
+    """One row for all."""
+    return t[:1].expand_as(t) if t.dim() else t
+
+
+def _left_of_a_transform(t):
+    """A wrapper of a gradient's level that has ended."""
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(t)
+    return kept[0]
+
+
+ODD = {
+    "negated lazily": lambda t: torch._neg_view(-t),
+    "a parameter": lambda t: torch.nn.Parameter(t),
+    "strided": _strided,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "expanded": _expanded,
+    "left of a transform": _left_of_a_transform,
+    "a subclass": lambda t: (t / 2).as_subclass(Doubled),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("odd", ODD)
+def test_a_tensor_of_any_kind_in_any_place_is_what_it_stands_for(operator, odd, which, device, implementation):
+    arguments = operator.arguments((4, 6), torch.float64, device)
+    tensors = [name for name, t in arguments.items() if isinstance(t, torch.Tensor)]
+    if which >= len(tensors):
+        pytest.skip(f"{operator.name} has {len(tensors)} tensors")
+    made = ODD[odd](arguments[tensors[which]].detach())
+    plain = made.detach().clone(memory_format=torch.contiguous_format)
+    if odd == "a subclass":
+        plain = arguments[tensors[which]].detach()
+
+    def results(value):
+        given = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        torch.manual_seed(0)
+        outputs = operator.function(**{**given, tensors[which]: value})
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    for a, b in zip(results(made), results(plain), strict=True):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
+
+
+def test_a_fake_tensor_in_any_place_gives_a_fake_result(operator, device):
+    arguments = operator.arguments((4, 6), torch.float32, device)
+    for name in [name for name, t in arguments.items() if isinstance(t, torch.Tensor)]:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(arguments[name])
+        with mode:
+            outputs = operator.function(**{**arguments, name: fake})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert all(isinstance(o, FakeTensor) for o in outputs if o is not arguments.get("x0"))

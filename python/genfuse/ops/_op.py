@@ -326,7 +326,11 @@ def fused(
             elif any(needed[:wrt]):
                 every = (*cotangents, *given)
                 run = backward_kernel.on(every) if plain(every[: outputs + tensors]) else backward_kernel.operator
-                made = run(*every)
+                try:
+                    made = run(*every)
+                except BufferError:  # cotangents in batches
+                    made = tuple(gradients(range(wrt), cotangents, given))
+                    made = made if wrt > 1 else made[0]
                 if not any(needed[wrt:]):
                     return (None, None, made, *rest) if wrt == 1 else (None, None, *made, *rest)
                 made = dict(enumerate(_tuple(made)))
@@ -358,7 +362,10 @@ def fused(
         if not plain(every):
             return operator(*given)
         run = forward.on(every)
-        return record(run, given) if torch.is_grad_enabled() and any_requires_grad(*every) else run(*given)
+        try:
+            return record(run, given) if torch.is_grad_enabled() and any_requires_grad(*every) else run(*given)
+        except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
+            return operator(*given)
 
     return call
 

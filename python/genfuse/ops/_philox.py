@@ -18,7 +18,8 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.ops.genfuse.seed(like)
     if _op.transformed():
         highest = -_LOWEST - 1
-        return torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
+        drawn = torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
+        return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
     return torch.empty((), dtype=torch.int64, device=like.device).random_(_LOWEST, None, generator=generator)
 
 
