@@ -43,4 +43,4 @@ def bernoulli(p: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """
     if p.dtype not in _op.DTYPES:
         raise ValueError(f"p must be float32, float64, float16 or bfloat16, got {p.dtype}")
-    return _fused(p.detach(), _philox.seed(p, generator))
+    return _fused(p.detach() if p.requires_grad else p, _philox.seed(p, generator))

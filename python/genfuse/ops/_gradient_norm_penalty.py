@@ -60,7 +60,7 @@ def second_derivative(
 
 
 def _results(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[Tensor, Tensor]:
-    norm = gradient.new_empty(gradient.shape[:1], dtype=_op.wide(gradient))
+    norm = torch.empty(gradient.shape[0], dtype=_op.wide(gradient), device=gradient.device)
     return torch.empty_like(norm) if reduction == "none" else norm.new_empty(()), norm
 
 

@@ -26,6 +26,7 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled as profiled  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling as compiling
 from torch.utils import _python_dispatch as modes
 
 _C: Any  # the compiled module, or None
@@ -264,9 +265,14 @@ def fused(
     if wrt:
 
         def gradient_results(*given: Any) -> Any:
-            return like(given[outputs]) if wrt == 1 else tuple(map(like, given[outputs : outputs + wrt]))
+            return like(given[outputs]) if wrt == 1 else tuple([like(t) for t in given[outputs : outputs + wrt]])
 
         def gradient_problem(*given: Any) -> tuple:
+            g, h = given[0].contiguous(), given[1].contiguous() if outputs > 1 else None
+            if outputs == 2 and scratch is None:  # written out: it costs half as much
+                return (*problem(*given[2:]), g, h)
+            if outputs == 1 and scratch is None:
+                return (*problem(*given[1:]), g)
             cotangents, given = given[:outputs], given[outputs:]
             between = () if scratch is None else scratch(*given)
             return (*problem(*given), *(g.contiguous() for g in cotangents), *between)
@@ -292,56 +298,58 @@ def fused(
             autograd=gradient_autograd,
         )
 
-    nothing = (None,) * (len(kinds) - tensors)
+    settings = len(kinds) - tensors
+    of_tensors = slice(None, -settings or None)  # of all arguments, those of lists one by one
+    further, nothing = range(wrt, tensors), (None,) * settings
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, run: Callable, counts: Any, *flat: Any) -> Any:
-            given = flat if counts is None else (*_nest(flat, counts), *flat[len(flat) - len(nothing) :])
-            outputs = run(*given)
-            found = flat[: len(flat) - len(nothing)]
-            if saved is not None:
-                found = saved(ctx.needs_input_grad[2:], *found)
+        def forward(ctx: Any, run: Any, *flat: Any) -> Any:
+            if lists:
+                run, ctx.counts = run
+            outputs = run(*flat)
+            found = flat[of_tensors] if saved is None else saved(ctx.needs_input_grad[1:], *flat[of_tensors])
+            ctx.save_for_backward(*found) if backward is None else ctx.save_for_backward(*found, *_tuple(outputs))
+            ctx.settings = flat[len(flat) - settings :]
             if backward is not None:
                 ctx.set_materialize_grads(False)
-                found = (*found, *_tuple(outputs))
-            ctx.save_for_backward(*found)
-            ctx.counts, ctx.settings = counts, given[tensors:]
             if constant is not None:
-                ctx.mark_non_differentiable(*(outputs[i] for i in constant(*given)))
+                ctx.mark_non_differentiable(*[outputs[i] for i in constant(*flat)])
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            found, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+            needed, found = ctx.needs_input_grad, ctx.saved_tensors
             if backward is not None:
-                found, made = found[:-outputs], found[-outputs:]
-                given = found if ctx.counts is None else _nest(found, ctx.counts)
-                return (None, None, *backward(needed, cotangents, *given, *ctx.settings, outputs=made), *nothing)
-            given = (*(found if ctx.counts is None else _nest(found, ctx.counts)), *ctx.settings)
+                given = _nest(found[:-outputs], ctx.counts) if lists else found[:-outputs]
+                made = backward(needed[1:], cotangents, *given, *ctx.settings, outputs=found[-outputs:])
+                return (None, *made, *nothing)
+            every = (*cotangents, *found, *ctx.settings)
             # Grad mode is on in here only under create_graph=True: then stay differentiable.
-            if torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
-                by = [i for i in range(tensors) if needed[i] and i not in others]
-                made = dict(zip(by, gradients(by, cotangents, given), strict=True)) if by else {}
-            elif any(needed[:wrt]):
-                every = (*cotangents, *given)
-                run = backward_kernel.on(every) if plain(every[: outputs + tensors]) else backward_kernel.operator
+            if wrt and not torch.is_grad_enabled() and plain(every[: outputs + tensors]):
                 try:
-                    made = run(*every)
+                    made = backward_kernel.on(every)(*every)
+                    made = (made,) if wrt == 1 else made
                 except BufferError:  # cotangents in batches
-                    made = tuple(gradients(range(wrt), cotangents, given))
-                    made = made if wrt > 1 else made[0]
-                if not any(needed[wrt:]):
-                    return (None, None, made, *rest) if wrt == 1 else (None, None, *made, *rest)
-                made = dict(enumerate(_tuple(made)))
+                    made = differentiated(needed, cotangents, every[outputs:])
             else:
-                made = {}
-            by = [i for i in range(wrt, tensors) if needed[i] and i not in others and i not in made]
+                made = differentiated(needed, cotangents, every[outputs:])
+            if True not in needed[1 + wrt :]:
+                return (None, *made, *rest)
+            more = [others[i](*every) if i in others and needed[1 + i] else None for i in further]
+            by = [i for i in further if needed[1 + i] and i not in others]
             if by:
-                made.update(zip(by, gradients(by, cotangents, given), strict=True))
-            for i, function in others.items():
-                made[i] = function(*cotangents, *given) if needed[i] else None
-            return (None, None, *map(made.get, range(tensors)), *nothing)
+                for i, found in zip(by, gradients(by, cotangents, every[outputs:]), strict=True):
+                    more[i - wrt] = found
+            return (None, *made, *more, *nothing)
+
+    def differentiated(needed: Sequence[bool], cotangents: Sequence[Tensor], given: Sequence[Any]) -> Sequence[Any]:
+        """Gradients of the first arguments, off the quick way."""
+        if torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+            by = [i for i in range(wrt) if needed[1 + i]]
+            found = dict(zip(by, gradients(by, cotangents, given), strict=True)) if by else {}
+            return tuple(found.get(i) for i in range(wrt))
+        return _tuple(backward_kernel.operator(*cotangents, *given)) if wrt else ()
 
     rest = (None,) * (len(kinds) - wrt)
     apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
@@ -351,12 +359,13 @@ def fused(
     def record(run: Callable, given: Sequence[Any]) -> Any:
         """Run with a node in the graph."""
         if not lists:
-            return apply(run, None, *given)
+            return apply(run, *given)
         counts = [len(g) if isinstance(g, (list, tuple)) else None for g in given[:tensors]]
-        return apply(run, counts, *_flat(given[:tensors]), *given[tensors:])
+        nested = lambda *flat: run(*_nest(flat[of_tensors], counts), *flat[len(flat) - settings :])  # noqa: E731
+        return apply((nested, counts), *_flat(given[:tensors]), *given[tensors:])
 
     def call(*given: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if compiling():
             return operator(*given)
         every = _flat(given[:tensors]) if lists else given[:tensors]
         if not plain(every):
@@ -572,7 +581,7 @@ def wide(t: Tensor) -> torch.dtype:
 
 def like(t: Tensor) -> Tensor:
     """Room for a result of t's shape and dtype, contiguous."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return torch.empty_like(t) if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def complain_unless_like(first: Tensor, name: str, **others: tuple) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genfuse.ops import _op
 
+_SCALAR = torch.zeros((), dtype=torch.int64, device="cpu")
 _LOWEST = -(2**63)  # of int64; random_ draws from here up to the highest
 
 
@@ -20,7 +21,8 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         highest = -_LOWEST - 1
         drawn = torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
         return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
-    return torch.empty((), dtype=torch.int64, device=like.device).random_(_LOWEST, None, generator=generator)
+    key = torch.empty_like(_SCALAR) if like.is_cpu else torch.empty_like(_SCALAR, device=like.device)
+    return key.random_(_LOWEST, None) if generator is None else key.random_(_LOWEST, None, generator=generator)
 
 
 _op.define_random("seed(Tensor like) -> Tensor", seed, fake=lambda like: like.new_empty((), dtype=torch.int64))
