@@ -155,11 +155,13 @@ def diffuse(
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    _op.complain_unless_like(x0, "x0", **({} if noise is None else {"noise": (noise, x0.shape)}))
+    if noise is not None or x0.dtype not in _op.DTYPES or not x0.dim():
+        _op.complain_unless_like(x0, "x0", **({} if noise is None else {"noise": (noise, x0.shape)}))
     alpha, sigma = _per_example(x0, alpha, "alpha"), _per_example(x0, sigma, "sigma")
-    flat, given = (
-        t if t is None or t.dim() == 2 else t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in (x0, noise)
-    )
+    flat, given = x0, noise
+    if x0.dim() != 2:
+        shape = (x0.shape[0], math.prod(x0.shape[1:]))
+        flat, given = x0.reshape(shape), None if noise is None else noise.reshape(shape)
     if noise is not None:
         seed = None
     elif seed is None:
@@ -169,8 +171,10 @@ def diffuse(
         raise ValueError(f"seed must be a scalar of torch.int64 on x0's device {x0.device}, got {got}")
     there = noise if target == "noise" else x0 if target == "x0" else None  # a target that need not be stored
     x_t, of_target = _fused(flat, alpha, sigma, seed, given, target if there is None else "x0")
-    x_t = x_t if x0.dim() == 2 else x_t.view(x0.shape)
-    return x_t, of_target.view(x0.shape) if there is None else there
+    if x0.dim() != 2:
+        x_t = x_t.view(x0.shape)
+        of_target = of_target.view(x0.shape) if there is None else of_target
+    return x_t, of_target if there is None else there
 
 
 def _per_example(x0: Tensor, value: Tensor | float, name: str) -> Tensor:
@@ -179,6 +183,6 @@ def _per_example(x0: Tensor, value: Tensor | float, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         return x0.new_full(x0.shape[:1], value, dtype=wide)
     value = value if value.dim() else value.expand(x0.shape[0])
-    if value.shape != x0.shape[:1] or value.dtype not in (x0.dtype, wide) or value.device != x0.device:
+    if value.shape != (x0.shape[0],) or value.dtype not in (x0.dtype, wide) or value.device != x0.device:
         _op.complain_unless_like(x0, "x0", **{name: (value, x0.shape[:1], wide)})
-    return value.to(wide)
+    return value if value.dtype is wide else value.to(wide)

@@ -52,5 +52,11 @@ def standard_normal_log_prob(z: Tensor, logdet: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
     """
-    _op.complain_unless_like(z, "z", **({} if logdet is None else {"logdet": (logdet, z.shape[:-1], _op.wide(z))}))
-    return _fused(z, None if logdet is None else logdet.to(_op.wide(z)))
+    wide = _op.wide(z)
+    if (
+        z.dtype not in _op.DTYPES
+        or not z.dim()
+        or not (logdet is None or (logdet.dtype is wide and logdet.shape == z.shape[:-1] and logdet.device == z.device))
+    ):
+        _op.complain_unless_like(z, "z", **({} if logdet is None else {"logdet": (logdet, z.shape[:-1], wide)}))
+    return _fused(z, logdet if logdet is None or logdet.dtype is wide else logdet.to(wide))
