@@ -1,27 +1,23 @@
 """Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse.nn._transform import Transform
-from genfuse.ops import actnorm
+from genfuse.ops import actnorm, fused
 
-
-class _Reorder(torch.autograd.Function):
-    """Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.orders = back, order
-        return x.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _Reorder.apply(g, *ctx.orders), None, None
+# Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up.
+_reorder = fused(
+    "reorder(Tensor x, Tensor order, Tensor back) -> Tensor",
+    formula=lambda x, order, back: x.index_select(1, order),
+    results=lambda x, order, back: torch.empty_like(x, memory_format=torch.contiguous_format),
+    backward=lambda needed, cotangents, x, order, back, outputs: (_reorder(cotangents[0], back, order), None, None),
+    saved=lambda needed, x, order, back: (None, order, back),
+)
 
 
 class Permutation(Transform):
@@ -44,10 +40,10 @@ class Permutation(Transform):
         return cls(torch.randperm(features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _Reorder.apply(x, self.order, self.back), x.new_zeros(len(x))
+        return _reorder(x, self.order, self.back), x.new_zeros(len(x))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _Reorder.apply(y, self.back, self.order), y.new_zeros(len(y))
+        return _reorder(y, self.back, self.order), y.new_zeros(len(y))
 
 
 class LULinear(Transform):
@@ -89,7 +85,7 @@ class LULinear(Transform):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         lower, upper = self.factors()
-        weight = _Reorder.apply(torch.addmm(upper, lower, upper), self.back, self.order)
+        weight = _reorder(torch.addmm(upper, lower, upper), self.back, self.order)
         y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
         return y, self._logdet(x)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from genfuse.ops import transformed
+
 
 class Transform(nn.Module):
     """Base: a differentiable bijection y = f(x), applied to each example, maybe given a context.
@@ -53,7 +55,8 @@ class Composite(Transform):
         self.reversible = reversible
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.reversible and torch.is_grad_enabled():
+        # A transform of torch.func keeps what it needs for itself.
+        if self.reversible and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transformed()):
             return _Reversible.apply(self, x, context, *self.parameters())
         return self.run(x, context)
 

@@ -13,6 +13,7 @@ from genfuse.ops._op import available as available
 from genfuse.ops._op import choices as choices
 from genfuse.ops._op import fused as fused
 from genfuse.ops._op import info as info
+from genfuse.ops._op import transformed as transformed
 from genfuse.ops._op import use as use
 from genfuse.ops._rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
 from genfuse.ops._reparameterize_kl import kl_per_dimension as kl_per_dimension

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _any_requires_grad as any_requires_grad
-from torch._C import _are_functorch_transforms_active as transformed
+from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
@@ -85,6 +85,8 @@ class Kernel:
     def choose(self, device: str, asked: str) -> tuple[str, Callable | None, str]:
         """Name, function and reason of the implementation for a device; the function is None if the one that was
         asked for by name is missing."""
+        if self.native is None and self.triton is None:
+            return "reference", self.reference, "plain PyTorch, which is all there is"
         if asked != "auto":
             function, why = self.find(asked, device)
             return asked, function, f"asked for; {why}"
@@ -108,7 +110,7 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nobody listens to PyTorch's dispatcher, and the memory of these tensors holds their values."""
     if (
         modes._is_in_torch_dispatch_mode
-        or transformed()
+        or functorch_is_active()
         or forward_ad._current_level >= 0
         or profiled()
         or tracing() is not None
@@ -120,9 +122,16 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
+def transformed() -> bool:
+    """Whether a call is inside a transform of torch.func or of forward mode, so that tensors may stand for others."""
+    return functorch_is_active() or forward_ad._current_level >= 0
+
+
 def _forward_mode() -> bool:
     """Whether tangents may come with the arguments: PyTorch's own forward mode, or torch.func's on this level."""
-    return forward_ad._current_level >= 0 or (transformed() and peek_interpreter_stack().key() == TransformType.Jvp)
+    return forward_ad._current_level >= 0 or (
+        functorch_is_active() and peek_interpreter_stack().key() == TransformType.Jvp
+    )
 
 
 def _library(namespace: str) -> torch.library.Library:
@@ -321,6 +330,8 @@ def fused(
         def backward(ctx: Any, *cotangents: Any) -> Any:
             needed, found = ctx.needs_input_grad, ctx.saved_tensors
             if backward is not None:
+                if cotangents[0] is None and all(g is None for g in cotangents):
+                    return (None,) * len(needed)
                 given = _nest(found[:-outputs], ctx.counts) if lists else found[:-outputs]
                 made = backward(needed[1:], cotangents, *given, *ctx.settings, outputs=found[-outputs:])
                 return (None, *made, *nothing)
@@ -345,7 +356,7 @@ def fused(
 
     def differentiated(needed: Sequence[bool], cotangents: Sequence[Tensor], given: Sequence[Any]) -> Sequence[Any]:
         """Gradients of the first arguments, off the quick way."""
-        if torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or transformed():
             by = [i for i in range(wrt) if needed[1 + i]]
             found = dict(zip(by, gradients(by, cotangents, given), strict=True)) if by else {}
             return tuple(found.get(i) for i in range(wrt))
@@ -443,7 +454,7 @@ def _triton(module: Any, function: str, results: Callable, problem: Callable) ->
 
 def _next_level(operator: Any, keys: Any, *given: Any) -> Any:
     """The operator below autograd. On a level of torch.func that is the next level, which records for itself."""
-    if not transformed():
+    if not functorch_is_active():
         return operator.redispatch(keys, *given)
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return operator.redispatch(keys, *given)
