@@ -190,6 +190,8 @@ TRANSFORMS = {
     "per-sample gradients": _per_sample,
     "vmap of jvp": lambda f, t: vmap(lambda *x: jvp(f, x, tuple((y + 1).cos() for y in x)))(*_stacked(t)),
     "vmap of hessian": lambda f, t: vmap(hessian(_loss(f), _every(t)))(*_stacked(t)),
+    "vmap of jacrev": lambda f, t: vmap(jacrev(f, _every(t)))(*_stacked(t)),
+    "vmap of vjp": lambda f, t: vmap(lambda *x: vjp(_loss(f), *x)[1](x[0].sum()))(*_stacked(t)),
     "gradient of vmap": lambda f, t: grad(_loss(vmap(f)), _every(t))(*_stacked(t)),
     "autograd": _autograd,
     "is_grads_batched": _batched_cotangents,

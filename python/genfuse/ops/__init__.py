@@ -12,6 +12,7 @@ from genfuse.ops._interpolate import interpolate as interpolate
 from genfuse.ops._op import available as available
 from genfuse.ops._op import choices as choices
 from genfuse.ops._op import fused as fused
+from genfuse.ops._op import include as include
 from genfuse.ops._op import info as info
 from genfuse.ops._op import transformed as transformed
 from genfuse.ops._op import use as use

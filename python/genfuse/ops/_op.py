@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ def _define(
     triton: Callable | None,
     module: Any,
     autograd: Callable,
+    batched: bool = True,
 ) -> Kernel:
     """Define the torch operator of a schema with a namespace, and register what runs on each device and level."""
     namespace, _, rest = schema.partition("::")
@@ -156,7 +158,8 @@ def _define(
     name = short if namespace == "genfuse" else f"{namespace}::{short}"
     library.define(rest)
     library.impl(short, reference, "CompositeExplicitAutograd")
-    library.impl(short, reference, "FuncTorchBatched")  # vmap: by the rules of the formula's parts
+    if batched:  # vmap: by the rules of the formula's parts. Without: PyTorch goes through the batch
+        library.impl(short, reference, "FuncTorchBatched")
     torch.library.register_fake(f"{namespace}::{short}", results, lib=library)
     operator = getattr(getattr(torch.ops, namespace), short).default
     library.impl(short, partial(autograd, operator), "Autograd", with_keyset=True)
@@ -305,6 +308,7 @@ def fused(
             triton=interpreted("backward", gradient_results, gradient_problem),
             module=native,
             autograd=gradient_autograd,
+            batched=False,
         )
 
     settings = len(kinds) - tensors
@@ -464,6 +468,14 @@ def differentiate(
     function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], by: Sequence[int]
 ) -> Sequence[Tensor]:
     """Gradients of a function in plain PyTorch by some arguments, to be differentiated again if grad mode is on."""
+    if functorch_is_active():  # what is batched or dead there has no graph: on a level of its own it has
+
+        def of(*leaves: Tensor) -> Any:
+            own = dict(zip(by, leaves, strict=True))
+            return _tuple(function(*(own.get(i, t) for i, t in enumerate(given))))
+
+        made, pull = torch.func.vjp(of, *(given[i] for i in by))
+        return pull(tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True)))
     graph = torch.is_grad_enabled()
     with torch.enable_grad(), enable_inplace_requires_grad(True):
         # Views, since one argument may have been made of another.
@@ -556,6 +568,13 @@ def info() -> dict[str, Any]:
         "cuda_compiler": build.get("cuda", ""),
         "cuda_architectures": build.get("cuda_architectures", "").split(",") if "cuda" in build else [],
     }
+
+
+def include() -> Path:
+    """The folder of the headers with which other packages compile operators of their own."""
+    if _C is None:
+        raise RuntimeError(f"there are no headers: {_why_not}")
+    return Path(_C.__file__).parent / "include"
 
 
 def rows(t: Tensor) -> tuple[Tensor, int]:

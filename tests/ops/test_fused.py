@@ -1,0 +1,89 @@
+"""Operators of one's own: the example, by its formula, its Triton kernel and its C++; and schemas that cannot be."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from required import skip
+
+from genfuse import ops
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "operator"
+
+
+def load(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def example():
+    pytest.importorskip("triton")
+    return load(EXAMPLE / "squash.py", "squash")
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    if ops._op._C is None:
+        skip("native", "no compiled kernels, and so no headers")
+    pybind11 = pytest.importorskip("pybind11")
+    built = tmp_path_factory.mktemp("squash") / f"squash_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [ops.include(), pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-shared", "-fPIC", *(f"-I{i}" for i in includes)]
+    subprocess.run([*command, EXAMPLE / "squash.cpp", "-o", built], check=True)
+    return load(built, "squash_native")
+
+
+def check(squash, dtype, tolerance):
+    x = torch.randn(5, 300, dtype=dtype, requires_grad=True)
+    y, logdet = squash(x)
+    torch.testing.assert_close(y, x / (1 + x.abs()), rtol=tolerance, atol=tolerance)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: squash(one[None])[0][0]))(x.detach()[:, :4])
+    torch.testing.assert_close(squash(x[:, :4])[1], jacobian.logdet(), rtol=tolerance, atol=10 * tolerance)
+    (gradient,) = torch.autograd.grad(y.sum() + logdet.sum(), x)
+    expected = 1 / (1 + x.abs()) ** 2 - 2 * x.sign() / (1 + x.abs())
+    torch.testing.assert_close(gradient, expected, rtol=10 * tolerance, atol=10 * tolerance)
+    compiled = torch.compile(lambda x: squash(x)[1], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), logdet)
+
+
+def test_the_example_is_right_by_its_formula(example):
+    with ops.use("reference"):
+        check(example.squash, torch.float64, 1e-12)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU and no interpreter")
+def test_the_example_is_right_by_its_triton_kernel(example):
+    with ops.use("triton"):
+        check(example.squash, torch.float32, 1e-6)
+
+
+def test_the_example_is_right_by_its_cpp(example, native):
+    squash = ops.fused(
+        "example_cpp::squash(Tensor x) -> (Tensor, Tensor)",
+        formula=example.formula,
+        results=lambda x: (torch.empty_like(x), x.new_empty(x.shape[0])),
+        problem=lambda x: (x.contiguous(), *x.shape),
+        native=native,
+    )
+    assert ops._op.KERNELS["example_cpp::squash"].choose("cpu", "auto")[0] == "native"
+    check(squash, torch.float32, 1e-6)
+
+
+def test_the_page_has_the_example_as_it_is():
+    page = (EXAMPLE.parents[1] / "docs" / "operators.md").read_text()
+    assert (EXAMPLE / "squash.py").read_text().split("\n\n", 1)[1] in page
+
+
+@pytest.mark.parametrize("arguments", ["int n, Tensor x", "Tensor x, int n=1"])
+def test_a_schema_that_cannot_be_is_a_value_error(arguments):
+    with pytest.raises(ValueError, match="must take tensors first, then settings, without defaults"):
+        ops.fused(f"example::wrong({arguments}) -> Tensor", formula=lambda *a: a, results=lambda *a: a)
