@@ -11,7 +11,7 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow fuzz-training lint bench clean
 
 demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it learned
 	$(BIN)/genfuse train vae --data digits --out runs/demo --epochs 200 --model.latent-dim 10 --model.decoder discretized-logistic --overwrite
@@ -23,6 +23,9 @@ test: $(INSTALLED)  ## every test that takes seconds
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+fuzz-training: $(INSTALLED)  ## 1,000 short trainings under settings and data that go wrong in practice
+	$(BIN)/python tests/fuzz_training.py --trainings 1000
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -708,7 +708,7 @@ def test_evaluate_prints_a_table_and_writes_what_it_measured(capsys, run, tmp_pa
     for split in ("train", "test"):
         measured = result[split]
         assert measured["examples"] == 100
-        assert measured["elbo"] <= measured["iwae_bound_5"] < 0
+        assert measured["elbo"] <= measured["iwae_bound_5"] + 0.1 < 0  # each is an estimate from other draws
         assert sum(measured["kl_per_dimension"]) == pytest.approx(measured["kl"])
         assert 0 <= measured["active_units"] <= 2
         assert f"{measured['elbo']:.5g}" in out
@@ -809,3 +809,63 @@ def test_the_installed_command_does_all_of_it(tmp_path):
     assert refused.returncode == 2
     assert refused.stderr.startswith("genfuse: error: ")
     assert refused.stdout == ""
+
+
+# Names of classes, and tables as others write them
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Pictures in folders 1, 2, 10: all dark, middling or bright."""
+    root = tmp_path_factory.mktemp("folders")
+    for shade, name in ((10, "1"), (120, "2"), (240, "10")):
+        (root / name).mkdir()
+        for i in range(20):
+            Image.fromarray(np.full((8, 8), shade + i % 3, np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_samples_of_a_class_are_asked_for_by_its_name(capsys, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "gan", "--data", f"images:{folders}", "--out", "run", "--steps", "2", "--no-pictures"]
+    assert main([*train, "--device", "cpu", "--model.conditional", "--model.hidden", "8"]) == 0
+    assert config(Path("run"))["data"]["class_names"] == ["1", "2", "10"]
+    assert genfuse.Run("run").class_names == ("1", "2", "10")
+    assert main(["sample", "run", "--n", "4", "--out", "ten.npz", "--label", "10"]) == 0
+    with np.load("ten.npz") as drawn:
+        assert drawn["y"].tolist() == [2] * 4
+        assert drawn["class_names"].tolist() == ["1", "2", "10"]
+    assert main(["sample", "run", "--n", "4", "--out", "one.npz", "--label", "1"]) == 0
+    with np.load("one.npz") as drawn:
+        assert drawn["y"].tolist() == [0] * 4
+    said = fails(capsys, "sample", "run", "--out", "x.npy", "--label", "0")
+    assert "--label must be one of 1, 2, 10; got 0" in said  # and not class 1, whose label is 0
+
+
+def test_a_run_remembers_how_its_table_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(60, 2))
+    text = "2000;2010\n" + "".join(f"{a:.4f};{b:.4f}\n" for a, b in rows).replace(".", ",")
+    Path("t.csv").write_text(text)
+    train = ["train", "vae", "--data", "csv:t.csv", "--out", "run", *GAUSSIAN]
+    assert "separated by semicolons? --data.delimiter ';' --data.decimal ," in fails(capsys, *train)
+    marks = ["--data.delimiter", ";", "--data.decimal", ","]
+    assert "may be names of columns or the first example: say which by --data.header yes or no" in fails(
+        capsys, *train, *marks
+    )
+    assert main([*train, *marks, "--data.header", "yes"]) == 0
+    assert config(Path("run"))["data"]["options"] == {"header": "yes", "delimiter": ";", "decimal": ","}
+    assert main(["train", "--resume", "run", "--epochs", "2"]) == 0
+    assert main(["evaluate", "run", "--samples", "2", "--n", "0"]) == 0
+    assert main(["sample", "run", "--n", "3", "--out", "x.npz"]) == 0
+    with np.load("x.npz") as drawn:
+        assert drawn["names"].tolist() == ["2000", "2010"]
+
+
+def test_what_is_left_out_of_the_data_is_one_line_of_warning(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(60, 2))
+    Path("t.csv").write_text(",a,b\n" + "".join(f"{i},{a:.4f},{b:.4f}\n" for i, (a, b) in enumerate(rows)))
+    assert main(["train", "vae", "--data", "csv:t.csv", "--out", "run", *GAUSSIAN]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("genfuse: warning: t.csv: the first column, without a name") for line in said) == 1

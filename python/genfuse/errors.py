@@ -31,3 +31,7 @@ class NonFiniteLossError(GenfuseError):
 
 class TrainingWarning(UserWarning):
     """A training that goes wrong in a way that its losses alone do not show. The message says what to try."""
+
+
+class DataWarning(UserWarning):
+    """Data that can be used, but of which something was left out, or is probably not what was meant."""

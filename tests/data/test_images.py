@@ -1,15 +1,17 @@
 import gzip
 import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from genfuse.data import load_data
+from genfuse.errors import DataWarning
 
 FILES = {
     "train-images-idx3-ubyte": (30, 4, 5),
@@ -231,3 +233,239 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path, refused):
     refused(f"images:{tmp_path}", "1 pictures are too few")
     picture(tmp_path / "cat" / "1.png")
     refused(f"images:{tmp_path}", f"{tmp_path}/0.png lies beside the sub-folders")
+
+
+# What a viewer shows is what is read
+
+
+def values_by_label(data):
+    """{split: {(label's name, value of the first cell)}}."""
+    return {
+        part: {(data.class_names[int(y)], int(x[0, 0, 0])) for x, y in zip(split.x, split.y, strict=True)}
+        for part, split in data.splits.items()
+    }
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "Validation", None])
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+@pytest.mark.parametrize("deeper", ["", "archive", "archive/images"])
+def test_splits_are_found_by_any_of_their_names_and_are_no_classes(tmp_path, train, validation, deeper):
+    top = tmp_path / deeper
+    for part, count in ((train, 10), *([(validation, 3)] if validation else [])):
+        for k, label in enumerate(("cat", "dog")):
+            for i in range(count):
+                picture(top / part / label / f"{i}.png", value=100 * k + (part == validation))
+    data = load_data(f"images:{tmp_path}")
+    assert data.class_names == ("cat", "dog")
+    assert {part: len(split) for part, split in data.splits.items()} == {
+        "train": 16, **({"validation": 6} if validation else {}), "test": 4,
+    }  # fmt: skip
+    found = values_by_label(data)
+    assert found["train"] | found["test"] == {("cat", 0), ("dog", 100)}
+    assert found.get("validation", {("cat", 1), ("dog", 101)}) == {("cat", 1), ("dog", 101)}
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (["val/cat/0.png", "val/dog/0.png"], "but no train split"),
+        (["test/0.png"], "but no train split"),
+        (["train/0.png", "Train/1.png"], "both called as the train split"),
+        (["train/0.png", "val/0.png", "valid/0.png"], "both called as the validation split"),
+        (["train/0.png", "bus/0.png", "car/0.png"], "bus/0.png lies in none"),
+        (["train/a/0.png", "val/a/0.png", "0.png"], "0.png lies in none"),
+        (["cat/train/0.png", "dog/train/0.png", "cat/val/0.png"], "lies inside of a class"),
+        (["train/a/test/0.png", "train/b/0.png"], "the folder test is called as a split"),
+    ],
+)
+def test_folders_of_splits_that_can_be_read_in_two_ways_are_refused(tmp_path, refused, files, problem):
+    for name in files:
+        for i in range(6):
+            picture(tmp_path / Path(name).with_stem(f"{Path(name).stem}-{i}"))
+    refused(f"images:{tmp_path}", problem.replace("0.png", "0-0.png"))
+
+
+def test_pictures_beside_train_and_test_are_told_to_be_left_out(tmp_path):
+    for part in ("train", "test", "unlabeled"):
+        picture(tmp_path / part / "0.png")
+    with pytest.warns(DataWarning, match=r"1 files are not read \(1 .png\).*nothing at all is read from .*unlabeled"):
+        data = load_data(f"images:{tmp_path}")
+    assert sum(map(len, data.splits.values())) == 2
+
+
+def test_classes_of_numbers_are_in_the_order_of_numbers(tmp_path):
+    for k in range(12):
+        picture(tmp_path / str(k) / "0.png", value=k)
+    data = load_data(f"images:{tmp_path}")
+    assert data.class_names == tuple(map(str, range(12)))
+    assert all((split.x[:, 0, 0, 0] == split.y).all() for split in data.splits.values())
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["c10", "c9", "c1"], ["c1", "c9", "c10"]),
+        (["10", "9.5", "-1"], ["-1", "9.5", "10"]),
+        (["b", "a", "10", "9"], ["9", "10", "a", "b"]),
+        (["01", "1", "2"], ["01", "1", "2"]),
+        (["α", "a", "Ä"], ["a", "Ä", "α"]),
+    ],
+)
+def test_labels_follow_the_names_of_the_classes(tmp_path, names, order):
+    for name in names:
+        for i in range(2):
+            picture(tmp_path / name / f"{i}.png")
+    assert list(load_data(f"images:{tmp_path}").class_names) == order
+
+
+def test_links_to_classes_pictures_and_folders_above_are_followed_once(tmp_path):
+    root = tmp_path / "subset"
+    for i in range(6):
+        picture(tmp_path / "store" / "cat" / f"{i}.png", value=10)
+        picture(root / "owl" / f"{i}.png", value=30)
+        picture(tmp_path / "store" / "one.png", value=20)
+        (root / "dog").mkdir(exist_ok=True)
+        (root / "dog" / f"{i}.png").symlink_to(tmp_path / "store" / "one.png")
+    (root / "cat").symlink_to(tmp_path / "store" / "cat")
+    (root / "owl" / "up").symlink_to(root)
+    data = load_data(f"images:{root}")
+    assert values_by_label(data)["train"] == {("cat", 10), ("dog", 20), ("owl", 30)}
+    assert sum(map(len, data.splits.values())) == 18
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_pictures_are_turned_as_their_exif_data_says(tmp_path, form, orientation):
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8] = 240
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    suffix = {"JPEG": "jpg"}.get(form, form.lower())
+    for i in range(5):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.{suffix}", format=form, exif=exif)
+    x = load_data(f"images:{tmp_path}").splits["train"].x[0, 0].float()
+    with Image.open(tmp_path / f"0.{suffix}") as shown:
+        seen = np.asarray(ImageOps.exif_transpose(shown))[:, :, 0].astype(float)
+    assert x.shape == seen.shape == ((24, 16) if orientation > 4 else (16, 24))
+    assert np.abs(x.numpy() - seen).max() < 3
+    corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    assert x[corner[orientation]] > 200
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"),
+    [("bmp", "BMP"), ("webp", "WEBP"), ("jfif", "JPEG"), ("tif", "TIFF"), ("TIFF", "TIFF"), ("ppm", "PPM")],
+)
+def test_other_formats_are_read(tmp_path, suffix, form):
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    options = {"lossless": True} if form == "WEBP" else {"quality": 100, "subsampling": 0} if form == "JPEG" else {}
+    for i in range(5):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.{suffix}", format=form, **options)
+    x = load_data(f"images:{tmp_path}").splits["train"].x[0].permute(1, 2, 0).numpy()
+    assert np.abs(x.astype(int) - pixels).max() <= (4 if form == "JPEG" else 0)
+
+
+def test_files_that_are_not_read_are_counted_and_named(tmp_path):
+    for i in range(10):
+        picture(tmp_path / "cat" / f"{i}.png")
+    for i in range(3):
+        (tmp_path / "fox").mkdir(exist_ok=True)
+        Image.new("L", (6, 4)).save(tmp_path / "fox" / f"{i}.gif")
+    (tmp_path / "cat" / "notes.txt").write_text("x")
+    (tmp_path / ".DS_Store").write_text("x")
+    with pytest.warns(DataWarning) as said:
+        load_data(f"images:{tmp_path}")
+    first, one = (str(warning.message) for warning in said)
+    assert "4 files are not read (3 .gif, 1 .txt), such as" in first
+    assert f"nothing at all is read from {tmp_path}/fox" in first
+    assert "all pictures have one label, 'cat'" in one
+
+
+def sixteen_bit_png(path: Path, kind: int) -> None:
+    """Grey (0) or RGB (2), all in the low byte."""
+    cells = np.arange(8 * 8 * (1 + kind), dtype=">u2").reshape(8, -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in cells)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    )
+
+
+def test_what_an_array_of_bytes_cannot_hold_is_refused(tmp_path, refused):
+    file = tmp_path / "0.png"
+    sixteen_bit_png(file, 0)
+    refused(f"images:{tmp_path}", f"{file} has mode I;16")
+    sixteen_bit_png(file, 2)
+    refused(f"images:{tmp_path}", f"{file} has 16 bits a channel")
+    file.unlink()
+    (tmp_path / "0.ppm").write_bytes(b"P6\n2 2\n65535\n" + bytes(24))
+    refused(f"images:{tmp_path}", "0.ppm has 16 bits a channel")
+    (tmp_path / "0.ppm").unlink()
+    Image.new("RGB", (6, 4)).save(file, transparency=(0, 0, 0))
+    refused(f"images:{tmp_path}", f"{file} has a transparent colour")
+    frames = [Image.new("RGB", (6, 4), (shade,) * 3) for shade in (0, 200)]
+    for name in ("0.webp", "0.png", "0.tif"):
+        file.unlink(missing_ok=True)
+        file = tmp_path / name
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+        refused(f"images:{tmp_path}", f"{file} has 2 frames")
+
+
+# Arrays of images
+
+SHADES = np.random.default_rng(0).integers(256, size=(20, 9, 7, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (SHADES[..., 0], SHADES[:, None, :, :, 0]),
+        (SHADES, SHADES.transpose(0, 3, 1, 2)),
+        (SHADES.transpose(0, 3, 1, 2), SHADES.transpose(0, 3, 1, 2)),
+        (SHADES[..., :1].astype(np.int64), SHADES[..., 0][:, None]),
+        (SHADES[..., 0] > 128, (SHADES[..., 0] > 128)[:, None]),
+    ],
+)
+def test_arrays_of_images_are_read_with_their_channels_first(tmp_path, suffix, array, expected):
+    file = tmp_path / f"x.{suffix}"
+    (np.save if suffix == "npy" else np.savez)(file, array)
+    data = load_data(f"images:{file}")
+    assert data.shape == expected.shape[1:]
+    assert data.levels == (2 if array.dtype == bool else 256)
+    rows = sorted(row.tobytes() for row in expected.astype(np.uint8))
+    assert sorted(row.tobytes() for split in data.splits.values() for row in split.x.numpy()) == rows
+
+
+def test_images_and_labels_of_keras_are_read(tmp_path):
+    y = np.arange(20) % 3
+    np.savez(tmp_path / "m.npz", x_train=SHADES[:15], y_train=y[:15, None], x_test=SHADES[15:], y_test=y[15:, None])
+    data = load_data(f"images:{tmp_path}/m.npz")
+    assert (data.shape, data.classes, data.class_names) == ((3, 9, 7), 3, None)
+    assert data.splits["test"].y.tolist() == y[15:].tolist()
+    assert np.array_equal(data.splits["train"].x.numpy(), SHADES[:15].transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("array", "problem"),
+    [
+        (SHADES[:, :3], "both of the axes 1 and 3 of (20, 3, 7, 3) may be channels"),
+        (np.zeros((9, 4, 5, 2), np.uint8), "none of the axes 1 and 3"),
+        (SHADES / 255, "got float64 from 0 to 1"),
+        (SHADES.astype(np.int16) - 128, "got int16 from -128 to 127"),
+        (SHADES.astype(np.uint16) * 256, "got uint16 from 0 to"),
+        (SHADES[0, 0], "expected images"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(tmp_path, refused, array, problem):
+    np.save(tmp_path / "x.npy", array)
+    refused(f"images:{tmp_path}/x.npy", f"{tmp_path}/x.npy: ", problem)
+
+
+def test_a_table_of_images_is_refused_with_what_to_write(tmp_path, refused):
+    np.save(tmp_path / "x.npy", SHADES)
+    refused(f"npy:{tmp_path}/x.npy", "images are read by images:PATH")

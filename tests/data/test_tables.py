@@ -1,4 +1,5 @@
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from genfuse.data import load_data
+from genfuse.errors import DataWarning, SettingsError
 
 VALUES = np.random.default_rng(0).normal((5, -3, 1e9), (1, 100, 2), size=(50, 3))
 
@@ -77,7 +79,8 @@ def test_a_folder_of_splits_is_taken_as_it_is(tmp_path, suffix, validation):
 
 def test_an_npz_may_hold_the_splits(tmp_path, refused):
     np.savez_compressed(tmp_path / "a.npz", train=VALUES[:20], val=VALUES[20:30], test=VALUES[30:], other=VALUES)
-    data = load_data(f"npz:{tmp_path}/a.npz")
+    with pytest.warns(DataWarning, match="not used: other"):
+        data = load_data(f"npz:{tmp_path}/a.npz")
     assert {part: len(split) for part, split in data.splits.items()} == {"train": 20, "validation": 10, "test": 20}
     np.savez(tmp_path / "b.npz", a=VALUES, b=VALUES)
     refused(f"npz:{tmp_path}/b.npz", "one array, or train and test; it has: a, b")
@@ -225,3 +228,266 @@ def test_splits_with_different_columns_are_refused(tmp_path, refused):
     save(tmp_path / "train.npy")
     save(tmp_path / "test.npy", VALUES[:, :2])
     refused(f"npy:{tmp_path}", f"{tmp_path}/test.npy has 2 columns, but {tmp_path}/train.npy has 3")
+
+
+# Columns and headers
+
+ROWS = "".join(f"{a:.4f},{b:.4f}\n" for a, b in VALUES[:10, :2])
+
+
+def original(data, part: str) -> np.ndarray:
+    return data.scaling.restore(data.splits[part].x).numpy()
+
+
+def test_columns_of_the_splits_are_matched_by_name(tmp_path):
+    np.savetxt(tmp_path / "train.csv", VALUES[:30], delimiter=",", header="a,b,c", comments="")
+    np.savetxt(tmp_path / "test.csv", VALUES[30:, [2, 0, 1]], delimiter=",", header="c,a,b", comments="")
+    np.savetxt(tmp_path / "valid.csv", VALUES[:9, ::-1], delimiter=",", header="c,b,a", comments="")
+    data = load_data(f"csv:{tmp_path}")
+    assert data.scaling.names == ("a", "b", "c")
+    assert np.allclose(original(data, "test"), VALUES[30:], rtol=1e-6)
+    assert np.allclose(original(data, "validation"), VALUES[:9], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("a,b,d\n", "test.csv has the columns a, b, d, but"),
+        ("a,b,b\n", "test.csv has the columns a, b, b, but"),
+        ("", "test.csv has no header, but"),
+    ],
+)
+def test_columns_that_cannot_be_matched_are_refused(tmp_path, refused, header, problem):
+    row = "0.5,2.5,0.125\n"
+    write(tmp_path / "train.csv", "a,b,c\n" + row * 9)
+    write(tmp_path / "test.csv", header + row * 9)
+    refused(f"csv:{tmp_path}", problem)
+
+
+@pytest.mark.parametrize("head", ["0,1", '"0","1"', "400,410.5", "1999,2000"])
+def test_a_first_row_that_may_be_names_or_numbers_is_asked_about(tmp_path, refused, head):
+    name = write(tmp_path / "a.csv", head + "\n" + ROWS)
+    refused(name, f"{tmp_path}/a.csv: the first row,", "--data.header yes or no", "header='yes'")
+    names = load_data(name, header="yes")
+    assert names.scaling.names == tuple(head.replace('"', "").split(","))
+    assert sum(map(len, names.splits.values())) == 10
+    numbers = load_data(name, header="no")
+    assert numbers.scaling.names is None
+    assert sum(map(len, numbers.splits.values())) == 11
+    assert (names.options, numbers.options) == ({"header": "yes"}, {"header": "no"})
+
+
+@pytest.mark.parametrize("text", ["0,1\n" * 5, "1,2\n3,4\n0,9\n7,8\n5,6\n", ROWS, "0\n0\n1\n1\n0\n"])
+def test_rows_of_numbers_that_look_like_all_others_are_data(tmp_path, text):
+    data = load_data(write(tmp_path / "a.csv", text))
+    assert data.scaling.names is None
+    assert sum(map(len, data.splits.values())) == text.count("\n")
+
+
+def test_names_of_which_some_are_numbers_are_asked_about(tmp_path, refused):
+    name = write(tmp_path / "a.csv", "height,2020\n" + ROWS)
+    refused(name, "row 1, column 1: expected a number; got 'height'; if the row holds names, say --data.header yes")
+    assert load_data(name, header="yes").scaling.names == ("height", "2020")
+
+
+@pytest.mark.parametrize("first", ["", "Unnamed: 0"])
+@pytest.mark.parametrize("index", [range(10), np.random.default_rng(0).permutation(99)[:10]])
+def test_the_index_that_pandas_writes_is_left_out_and_told(tmp_path, first, index):
+    rows = "".join(f"{i},{line}\n" for i, line in zip(index, ROWS.split(), strict=True))
+    with pytest.warns(DataWarning, match="holds the numbers of the rows"):
+        data = load_data(write(tmp_path / "a.csv", f"{first},a,b\n{rows}"))
+    assert data.scaling.names == ("a", "b")
+    assert data.scaling.mean == pytest.approx(original(data, "train").mean(0))
+    assert sorted(np.r_[original(data, "train"), original(data, "test")][:, 0]) == pytest.approx(
+        sorted(VALUES[:10, 0]), abs=1e-4
+    )
+
+
+def test_a_named_column_that_numbers_the_rows_is_told(tmp_path):
+    rows = "".join(f"{i},{line}\n" for i, line in enumerate(ROWS.split()))
+    with pytest.warns(DataWarning, match="the column id numbers the rows"):
+        assert load_data(write(tmp_path / "a.csv", f"id,a,b\n{rows}")).shape == (3,)
+
+
+# Marks between cells and before decimals
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "mark"), [(";", ";"), ("semicolon", ";"), ("tab", "\t"), ("\t", "\t"), ("|", "|"), (" ", " ")]
+)
+@pytest.mark.parametrize("decimal", [".", ","])
+def test_other_marks_are_read_if_they_are_named(tmp_path, delimiter, mark, decimal):
+    text = "a,b\n" + ROWS
+    text = text.replace(",", mark).replace(".", decimal)
+    data = load_data(write(tmp_path / "a.csv", text), delimiter=delimiter, decimal=decimal)
+    assert data.scaling.names == ("a", "b")
+    assert sorted(np.r_[original(data, "train"), original(data, "test")][:, 1]) == pytest.approx(
+        sorted(VALUES[:10, 1]), abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "problem"),
+    [
+        ("a;b\n1;2\n" * 3, {}, "separated by semicolons? --data.delimiter ';' (in Python delimiter=';')"),
+        ("1,5;2,5\n" * 9, {}, "semicolons? --data.delimiter ';' --data.decimal ,"),
+        ("a;b\n1,5;2,5\n", {}, "semicolons? --data.delimiter ';' --data.decimal ,"),
+        ("a\tb\n1\t2\n", {}, "separated by tabs? --data.delimiter tab"),
+        ("a;b\n1,5;2,5\n", {"delimiter": ";"}, "decimals marked by commas? --data.decimal ,"),
+        ("a;b\n1.234,5;2,5\n", {"delimiter": ";", "decimal": ","}, "column 1 (a): expected a number; got '1.234,5'"),
+        ("a;b\n1.5;2,5\n", {"delimiter": ";", "decimal": ","}, "expected a number; got '1.5'"),
+    ],
+)
+def test_an_error_tells_which_marks_there_seem_to_be(tmp_path, refused, text, options, problem):
+    refused(write(tmp_path / "a.csv", text), problem, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"decimal": ","}, {"delimiter": "ab"}, {"delimiter": "."}, {"delimiter": "1"}, {"decimal": "x"}, {"header": "x"}],
+)
+def test_marks_that_cannot_be_meant_are_refused(tmp_path, options):
+    with pytest.raises(SettingsError, match="must be"):
+        load_data(write(tmp_path / "a.csv", ROWS), **options)
+    with pytest.raises(SettingsError, match="are for csv:PATH"):
+        load_data("digits", **options)
+
+
+# Numbers
+
+
+def test_whole_numbers_that_float64_cannot_hold_are_refused(tmp_path, refused):
+    big = np.arange(20).reshape(10, 2) + 2**60
+    refused(save(tmp_path / "a.npy", big), "row 0, column 1 (from 0): 1152921504606846977: a whole number beyond 2^53")
+    refused(save(tmp_path / "a.npy", big.astype(np.uint64)), "a whole number beyond 2^53")
+    refused(save(tmp_path / "a.npy", -big), "-1152921504606846977: a whole number beyond 2^53")
+    text = "a,b\n" + "".join(f"{a},0.5\n" for a in big[:, 1])
+    refused(write(tmp_path / "a.csv", text), "row 2, column 1 (a): 1152921504606846977: a whole number beyond 2^53")
+    exact = np.arange(20).reshape(10, 2) * 2**50
+    data = load_data(save(tmp_path / "a.npy", exact))
+    assert np.allclose(np.sort(np.r_[original(data, "train"), original(data, "test")], 0), exact, atol=1e10)
+
+
+@pytest.mark.parametrize("rows", [10, 300])
+@pytest.mark.parametrize("where", [(0,), (2, 3, 5)])
+@pytest.mark.parametrize("value", [1e30, -1e8])
+def test_a_cell_that_flattens_its_column_is_warned_of_with_row_and_column(tmp_path, rows, where, value):
+    values = np.random.default_rng(0).normal(size=(rows, 3))
+    for row in where:
+        if row < rows:
+            values[row, 1] = value
+    np.save(tmp_path / "train.npy", values)
+    np.save(tmp_path / "test.npy", VALUES)
+    if rows == 10 and len(where) > 1:
+        return  # a third of the rows: two kinds of rows, and no outlier
+    with pytest.warns(DataWarning) as said:
+        load_data(f"npy:{tmp_path}")
+    [message] = [str(each.message) for each in said if "train.npy" in str(each.message)]
+    assert f"row {where[0]}, column 1 (from 0): {value:.6g} makes all others of its column almost equal" in message
+
+
+def test_a_cell_of_a_held_out_split_that_is_far_out_is_warned_of_with_its_line(tmp_path):
+    write(tmp_path / "train.csv", "a,b\n" + ROWS)
+    write(tmp_path / "test.csv", "b,a\n\n" + ROWS.replace("\n", "\n\n") + "1e9,3\n")
+    with pytest.warns(DataWarning, match=r"test.csv, row 23, column 2 \(b\): 1e\+09 of the test split is"):
+        load_data(f"csv:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        np.zeros(300),
+        np.arange(300) % 2,
+        np.random.default_rng(0).poisson(0.02, 300),
+        np.random.default_rng(0).standard_cauchy(300).clip(-200, 200),
+        np.exp(2 * np.random.default_rng(0).normal(size=300)),
+    ],
+)
+def test_columns_of_few_values_or_heavy_tails_are_not_warned_of(tmp_path, column):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(save(tmp_path / "a.npy", np.c_[np.random.default_rng(1).normal(size=(300, 2)), column]))
+
+
+def test_columns_far_from_0_are_standardized_to_the_last_digit(tmp_path):
+    offset = np.random.default_rng(0).integers(0, 9, (400, 1)) + 2.0**52
+    x = load_data(save(tmp_path / "a.npy", offset)).splits["train"].x
+    assert abs(float(x.double().mean())) < 0.2  # of the mean, float64 holds whole numbers alone
+    assert float(x.std()) == pytest.approx(1, abs=0.01)
+
+
+# Labels beside arrays
+
+CLASSES = np.arange(50) % 3
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [("x", "y"), ("X", "Y"), ("data", "labels"), ("features", "target"), ("points", "label")]
+)
+@pytest.mark.parametrize("form", ["npz", "npy"])
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (CLASSES, None),
+        (CLASSES[:, None].astype(float), None),
+        (np.eye(3)[CLASSES], None),
+        (CLASSES + 1, ("1", "2", "3")),
+        (np.array([-1, 5, 9])[CLASSES], ("-1", "5", "9")),
+        (np.array(["cat", "dog", "owl"])[CLASSES], ("cat", "dog", "owl")),
+    ],
+)
+def test_labels_beside_an_array_are_read(tmp_path, x, y, form, labels, names):
+    values = np.c_[CLASSES, VALUES]
+    if form == "npz":
+        np.savez(tmp_path / "a.npz", **{x: values, y: labels})
+        data = load_data(f"npz:{tmp_path}/a.npz")
+    else:
+        if x == "points":
+            return  # in a folder, other files may be anything
+        np.save(tmp_path / f"{x}.npy", values)
+        np.save(tmp_path / f"{y}.npy", labels)
+        data = load_data(f"npy:{tmp_path}")
+    assert (data.classes, data.class_names) == (3, names)
+    for part, split in data.splits.items():
+        assert np.array_equal(original(data, part)[:, 0].round(), split.y)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x_train", "y_train", "x_test", "y_test"),
+        ("train", "train_labels", "test", "test_labels"),
+        ("trainX", "trainY", "testX", "testY"),
+        ("train_images", "train_labels", "test_images", "test_labels"),
+        ("xtrain", "ytrain", "xtest", "ytest"),
+        ("training-data", "training-labels", "testing-data", "testing-labels"),
+    ],
+)
+def test_labels_beside_splits_are_read(tmp_path, names):
+    arrays = (VALUES[:30], CLASSES[:30], VALUES[30:], CLASSES[30:])
+    np.savez(tmp_path / "a.npz", **dict(zip(names, arrays, strict=True)))
+    data = load_data(f"npz:{tmp_path}/a.npz")
+    assert data.classes == 3
+    assert np.array_equal(data.splits["test"].y, CLASSES[30:])
+    assert np.allclose(original(data, "test"), VALUES[30:], rtol=1e-6)
+
+
+def test_arrays_that_are_not_used_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", train=VALUES, test=VALUES, weights=VALUES, y_train=VALUES[:, 0], y=CLASSES)
+    with pytest.warns(DataWarning, match=r"a.npz: not used: weights, y, y_train"):
+        data = load_data(f"npz:{tmp_path}/a.npz")
+    assert data.splits["train"].y is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"x": VALUES, "y": CLASSES[:9]}, "a.npz, y has shape (9,), but there are 50 examples"),
+        ({"x": VALUES, "data": VALUES, "y": CLASSES}, "x and data may both be the examples of all"),
+        ({"train": VALUES, "x_train": VALUES, "test": VALUES}, "may both be the examples of train"),
+        ({"train": VALUES, "test": VALUES, "val": VALUES, "valid": VALUES}, "may both be the examples of validation"),
+    ],
+)
+def test_arrays_that_can_be_read_in_two_ways_are_refused(tmp_path, refused, arrays, problem):
+    np.savez(tmp_path / "a.npz", **arrays)
+    refused(f"npz:{tmp_path}/a.npz", problem)

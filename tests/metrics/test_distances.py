@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,86 @@ def test_precision_recall_density_and_coverage_are_those_of_brute_force(k, k_den
     monkeypatch.setattr("genfuse.metrics._neighbours.BLOCK", 130)  # 2 or 3 rows at a time
     assert prdc(x.split(7), iter(y.split(3)), k=k, k_density=k_density) == expected
     assert 0 < min(expected.expected) <= max(expected.expected[:2]) < 1  # nothing that holds of itself
+
+
+def exact_counts(x, y, k, k_density):
+    """The same in fractions, which do not round."""
+    x, y = ([[Fraction(value) for value in row] for row in points.double().tolist()] for points in (x, y))
+
+    def squared(a, b):
+        return [[sum((p - q) ** 2 for p, q in zip(u, v, strict=True)) for v in b] for u in a]
+
+    def radii(a, k):
+        return [sorted(d for j, d in enumerate(row) if j != i)[k - 1] for i, row in enumerate(squared(a, a))]
+
+    between, ry, rx, rd = squared(x, y), radii(y, k), radii(x, k), radii(y, k_density)
+    inside = [[d <= r for d, r in zip(row, rd, strict=True)] for row in between]
+    return (
+        sum(any(d <= r for d, r in zip(row, ry, strict=True)) for row in between) / len(x),
+        sum(any(row[j] <= r for row, r in zip(between, rx, strict=True)) for j in range(len(y))) / len(y),
+        sum(map(sum, inside)) / (k_density * len(x)),
+        sum(any(row[j] for row in inside) for j in range(len(y))) / len(y),
+    )
+
+
+def tied(kind):
+    """Two sets (40, D) and (30, D) in which points repeat or distances tie."""
+    base, n, m = torch.rand(8, 4), 40, 30
+    some = torch.randint(8, (n,)), torch.randint(8, (m,))
+    weights = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7])
+    outlier = torch.randn(m, 3)
+    outlier[0] = 1e9
+    return {
+        "bits": lambda: (torch.rand(n, 5).round(), torch.rand(m, 5).round()),
+        "integers": lambda: (torch.randint(4, (n, 3)).float(), torch.randint(4, (m, 3)).float() + 1e6),
+        "thirds": lambda: ((torch.rand(n, 4) * 3).round() / 3, (torch.rand(m, 4) * 3).round() / 3),
+        "pixels": lambda: ((torch.rand(n, 3) * 3).round() / 255, (torch.rand(m, 3) * 3).round() / 255),
+        "weighted bits": lambda: (torch.rand(n, 5).round() * weights, torch.rand(m, 5).round() * weights),
+        "repeats": lambda: (base[some[0]], base[some[1]]),
+        "repeats of normal values": lambda: (torch.randn(8, 6)[some[0]], torch.randn(8, 6)[some[1]]),
+        "collapsed": lambda: (base[:1].repeat(n, 1), base[some[1]]),
+        "both collapsed": lambda: (base[:1].repeat(n, 1), base[:1].repeat(m, 1)),
+        "all zero": lambda: (torch.zeros(n, 3), torch.zeros(m, 3)),
+        "far from 0": lambda: (base[some[0]] + 1000.1, base[some[1]] + 1000.1),
+        "one far away": lambda: (torch.randn(n, 3).round(decimals=1), outlier.round(decimals=1)),
+        "tiny": lambda: (base[some[0]] * 1e-30, base[some[1]] * 1e-30),
+    }[kind]()
+
+
+TIED = (
+    "bits", "integers", "thirds", "pixels", "weighted bits", "repeats",
+    "repeats of normal values", "collapsed", "both collapsed", "all zero", "far from 0", "one far away", "tiny",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [2**24, 90])
+@pytest.mark.parametrize("kind", TIED)
+def test_precision_to_coverage_are_counted_exactly_where_distances_tie(kind, block, monkeypatch):
+    monkeypatch.setattr("genfuse.metrics._neighbours.BLOCK", block)  # at 90, 2 or 3 rows, and repeats are put together
+    x, y = tied(kind)
+    assert prdc(x, y) == pytest.approx(exact_counts(x, y, 3, 5), abs=1e-12)
+    assert prdc(y, x, k=1, k_density=2) == pytest.approx(exact_counts(y, x, 1, 2), abs=1e-12)
+
+
+def test_without_ties_precision_to_coverage_are_those_of_the_package_prdc_and_of_torch_fidelity():
+    """The first counts what is nearer than a radius, the second what is no farther; both take the (k + 1)-th smallest
+    distance of a point to its own set, itself among it."""
+    x, y = features(60, 3), features(50, 3, seed=1)
+    between = torch.cdist(x, y)
+    rx, ry = (torch.cdist(a, a).kthvalue(4, 1).values for a in (x, y))
+    open_ = (between < ry).any(1), (between < rx[:, None]).any(0), (between < ry).sum(1) / 3, (between < ry).any(0)
+    assert prdc(x, y, k=3, k_density=3) == pytest.approx([of.double().mean().item() for of in open_], rel=1e-6)
+    closed = (between <= ry).any(1), (between <= rx[:, None]).any(0)
+    assert prdc(x, y)[:2] == pytest.approx([of.double().mean().item() for of in closed], rel=1e-6)
+
+
+def test_a_copy_far_from_0_has_distance_0_from_what_it_copies():
+    points = torch.randn(50, 6) + 1e4
+    distances, index = nearest(points.flip(0), points, 2)
+    assert not distances[:, 0].any()
+    assert index[:, 0].tolist() == list(range(49, -1, -1))
+    expected = torch.cdist(points.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist").sort().values
+    assert torch.equal(distances.flip(0)[:, 1].float(), expected[:, 1].float())
 
 
 def test_a_dropped_mode_costs_recall_and_coverage_and_strays_cost_precision_and_density():

@@ -85,12 +85,29 @@ def test_a_float64_model_is_measured_in_float64():
     assert double["test"]["kl"] == pytest.approx(found["test"]["kl"], rel=1e-5)
 
 
-def test_limit_takes_the_first_examples():
+def test_limit_takes_the_same_examples_every_time_and_of_all_kinds():
     model, data = vae(), dataset()
     few = evaluate(model, data, samples=2, limit=40)
     assert (few["train"]["examples"], few["test"]["examples"]) == (40, 30)
-    first = Dataset("first", {part: Split(split.x[:40]) for part, split in data.splits.items()}, levels=6)
-    assert evaluate(model, first, samples=2) == few
+    assert evaluate(model, data, samples=2, limit=40) == few
+    chosen = torch.randperm(len(data.splits["train"]), generator=torch.Generator().manual_seed(0))[:40].sort().values
+    some = {**data.splits, "train": Split(data.splits["train"].x[chosen])}
+    assert evaluate(model, Dataset("some", some, levels=6), samples=2) == few
+
+    class Mean(GenerativeModel):
+        Config = VAEConfig
+
+        def log_prob(self, x):
+            return x.flatten(1).mean(1)
+
+        @property
+        def device(self):
+            return torch.device("cpu")
+
+    in_order = torch.arange(1000.0)[:, None] / 1000  # as a folder of classes is
+    table = Dataset("in order", {part: Split(in_order) for part in ("train", "test")})
+    found = evaluate(Mean(VAEConfig(shape=(1,))), table, limit=200)
+    assert found["test"]["log_prob"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_model_is_measured_by_the_verbs_that_it_has():

@@ -9,6 +9,7 @@ from tiny_models import Config, Plain, Tiny, validated
 
 import genfuse
 from genfuse import plugins
+from genfuse.data import Dataset, Split
 from genfuse.errors import NonFiniteLossError, SettingsError, TrainingWarning
 from genfuse.training import Trainer
 from genfuse.training.loop import NOISE, seed_of
@@ -415,3 +416,26 @@ def test_the_progress_bar_shows_on_a_terminal_only(make, digits, trainer, monkey
         text = stream.getvalue()
         assert all((part in text) == shown for part in ("examples/s", "error", "epoch 2", "100%"))
         assert shown or not text
+
+
+def test_losses_after_an_epoch_are_of_examples_of_all_classes(tmp_path):
+    """A test split in order, as a folder of classes is, and larger than what is looked at."""
+    in_order = torch.arange(20_000.0)[:, None] / 20_000
+    data = Dataset("in order", {"train": Split(in_order[:64]), "test": Split(in_order)})
+    model = genfuse.create("vae", data, hidden=(4,), latent_dim=1, decoder="gaussian")
+    seen = []
+    data_batch = type(data).batch
+
+    def batch(self, split, index, generator=None):
+        found = data_batch(self, split, index, generator)
+        if split == "test":
+            seen.append(found.x)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "batch", batch)
+        Trainer(epochs=2, batch_size=32, device="cpu", out=tmp_path / "run", pictures=False).fit(model, data)
+    first, second = torch.cat(seen).chunk(2)
+    assert len(first) == 10_000 == len(first.unique())
+    assert first.mean() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(first, second)  # the same after each epoch

@@ -3,11 +3,13 @@
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import genfuse
 from genfuse import plugins
-from genfuse.errors import GenfuseError, SettingsError
+from genfuse.errors import DataWarning, GenfuseError, SettingsError, TrainingWarning
 
 USAGE = """\
 genfuse: train, sample and evaluate generative models
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        code = _dispatch([arg for arg in args if arg != "--debug"])
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(warnings.showwarning)
+            code = _dispatch([arg for arg in args if arg != "--debug"])
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # of tyro, which has printed help or what it could not read
@@ -70,6 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"genfuse: error: {error}", file=sys.stderr)
         return 2
+
+
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Shows a warning of ours as one line, without the place in the code that it comes from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, (DataWarning, TrainingWarning)):
+            print(f"genfuse: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where)
+
+    return show
 
 
 def _dispatch(args: list[str]) -> int:

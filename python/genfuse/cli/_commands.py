@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from genfuse.models import GenerativeModel
+    from genfuse.training import Run
 
 
 Kind = Literal["models", "datasets", "metrics", "all"]
@@ -81,7 +82,7 @@ def sample(
     *,
     out: Annotated[Path, arg(metavar="FILE")],
     n: int = 64,
-    label: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: drawn for each example)")] = None,
+    label: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: drawn for each example)")] = None,
     temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
     sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None,
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
@@ -103,7 +104,7 @@ def sample(
         run: run folder
         out: file to write: .png, .npy or .npz
         n: number of examples
-        label: conditional models: the label of all examples
+        label: conditional models: the label of all examples, a class's name or number
         temperature: models that take one, such as flows: above 0; below 1 for samples nearer to the modes
         sampler: diffusion models: ancestral, ddim, heun, heun-stochastic, langevin or dpm-solver++
         steps: diffusion models: steps of the sampler
@@ -144,7 +145,7 @@ def sample(
         if name not in inspect.signature(model.sample).parameters:
             raise SettingsError(f"--{name}: the model of {run}, a {type(model).__name__}, takes none: leave it out")
     # Labels are of a generator of their own, so that the noise does not depend on how many there are.
-    y = _labels(run, model, n, label, torch.Generator(model.device).manual_seed(seed_of(seed, 1)))
+    y = _labels(trained, model, n, label, torch.Generator(model.device).manual_seed(seed_of(seed, 1)))
     x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling
@@ -152,7 +153,7 @@ def sample(
         pictures.sample_grid(x, out)
     elif out.suffix == ".png":
         test = trained.data().batch("test", slice(None))
-        alike = None if label is None or test.y is None else test.y == label
+        alike = None if label is None or test.y is None or y is None else test.y == y[0].cpu()
         points = test.x if alike is None or not alike.any() else test.x[alike]
         pictures.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
     else:
@@ -160,6 +161,8 @@ def sample(
         more: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
         if y is not None:
             more["y"] = y.cpu().numpy()
+            if trained.class_names:
+                more["class_names"] = np.array(trained.class_names)
         with replacing(out) as beside, open(beside, "wb") as file:
             if out.suffix == ".npy":
                 np.save(file, array)
@@ -204,7 +207,7 @@ def evaluate(
     Args:
         run: run folder
         samples: K of the IWAE bound: importance samples per example
-        limit: use the first N examples of each split, for all but the samples
+        limit: use N examples of each split, by chance and always the same, for all but the samples
         features: what the metrics of samples compare: columns (tables); pixels, random-conv, inception (images);
             classifier, which `genfuse train-features` trains; auto: the classifier if there is one, else random-conv or
             columns
@@ -260,6 +263,9 @@ def train_features(
     *,
     binarize: Annotated[Literal["none", "static", "dynamic"], arg(name="data.binarize")] = "none",
     data_seed: Annotated[int, arg(name="data.seed")] = 0,
+    header: Annotated[Literal["auto", "yes", "no"], arg(name="data.header")] = "auto",
+    delimiter: Annotated[str, arg(name="data.delimiter")] = ",",
+    decimal: Annotated[str, arg(name="data.decimal")] = ".",
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     steps: int = 2000,
     seed: int = 0,
@@ -278,6 +284,9 @@ def train_features(
         data: data set, of `genfuse list datasets`
         binarize: as it was given to `genfuse train`
         data_seed: as it was given to `genfuse train`
+        header: as it was given to `genfuse train`
+        delimiter: as it was given to `genfuse train`
+        decimal: as it was given to `genfuse train`
         data_root: folder with the data sets that are read from files
         steps: updates on 128 examples each
         seed: of the first weights and of the order of the examples
@@ -287,7 +296,9 @@ def train_features(
     from genfuse.data import load_data
     from genfuse.metrics import train_features
 
-    loaded = load_data(data, root=data_root, binarize=binarize, seed=data_seed)
+    loaded = load_data(
+        data, root=data_root, binarize=binarize, seed=data_seed, header=header, delimiter=delimiter, decimal=decimal
+    )
     path, accuracy = train_features(loaded, steps=steps, seed=seed, device=find_device(device), overwrite=overwrite)
     print(f"{path}\nheld-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")
     return 0
@@ -353,7 +364,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def _labels(
-    run: Path, model: "GenerativeModel", n: int, label: int | None, generator: "torch.Generator"
+    run: "Run", model: "GenerativeModel", n: int, label: str | None, generator: "torch.Generator"
 ) -> "torch.Tensor | None":
     """The labels (n,) that a model is to be given: all the same, or drawn evenly; None where it takes none."""
     import torch
@@ -361,16 +372,22 @@ def _labels(
     if not model.conditional:
         if label is not None:
             raise SettingsError(
-                f"--label: the model of {run}, a {type(model).__name__}, was trained without labels: leave it out, or "
-                "sample from a conditional one"
+                f"--label: the model of {run.path}, a {type(model).__name__}, was trained without labels: leave it "
+                "out, or sample from a conditional one"
             )
         return None
-    classes = model.config.classes
+    labels = model.drawn_labels.to(model.device)
     if label is None:
-        return torch.randint(classes, (n,), generator=generator, device=model.device)
-    if not 0 <= label < classes:
-        raise SettingsError(f"--label must be one of 0..{classes - 1}; got {label}")
-    return torch.full((n,), label, device=model.device)
+        return labels[torch.randint(len(labels), (n,), generator=generator, device=model.device)]
+    names = run.class_names or ()
+    number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
+    # A number that is no name may only be meant as a label if no name is a number.
+    if not 0 <= number < model.config.classes or (label not in names and any(name.isdecimal() for name in names)):
+        known = ", ".join(names) if names else f"0..{model.config.classes - 1}"
+        raise SettingsError(f"--label must be one of {known}; got {label}")
+    if number not in labels:
+        raise SettingsError(f"--label {label}: no training example of {run.path} has this label")
+    return torch.full((n,), number, device=model.device)
 
 
 def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:

@@ -35,6 +35,12 @@ def compare(
         arg(name="data.binarize", metavar="none|static|dynamic", help_behavior_hint="(default: none)"),
     ] = None,
     data_seed: Annotated[int | None, arg(name="data.seed", metavar="N", help_behavior_hint="(default: 0)")] = None,
+    header: Annotated[
+        Literal["auto", "yes", "no"] | None,
+        arg(name="data.header", metavar="auto|yes|no", help_behavior_hint="(default: auto)"),
+    ] = None,
+    delimiter: Annotated[str | None, arg(name="data.delimiter", metavar="MARK", help_behavior_hint="")] = None,
+    decimal: Annotated[str | None, arg(name="data.decimal", metavar="MARK", help_behavior_hint="")] = None,
     device: str = "auto",
 ) -> int:
     """Train several models equally long on the same data, measure them alike, and put them into one table.
@@ -64,6 +70,9 @@ def compare(
         data_root: folder with the data sets that are read from files
         binarize: draw each cell as 0 or 1: once, or anew for each batch
         data_seed: of a table's split and of static binarization
+        header: of a csv, as of `genfuse train`
+        delimiter: of a csv, as of `genfuse train`
+        decimal: of a csv, as of `genfuse train`
         device: auto, cpu, cuda, mps, or one of several: cuda:1
     """
     if not models:
@@ -79,6 +88,7 @@ def compare(
     from genfuse.training import Trainer
 
     where = str(find_device(device))
+    reading = {"header": header, "delimiter": delimiter, "decimal": decimal}
     measuring: dict[str, Any] = {
         "out": out,
         "features": features,
@@ -91,6 +101,7 @@ def compare(
         of_training = {
             "--data": data, "--budget": budget, "--seeds": seeds, "--set": set or None, "--batch-size": batch_size,
             "--schedule": schedule, "--data.binarize": binarize, "--data.seed": data_seed,
+            **{f"--data.{key}": value for key, value in reading.items()},
         }  # fmt: skip
         if given := [option for option, value in of_training.items() if value is not None]:
             raise SettingsError(f"{runs[0]} is a run, which is trained already: leave out {', '.join(given)}")
@@ -102,7 +113,8 @@ def compare(
             batch_size=128 if batch_size is None else batch_size, schedule=schedule or "constant", device=where
         )
         settings = _settings(set)
-        loaded = load_data(data, root=data_root, binarize=binarize or "none", seed=data_seed or 0)
+        given_reading: dict[str, Any] = {key: value for key, value in reading.items() if value is not None}
+        loaded = load_data(data, root=data_root, binarize=binarize or "none", seed=data_seed or 0, **given_reading)
         try:
             result = compare(
                 models,

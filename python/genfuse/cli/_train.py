@@ -6,8 +6,7 @@ import os
 import re
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
@@ -20,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 import genfuse
 from genfuse import pictures, plugins
-from genfuse.errors import SettingsError, TrainingWarning
+from genfuse.errors import SettingsError
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
 
@@ -31,6 +30,9 @@ LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has 
 class DataOptions:
     binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
     seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
+    header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
+    delimiter: str = ","  # csv: what stands between cells, such as ; or tab
+    decimal: str = "."  # csv: the mark before decimals: . or ,
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ def train(args: list[str]) -> int:
     torch.manual_seed(trainer.seed)  # of the first weights
     model = genfuse.create(name, data, **job.model)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _shown(warnings.showwarning)
-            run = trainer.fit(model, data)
+        run = trainer.fit(model, data)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
     if run is not None and os.environ.get("RANK", "0") == "0":
@@ -158,7 +158,7 @@ def _as_typed(settings: dict[str, Any]) -> dict[str, Any]:
     if "version" in settings and "training" in settings:
         model, data = settings["model"], settings["data"]
         own = {key: value for key, value in model["settings"].items() if key not in FACTS}
-        data = {key: data[key] for key in ("name", "binarize", "seed")}
+        data = {**{key: data[key] for key in ("name", "binarize", "seed")}, **data.get("options", {})}
         return {**settings["training"], "model": {"name": model["name"], **own}, "data": data}
     sections = {key: settings.get(key) or {} for key in ("model", "data")}
     return {**settings, **{key: dict(v) if isinstance(v, dict) else {"name": v} for key, v in sections.items()}}
@@ -192,18 +192,6 @@ def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[
             yield f"--{section}{dot}{last if value else f'no-{last}'}"
         else:
             yield from (f"--{option}", *map(str, value if isinstance(value, list) else [value]))
-
-
-def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """Shows a warning of ours as one line, without the place in the code that it comes from."""
-
-    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, TrainingWarning):
-            print(f"genfuse: warning: {message}", file=sys.stderr)
-        else:
-            otherwise(message, category, *where)
-
-    return show
 
 
 def _how_to_continue(out: Path, data_root: Path | None) -> str:

@@ -123,7 +123,13 @@ def compare(
     trainer = replace(trainer, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
-        "data": {"name": data.name, "binarize": data.binarize, "seed": data.seed, "fingerprint": data.fingerprint()},
+        "data": {
+            "name": data.name,
+            "binarize": data.binarize,
+            "seed": data.seed,
+            "fingerprint": data.fingerprint(),
+            "class_names": data.class_names and list(data.class_names),
+        },
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
         "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
         "features": extract.name,
@@ -207,7 +213,7 @@ def compare_runs(
     data, device, out = opened[0].data(data_root), _resolved(device), Path(out)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
-        "data": {key: was[0][key] for key in ("name", "binarize", "seed", "fingerprint")},
+        "data": {key: was[0].get(key) for key in ("name", "binarize", "seed", "fingerprint", "class_names")},
         "budget": None,
         "features": extract.name,
         "about": extract.about,

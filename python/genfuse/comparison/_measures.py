@@ -228,9 +228,10 @@ def _smoothness(model: Any, data: "Dataset", extract: Extractor) -> float:
     weights = torch.linspace(0, 1, STEPS + 1, device=model.device)
     given = {}
     if model.conditional:
-        given["y"] = torch.arange(PATHS, device=model.device) % model.config.classes
+        labels = model.drawn_labels.to(model.device)
+        given["y"] = labels[torch.arange(PATHS, device=model.device) % len(labels)]
     decode = model.decode if hasattr(model, "decode") else lambda z, **y: model.trajectory(z, **y)[-1]
-    features = torch.stack([extract(decode(z, **given)) for z in slerp(start, end, weights)])
+    features = torch.stack([extract.of_samples(decode(z, **given)) for z in slerp(start, end, weights)])
     changes = features.diff(dim=0).norm(dim=2)  # (STEPS, PATHS)
     largest = changes.amax(0)
     # A path without any change is as even as can be.

@@ -110,9 +110,11 @@ def about(result: dict[str, Any]) -> str:
         trained = f"{budget['seconds']:g} seconds of updates each"
     elif budget:
         trained = f"{budget['examples']:,} examples each"
+    names = options["data"].get("class_names")
+    classes = f" (classes: {', '.join(f'{i} {name}' for i, name in enumerate(names))})" if names else ""
     return (
-        f"Data: {options['data']['name']}; {trained}. Features: {options['about']}. genfuse {machine['genfuse']}, "
-        f"torch {machine['torch']}, {machine['device']}, threads: {machine['threads']}."
+        f"Data: {options['data']['name']}{classes}; {trained}. Features: {options['about']}. "
+        f"genfuse {machine['genfuse']}, torch {machine['torch']}, {machine['device']}, threads: {machine['threads']}."
     )
 
 

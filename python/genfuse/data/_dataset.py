@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from genfuse import plugins
-from genfuse.errors import DataError, PluginError
+from genfuse.errors import DataError, PluginError, SettingsError
 from genfuse.models import Batch
 from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
+Header = Literal["auto", "yes", "no"]
+# How a table of text is read, and what is usual: whether its first row is names (auto: if none of its cells is a
+# number), what stands between cells, and the mark before decimals.
+READING = {"header": "auto", "delimiter": ",", "decimal": "."}
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,20 @@ class Dataset:
     name: str  # as the user typed it
     splits: dict[str, Split]
     levels: int | None = None  # discrete data: batches hold k / (levels - 1), k = 0..levels-1; None: real-valued data
-    classes: int | None = None  # labels are 0..classes-1; taken from the labels unless given
+    classes: int | None = None  # labels are 0..classes-1; taken from the names or the labels unless given
+    class_names: tuple[str, ...] | None = None  # of labels 0, 1, ..., where they have names
     binarize: str = "none"  # how levels became 2: "none" | "static" | "dynamic"
     scaling: Scaling | None = None  # tables: the way back to original units
     stored_levels: int | None = None  # with binarize="dynamic": the levels of the intensities that x holds
     seed: int = 0  # that `load_data` made it with
     mixture: Mixture | None = None  # toys: what they were drawn from, where that is a mixture of Gaussians
+    options: dict[str, str] = field(default_factory=dict)  # by which `load_data` had its files read
 
     def __post_init__(self) -> None:
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", tuple(self.class_names))
+            if self.classes is None:
+                object.__setattr__(self, "classes", len(self.class_names))
         if problem := self._problem():
             raise DataError(f"data set {self.name!r}: {problem}")
         if self.classes is None and self.splits["train"].y is not None:
@@ -103,6 +113,9 @@ class Dataset:
         dynamic = self.binarize == "dynamic"
         if dynamic != (self.stored_levels is not None) or (dynamic and self.levels != 2):
             return "binarize='dynamic', and nothing else, needs stored_levels, and levels=2"
+        names = self.class_names
+        if names is not None and (len(names) != self.classes or len(set(names)) < len(names)):
+            return f"class_names must be {self.classes} different names, one for each class; got {', '.join(names)}"
         dtype = torch.float32 if stored is None else torch.uint8
         for part, split in self.splits.items():
             x, y = split.x, split.y
@@ -113,6 +126,10 @@ class Dataset:
                 return f"x of the {part} split must be (N, *shape) and not empty; got {tuple(x.shape)}"
             if x.shape[1:] != self.splits["train"].x.shape[1:]:
                 return f"examples of the {part} split have shape {tuple(x.shape[1:])}, those of train {self.shape}"
+            if x.ndim == 4 and x.shape[3] in (1, 3) and min(x.shape[1:3]) > 4:
+                return f"images must be (N, C, H, W), with the channels before the rows; x of the {part} split is " + (
+                    f"{tuple(x.shape)}, which has them last: use x.permute(0, 3, 1, 2)"
+                )
             if stored is None and not x.isfinite().all():
                 return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
             if stored is not None and int(x.max()) >= stored:
@@ -139,6 +156,13 @@ class Dataset:
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+    @property
+    def seen_labels(self) -> tuple[int, ...] | None:
+        """The labels that training examples have, where these are not all of 0..classes-1; else None."""
+        y = self.splits["train"].y
+        seen = None if y is None else tuple(y.unique().tolist())
+        return None if seen is None or len(seen) == self.classes else seen
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data on another device."""
@@ -211,6 +235,13 @@ class Source:
     argument: str | None = None  # what stands after the first ':' behind the plugin's name
     root: Path | None = None  # --data-root, else GENFUSE_DATA
     seed: int = 0  # rules every random choice: which rows are held out, what a toy draws
+    options: Mapping[str, str] = field(default_factory=dict)  # of READING, those that the user gave
+
+    def no_options(self) -> None:
+        """Raise SettingsError where the user gave options of tables of text."""
+        if self.options:
+            given = ", ".join(self.options)
+            raise SettingsError(f"data set {self.name!r}: {given} are for csv:PATH; leave them out")
 
     def no_argument(self) -> None:
         """Raise DataError where the user gave an argument."""
@@ -260,13 +291,22 @@ class Source:
         return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
 
 
-def load_data(name: str, *, root: str | Path | None = None, binarize: Binarize = "none", seed: int = 0) -> Dataset:
+def load_data(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    binarize: Binarize = "none",
+    seed: int = 0,
+    header: Header = "auto",
+    delimiter: str = ",",
+    decimal: str = ".",
+) -> Dataset:
     """Load the data set that ``name`` stands for, wholly into memory.
 
     ``name`` is NAME or NAME:ARGUMENT, as in "mnist", "csv:PATH", "images:FOLDER", "toy:moons"; for a plugin whose name
     another one has as well, DISTRIBUTION:NAME or DISTRIBUTION:NAME:ARGUMENT. Files of data sets by name are looked for
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
-    draw, and static binarization.
+    draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
 
     Raises DataError where the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.
@@ -281,7 +321,14 @@ def load_data(name: str, *, root: str | Path | None = None, binarize: Binarize =
         head = f"{head}:{short}"
     plugin = plugins.find("datasets", head)
     root = root or os.environ.get("GENFUSE_DATA") or None
-    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed)
+    options = {
+        key: value
+        for key, value in {"header": header, "delimiter": delimiter, "decimal": decimal}.items()
+        if value != READING[key]
+    }
+    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options)
+    if options and plugin.distribution == plugins.OURS and plugin.name != "csv":
+        source.no_options()
     make = plugin.load()
     try:
         data = make(source)
@@ -295,4 +342,4 @@ def load_data(name: str, *, root: str | Path | None = None, binarize: Binarize =
         raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
-    return replace(data, name=name, seed=seed).binarized(binarize, seed)
+    return replace(data, name=name, seed=seed, options=options).binarized(binarize, seed)

@@ -2,18 +2,30 @@
 
 import gzip
 import math
+import os
+import re
+import warnings
 import zlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genfuse.data._dataset import Dataset, Source, Split
-from genfuse.data.tables import PARTS, read_arrays
-from genfuse.errors import DataError
+from genfuse.data.tables import PART_OF, PARTS, find_arrays, read_arrays
+from genfuse.errors import DataError, DataWarning
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
+)  # fmt: skip
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
+GARMENTS = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 def digits(source: Source) -> Dataset:
@@ -37,7 +49,8 @@ def mnist(source: Source) -> Dataset:
 
 def fashion_mnist(source: Source) -> Dataset:
     """Fashion-MNIST (arXiv 1708.07747): of MNIST's shapes, sizes and file names, labels 0..9."""
-    return _idx_dataset(source, "fashion-mnist")
+    data = _idx_dataset(source, "fashion-mnist")
+    return replace(data, class_names=GARMENTS) if data.classes == len(GARMENTS) else data
 
 
 def binarized_mnist(source: Source) -> Dataset:
@@ -59,45 +72,122 @@ def binarized_mnist(source: Source) -> Dataset:
 
 
 def folder(source: Source) -> Dataset:
-    """PNG and JPEG pictures of one size, grey (1, H, W) or RGB (3, H, W), 256 levels.
+    """Pictures of one size, 8-bit grey (1, H, W) or RGB (3, H, W), 256 levels; or an npy or npz file of images.
 
-    Pictures in sub-folders are labelled by them, in sorted order. Folders ``train`` and ``test`` (and ``validation``,
-    ``valid`` or ``val``) are the splits where they exist; otherwise one picture in five is held out.
+    Pictures in sub-folders are labelled by them, whose names are the classes'; numbers are in the order of numbers.
+    Folders ``train`` and ``test`` (and ``validation``, ``valid`` or ``val``) are the splits where they exist, in any
+    case; without ``test`` one training picture in five is held out. Links are followed. Pictures are turned as their
+    EXIF data says. What is not read is warned of.
     """
     root = source.path()
+    if root.suffix in (".npy", ".npz") and root.is_file():
+        return _of_arrays(source, root)
     if not root.is_dir():
         raise DataError(f"data set {source.name!r}: {root} is no folder")
-    parts = {part: root / name for part, names in PARTS.items() for name in names if (root / name).is_dir()}
-    if not {"train", "test"} <= parts.keys():
-        parts = {"all": root}
-    pictures = {part: _pictures(top) for part, top in parts.items()}
-    kinds = {part: {_label(path, parts[part]) for path in paths} for part, paths in pictures.items()}
-    names = sorted(set().union(*kinds.values()))
-    if names[0] == "" and len(names) > 1:
-        stray = next(path for part, paths in pictures.items() for path in paths if not _label(path, parts[part]))
+    found, others = _files(root)
+    if not found:
+        raise DataError(f"the folder {root} holds no picture: no {', '.join(SUFFIXES)} in it or its sub-folders")
+    pictures, tops = _parts(root, found)
+    others += sorted(set(found).difference(*pictures.values()))
+    kinds = {part: {_label(path, tops[part]) for path in paths} for part, paths in pictures.items()}
+    names = _in_order(set().union(*kinds.values()))
+    if "" in names and len(names) > 1:
+        stray = next(path for part, paths in pictures.items() for path in paths if not _label(path, tops[part]))
         raise DataError(f"{stray} lies beside the sub-folders that are the classes; move it into one of them")
     x = _read_pictures([path for paths in pictures.values() for path in paths])
     number = {name: i for i, name in enumerate(names)}
-    y = torch.tensor([number[_label(path, parts[part])] for part, paths in pictures.items() for path in paths])
-    if "all" in parts:
-        rows = source.hold_out(len(x), "pictures")
-    else:
-        rows = dict(zip(pictures, torch.arange(len(x)).split([len(paths) for paths in pictures.values()]), strict=True))
+    y = torch.tensor([number[_label(path, tops[part])] for part, paths in pictures.items() for path in paths])
+    ends = torch.arange(len(x)).split([len(paths) for paths in pictures.values()])
+    rows = dict(zip(pictures, ends, strict=True))
+    if "test" not in rows:
+        first = rows.pop(next(iter(rows)))
+        held = source.hold_out(len(first), "pictures")
+        rows = {"train": first[held["train"]], **rows, "test": first[held["test"]]}
     labelled = names != [""]
+    if others:
+        suffixes = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
+        read = {path.parent for paths in pictures.values() for path in paths}
+        bare = sorted({str(path.parent) for path in others if path.parent not in read})
+        warnings.warn(
+            f"{root}: {len(others)} files are not read ({', '.join(f'{n} {suffix}' for suffix, n in suffixes)}), such "
+            f"as {others[0]}" + (f"; nothing at all is read from {', '.join(bare[:5])}" if bare else ""),
+            DataWarning,
+            stacklevel=3,
+        )
+    if labelled and len(names) == 1:
+        warnings.warn(
+            f"{root}: all pictures have one label, {names[0]!r}, the one sub-folder there is; if its own sub-folders "
+            "are the classes, name that folder",
+            DataWarning,
+            stacklevel=3,
+        )
     splits = {part: Split(x[index], y[index] if labelled else None) for part, index in rows.items()}
-    return Dataset(source.name, splits, levels=256, classes=len(names) if labelled else None)
+    return Dataset(source.name, splits, levels=256, class_names=tuple(names) if labelled else None)
 
 
-def _pictures(top: Path) -> list[Path]:
-    """All pictures under a folder, sorted; files and folders whose names begin with a dot are passed over."""
-    found = sorted(
-        path
-        for path in top.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(top).parts)
-    )
-    if not found:
-        raise DataError(f"the folder {top} holds no picture: no {', '.join(SUFFIXES)} in it or its sub-folders")
-    return found
+def _files(top: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures under a folder, sorted, and all other files; names that begin with a dot are passed over."""
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for here, folders, names in os.walk(top, followlinks=True):
+        real = Path(here).resolve()
+        folders[:] = [
+            name for name in folders
+            if not name.startswith(".") and (Path(here, name).resolve() not in (real, *real.parents))  # a link upwards
+        ]  # fmt: skip
+        for name in names:
+            if not name.startswith("."):
+                found[Path(name).suffix.lower() not in SUFFIXES].append(Path(here, name))
+    return sorted(found[0]), sorted(found[1])
+
+
+def _parts(root: Path, found: list[Path]) -> tuple[dict[str, list[Path]], dict[str, Path]]:
+    """The pictures of each split and the folder that it is; "all" where there are no folders of splits."""
+
+    def below(top: Path) -> set[str]:
+        return {path.relative_to(top).parts[0] for path in found if path.parent != top}
+
+    def split_of(path: Path, top: Path) -> str | None:
+        parts = path.relative_to(top).parts
+        return PART_OF.get(parts[0].lower()) if len(parts) > 1 else None
+
+    top = root
+    while len(below(top)) == 1 and not any(path.parent == top for path in found):  # an archive's own folder, perhaps
+        if {name.lower() for name in below(top)} & PART_OF.keys():
+            break
+        deeper = top / next(iter(below(top)))
+        if not any(part.lower() in PART_OF for path in found for part in path.parent.relative_to(deeper).parts):
+            break
+        top = deeper
+    folders: dict[str, str] = {}
+    for name in sorted(below(top)):
+        if (part := PART_OF.get(name.lower())) is None:
+            continue
+        if part in folders:
+            raise DataError(f"{top / folders[part]} and {top / name} are both called as the {part} split; leave one")
+        folders[part] = name
+    pictures = {part: [path for path in found if split_of(path, top) == part] for part in PARTS if part in folders}
+    tops = {part: top / name for part, name in folders.items()}
+    if folders and "train" not in folders:
+        raise DataError(
+            f"{top} has {' and '.join(folders.values())}, but no train split: name a single folder to have it split, "
+            "or rename the folder if it is a class"
+        )
+    outside = next((path for path in found if split_of(path, top) is None), None)
+    if folders and outside is not None and "test" not in folders:
+        raise DataError(
+            f"the folder {top / folders['train']} is called as a split, but {outside} lies in none: put all pictures "
+            "into folders train, validation and test, or rename the folder if it is a class"
+        )
+    if not folders:
+        pictures, tops = {"all": found}, {"all": top}
+    for part, paths in pictures.items():
+        for path in paths:
+            if odd := [name for name in path.parent.relative_to(tops[part]).parts if name.lower() in PART_OF]:
+                raise DataError(
+                    f"{path}: the folder {odd[0]} is called as a split, but lies inside of a class: splits are the "
+                    f"upper folders, {odd[0]}/CLASS; rename it if it is none"
+                )
+    return pictures, tops
 
 
 def _label(path: Path, top: Path) -> str:
@@ -106,18 +196,27 @@ def _label(path: Path, top: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
+def _in_order(names: set[str]) -> list[str]:
+    """Numbers as numbers, those within names too: 2 before 10."""
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
+        return sorted(names, key=lambda name: (float(name), name))
+    parts = {name: re.split(r"(\d+)", name) for name in names}  # words and digits in turns
+    return sorted(names, key=lambda name: ([int(p) if i % 2 else p for i, p in enumerate(parts[name])], name))
+
+
 def _read_pictures(paths: list[Path]) -> Tensor:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     x: np.ndarray | None = None
     for i, path in enumerate(paths):
         try:
-            with Image.open(path, formats=("PNG", "JPEG")) as picture:
-                pixels, mode = np.asarray(picture), picture.mode
+            with Image.open(path, formats=FORMATS) as picture:
+                odd = _not_as_shown(picture)
+                pixels, mode = np.asarray(ImageOps.exif_transpose(picture)), picture.mode
         except Exception as error:  # decoders raise all kinds of errors for damaged files
             raise DataError(f"the picture {path} cannot be read: {error}") from error
-        if mode not in ("L", "RGB"):
-            raise DataError(f"the picture {path} has mode {mode}; convert all to L (grey) or RGB, 8 bits a channel")
+        if odd or mode not in ("L", "RGB"):
+            raise DataError(f"the picture {path} has {odd or f'mode {mode}'}; {CONVERT}")
         pixels = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
         if x is None:
             x = np.empty((len(paths), *pixels.shape), np.uint8)
@@ -128,6 +227,60 @@ def _read_pictures(paths: list[Path]) -> Tensor:
             )
         x[i] = pixels
     return torch.from_numpy(x)
+
+
+CONVERT = "convert all to L (grey) or RGB, 8 bits a channel"
+
+
+def _not_as_shown(picture: Any) -> str | None:
+    """What a viewer would show of a picture of mode L or RGB, and Pillow's array does not have."""
+    for *_, coding in (
+        picture.tile if picture.mode in ("L", "RGB") else ()
+    ):  # how the file's bytes are to be read: ";16B", or of a PPM the largest value
+        parts = coding if isinstance(coding, tuple) else (coding,)
+        if any(re.search(r";16[BLN]", str(part)) for part in parts) or (
+            picture.format == "PPM" and any(isinstance(part, int) and part > 255 for part in parts)
+        ):
+            return "16 bits a channel"
+    if "transparency" in picture.info:
+        return "a transparent colour"
+    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a photo and its previews
+        return f"{picture.n_frames} frames"
+    return None
+
+
+def _of_arrays(source: Source, path: Path) -> Dataset:
+    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers 0..255, in a NumPy file, perhaps with labels."""
+    found = find_arrays(source, path)
+    parts = {part: _images(*each) for part, each in found.x.items()}
+    y: dict[str, Tensor] = found.y
+    if "all" in parts:
+        rows = source.hold_out(len(parts["all"]), "images")
+        y = {part: y["all"][of] for part, of in rows.items() if y}
+        parts = {part: parts["all"][of] for part, of in rows.items()}
+    levels = 2 if max(int(x.max()) for x in parts.values()) < 2 else 256
+    splits = {part: Split(x, y.get(part)) for part, x in parts.items()}
+    return Dataset(source.name, splits, levels=levels, classes=found.classes, class_names=found.class_names)
+
+
+def _images(origin: str, array: np.ndarray) -> Tensor:
+    """An array of images as (N, C, H, W) in uint8."""
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise DataError(f"{origin}: expected images, (N, H, W), (N, C, H, W) or (N, H, W, C); got {array.shape}")
+    if array.dtype.kind not in "biu" or array.min() < 0 or array.max() > 255:
+        spread = f" from {array.min():.4g} to {array.max():.4g}" if array.dtype.kind in "biuf" else ""
+        raise DataError(f"{origin}: expected whole numbers 0..255, such as uint8; got {array.dtype}{spread}")
+    if array.ndim == 3:
+        array = array[:, None]
+    else:
+        first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
+        if first == last:
+            raise DataError(
+                f"{origin}: {'both' if first else 'none'} of the axes 1 and 3 of {array.shape} may be channels, 1 or 3 "
+                "of them; save images as (N, 1 or 3, H, W) with sides of other lengths"
+            )
+        array = array if first else array.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
 
 
 def _size(shape: tuple[int, ...]) -> str:

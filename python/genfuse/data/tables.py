@@ -1,18 +1,26 @@
 """Tables of numbers: CSV, NumPy's npy and npz. Every column is standardized by the training split's statistics."""
 
 import csv as csv_format
+import itertools
 import math
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from genfuse.data._dataset import Dataset, Scaling, Source, Split
-from genfuse.errors import DataError
+from genfuse.data._dataset import READING, Dataset, Scaling, Source, Split
+from genfuse.errors import DataError, DataWarning, SettingsError
 
 PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+PART_OF = {name: part for part, names in PARTS.items() for name in names} | {"training": "train", "testing": "test"}
+EXAMPLES = {"x", "data", "images", "image", "features", "inputs", "input", "samples"}  # what arrays of these are called
+LABELS = {"y", "label", "labels", "target", "targets", "class", "classes"}
+EXACT = 2**53  # whole numbers up to it are float64's
 
 
 @dataclass(frozen=True)
@@ -22,35 +30,191 @@ class Table:
     origin: str
     values: np.ndarray
     names: tuple[str, ...] | None = None  # of the columns
+    lines: Callable[[], list[int]] | None = None  # of a text: the line, from 1, that each row is on
+    left_out: int = 0  # of a text: columns before the first one
+
+    def place(self, row: int, column: int) -> str:
+        """A cell, as errors name it: rows and columns of text from 1, those of arrays from 0."""
+        named = f" ({self.names[column]})" if self.names else ""
+        if self.lines is None:
+            return f"row {row}, column {column} (from 0)"
+        return f"row {self.lines()[row]}, column {column + 1 + self.left_out}{named}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How text is read. Raises SettingsError for what cannot be meant."""
+
+    header: str
+    delimiter: str
+    decimal: str
+
+    def __post_init__(self) -> None:
+        if self.header not in ("auto", "yes", "no"):
+            raise SettingsError(f"header must be auto, yes or no; got {self.header!r}")
+        if self.decimal not in (".", ","):
+            raise SettingsError(f"decimal must be . or ,; got {self.decimal!r}")
+        named = {"tab": "\t", "\\t": "\t", "semicolon": ";", "comma": ","}.get(self.delimiter, self.delimiter)
+        object.__setattr__(self, "delimiter", named)
+        if len(named) != 1 or named.isalnum() or named in "\"'\r\n.+-_" or named == self.decimal:
+            raise SettingsError(
+                f"delimiter must be one character that is in no number, such as ; or tab, and not the decimal mark "
+                f"{self.decimal!r}; got {self.delimiter!r}"
+            )
+
+    def number(self, cell: str) -> float:
+        """Raises ValueError."""
+        if self.decimal == ",":
+            if "." in cell:
+                raise ValueError(cell)
+            cell = cell.replace(",", ".")
+        return float(cell)
+
+    def is_number(self, cell: str) -> bool:
+        try:
+            self.number(cell)
+        except ValueError:
+            return False
+        return True
+
+    def rows(self, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+        """The rows that are not empty, with the line on which each ends."""
+        reader = csv_format.reader(file, delimiter=self.delimiter)
+        return ((reader.line_num, row) for row in reader if row)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of examples by split, "all" for what is yet to be split: (where from, the array); and their labels."""
+
+    x: dict[str, tuple[str, np.ndarray]]
+    y: dict[str, Tensor]
+    classes: int | None
+    class_names: tuple[str, ...] | None
 
 
 def csv(source: Source) -> Dataset:
     """Numbers and commas, with or without a header; or a folder of train.csv, test.csv and maybe validation.csv."""
-    return _dataset(source, {part: _read_csv(path) for part, path in _paths(source, ".csv").items()})
+    reading = Reading(**{**READING, **source.options})
+    return _dataset(source, {part: _read_csv(path, reading) for part, path in _paths(source, ".csv").items()})
 
 
 def npy(source: Source) -> Dataset:
-    """An array (N, D) of numbers; or a folder of train.npy, test.npy and maybe validation.npy (valid.npy, val.npy)."""
-    tables = {}
-    for part, path in _paths(source, ".npy").items():
-        found = _load(path)
-        if not isinstance(found, np.ndarray):
-            raise DataError(f"{path} holds several arrays; write npz:{path}")
-        tables[part] = _table(str(path), found)
-    return _dataset(source, tables)
+    """An array (N, D) of numbers; or a folder of train.npy, test.npy and maybe validation.npy (valid.npy, val.npy), or
+    of x.npy, and labels y.npy, y_train.npy, ... beside them."""
+    path = source.path()
+    return _of_arrays(source, path)
 
 
 def npz(source: Source) -> Dataset:
-    """Arrays (N, D) of numbers: one alone, or ``train``, ``test`` and maybe ``validation`` (``valid``, ``val``)."""
-    path = source.path()
-    arrays = read_arrays(path)
-    if len(arrays) == 1:
-        parts = {"all": next(iter(arrays))}
+    """Arrays (N, D) of numbers: one alone, or ``train``, ``test`` and maybe ``validation`` (``valid``, ``val``), also
+    called x_train and so on; labels beside them are y, y_train, train_labels and the like."""
+    return _of_arrays(source, source.path())
+
+
+def _of_arrays(source: Source, path: Path) -> Dataset:
+    found = find_arrays(source, path)
+    return _dataset(source, {part: _table(*each) for part, each in found.x.items()}, found)
+
+
+def find_arrays(source: Source, path: Path) -> Arrays:
+    """The examples and labels in an npy or npz file or a folder of npy files, by what the arrays are called.
+
+    What is not used is warned of. Raises DataError where it is not clear which array is what.
+    """
+    kind = source.name.partition(":")[0]
+    arrays: dict[str, np.ndarray]
+    if path.is_dir() and kind != "npz":
+        files = {file.stem: file for file in sorted(path.glob("*.npy")) if not file.name.startswith(".")}
+        arrays = {name: _array(file) for name, file in files.items() if _called(name) is not None}
+        names = {name: str(file) for name, file in files.items()}
+    elif kind == "npz" or (kind != "npy" and path.suffix == ".npz"):
+        arrays = read_arrays(path)
+        names = {name: f"{path}, {name}" for name in arrays}
     else:
-        parts = {part: name for part, names in PARTS.items() for name in names if name in arrays}
-        if not {"train", "test"} <= parts.keys():
-            raise DataError(f"{path} must hold one array, or train and test; it has: {', '.join(arrays) or 'none'}")
-    return _dataset(source, {part: _table(f"{path}, {name}", arrays[name]) for part, name in parts.items()})
+        return Arrays({"all": (str(path), _array(path))}, {}, None, None)
+    called = {name: _called(name) for name in arrays}
+    unnamed = [name for name, of in called.items() if of is None]
+    if len(unnamed) == 1 and not any(of and of[0] == "x" for of in called.values()):
+        called[unnamed[0]] = ("x", "all")  # one alone may have any name
+    by: dict[tuple[str, str], str] = {}
+    for name, of in called.items():
+        if of is not None and by.setdefault(of, name) != name:
+            raise DataError(f"{path}: {by[of]} and {name} may both be {_MEANS[of[0]]} of {of[1]}; leave one of them")
+    x = {part: by["x", part] for part in (*PARTS, "all") if ("x", part) in by}
+    if "all" in x and len(x) > 1:
+        x.pop("all")
+    if not ("all" in x or {"train", "test"} <= x.keys()):
+        if path.is_dir():
+            missing = [part + ".npy" for part in ("train", "test") if part not in x]
+            raise DataError(f"the folder {path} has no {' and no '.join(missing)}; name a single file to have it split")
+        raise DataError(f"{path} must hold one array, or train and test; it has: {', '.join(arrays) or 'none'}")
+    labels = {part: by["y", part] for part in x if ("y", part) in by}
+    values = {part: _labels(names[name], arrays[name], len(arrays[x[part]])) for part, name in labels.items()}
+    usable = {part: of for part, of in values.items() if of is not None}
+    together = np.concatenate([*usable.values()]) if usable else np.zeros(0)
+    different, places = np.unique(together, return_inverse=True)
+    if len(different) > max(2, len(together) // 2):  # almost as many as there are examples: no classes
+        usable = {}
+    if unused := sorted(names.keys() - set(x.values()) - {labels[part] for part in usable}):
+        warnings.warn(f"{path}: not used: {', '.join(unused)}", DataWarning, stacklevel=4)
+    examples = {part: (names[name], arrays[name]) for part, name in x.items()}
+    if not usable:
+        return Arrays(examples, {}, None, None)
+    ends = np.cumsum([len(of) for of in usable.values()])[:-1]
+    y = {part: torch.from_numpy(of) for part, of in zip(usable, np.split(places.astype(np.int64), ends), strict=True)}
+    numbered = different.dtype.kind == "i" and np.array_equal(different, np.arange(len(different)))
+    return Arrays(examples, y, len(different), None if numbered else tuple(map(str, different.tolist())))
+
+
+_MEANS = {"x": "the examples", "y": "the labels"}
+
+
+def _called(name: str) -> tuple[str, str] | None:
+    """("x" or "y", the split or "all") of an array by its name, as X_train or test-labels; None if it says neither."""
+    words = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    glued = re.fullmatch(r"([xy])([a-z]+)", words[0]) if len(words) == 1 else None
+    if glued and glued[2] in PART_OF:
+        words = [glued[1], glued[2]]
+    parts = [PART_OF[word] for word in words if word in PART_OF]
+    rest = [word for word in words if word not in PART_OF]
+    if len(parts) > 1 or len(rest) > 1 or not words:
+        return None
+    kind = "x" if not rest or rest[0] in EXAMPLES else "y" if rest[0] in LABELS else None
+    return None if kind is None else (kind, parts[0] if parts else "all")
+
+
+def _array(path: Path) -> np.ndarray:
+    found = _load(path)
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{path} holds several arrays; write npz:{path}")
+    return found
+
+
+def _labels(origin: str, array: np.ndarray, count: int) -> np.ndarray | None:
+    """Labels (count,) of whole numbers or words, also from one-hot rows; None where they are measurements."""
+    if len(array.shape) == 0 or len(array) != count:
+        raise DataError(f"{origin} has shape {array.shape}, but there are {count} examples to be labelled")
+    if array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind in "biuf":
+        if not (((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all()):
+            return None
+        array = array.argmax(1)
+    array = array.reshape(count, -1)
+    if array.shape[1] != 1:
+        return None
+    array = array[:, 0]
+    if (
+        array.dtype.kind == "f"
+        and np.isfinite(array).all()
+        and (array == array.round()).all()
+        and abs(array).max() < EXACT
+    ):
+        array = array.astype(np.int64)
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    if array.dtype.kind not in "biuU":
+        return None
+    return array.astype(np.int64) if array.dtype.kind in "biu" else array
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -89,37 +253,93 @@ def _paths(source: Source, suffix: str) -> dict[str, Path]:
     return paths
 
 
-def _dataset(source: Source, tables: dict[str, Table]) -> Dataset:
+def _dataset(source: Source, tables: dict[str, Table], arrays: Arrays | None = None) -> Dataset:
     first = next(iter(tables.values()))
-    for table in tables.values():
-        if table.values.shape[1] != first.values.shape[1]:
-            raise DataError(
-                f"{table.origin} has {table.values.shape[1]} columns, but {first.origin} has {first.values.shape[1]}"
-            )
+    tables = {part: _in_columns_of(first, table) for part, table in tables.items()}
     if "all" in tables:
-        rows = source.hold_out(len(first.values))
-        values = {part: first.values[index.numpy()] for part, index in rows.items()}
+        held = source.hold_out(len(first.values))
+        rows = {part: index.numpy() for part, index in held.items()}
+        tables = dict.fromkeys(rows, first)
     else:
-        values = {part: table.values for part, table in tables.items()}
+        rows = {part: np.arange(len(table.values)) for part, table in tables.items()}
+    values = {part: table.values[rows[part]] for part, table in tables.items()}
     train = values["train"]
     with np.errstate(all="ignore"):
-        mean, std = train.mean(0), train.std(0)
-    # By the extremes: of a constant column, mean and std as computed are off by rounding errors.
-    constant = train.min(0) == train.max(0)
-    mean, std = np.where(constant, train[0], mean), np.where(constant, 1.0, std)
+        near = train - train[0]  # small numbers, whatever the columns are far from
+        mean, std = train[0] + near.mean(0), near.std(0)
+        # By the extremes: of a constant column, mean and std as computed are off by rounding errors.
+        constant = train.min(0) == train.max(0)
+        mean, std = np.where(constant, train[0], mean), np.where(constant, 1.0, std)
     if len(bad := np.flatnonzero(~(np.isfinite(std) & (std > 0)))):
         raise DataError(f"{first.origin}: the spread of column {bad[0] + 1} is beyond float64's range; rescale it")
     scaling = Scaling(tuple(mean.tolist()), tuple(std.tolist()), first.names)
-    splits = {part: Split(scaling.apply(torch.from_numpy(array))) for part, array in values.items()}
-    return Dataset(source.name, splits, scaling=scaling)
+    x = {part: scaling.apply(torch.from_numpy(array)) for part, array in values.items()}
+    for part, table in tables.items():
+        _warn_of_extremes(table, part, values[part], x[part].numpy(), rows[part])
+    if arrays is None:
+        return Dataset(source.name, {part: Split(x[part]) for part in x}, scaling=scaling)
+    y = {part: arrays.y["all"][rows[part]] for part in x} if "all" in arrays.y else arrays.y
+    splits = {part: Split(x[part], y.get(part)) for part in x}
+    return Dataset(source.name, splits, classes=arrays.classes, class_names=arrays.class_names, scaling=scaling)
+
+
+def _in_columns_of(first: Table, table: Table) -> Table:
+    """The table with its columns in the order of the first one. Raises DataError where they are others."""
+    if table.values.shape[1] != first.values.shape[1]:
+        raise DataError(
+            f"{table.origin} has {table.values.shape[1]} columns, but {first.origin} has {first.values.shape[1]}"
+        )
+    if table.names == first.names:
+        return table
+    if table.names is None or first.names is None:
+        bare, other = (table, first) if table.names is None else (first, table)
+        raise DataError(
+            f"{bare.origin} has no header, but {other.origin} has one ({', '.join(other.names or ())}), so that the "
+            "columns cannot be matched: give both one, or none"
+        )
+    if sorted(table.names) != sorted(first.names) or len(set(first.names)) < len(first.names):
+        raise DataError(
+            f"{table.origin} has the columns {', '.join(table.names)}, but {first.origin} has "
+            f"{', '.join(first.names)}: the same names are needed, in any order if all are different"
+        )
+    return replace(table, values=table.values[:, [table.names.index(name) for name in first.names]], names=first.names)
+
+
+FLAT, FAR = 1000.0, 1e5  # how many times the middle's spread a column's is, and how far a held-out cell, to be told
+
+
+def _warn_of_extremes(table: Table, part: str, values: np.ndarray, x: np.ndarray, rows: np.ndarray) -> None:
+    """Warn of columns in which few cells are so far out that all others become almost equal, and of cells far out."""
+    if part == "train":
+        low, high = np.quantile(x, (0.25, 0.75), axis=0, method="nearest")
+        flat = [
+            c
+            for c in np.flatnonzero((high - low < 1.35 / FLAT) & (x.min(0) < x.max(0)))
+            if low[c] < high[c] or len(np.unique(x[:, c])) < 0.9 * len(np.unique(values[:, c]))
+        ]
+        what = "makes all others of its column almost equal when it is standardized; remove or mend it if it is wrong"
+    else:
+        flat = list(np.flatnonzero(np.abs(x).max(0) > FAR))
+        what = f"of the {part} split is {{:.3g}} standard deviations of the training split from its mean"
+    for column in flat[:5]:
+        row = int(np.abs(values[:, column] - np.median(values[:, column])).argmax())
+        said = what.format(abs(float(x[row, column])))
+        where = table.place(int(rows[row]), int(column))
+        warnings.warn(f"{table.origin}, {where}: {values[row, column]:.6g} {said}", DataWarning, stacklevel=5)
 
 
 def _table(origin: str, array: np.ndarray) -> Table:
     if array.ndim != 2 or 0 in array.shape:
-        raise DataError(f"{origin}: expected rows and columns, (N, D); got an array of shape {array.shape}")
+        images = "; images are read by images:PATH" if array.ndim in (3, 4) and 0 not in array.shape else ""
+        raise DataError(f"{origin}: expected rows and columns, (N, D); got an array of shape {array.shape}{images}")
     if array.dtype.kind not in "biuf":
         raise DataError(f"{origin}: expected real numbers; got an array of {array.dtype}")
     values = array.astype(np.float64)
+    if array.dtype.kind in "iu" and array.dtype.itemsize > 4:
+        big = np.argwhere((array > EXACT) | (array < -EXACT)) if array.dtype.kind == "i" else np.argwhere(array > EXACT)
+        for row, column in big.tolist():
+            if int(values[row, column]) != int(array[row, column]):
+                raise DataError(f"{origin}: row {row}, column {column} (from 0): {array[row, column]}: {_TOO_LONG}")
     if len(bad := np.argwhere(~np.isfinite(values))):
         row, column = bad[0].tolist()
         raise DataError(
@@ -129,62 +349,144 @@ def _table(origin: str, array: np.ndarray) -> Table:
     return Table(origin, values)
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, reading: Reading) -> Table:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv_format.reader(file)
-            first = next((row for row in reader if row), None)
-            lines = reader.line_num
+            some = list(itertools.islice(reading.rows(file), 51))
     except (UnicodeDecodeError, csv_format.Error) as error:
         raise DataError(f"{path} is no text with comma-separated cells: {error}") from error
-    if first is None:
+    if not some:
         raise DataError(f"{path} is empty")
-    names = None if any(map(_is_number, first)) else tuple(cell.strip() for cell in first)
+    line, first = some[0]
+    numbers = [reading.is_number(cell) for cell in first]
+    header = not any(numbers) if reading.header == "auto" else reading.header == "yes"
+    if reading.header == "auto" and all(numbers) and _may_be_names(first, [row for _, row in some[1:]], reading):
+        raise DataError(
+            f"{path}: the first row, {', '.join(first[:6])}{', ...' if len(first) > 6 else ''}, may be names of "
+            "columns or the first example: say which by --data.header yes or no (in Python header='yes')"
+        )
+    names = tuple(cell.strip() for cell in first) if header else None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "loadtxt: input contained no data")
             values = np.loadtxt(
-                path, delimiter=",", quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig",
-                skiprows=lines if names else 0,
+                path, delimiter=reading.delimiter, quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig",
+                skiprows=line if names else 0, converters=reading.number if reading.decimal == "," else None,
             )  # fmt: skip
     except ValueError as error:
-        _explain(path, first, names)
+        _explain(path, reading, names)
         raise DataError(f"{path} cannot be read: {error}") from error
     if not values.size:
         raise DataError(f"{path} has a header and no rows")
-    if values.shape[1] != len(first) or not np.isfinite(values).all():
-        _explain(path, first, names)
-    return Table(str(path), values, names)
+    if values.shape[1] != len(first) or not np.isfinite(values).all() or np.abs(values).max() > EXACT:
+        _explain(path, reading, names)
+    left_out = 0
+    if names and names[0] in ("", "Unnamed: 0") and len(names) > 1 and _numbers_rows(values[:, 0]):
+        warnings.warn(
+            f"{path}: the first column, {names[0] or 'without a name'}, holds the numbers of the rows, as "
+            "pandas writes them, and is left out",
+            DataWarning,
+            stacklevel=4,
+        )
+        left_out = 1
+    lines = lambda: _lines(path, reading, bool(names))  # noqa: E731
+    table = Table(str(path), values[:, left_out:], names and names[left_out:], lines, left_out)
+    for column, name in enumerate(table.names or ()):
+        if len(values) > 9 and (np.diff(np.sort(table.values[:, column])) == 1).all():
+            warnings.warn(
+                f"{path}: the column {name or column + 1} numbers the rows, and is modelled like the others; remove it "
+                "if it is no measurement",
+                DataWarning,
+                stacklevel=4,
+            )
+    return table
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
+def _numbers_rows(column: np.ndarray) -> bool:
+    """Whether all are whole numbers and no two the same, as a table's index has them, shuffled or not."""
+    return bool((column == column.round()).all()) and len(np.unique(column)) == len(column) > 1
+
+
+def _may_be_names(first: list[str], rows: list[list[str]], reading: Reading) -> bool:
+    """Whether a first row of numbers may be names of columns: 0, 1, 2, as pandas calls them; or numbers that rise, as
+    wavelengths and years do, and differ from what is below them."""
+    rows = [row for row in rows if len(row) == len(first) and all(map(reading.is_number, row))]
+    if not rows or first in rows:
         return False
-    return True
+    cells = [cell.strip() for cell in first]
+    fractions = any(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
+    if cells == [str(i) for i in range(len(cells))]:
+        return len(cells) > 1 or fractions
+    values = [reading.number(cell) for cell in cells]
+    rising = len(values) > 1 and all(a < b for a, b in itertools.pairwise(values))
+    if not rising:
+        return False
+    below = [[reading.number(cell) for cell in row] for row in rows]
+    outside = all(
+        not min(column) <= value <= max(column) for value, column in zip(values, zip(*below, strict=True), strict=True)
+    )
+    alone = len(values) > 5 and not any(all(a < b for a, b in itertools.pairwise(row)) for row in below)
+    whole = all(re.fullmatch(r"[+-]?\d+", cell) for cell in cells)
+    written = whole and all(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
+    return (outside and len(rows) > 3) or alone or (written and len(rows) > 3)
 
 
-def _explain(path: Path, first: list[str], names: tuple[str, ...] | None) -> None:
+def _lines(path: Path, reading: Reading, header: bool) -> list[int]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return [line for line, _ in reading.rows(file)][header:]
+
+
+def _explain(path: Path, reading: Reading, names: tuple[str, ...] | None) -> None:
     """Raise DataError that names the faulty row, as a line of the file, and column. Slow, and only for the message."""
     odd: list[str] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv_format.reader(file)
-            rows = ((reader.line_num, row) for row in reader if row)
-            if names:
-                next(rows)
-            for line, row in rows:
+            rows = reading.rows(file)
+            top, first = next(rows)
+            for line, row in rows if names else itertools.chain([(top, first)], rows):
                 if len(row) != len(first):
-                    raise DataError(f"{path}, row {line}: {len(row)} cells, but the first row has {len(first)}")
+                    raise DataError(
+                        f"{path}, row {line}: {len(row)} cells, but the first row has {len(first)}"
+                        + _other_marks(row, reading)
+                    )
                 for column, cell in enumerate(row):
                     where = f"row {line}, column {column + 1}" + (f" ({names[column]})" if names else "")
-                    if not _is_number(cell):
+                    if not reading.is_number(cell):
                         got = repr(cell) if cell.strip() else "an empty cell"
-                        raise DataError(f"{path}, {where}: expected a number; got {got}")
-                    if not math.isfinite(float(cell)):
+                        hint = _other_marks(row, reading)
+                        if not hint and line == top and any(map(reading.is_number, row)):
+                            hint = "; if the row holds names, say --data.header yes (in Python header='yes')"
+                        raise DataError(f"{path}, {where}: expected a number; got {got}{hint}")
+                    value = reading.number(cell)
+                    if not math.isfinite(value):
                         odd.append(f"{where}: {cell.strip()}")
+                    elif abs(value) > EXACT and re.fullmatch(r"[+-]?\d+", cell.strip()) and int(cell) != int(value):
+                        raise DataError(f"{path}, {where}: {cell.strip()}: {_TOO_LONG}")
     except (UnicodeDecodeError, csv_format.Error) as error:
         raise DataError(f"{path} is no text with comma-separated cells: {error}") from error
     if odd:
         raise DataError(f"{path}: {len(odd)} cells are NaN or infinite, the first in {odd[0]}; remove or fill them")
+
+
+_TOO_LONG = (
+    "a whole number beyond 2^53, which float64 cannot tell from its neighbours: subtract an offset, or leave the "
+    "column out if it is an identifier"
+)
+
+
+def _other_marks(row: list[str], reading: Reading) -> str:
+    """What to do if cells seem to be separated, or decimals marked, by another character."""
+    text = reading.delimiter.join(row)
+    for mark, name, option in ((";", "semicolons", "';'"), ("\t", "tabs", "tab")):
+        if mark in text and reading.delimiter != mark:
+            commas = all(re.fullmatch(r"\s*[+-]?\d+(,\d+)?\s*", cell) for cell in text.split(mark))
+            decimal = " --data.decimal ," if commas and "," in text else ""
+            python = f"delimiter={mark!r}" + (", decimal=','" if decimal else "")
+            return f"; are the cells separated by {name}? --data.delimiter {option}{decimal} (in Python {python})"
+    if (
+        reading.decimal == "."
+        and reading.delimiter != ","
+        and any(re.fullmatch(r"[+-]?\d+,\d+", c.strip()) for c in row)
+    ):
+        return "; are decimals marked by commas? --data.decimal , (in Python decimal=',')"
+    return ""

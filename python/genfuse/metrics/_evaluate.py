@@ -31,8 +31,8 @@ def evaluate(
 ) -> dict[str, dict[str, float | int | list[float]]]:
     """Measure ``model`` on those of ``splits`` that ``data`` has: a dict of plain numbers per split.
 
-    ``examples`` is how many were used: all, or the first ``limit`` of each split. The rest are means over them, each
-    given where the model has the verb for it:
+    ``examples`` is how many were used: all, or ``limit`` of each split, by chance and always the same. The rest are
+    means over them, each given where the model has the verb for it:
 
     - what ``model.likelihoods`` names: ``log_prob`` (exact) and ``elbo`` in nats per example, ``bits_per_dim``;
     - ``log_prob_original_units``: of a table's rows before they were standardized, log p(x) - sum log std, which can be
@@ -55,6 +55,13 @@ def evaluate(
         }
 
 
+def some(count: int, most: int, seed: int) -> Tensor:
+    """The indices, rising, of ``most`` of ``count`` examples by chance: the first ones may all be of one class."""
+    if most >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+
+
 @contextmanager
 def undisturbed(model: GenerativeModel) -> Iterator[None]:
     """Evaluation mode, and afterwards the model's mode and torch's global generators as they were."""
@@ -73,10 +80,11 @@ def _evaluate_split(
     examples = min(len(data.splits[split]), limit or math.inf)
     rows = max(1, min(500, 2**21 // math.prod(data.shape)))
     generator = torch.Generator(data.splits[split].x.device).manual_seed(seed)
+    chosen = some(len(data.splits[split]), int(examples), 0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     sums: dict[str, Any] = defaultdict(float)
     for start in range(0, int(examples), rows):
-        batch = data.batch(split, slice(start, min(start + rows, int(examples))), generator)
+        batch = data.batch(split, chosen[start : start + rows], generator)
         given = {"y": batch.y.to(model.device)} if model.conditional and batch.y is not None else {}
         for name, value in _measure(model, batch.x.to(model.device, dtype), given, samples, seed + start).items():
             sums[name] += value.double().sum(0).cpu()

@@ -5,7 +5,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from genfuse import __version__
 from genfuse.errors import DataError, SettingsError
+from genfuse.models import check_range
 from genfuse.nn import conv_encoder, mlp
 
 if TYPE_CHECKING:
@@ -32,9 +33,16 @@ class Extractor:
     name: str
     about: str  # one line for those who read its numbers
     extract: Callable[[Tensor], Tensor]
+    levels: int | None = None  # of discrete data, whose examples are in [0, 1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raises DataError for examples that are not in the range of the data set."""
+        check_range(x, self.levels)
+        return self.of_samples(x)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
+    def of_samples(self, x: Tensor) -> Tensor:
+        """The features (N, D) of what a model drew, which may be out of the range."""
         features = torch.cat([self.extract(part.float()).flatten(1) for part in x.split(BATCH)])
         return features.cpu() if features.device.type == "mps" else features  # which has no float64
 
@@ -58,6 +66,12 @@ def extractor(
     Raises SettingsError for a name that is unknown or has no meaning for the data, for a classifier that is yet to be
     trained, and for a file of weights that is missing or not what is wanted.
     """
+    return replace(_extractor(name, data, device, inception_weights), levels=data.levels)
+
+
+def _extractor(
+    name: str, data: "Dataset", device: torch.device | str, inception_weights: str | Path | None
+) -> Extractor:
     if name not in FEATURES:
         raise SettingsError(f"features must be one of {', '.join(FEATURES)}; got {name!r}")
     if name == "auto":
@@ -209,6 +223,7 @@ def _load_classifier(data: "Dataset") -> tuple[nn.Module, float]:
         command = ["genfuse", "train-features", data.name]
         command += [] if data.binarize == "none" else ["--data.binarize", data.binarize]
         command += [] if data.seed == 0 else ["--data.seed", str(data.seed)]
+        command += [word for key, value in data.options.items() for word in (f"--data.{key}", value)]
         raise SettingsError(
             f"there is no classifier of {data.name!r} ({path}): train one, by `{shlex.join(command)}` or by "
             "genfuse.metrics.train_features(data)"

@@ -93,7 +93,7 @@ def evaluate_samples(
         drawn: list[Tensor] = []
         kept: list[Tensor] = []
         for part in sample_in_parts(model, count, y, torch.Generator(model.device).manual_seed(seed)):
-            drawn.append(extract(part))
+            drawn.append(extract.of_samples(part))
             if whole or not kept:
                 kept.append(part)
         samples, shown = torch.cat(drawn), torch.cat(kept)

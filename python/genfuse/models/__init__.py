@@ -5,6 +5,7 @@ from genfuse.models._base import Batch as Batch
 from genfuse.models._base import GenerativeModel as GenerativeModel
 from genfuse.models._base import Player as Player
 from genfuse.models._base import adam as adam
+from genfuse.models._base import check_range as check_range
 from genfuse.models._base import configure as configure
 from genfuse.models._base import create as create
 from genfuse.models._base import sample_in_parts as sample_in_parts

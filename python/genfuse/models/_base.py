@@ -12,7 +12,7 @@ import typeguard
 from torch import Tensor, nn
 
 from genfuse import plugins
-from genfuse.errors import SettingsError
+from genfuse.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -98,6 +98,12 @@ class GenerativeModel(nn.Module):
         """
         return getattr(self.config, "conditional", False)
 
+    @property
+    def drawn_labels(self) -> Tensor:
+        """Of a conditional model the labels (K,) that training examples had, of which `sample` draws where it is given
+        none: the setting ``seen_labels``, by default all."""
+        return torch.tensor(getattr(self.config, "seen_labels", None) or range(self.config.classes))
+
     def check_data(self, data: "Dataset") -> None:
         """Raise SettingsError where the model was made for other examples, or for labels that ``data`` does not have.
 
@@ -133,7 +139,37 @@ class GenerativeModel(nn.Module):
         return next(self.parameters()).device
 
 
-FACTS = ("shape", "levels", "classes")  # settings that the data decides, where a model has them
+def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
+    """Raise DataError unless discrete examples x are numbers in [0, 1], as `Dataset.batch` has them.
+
+    Images in 0..255 or [-1, 1] would give other numbers, and no error. Real-valued data (``levels`` None) may hold
+    anything. On a GPU, where the answer has to be waited for, it is only looked for if ``always``; never in what is
+    compiled or transformed by torch.func.
+    """
+    if levels is None or not x.numel() or torch.compiler.is_compiling():
+        return
+    if not x.is_floating_point():
+        raise DataError(
+            f"x must be floating-point numbers in [0, 1]; got {x.dtype}: divide by {levels - 1}, as data.batch does"
+        )
+    if type(x) not in (Tensor, nn.Parameter) or transformed():
+        return
+    if always or x.device.type == "cpu":
+        low, high = x.detach().aminmax()
+        if float(low) < -SLACK or float(high) > 1 + SLACK:  # NaN and inf pass, as they do elsewhere
+            raise DataError(
+                f"x must be in [0, 1], as batches of data with {levels} levels are; got values from {float(low):.4g} "
+                f"to {float(high):.4g}: divide 0..255 by 255, and take (x + 1) / 2 of [-1, 1]"
+            )
+
+
+def transformed() -> bool:
+    """Whether this is inside of torch.func's transforms, where values cannot be looked at, nor buffers changed."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+SLACK = 1e-3  # by which x may be off for rounding to 16 bits
+FACTS = ("shape", "levels", "classes", "seen_labels")  # settings that the data decides, where a model has them
 
 
 def _facts(config: Any, data: "Dataset") -> dict[str, Any]:
@@ -162,7 +198,15 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: "Datas
             typeguard.check_type(value, hints[name])
         except typeguard.TypeCheckError as error:
             raise SettingsError(f"setting {name!r} of {cls.__name__}: got {value!r}: {error}") from None
-    return cls.Config(**given)
+    config = cls.Config(**given)
+    unseen = data is not None and data.class_names is None and data.seen_labels
+    if data is not None and unseen and getattr(config, "conditional", False) and "classes" not in settings:
+        raise SettingsError(
+            f"the training examples of {data.name!r} have the labels {', '.join(map(str, unseen[:9]))}, which are not "
+            f"all of 0..{(data.classes or 0) - 1}, and a conditional model would be one of labels without examples: "
+            "number them 0, 1, 2, ..., or name them all (Dataset's class_names), to have the others never drawn"
+        )
+    return config
 
 
 def create(name: str, data: "Dataset | None" = None, **settings: Any) -> GenerativeModel:

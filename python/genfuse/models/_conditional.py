@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genfuse.errors import DataError, SettingsError
-from genfuse.models._base import GenerativeModel
+from genfuse.models._base import GenerativeModel, check_range
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -23,6 +23,7 @@ class ConditionalConfig:
     levels: int | None = 256  # of discrete data, None for real-valued data; taken from the data
     classes: int | None = None  # of labels; taken from the data
     conditional: bool = False  # model p(x | label) in place of p(x)
+    seen_labels: tuple[int, ...] | None = None  # that training examples have, if not all; taken from the data
 
     def __post_init__(self) -> None:
         if not self.shape or any(size < 1 for size in self.shape):
@@ -79,6 +80,7 @@ class ConditionalModel(GenerativeModel):
         if x.shape[1:] != self.config.shape:
             wanted = ", ".join(map(str, self.config.shape))
             raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
+        check_range(x, self.config.levels, always=not self.training)
         return x
 
     def _context(self, y: Tensor | None, n: int) -> Tensor | None:
@@ -97,10 +99,11 @@ class ConditionalModel(GenerativeModel):
         return F.one_hot(y.long(), classes).to(next(self.parameters()))
 
     def _draw_context(self, n: int, y: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
-        """`_context` of labels (n,), of one label for all, or of labels drawn uniformly where y is left out."""
+        """`_context` of labels (n,), of one label for all, or of `drawn_labels`, uniformly, where y is left out."""
         if y is None and self.conditional:
             where = torch.device("cpu") if generator is None else generator.device
-            y = torch.randint(self.config.context, (n,), device=where, generator=generator)
+            labels = self.drawn_labels.to(where)
+            y = labels[torch.randint(len(labels), (n,), device=where, generator=generator)]
         elif isinstance(y, int):
             y = torch.full((n,), y)
         return self._context(y, n)

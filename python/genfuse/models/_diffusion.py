@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, Player, adam
+from genfuse.models._base import Batch, Player, adam, transformed
 from genfuse.models._conditional import ConditionalConfig, ConditionalModel
 from genfuse.models._samplers import SAMPLERS
 from genfuse.nn import EMA, DenoisingMLP, UNet
@@ -80,6 +80,9 @@ class DiffusionModel(ConditionalModel):
 
     loss_unit: ClassVar[str] = "per cell, without unit"
     config: DiffusionConfig
+    seen: Tensor  # how many examples the loss was trained on, and of each of their cells the mean and the variance
+    mean: Tensor
+    variance: Tensor
     target: Target = "noise"  # of the network
     unit: float = 1.0  # the standard deviation of examples that the network's input and target are scaled by
     limits: tuple[float, float]  # the smallest and the largest noise level of the probability flow
@@ -89,6 +92,9 @@ class DiffusionModel(ConditionalModel):
         super().__init__(config)
         self.network = config.build()
         self.average = EMA(self.network, config.ema)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(config.shape))
+        self.register_buffer("variance", torch.zeros(config.shape))
 
     def alpha(self, level: Any) -> Any:
         """alpha of x_t = alpha (x0 + level eps) for a number or tensor of noise levels: here alpha^2 + sigma^2 = 1."""
@@ -117,7 +123,7 @@ class DiffusionModel(ConditionalModel):
 
         In evaluation mode F has the averaged weights.
         """
-        x0, context = self._inward(batch.x) / self.unit, self._training_context(batch)
+        x0, context = self._trained_on(batch.x) / self.unit, self._training_context(batch)
         level = self.draw_levels(len(x0)) / self.unit
         alpha = self.alpha(level)
         x_t, target = diffuse(x0, alpha, level * alpha, target=self.target)
@@ -201,7 +207,8 @@ class DiffusionModel(ConditionalModel):
             y = torch.full((n,), y)
         labels = next(keys)
         if y is None and self.conditional:
-            y = (_philox.uniform(labels, (n,)) * self.config.context).long()
+            some = self.drawn_labels.to(labels.device)
+            y = some[(_philox.uniform(labels, (n,)) * len(some)).long()]
         context = self._context(y, n)
         rows = batch_size or self._rows
 
@@ -211,8 +218,9 @@ class DiffusionModel(ConditionalModel):
             x0 = torch.cat([self.denoise(part, level, c, guidance=guidance) for part, c in pairs])
             return x0 if self.config.levels is None else x0.clamp(-1, 1)
 
-        like = next(self.parameters()).new_empty((n, *self.config.shape))
-        x, _ = noisy(like.zero_(), math.hypot(self.unit, levels[0]), next(keys))
+        like = next(self.parameters()).new_zeros((n, *self.config.shape))
+        mean, spread = self._end(levels[0])
+        x = mean + spread * noisy(like, 1.0, next(keys))[1]
         path = run(denoise, x, levels, lambda x, sigma: noisy(x, sigma, next(keys))[0], **options)
         return self._outward(deque(path, maxlen=1)[0])
 
@@ -240,7 +248,8 @@ class DiffusionModel(ConditionalModel):
         Between them x is divided by sqrt(1 + s^2), so that it keeps its size.
         """
         levels, context = self._levels(steps), self._context(y, len(z))
-        x = z.view(-1, *self.config.shape) * math.hypot(self.unit, levels[0])
+        mean, spread = self._end(levels[0])
+        x = mean + spread * z.view(-1, *self.config.shape)
         path = SAMPLERS["ddim"](lambda x, s: self.denoise(x, s, context), x, levels, lambda x, sigma: x)
         return [z, *(self._outward(x / math.hypot(1, s)) for x, s in zip(path, levels[1:], strict=True))]
 
@@ -266,7 +275,9 @@ class DiffusionModel(ConditionalModel):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """log p(x) of real-valued x and its standard error, (N,) nats each, by the probability-flow ODE, arXiv
-        2011.13456, section 4.3: the density of what the deterministic samplers draw, at the smallest noise level.
+        2011.13456, section 4.3: the density of what the deterministic samplers draw, at the smallest noise level. At
+        the largest, x is taken for a Gaussian with the mean and the variances of the training examples, whose error is
+        of the order of (spread of the data / noise level)^3; with labels, whose means differ, of its square.
 
         ``exact`` computes the trace of each Jacobian, by default up to 8 dimensions, and the error is 0 but for that of
         the solver, dopri5 with ``tolerance``. Else the result is the mean over ``draws`` of Hutchinson's estimate, free
@@ -369,10 +380,29 @@ class DiffusionModel(ConditionalModel):
         y, divergence = (
             states[-1] for states in odeint(change, start, ends, rtol=tolerance, atol=tolerance, method="dopri5")
         )
-        spread = math.hypot(self.unit, last) / math.hypot(1, last)
-        return _normal_log_prob(y, spread) + divergence - d * math.log(math.hypot(1, first))
+        mean, spread = self._end(last)
+        end = _normal_log_prob((y * math.hypot(1, last) - mean) / spread, 1.0) - spread.log().sum()
+        return end + divergence + d * math.log(math.hypot(1, last) / math.hypot(1, first))
+
+    def _end(self, level: float) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (*shape) each, of the Gaussian that x = x0 + level eps is taken for at the
+        largest noise level: those of the examples that were trained on, of none yet 0 and ``unit``."""
+        variance = torch.where(self.seen > 0, self.variance, self.unit**2)
+        return self.mean, (variance + level**2).sqrt()
 
     # Between the data and the model.
+
+    def _trained_on(self, x: Tensor) -> Tensor:
+        """`_inward` of a batch for the loss. In training its mean and variance are put to those before it."""
+        x = self._inward(x)
+        if self.training and len(x) and not transformed():
+            with torch.no_grad():
+                self.seen += len(x)
+                share = len(x) / self.seen
+                off = x.mean(0) - self.mean
+                self.variance += share * (x.var(0, correction=0) - self.variance + (1 - share) * off.square())
+                self.mean += share * off
+        return x
 
     def _inward(self, x: Tensor) -> Tensor:
         return self._checked(x) if self.config.levels is None else 2 * self._checked(x) - 1

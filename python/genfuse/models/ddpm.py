@@ -89,12 +89,13 @@ class DDPM(DiffusionModel):
 
         The variational bound of arXiv 2006.11239, equation 5, with the posteriors' variances:
 
-            log p(x | x_1) - KL(q(x_T | x) || N(0, I)) - sum_t (1/s_{t-1}^2 - 1/s_t^2) |x - D(x_t, s_t)|^2 / 2
+            log p(x | x_1) - KL(q(x_T | x) || p(x_T)) - sum_t (1/s_{t-1}^2 - 1/s_t^2) |x - D(x_t, s_t)|^2 / 2
 
         The sum over t = 2 .. T is estimated from two draws of t and x_t in each of ``strata`` equally long parts, and
         the error is this estimate's; the first term is taken at one draw of x_1. In all the network is evaluated
         2 strata + 1 times. ``bound`` "flow", of discrete x, is that of the other models, by the probability-flow ODE,
-        with its options.
+        with its options. p(x_T) is the Gaussian that samples start from: N(0, I), with the mean and variances of the
+        training examples.
         """
         if bound == "flow":
             return super().elbo_and_error(x, y, generator=generator, **options)
@@ -117,7 +118,8 @@ class DDPM(DiffusionModel):
                 pair.append((high - low) * weights[at] * off.flatten(1).square().sum(1))
             total += (pair[0] + pair[1]) / 2
             variance += (pair[0] - pair[1]).square() / 4
-        first, square = self.ladder[0], 1 / (1 + self.ladder[-1] ** 2)
+        first, (mean, spread) = self.ladder[0], self._end(self.ladder[-1])
+        share = (self.ladder[-1] / spread).square()  # of the variance of x_T that is noise
         decoded = self.decoder_log_prob(x, noisy(x, first, next(keys))[0], first, context)
-        prior = 0.5 * (square * x.flatten(1).square().sum(1) - self.config.dimensions * (square + math.log1p(-square)))
+        prior = 0.5 * (((x - mean) / spread).square() + share - 1 - share.log()).flatten(1).sum(1)
         return decoded - prior - total, variance.sqrt()

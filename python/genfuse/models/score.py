@@ -63,7 +63,7 @@ class ScoreModel(DiffusionModel):
         random signs v (arXiv 1905.07088, equation 8), which is the same less 1 in expectation."""
         if self.config.objective == "denoising":
             return super().loss(batch, player)
-        x0, context = self._inward(batch.x), self._training_context(batch)
+        x0, context = self._trained_on(batch.x), self._training_context(batch)
         level = self.draw_levels(len(x0))[:, None]
         with torch.enable_grad():  # also where the loss is only measured
             x = torch.addcmul(x0, level, torch.randn_like(x0)).requires_grad_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import DataError, SettingsError
-from genfuse.models._base import Batch, GenerativeModel
+from genfuse.models._base import Batch, GenerativeModel, check_range
 from genfuse.nn import (
     AutoregressiveAffine,
     Composite,
@@ -222,6 +222,8 @@ class VAE(GenerativeModel):
         if x.shape[1:] != self.config.shape:
             wanted = ", ".join(map(str, self.config.shape))
             raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
+        if self.config.decoder != "gaussian" or len(self.config.shape) == 3:
+            check_range(x, self.config.levels, always=not self.training)
         out, d = at_least_float32(self.encoder(x)), self.config.latent_dim
         return out[:, :d], out[:, d : 2 * d], None if self.posterior is None else out[:, 2 * d :]
 

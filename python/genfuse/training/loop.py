@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from genfuse.training.trainer import Trainer
 
 ORDER, NOISE, TEST = range(3)  # what a random stream is for
-TEST_EXAMPLES = 10_000  # at most so many of the test split are looked at after each epoch
+TEST_EXAMPLES = 10_000  # at most so many of the test split, by chance, are looked at after each epoch
 MOMENTS = 8  # of a training, evenly spread, at which samples from the same noise are kept, beside those before it
 IMAGES, POINTS = 8, 1000  # that are then drawn
 
@@ -245,7 +245,7 @@ class Loop:
                 term = next((term for term in bad if term != "loss"), "loss")
                 raise NonFiniteLossError(
                     f"the loss is not finite at step {step} (epoch {self._epoch(step)}, player {name}): "
-                    f"{term} is {terms[term]}; {self._last_checkpoint()}"
+                    f"{term} is {terms[term]}; {self._last_checkpoint()}; {self._suspects(name)}"
                 )
 
         rate = self.seen / seconds
@@ -283,7 +283,8 @@ class Loop:
         n = IMAGES if self.data.is_image else POINTS
         y = {}
         if self.model.conditional:
-            y["y"] = torch.arange(n, device=self.model.device) % self.model.config.classes
+            labels = self.model.drawn_labels.to(self.model.device)
+            y["y"] = labels[torch.arange(n, device=self.model.device) % len(labels)]
         self.model.eval()
         with forked_rng(self.fabric.device), torch.no_grad():
             torch.manual_seed(seed_of(self.trainer.seed, TEST))
@@ -317,8 +318,10 @@ class Loop:
     def _measure(self, split: str) -> Iterator[tuple[str, dict[str, float]]]:
         """The mean loss terms of each player on a split that is held out, with the same noise every time."""
         count = len(self.data.splits[split])
-        if split == "test":
-            count = min(count, TEST_EXAMPLES)
+        chosen = torch.arange(count)
+        if split == "test" and count > TEST_EXAMPLES:  # the first ones may all be of one class
+            generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, TEST))
+            chosen, count = torch.randperm(count, generator=generator)[:TEST_EXAMPLES].sort().values, TEST_EXAMPLES
         rows = max(self.trainer.batch_size, min(1000, 2**21 // math.prod(self.data.shape)))
         self.model.eval()
         with forked_rng(self.fabric.device):
@@ -326,10 +329,10 @@ class Loop:
                 torch.manual_seed(seed_of(self.trainer.seed, TEST))
                 sums: dict[str, Any] = defaultdict(float)
                 for start in range(0, count, rows):
-                    part = slice(start, min(start + rows, count))
+                    part = chosen[start : start + rows]
                     loss, terms = self._loss(self.data.batch(split, part), player.name)
                     for name, value in {"loss": loss, **terms}.items():
-                        sums[name] += value.double() * (part.stop - start)
+                        sums[name] += value.double() * len(part)
                 yield player.name, {name: float(value) / count for name, value in sums.items()}
         self.model.train()
 
@@ -353,6 +356,53 @@ class Loop:
         assert isinstance(reduced, Tensor)
         return reduced
 
+    def _suspects(self, player: str) -> str:
+        """Where numbers that are not finite may have come from: weights, else the first layer that makes some; and of a
+        table, the column with the largest value."""
+        found = []
+        if bad := [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]:
+            found.append(f"weights that are not finite: {', '.join(bad[:3])}" + (", ..." if len(bad) > 3 else ""))
+        else:
+            layers: list[str] = []
+            hooks = [
+                module.register_forward_hook(
+                    lambda module, inputs, out, name=name: (
+                        layers.append(name) if isinstance(out, Tensor) and not out.isfinite().all() else None
+                    )
+                )
+                for name, module in self.model.named_modules()
+                if name
+            ]
+            try:
+                with forked_rng(self.fabric.device), torch.no_grad():
+                    self._loss(self.data.batch("train", slice(0, self.trainer.batch_size)), player)
+            except Exception:  # it is only asked what else there is to say
+                pass
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            found.append(
+                f"all weights are finite, the layer {layers[0]} is not" if layers else "all weights are finite"
+            )
+        x = self.data.splits["train"].x
+        if len(self.data.shape) == 1:
+            largest = x.abs().amax(0)
+            column = int(largest.argmax())
+            names = self.data.scaling.names if self.data.scaling else None
+            found.append(
+                f"the largest value, {float(largest[column]):.4g}, is in column {names[column] if names else column}"
+            )
+        return "; ".join(found)
+
+    def _check_weights(self) -> None:
+        """Raise NonFiniteLossError where a weight is NaN or infinite."""
+        if not all(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).tolist()):
+            names = ", ".join(name for name, w in self.model.named_parameters() if not w.isfinite().all())
+            raise NonFiniteLossError(
+                f"the loss was finite up to step {self.step}, but these weights are not: {names}; "
+                f"{self._last_checkpoint()}"
+            )
+
     def _last_checkpoint(self) -> str:
         if self.trainer.out is None:
             return "there is no checkpoint, as the run has no folder"
@@ -368,6 +418,8 @@ class Loop:
         self.checkpointed = self.step
 
     def _save(self) -> None:
+        if self.trainer.out is None:
+            self._check_weights()
         if self.trainer.out is None or self.checkpointed == self.step:
             return
         checkpoint = self._checkpoint()
@@ -377,12 +429,7 @@ class Loop:
 
     def _checkpoint(self) -> Checkpoint:
         """All that `_load` needs. Raises NonFiniteLossError where a weight is NaN or infinite."""
-        if not all(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).tolist()):
-            names = ", ".join(name for name, w in self.model.named_parameters() if not w.isfinite().all())
-            raise NonFiniteLossError(
-                f"the loss was finite up to step {self.step}, but these weights are not: {names}; "
-                f"{self._last_checkpoint()}"
-            )
+        self._check_weights()
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():

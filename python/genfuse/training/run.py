@@ -58,6 +58,12 @@ class Run:
         scaling = self.config["data"]["scaling"]
         return scaling and Scaling(**scaling)
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of labels 0, 1, ..., where the data has them. Else None."""
+        names = self.config["data"].get("class_names")
+        return names and tuple(names)
+
     def model(self, device: str | torch.device = "cpu") -> GenerativeModel:
         """The trained model in evaluation mode, in float32. Raises PluginError where its plugin is not installed."""
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
@@ -74,7 +80,7 @@ class Run:
         from genfuse.data import load_data
 
         was = self.config["data"]
-        data = load_data(was["name"], root=root, binarize=was["binarize"], seed=was["seed"])
+        data = load_data(was["name"], root=root, binarize=was["binarize"], seed=was["seed"], **was.get("options", {}))
         if data.fingerprint() != was["fingerprint"]:
             raise RunError(
                 f"the data set {was['name']!r} is not what the run {self.path} was trained on: "
@@ -131,6 +137,8 @@ def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) 
             "fingerprint": data.fingerprint(),
             "shape": list(data.shape),
             "scaling": data.scaling and dataclasses.asdict(data.scaling),
+            "options": data.options,
+            "class_names": data.class_names,
         },
         "training": training,
     }
