@@ -31,3 +31,7 @@ class NonFiniteLossError(GenfuseError):
 
 class TrainingWarning(UserWarning):
     """A training that goes wrong in a way that its losses alone do not show. The message says what to try."""
+
+
+class RunWarning(UserWarning):
+    """Something about a run folder that does not stop the work, and that whoever uses its numbers should know."""

@@ -20,7 +20,7 @@ def edit(run, **changes):
 
 def test_a_run_folder_holds_what_was_trained_on_what_and_how(run, digits):
     assert {path.name for path in run.path.iterdir()} == {
-        "config.json", "model.safetensors", "state.safetensors", "metrics.jsonl", "tensorboard"
+        "config.json", "model.safetensors", "state.safetensors", "state-1.safetensors", "metrics.jsonl", "tensorboard"
     }  # fmt: skip
     assert run.config["version"] == 1
     assert run.config["genfuse"] == genfuse.__version__

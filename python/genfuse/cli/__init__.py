@@ -3,11 +3,14 @@
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import genfuse
 from genfuse import plugins
-from genfuse.errors import GenfuseError, SettingsError
+from genfuse._files import plain
+from genfuse.errors import GenfuseError, RunWarning, SettingsError, TrainingWarning
 
 USAGE = """\
 genfuse: train, sample and evaluate generative models
@@ -52,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        code = _dispatch([arg for arg in args if arg != "--debug"])
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(warnings.showwarning)
+            code = _dispatch([arg for arg in args if arg != "--debug"])
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # of tyro, which has printed help or what it could not read
@@ -63,13 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
-        print(f"genfuse: interrupted{interrupt}", file=sys.stderr)
+        print(plain(f"genfuse: interrupted{interrupt}"), file=sys.stderr)
         return 130
     except (GenfuseError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"genfuse: error: {error}", file=sys.stderr)
+        print(plain(f"genfuse: error: {error}"), file=sys.stderr)
         return 2
+
+
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Shows a warning of ours as one line, without the place in the code that it comes from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, (TrainingWarning, RunWarning)):
+            print(plain(f"genfuse: warning: {message}"), file=sys.stderr)
+        else:
+            otherwise(message, category, *where)
+
+    return show
 
 
 def _dispatch(args: list[str]) -> int:
@@ -82,7 +99,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if name == "train":
         if not rest or rest[0] in ("-h", "--help"):
-            print(TRAIN_USAGE, *lines("models"), sep="\n", file=sys.stdout if rest else sys.stderr)
+            print(TRAIN_USAGE, *map(plain, lines("models")), sep="\n", file=sys.stdout if rest else sys.stderr)
             return 0 if rest else 2
         from genfuse.cli._train import train
 

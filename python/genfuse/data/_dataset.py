@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -86,6 +86,8 @@ class Dataset:
     stored_levels: int | None = None  # with binarize="dynamic": the levels of the intensities that x holds
     seed: int = 0  # that `load_data` made it with
     mixture: Mixture | None = None  # toys: what they were drawn from, where that is a mixture of Gaussians
+    source: str | None = None  # the name with an absolute path in it, where it is that of a file or folder
+    root: str | None = None  # absolute path of the folder that files of a data set by name were found in
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -193,11 +195,14 @@ class Dataset:
         splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
         return replace(self, binarize="static", levels=2, splits=splits)
 
-    def fingerprint(self) -> str:
-        """16 hex digits that stand for the training split's content, its shape and its levels."""
+    def fingerprint(self, split: str | None = None) -> str:
+        """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
         digest = hashlib.sha256(repr((self.shape, self.levels, self.stored_levels)).encode())
-        train = self.splits["train"]
-        for tensor in (train.x, train.y):
+        if split is None:
+            parts = [(part, self.fingerprint(part)) for part in sorted(self.splits)]
+            digest.update(repr((parts, self.classes, self.scaling and asdict(self.scaling))).encode())
+            return digest.hexdigest()[:16]
+        for tensor in (self.splits[split].x, self.splits[split].y):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
@@ -211,6 +216,7 @@ class Source:
     argument: str | None = None  # what stands after the first ':' behind the plugin's name
     root: Path | None = None  # --data-root, else GENFUSE_DATA
     seed: int = 0  # rules every random choice: which rows are held out, what a toy draws
+    found: dict[str, str] = field(default_factory=dict)  # where the data was: its absolute "source", or its "root"
 
     def no_argument(self) -> None:
         """Raise DataError where the user gave an argument."""
@@ -224,6 +230,7 @@ class Source:
         path = Path(self.argument).expanduser()
         if not path.exists():
             raise DataError(f"data set {self.name!r}: there is no file or folder {path.absolute()}")
+        self.found["source"] = self.name.removesuffix(self.argument) + str(path.absolute())
         return path
 
     def files(self, folders: Sequence[str], *wanted: Sequence[str]) -> list[Path]:
@@ -240,6 +247,7 @@ class Source:
         place = next((place for place in places if found[place]), None)
         missing = [names for i, names in enumerate(wanted) if place is None or i not in found[place]]
         if place is not None and not missing:
+            self.found["root"] = str(self.root.absolute())  # type: ignore[union-attr]
             return [found[place][i] for i in range(len(wanted))]
         lines = "\n  ".join(" or ".join(names) for names in missing)
         looked = " and ".join(map(str, [place] if place else places)) or "no folder, as none is named"
@@ -295,4 +303,4 @@ def load_data(name: str, *, root: str | Path | None = None, binarize: Binarize =
         raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
-    return replace(data, name=name, seed=seed).binarized(binarize, seed)
+    return replace(data, name=name, seed=seed, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]
