@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     is followed, and a link at ``path`` is replaced, not written through. OSErrors name ``path``.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
-    with _named(path):
+    with named(path):
         file = open(_create(beside), "wb")  # noqa: SIM115
         try:
             yield file
@@ -65,13 +65,13 @@ def _create(path: Path) -> int:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Put the name of a file into an OSError of writing to it, which has none."""
     try:
         yield
     except OSError as error:
-        if error.errno and (error.filename is None or error.filename2 is not None):
-            error.filename, error.filename2 = str(path), None
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -93,7 +93,7 @@ def keep_as(path: Path, name: str) -> None:
         try:
             os.link(path, beside, follow_symlinks=False)
         except (OSError, NotImplementedError):  # a file system without hard links
-            with open(path, "rb") as source, open(_create(beside), "wb") as copy, _named(beside):
+            with open(path, "rb") as source, open(_create(beside), "wb") as copy, named(beside):
                 shutil.copyfileobj(source, copy)
                 copy.flush()
                 os.fsync(copy.fileno())

@@ -160,7 +160,7 @@ def compare(
     trainer = replace(trainer, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
-        "data": {key: describe_data(data)[key] for key in DATA},
+        "data": {**{key: describe_data(data)[key] for key in DATA}, "name": data.name},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
         "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
         "features": extract.name,
@@ -355,8 +355,8 @@ def _claim(out: Path, options: dict[str, Any], entries: Sequence[Entry] = ()) ->
     was = _read(file)
     before = dict(was["options"])
     if "data" in before and _same_content(before["data"], options["data"]):
-        now = {key: options["data"][key] for key in DATA if key in options["data"]}
-        before["data"] = {**now, **{key: before["data"].get(key) for key in ("name", "binarize", "seed")}}
+        # The same data from elsewhere is the same data.
+        before["data"] = {**options["data"], **{key: before["data"].get(key) for key in ("binarize", "seed")}}
     differences = [
         f"{key}: was {before.get(key)!r}, now {options.get(key)!r}"
         for key in before.keys() | options.keys()
@@ -403,6 +403,8 @@ def _read(file: Path) -> dict[str, Any]:
         for seed, run in enumerate(row["runs"]):
             at = f"{where}: row {number}, run {seed}"
             demand(run, {key: kind for key, kind in FORMAT_OF_RUN.items() if key in run or key in ("seed", "path")}, at)
+            if any(len(point) != 2 for curve in run.get("losses", {}).values() for point in curve):
+                raise RunError(f"{at}: 'losses' has what is no pair of step and loss")
             if "figures" in run:
                 demand(run, {"figures.bound": str}, at)
                 demand(run["figures"], {key: float | None for key in run["figures"] if key != "bound"}, at)

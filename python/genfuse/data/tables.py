@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genfuse._files import check_array, check_zip
 from genfuse.data._dataset import Dataset, Scaling, Source, Split
 from genfuse.errors import DataError
 
@@ -70,8 +71,15 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             raise DataError(f"{path} is no NumPy file: it begins with {magic!r}; pickles are refused: they run code")
         file.seek(0)
         try:
+            if magic.startswith(b"PK"):
+                check_zip(path)
+            else:
+                check_array(file, path.stat().st_size)
+                file.seek(0)
             found = np.load(file, allow_pickle=False)
             return found if isinstance(found, np.ndarray) else dict(found)
+        except DataError:
+            raise
         except Exception as error:  # damaged files raise all kinds of errors
             raise DataError(f"{path} cannot be read: {error}") from error
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,8 @@ class Loop:
             if out is None:
                 raise
             raise RunError(
-                f"the run {out} stopped at step {self.step}: {error}; {self._last_checkpoint()}, which is whole"
+                f"the run {out} stopped at step {self.step}: {error}; {self._last_checkpoint()}, which is whole: when "
+                "that is mended, resume the run"
                 if self.checkpointed is not None
                 else f"the run {out} cannot be written to: {error}"
             ) from error
@@ -163,18 +164,19 @@ class Loop:
                 self._train(interrupt)
             if self.best:
                 self.model.load_state_dict(self.best[1])
+            if self.recorder:
+                self.recorder.close()
         finally:
             for weights in self.trained.values():
                 for weight in weights:
                     weight.requires_grad_(True)
             self.model.eval()
-            try:
-                if self.recorder:
+            if self.recorder:
+                with suppress(OSError):  # it is closed already, or there is another error
                     self.recorder.close()
-            finally:
-                if interrupt():  # an error that came after it does not swallow it
-                    signal.raise_signal(interrupt())
-                    raise KeyboardInterrupt  # whoever handles the signal otherwise must not take the run for finished
+            if interrupt():  # which an error that came after it does not swallow
+                signal.raise_signal(interrupt())
+                raise KeyboardInterrupt  # whoever handles the signal otherwise must not take the run for finished
 
     def _train(self, interrupt: Callable[[], int]) -> None:
         trainer, batch_size = self.trainer, self.trainer.batch_size

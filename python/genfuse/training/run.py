@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import threading
 import typing
 import warnings
 import zlib
@@ -32,6 +33,7 @@ from genfuse._files import (
     digest,
     intact,
     keep_as,
+    named,
     occupied,
     read_array,
     read_json,
@@ -348,6 +350,7 @@ def check_same(path: Path, config: dict[str, Any]) -> None:
     if "splits" not in was["data"] and not differences_of_data(was["data"], config["data"]):
         old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
     if found := differences(old, new):
+        found += differences_of_data(was["data"], config["data"])
         raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
     around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
               if key in was and was[key] != config[key]]  # fmt: skip
@@ -499,6 +502,8 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self._keep_checkpoints = path, keep
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
         self._metrics = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
 
@@ -537,13 +542,15 @@ class Recorder:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
-        self._metrics.write(_line(entry))
-        self._metrics.flush()
+        with named(self.path / METRICS):
+            self._metrics.write(_line(entry))
+            self._metrics.flush()
         prefix = "/".join(entry[key] for key in ("split", "player") if key in entry)
-        for key, value in entry.items():
-            if key not in ("step", "epoch", "split", "player"):
-                add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
-                add(f"{prefix}/{key}", value, entry["step"])
+        with named(self.path / TENSORBOARD):
+            for key, value in entry.items():
+                if key not in ("step", "epoch", "split", "player"):
+                    add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
+                    add(f"{prefix}/{key}", value, entry["step"])
 
     def keep(self, step: int, samples: Tensor) -> None:
         """Write what the model drew after ``step`` steps; `Run.progress` reads it."""
@@ -553,13 +560,25 @@ class Recorder:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, once all that was logged up to its step is safe."""
-        os.fsync(self._metrics.fileno())
-        self._tensorboard.flush()
+        with named(self.path / METRICS):
+            os.fsync(self._metrics.fileno())
+        with named(self.path / TENSORBOARD):
+            self._tensorboard.flush()
         checkpoint.write(self.path, self._keep_checkpoints)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._tensorboard.close()
+        threading.excepthook = self._hook
+        try:
+            with named(self.path / METRICS):
+                self._metrics.close()
+        finally:
+            with named(self.path / TENSORBOARD):
+                self._tensorboard.close()
+
+    def _thread_failed(self, args: Any) -> None:
+        """TensorBoard writes in a thread, and raises here what goes wrong in it: it need not be told twice."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._hook(args)
 
 
 def _erase(path: Path) -> None:
