@@ -39,15 +39,17 @@ from genfuse.training.loop import Loop
 
 ODD = (
     None, True, False, 0, -1, 1, 3, 2**40, 2**63, -(10**30), 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x",
-    "../../x", "/etc/passwd", "[/x]", "<script>alert(1)</script>", "\x1b[31m", "\ud800", "é" * 300, [], {}, [None], ["a"],
-    [[[]]], {"a": 1}, {"": {}}, [0] * 300, [1e400, "b"], {"name": 3}, {"sha256": 1},
+    "../../x", "/etc/passwd", "[/x]", "<script>alert(1)</script>", "\x1b[31m", "\ud800", "é" * 300, [], {}, [None],
+    ["a"], [[[]]], {"a": 1}, {"": {}}, [0] * 300, [1e400, "b"], {"name": 3}, {"sha256": 1},
 )  # fmt: skip
 WHOLE = (
-    b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"\x00" * 64, b"[" * 200_000, b'{"a":' * 50_000, b"- " * 9_000,
-    b"\n", b"\xef\xbb\xbf", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY\x01\x00", b"a: &a [*a]", b"?" * 99,
+    b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"\x00" * 64, b"[" * 200_000, b'{"a":' * 50_000,
+    b"- " * 9_000, b"\n", b"\xef\xbb\xbf", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY\x01\x00", b"a: &a [*a]",
+    b"?" * 99,
 )  # fmt: skip
 TOKENS = (
-    b"nan", b"inf", b"-", b",", b";", b'"', b"'", b"\n", b"\r", b"\x00", b"1e999", b"9" * 400, b"{", b"]", b":", b"null", b"\xff",
+    b"nan", b"inf", b"-", b",", b";", b'"', b"'", b"\n", b"\r", b"\x00", b"1e999", b"9" * 400, b"{", b"]", b":", b"null",
+    b"\xff",
 )  # fmt: skip
 
 
@@ -307,7 +309,9 @@ def make_npz(folder: Path) -> None:
 
 
 READERS = {
-    "run": Reader(make_run, read_run, ("progress/._00000001.npy", "state-1.safetensors", "state-x.safetensors", ".lock")),
+    "run": Reader(
+        make_run, read_run, ("progress/._00000001.npy", "state-1.safetensors", "state-x.safetensors", ".lock")
+    ),
     "comparison": Reader(make_comparison, read_comparison, ("a/seed-0", "pictures")),
     "options": Reader(make_options, read_options),
     "csv": of_data("csv:FOLDER/table.csv", make_csv),

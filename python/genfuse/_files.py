@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -339,11 +340,9 @@ def check_array(file: IO[bytes], size: int) -> None:
     if read is None:
         raise ValueError(f"version {version} of the npy format holds no plain numbers")
     shape, _, dtype = read(file)
-    held = dtype.itemsize
-    for side in shape:
-        held *= side
-    if held > size or held < 0:
-        raise ValueError(f"its header announces {shape} of {dtype}, {held:,} bytes, but it has {size:,}")
+    held, there = dtype.itemsize * math.prod(shape), size - file.tell()
+    if held > there or any(side < 0 for side in shape):
+        raise ValueError(f"its header announces {shape} of {dtype}, {held:,} bytes, but there are {there:,}")
 
 
 def read_array(path: Path) -> "np.ndarray":

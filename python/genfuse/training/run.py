@@ -594,10 +594,8 @@ def _erase(path: Path) -> None:
 
 
 def _half_begun(path: Path) -> bool:
-    """Whether a folder holds only what a kill leaves in the moment at which a run appears or is overwritten."""
-    names = {each.name for each in path.iterdir()}
-    stages = [each for each in path.glob(".stage.*.new") if (each / CONFIG).is_file()]
-    return CONFIG not in names and bool(stages) and all(OURS.fullmatch(n) or n.startswith(".") for n in names)
+    """Whether a folder is what a kill leaves in the moment in which a run appears there, or replaces another."""
+    return not (path / CONFIG).exists() and any((each / CONFIG).is_file() for each in path.glob(".stage.*.new"))
 
 
 def _line(entry: dict[str, Any]) -> str:
