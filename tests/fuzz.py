@@ -44,12 +44,12 @@ ODD = (
 )  # fmt: skip
 WHOLE = (
     b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"\x00" * 64, b"[" * 200_000, b'{"a":' * 50_000,
-    b"- " * 9_000, b"\n", b"\xef\xbb\xbf", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY\x01\x00", b"a: &a [*a]",
-    b"?" * 99,
+    b"- " * 9_000, b"\n", b"\xef\xbb\xbf", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY\x01\x00",
+    b"a: &a [*a]", b"?" * 99,
 )  # fmt: skip
 TOKENS = (
-    b"nan", b"inf", b"-", b",", b";", b'"', b"'", b"\n", b"\r", b"\x00", b"1e999", b"9" * 400, b"{", b"]", b":", b"null",
-    b"\xff",
+    b"nan", b"inf", b"-", b",", b";", b'"', b"'", b"\n", b"\r", b"\x00", b"1e999", b"9" * 400, b"{", b"]", b":",
+    b"null", b"\xff",
 )  # fmt: skip
 
 
