@@ -46,7 +46,7 @@ PRELOAD = (
 MODELS = [plugin.name for plugin in plugins.discover("models") if plugin.distribution == plugins.OURS]
 
 
-# What is done, each in a process of its own ----------------------------------------------------------------------------
+# What is done, each in a process of its own
 
 
 def small(model: str) -> dict[str, Any]:

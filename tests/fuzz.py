@@ -35,7 +35,7 @@ from genfuse.errors import GenfuseError
 from genfuse.training import Run, Trainer
 from genfuse.training.loop import Loop
 
-# Values --------------------------------------------------------------------------------------------------------------
+# Values
 
 ODD = (
     None, True, False, 0, -1, 1, 3, 2**40, 2**63, -(10**30), 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x",
@@ -85,7 +85,7 @@ def changed_json(content: Any, rng: random.Random) -> Any:
     return content
 
 
-# Bytes ---------------------------------------------------------------------------------------------------------------
+# Bytes
 
 
 def changed_bytes(raw: bytes, rng: random.Random) -> bytes:
@@ -184,7 +184,7 @@ def changed_png(raw: bytes, rng: random.Random) -> bytes:
     return raw[:12] + bytes(header) + struct.pack(">I", zlib.crc32(header)) + raw[33:]
 
 
-# Readers -------------------------------------------------------------------------------------------------------------
+# Readers
 
 
 class Reader(NamedTuple):
@@ -323,7 +323,7 @@ READERS = {
 }
 
 
-# The search ----------------------------------------------------------------------------------------------------------
+# The search
 
 
 class Finding(NamedTuple):
