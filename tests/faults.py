@@ -291,7 +291,7 @@ class Faults:
         with self.fault(
             "one bit flipped in a file of a run", "noticed, or of no effect: resumed, it ends in the same bytes"
         ) as tried:
-            for number in range(self.kills // 2):
+            for number in range(self.kills // 4):
                 model = MODELS[number % len(MODELS)]
                 out = self.home / "flipped"
                 shutil.rmtree(out, ignore_errors=True)

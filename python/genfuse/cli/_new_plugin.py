@@ -41,8 +41,8 @@ def write(name: str, out: Path) -> list[Path]:
                 content.write(_renamed(source.read_text(encoding="utf-8"), names).encode("utf-8"))
             written.append(file)
     except BaseException:  # half a package is in the way of a whole one
-        for part in [out] if made else out.iterdir():
-            shutil.rmtree(part, ignore_errors=True)
+        for part in [out] if made else [*out.iterdir()]:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         raise
     return written
 
