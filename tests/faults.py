@@ -124,6 +124,7 @@ def job(work: Callable[..., None], said: Path, *args: Any) -> None:
 class Faults:
     def __init__(self, home: Path, kills: int) -> None:
         self.home, self.kills, self.random = home, kills, random.Random(0)
+        self.seconds = 1.0  # within which a job is killed
         self.findings: list[str] = []
         self.table: list[tuple[str, str, int, int]] = []
         self.jobs = multiprocessing.get_context("forkserver")
@@ -183,10 +184,11 @@ class Faults:
         ]
         return lines[0] == lines[1] and all((out / n).read_bytes() == (whole / n).read_bytes() for n in names)
 
-    def kill_at(self, process: Any, seconds: float) -> bool:
-        """Kill a job at some moment within so many seconds of its start; whether it was still at work."""
-        process.join(self.random.uniform(0, seconds))
+    def kill_at(self, process: Any) -> bool:
+        """Kill a job at some moment; whether it was still at work. How long jobs last is learnt on the way."""
+        process.join(self.random.uniform(0, self.seconds))
         working = process.is_alive()
+        self.seconds *= 1.1 if working else 0.7
         process.kill()
         process.join()
         return working
@@ -201,12 +203,10 @@ class Faults:
         ) as tried:
             for model in MODELS:
                 self.whole(model)
-                began = time.monotonic()
-                self.finish(train, model, self.home / "timed" / model)
-                seconds, number, landed = time.monotonic() - began, 0, 0
+                number = landed = 0
                 out = self.home / "killed" / f"{model}-{number}"
                 while landed < each:
-                    if self.kill_at(self.start(train, model, out), seconds):
+                    if self.kill_at(self.start(train, model, out)):
                         landed += 1
                         tried()
                     else:
@@ -231,12 +231,12 @@ class Faults:
             began = time.monotonic()
             code, said = self.finish(compare, self.home / "compare")
             assert code == 0, said
-            seconds, number, landed = time.monotonic() - began, 0, 0
+            self.seconds, number, landed = time.monotonic() - began, 0, 0
             while landed < self.kills // 10:
                 out = self.home / f"compare-{number}"
                 number += 1
                 for _ in range(4):
-                    if not self.kill_at(self.start(compare, out), seconds):
+                    if not self.kill_at(self.start(compare, out)):
                         break
                     landed += 1
                     tried()
@@ -253,11 +253,11 @@ class Faults:
             before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
             began = time.monotonic()
             assert self.finish(evaluate, run)[0] == 0
-            seconds, whole = time.monotonic() - began, (run / "evaluation.json").read_bytes()
+            self.seconds, whole = time.monotonic() - began, (run / "evaluation.json").read_bytes()
             landed = 0
             while landed < self.kills // 10:
                 (run / "evaluation.json").unlink(missing_ok=True)
-                if self.kill_at(self.start(evaluate, run), 1.02 * seconds):
+                if self.kill_at(self.start(evaluate, run)):
                     landed += 1
                     tried()
                 there = (run / "evaluation.json").read_bytes() if (run / "evaluation.json").exists() else whole
