@@ -277,10 +277,10 @@ def demand(content: Any, wanted: dict[str, Any], where: object) -> Any:
             value = value[part]
         try:
             typeguard.check_type(value, kind, collection_check_strategy=every)
-            if kind is float:
-                float(value)
-        except (typeguard.TypeCheckError, OverflowError) as error:
+        except typeguard.TypeCheckError as error:
             raise RunError(f"{where}: {key!r} is {shown(value)}: {error}") from None
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise RunError(f"{where}: {key!r} is {shown(value)}, which is too large")
     return content
 
 

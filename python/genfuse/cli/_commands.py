@@ -92,6 +92,7 @@ def sample(
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
     guidance: Annotated[float | None, arg(metavar="W", help_behavior_hint="(default: the model's)")] = None,
     seed: int = 0,
+    data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: where it was)")] = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
@@ -114,6 +115,7 @@ def sample(
         steps: diffusion models: steps of the sampler
         guidance: conditional diffusion models: above 1 for samples more typical of their label
         seed: of the draws
+        data: for points beside those of the data: the data set of the run, where it has moved, as csv:NEW/PATH
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
     """
@@ -156,7 +158,7 @@ def sample(
     if out.suffix == ".png" and len(shape) == 3:
         pictures.sample_grid(x, out)
     elif out.suffix == ".png":
-        test = trained.data().batch("test", slice(None))
+        test = trained.data(name=data).batch("test", slice(None))
         alike = None if label is None or test.y is None else test.y == label
         points = test.x if alike is None or not alike.any() else test.x[alike]
         pictures.scatter(points[:: max(1, len(points) // n)], x, out, scaling)

@@ -396,6 +396,7 @@ def _read(file: Path) -> dict[str, Any]:
     if version != VERSION:
         raise RunError(f"{file} is of version {shown(version)}; this genfuse {__version__} reads {VERSION}")
     demand(was, FORMAT, where)
+    demand(was["real"], dict.fromkeys(was["real"], float), f"{where}: real")
     if "data" in was["options"]:
         demand(was, {"options.data.fingerprint": str}, where)
     for number, row in enumerate(was["rows"]):

@@ -616,9 +616,14 @@ def _entry(line: bytes, where: str) -> dict[str, Any]:
     if crc is not None and crc != f"{zlib.crc32(json.dumps(entry).encode()):08x}":
         raise RunError(f"{where}: its checksum crc32 is not that of the line, which is damaged: remove the line")
     texts = {"warning": ("player", "name", "message"), "epoch": ()}.get(str(entry.get("split")), ("player",))
-    demand(entry, {"step": int, "epoch": int, "split": str, **dict.fromkeys(texts, str)}, where)
-    numbers = {key: float for key in entry if key not in ("split", "player", "name", "message")}
-    demand(entry, {**numbers, **({"loss": float} if texts == ("player",) else {})}, where)
+    wanted = {"step": int, "epoch": int, "split": str, **dict.fromkeys(texts, str)}
+    wanted |= {key: float for key in entry if key not in (*wanted, "name", "message", "player")}
+    wanted |= {"loss": float} if texts == ("player",) else {}
+    # There may be a million lines, so the slow check, which makes the message, is of those that fail a quick one.
+    for key, kind in wanted.items():
+        value = entry.get(key)
+        if not isinstance(value, kind) or (isinstance(value, int) and value >= 2**63):
+            demand(entry, wanted, where)
     return entry
 
 
