@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+COUNT ?= 100000
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -11,7 +12,7 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-.PHONY: demo test test-slow fuzz-training lint bench clean
+.PHONY: demo test test-slow fuzz fuzz-training faults lint bench clean
 
 demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it learned
 	$(BIN)/genfuse train vae --data digits --out runs/demo --epochs 200 --model.latent-dim 10 --model.decoder discretized-logistic --overwrite
@@ -23,6 +24,12 @@ test: $(INSTALLED)  ## every test that takes seconds
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(INSTALLED)  ## damaged and made-up files for everything that reads them
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(COUNT)
+
+faults: $(INSTALLED)  ## kills, full disks, flipped bits, two writers: prints the table of docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 fuzz-training: $(INSTALLED)  ## 1,000 short trainings under settings and data that go wrong in practice
 	$(BIN)/python tests/fuzz_training.py --trainings 1000

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import genfuse
 from genfuse import plugins
 from genfuse.cli import main
+from genfuse.cli._train import arguments_of
 
 QUICK = ["--epochs", "1", "--no-pictures", "--device", "cpu", "--model.hidden", "16", "--model.latent-dim", "2"]
 GAUSSIAN = [*QUICK, "--model.decoder", "gaussian"]
@@ -145,6 +146,7 @@ def test_list_and_version_import_neither_plugins_nor_torch(acme):
     code = """
 import sys
 from genfuse.cli import main
+from genfuse.cli._train import arguments_of
 assert [main(args) for args in (["list"], ["--version"], ["train", "--help"])] == [0, 0, 0]
 print(sorted({"torch", "numpy", "rich", "acme_sick", "genfuse.models"} & set(sys.modules)))
 """
@@ -441,6 +443,11 @@ def test_the_config_of_a_run_trains_another_like_it(run, tmp_path):
         ("resume: true", "there is no option 'resume'"),
         ("1: 2", "there is no option 1"),
         ("epochs: [", "is not YAML"),
+        ("[" * 100_000, "is not YAML: it is nested too deeply"),
+        ("epochs: &a 3\nsteps: *a", "aliases (*name) are not read"),
+        ("epochs: 1:30", "--epochs 1:30"),  # which YAML 1.1 takes for 90
+        ("model: [a]", "model must be a name or options by name; it is ['a']"),
+        ("data: {name: [a]}", "data must be a name or options by name"),
         ("- epochs", "must hold options by name"),
         ("epochs: many", "--epochs many"),
         ("model: {latent-dim: 1.5}", "--model.latent-dim 1.5"),
@@ -458,6 +465,13 @@ def test_a_file_that_is_not_there_or_no_text_is_named(capsys, tmp_path):
     assert "absent.yaml" in fails(capsys, "train", "vae", "--config", tmp_path / "absent.yaml")
     (tmp_path / "noise.json").write_bytes(b"\xff\xfe\x00")
     assert "noise.json is not JSON" in fails(capsys, "train", "vae", "--config", tmp_path / "noise.json")
+
+
+def test_numbers_are_read_as_people_mean_them(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("epochs: 010\nlr: 1_0.5e-3\nbatch_size: 0x10\npictures: no\n")  # by YAML 1.1 8 epochs
+    arguments = arguments_of("vae", file)
+    assert arguments == ["--epochs", "010", "--lr", "0.0105", "--batch-size", "16", "--no-pictures"]
 
 
 # --out, --overwrite, --resume
@@ -789,6 +803,32 @@ def test_what_evaluate_cannot_compare_is_said_and_nothing_is_written(capsys, run
     assert (run / "evaluation.json").read_bytes() == before
     assert "a classifier needs labels, and there are none" in fails(capsys, "train-features", f"csv:{table}")
     assert "--steps" in fails(capsys, "train-features", "digits", "--steps", "many")
+
+
+def test_evaluate_takes_data_that_has_moved(capsys, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_bytes(table.read_bytes())
+    assert main(["train", "vae", "--data", "csv:a.csv", *GAUSSIAN, "--out", "run"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate = ["evaluate", "../run", "--limit", "5", "--samples", "2", "--n", "0"]
+    assert main(evaluate) == 0
+    Path("../a.csv").rename("b.csv")
+    assert "if that has moved, say where it is, by --data or --data-root" in fails(capsys, *evaluate)
+    assert main([*evaluate, "--data", "csv:b.csv"]) == 0
+    assert main(["train", "--resume", "../run", "--data", "csv:b.csv", "--epochs", "2"]) == 0
+    assert main(evaluate) == 0  # where the run has seen them last
+
+
+def test_names_in_tables_are_shown_as_they_are(capsys):
+    from genfuse.cli._commands import _print_evaluation, _print_samples
+
+    _print_evaluation({"[/x]": {"[/y]": 0.5, "[bold]z": 3, "per [/a]": [0.5, 1.0]}})
+    figures = {"n": 3, "features": "[/f]", "about": "\x1b[2J", "samples": {"[/m]": 0.25}, "real": {}}
+    _print_samples({**figures, "left_out": {"x": "[/why]"}})
+    out = capsys.readouterr().out
+    for name in ("[/x]", "[/y]", "[bold]z", "per [/a]", "[/f]", "\\x1b[2J", "[/m]", "[/why]"):
+        assert name in out
 
 
 def test_evaluate_refuses_data_that_has_changed(capsys, table, tmp_path):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from distributions import write_distribution
+from markdown_it import MarkdownIt
 from required import skip
 
 import genfuse
 from genfuse import plugins
+from genfuse._files import locked, plain
 from genfuse.cli import main
 from genfuse.comparison import Budget, compare_runs, markdown
 from genfuse.comparison._measures import MEASURES, training_seconds
@@ -303,6 +305,123 @@ def test_a_run_that_was_stopped_is_resumed_to_the_same_weights(compared, data, t
     assert result["rows"][0]["outcome"] == "1 of 1"
     weights, there = (read_tensors(f / "vae/seed-0/model.safetensors")[0] for f in (out, compared[0]))
     assert all(torch.equal(weights[key], there[key]) for key in there)
+
+
+def test_a_comparison_that_was_stopped_in_its_first_trial_goes_on(data, tmp_path, monkeypatch):
+    options = {
+        "out": tmp_path / "c",
+        "budget": "128examples",
+        "seeds": 1,
+        "settings": {"vae": SMALL["vae"]},
+        "limit": 5,
+    }
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for where in ("_steps", "draw"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"genfuse.comparison._compare.{where}", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                genfuse.compare(["vae"], data, **options)
+    assert genfuse.compare(["vae"], data, **options)["rows"][0]["outcome"] == "1 of 1"
+
+
+@pytest.mark.parametrize("path", ["/tmp/elsewhere", "../elsewhere", "vae/../../elsewhere", "vae/seed-1"])
+def test_a_comparison_of_a_stranger_cannot_send_a_run_elsewhere(path, compared, data, tmp_path):
+    out = tmp_path / "c"
+    shutil.copytree(compared[0], out)
+    result = json.loads((out / "comparison.json").read_text())
+    run = row(result, "vae")["runs"][0]
+    run["path"] = path
+    del run["figures"], result["sha256"]
+    (out / "comparison.json").write_text(json.dumps(result))
+    with pytest.raises(RunError, match=rf"run 0 of 'vae' is said to lie in '{path}', .*not in 'vae/seed-0'"):
+        genfuse.compare(["vae"], data, out=out, budget="1280examples", settings={"vae": SMALL["vae"]}, limit=50)
+    assert {each.name for each in tmp_path.iterdir()} == {"c"}
+
+
+@pytest.mark.parametrize(
+    "name", ["comparison.json", "pictures", "vae", "vae/seed-0", "pictures/real.png", ".report.html.new"]
+)
+def test_a_link_in_a_comparison_is_refused(name, compared, data, tmp_path):
+    out = tmp_path / "c"
+    shutil.copytree(compared[0], out)
+    path, moved = out / name, tmp_path / "moved"
+    if path.exists():
+        path.rename(moved)
+    path.symlink_to(moved)
+    with pytest.raises(RunError, match=f"{path} is a symbolic link"):
+        genfuse.compare(["vae"], data, out=out, budget="1280examples", settings={"vae": SMALL["vae"]}, limit=50)
+
+
+def test_a_comparison_that_was_edited_or_is_another_ones_turn_is_refused(compared, data, tmp_path):
+    out = tmp_path / "c"
+    shutil.copytree(compared[0], out)
+    same = {"out": out, "budget": "1280examples", "settings": {"vae": SMALL["vae"]}, "limit": 50}
+    with locked(out), pytest.raises(RunError, match="c is being written to by process"):
+        genfuse.compare(["vae"], data, **same)
+    file = out / "comparison.json"
+    text = file.read_text()
+    distance = repr(row(compared[1], "vae")["runs"][0]["figures"]["frechet_distance"])
+    file.write_text(text.replace(distance, "0.001"))
+    with pytest.raises(RunError, match="is not as genfuse wrote it: it was edited or is damaged"):
+        genfuse.compare(["vae"], data, **same)
+    for change, said in (
+        (lambda c: c.pop("rows"), "it has no 'rows'"),
+        (lambda c: c["rows"][0].pop("runs"), "row 0: it has no 'runs'"),
+        (lambda c: c["rows"][0]["runs"][0].update(path=3), "row 0, run 0: 'path' is 3"),
+        (lambda c: c["rows"][0]["runs"][0]["figures"].update(recall="much"), "'recall' is 'much'"),
+        (lambda c: c["rows"][0]["runs"][0].update(losses={"a": [[1]]}), "'losses' has what is no pair"),
+        (lambda c: c.update(plugins={"x": {"better": 3}}), "'plugins' is"),
+    ):
+        changed = json.loads(text)
+        change(changed)
+        file.write_text(json.dumps(changed))
+        with pytest.raises(RunError, match=rf"comparison\.json is no comparison.*{said}"):
+            genfuse.compare(["vae"], data, **same)
+
+
+# Names that look like more
+
+
+HOSTILE = (
+    "[/x]",
+    "[red]",
+    "a|b",
+    "<script>alert(1)</script>",
+    "![x](http://x)",
+    "`code`",
+    "*b*",
+    "_c_",
+    "\x1b[2J",
+    "$x$",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_labels_titles_and_errors_are_shown_as_they_are_and_as_nothing_else(name, compared, capsys):
+    from genfuse.comparison import _report
+
+    result = json.loads(json.dumps(compared[1]))
+    flow = row(result, "flow")
+    flow["label"] = name
+    flow["mean"][name] = 0.5
+    result["plugins"] = {name: {"better": "lower", "about": name, "from": name}}
+    result["options"]["data"]["name"] = result["options"]["about"] = name
+    row(result, "picky")["outcome"] = f"0 of 2; {name}"
+    visible = plain(name)
+    _report.show(result)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.count(visible) >= 3
+    text = markdown(result)
+    rendered = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert not re.search(r"<(script|img|em|strong|a)\b", rendered)
+    assert html.unescape(re.sub("<[^>]+>", "", rendered)).count(visible) >= 4
+    page = _report.html(result, compared[0], str)
+    assert "<script>alert" not in page
+    assert html.unescape(page).count(name) >= 4
 
 
 def test_another_comparison_in_the_same_folder_is_refused(compared, data):

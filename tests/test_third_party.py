@@ -248,6 +248,27 @@ def test_a_new_plugin_replaces_nothing(tmp_path, monkeypatch, capsys):
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_half_a_new_plugin_is_cleared_away(there, tmp_path, monkeypatch):
+    from genfuse.cli import _new_plugin
+
+    out, files = tmp_path / "mine", iter(range(2))
+    if there:
+        out.mkdir()
+
+    def full(path, replacing=_new_plugin.replacing):
+        if next(files, None) is None:
+            raise OSError(28, "No space left on device")
+        return replacing(path)
+
+    monkeypatch.setattr(_new_plugin, "replacing", full)
+    with pytest.raises(OSError, match="No space"):
+        _new_plugin.write("mine", out)
+    assert list(tmp_path.rglob("*")) == ([out] if there else [])
+    monkeypatch.undo()
+    assert len(_new_plugin.write("mine", out)) > 3
+
+
 BAD_METRICS = {
     "fails": ("def metric(samples): return 1 / 0", "failed: ZeroDivisionError"),
     "returns": ("def metric(samples): return 3.5", "failed: TypeError: a metric must return a dict of numbers by name"),

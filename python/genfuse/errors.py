@@ -35,3 +35,7 @@ class TrainingWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """Data that can be used, but of which something was left out, or is probably not what was meant."""
+
+
+class RunWarning(UserWarning):
+    """Something about a run folder that does not stop the work, and that whoever uses its numbers should know."""

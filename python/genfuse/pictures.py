@@ -43,6 +43,7 @@ CONTEXT: Any = {  # for every figure
     "grid.alpha": 0.25,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # a column may be called $a
     "font.size": 10,
     "figure.dpi": 150,
 }
@@ -119,8 +120,8 @@ def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) ->
     pixels = _tiled(_pixels(images), columns)
     from PIL import Image
 
-    with replacing(Path(path)) as beside:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(beside, format="PNG")
+    with replacing(Path(path)) as file:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
 
 
 def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) -> None:
@@ -446,5 +447,5 @@ def _figure(
     with matplotlib.rc_context(CONTEXT):
         figure = Figure(size, layout=layout)
         yield figure
-        with replacing(Path(path)) as beside:
-            figure.savefig(beside, format="png")
+        with replacing(Path(path)) as file:
+            figure.savefig(file, format="png")

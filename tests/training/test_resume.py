@@ -1,6 +1,7 @@
 """A run that was stopped, in whatever way, ends in the same bytes as one that was not."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -15,7 +16,7 @@ import tiny_models
 import torch
 
 import genfuse
-from genfuse.errors import RunError
+from genfuse.errors import NonFiniteLossError, RunError
 from genfuse.training import Run
 from genfuse.training.run import Checkpoint, read_tensors
 
@@ -97,9 +98,10 @@ def test_killed_again_and_again_and_resumed_it_ends_in_the_same_bytes(name, sett
     killed = tmp_path / "killed"
     steps = []
     for _ in range(kills):
-        before = commit(killed)
         process = start(name, killed, settings, **options)
-        wait_for(lambda: commit(killed) != before, process)  # noqa: B023
+        for _ in range(2):  # its first checkpoint is of where it begins, the next one of a step
+            before = commit(killed)
+            wait_for(lambda: commit(killed) != before, process)  # noqa: B023
         time.sleep(moments.uniform(0, 0.1))  # a step and its checkpoint take some milliseconds: it lands anywhere
         process.kill()
         process.join()
@@ -118,7 +120,10 @@ def checkpointed_step(out):
     return Checkpoint.read(out).facts["step"]
 
 
-@pytest.mark.parametrize(("number", "exitcode"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "exitcode"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP)],
+)
 def test_an_interrupt_saves_the_step_that_it_meets(number, exitcode, start, tmp_path):
     options = {"epochs": 3, "batch_size": 100, "log_every": 2, "checkpoint_every": 1000}
     slow = {"seconds_per_step": 0.02}
@@ -147,6 +152,58 @@ def test_a_second_interrupt_stops_at_once(start, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
     assert process.exitcode == 130
+
+
+@pytest.fixture
+def handled():
+    """Handlers of signals as a program of one's own may have them, and in the end those of the tests again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.signal
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Interrupted(tiny_models.Plain):
+    """A signal arrives in the step that then goes wrong, or not."""
+
+    number, wrong = signal.SIGINT, True
+
+    def loss(self, batch, player="model"):
+        loss, terms = super().loss(batch, player)
+        if len(self.seen) == 3 and self.training:
+            os.kill(os.getpid(), self.number)
+            loss = loss * (math.nan if self.wrong else 1)
+        return loss, terms
+
+
+def interrupted(**facts):
+    model = type("Interrupted", (Interrupted,), facts)(tiny_models.Config())
+    model.plugin = "plain"
+    return model
+
+
+def test_an_error_does_not_swallow_an_interrupt(handled, digits, trainer, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer(out=tmp_path / "run").fit(interrupted(), digits)
+    assert isinstance(caught.value.__context__, NonFiniteLossError)
+
+
+def test_a_run_that_was_stopped_is_not_taken_for_finished_whoever_handles_the_signal(
+    handled, digits, trainer, tmp_path
+):
+    got = []
+    handled(signal.SIGTERM, lambda number, frame: got.append(number))
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out=tmp_path / "run").fit(interrupted(number=signal.SIGTERM, wrong=False), digits)
+    assert got == [signal.SIGTERM]
+    assert checkpointed_step(tmp_path / "run") == 3
+
+
+def test_a_signal_that_is_ignored_stays_so(handled, digits, trainer, tmp_path):
+    handled(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    run = trainer(out=tmp_path / "run").fit(interrupted(number=signal.SIGHUP, wrong=False), digits)
+    assert checkpointed_step(run.path) == 30
 
 
 def test_a_kill_between_the_two_renames_of_a_checkpoint_mixes_nothing(

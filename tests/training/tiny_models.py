@@ -124,7 +124,7 @@ def train(name, out, settings=None, **options):
     torch.manual_seed(0)
     data = validated(genfuse.load_data("digits"))
     model = genfuse.create(name, data, **(settings or {}))
-    resume = Path(out).exists()
+    resume = Path(out, "config.json").exists()
     options = {"device": "cpu", "pictures": False, **options}
     try:
         genfuse.Trainer(out=out, resume=resume, **options).fit(model, data)

@@ -9,7 +9,8 @@ from typing import Any
 
 import genfuse
 from genfuse import plugins
-from genfuse.errors import DataWarning, GenfuseError, SettingsError, TrainingWarning
+from genfuse._files import plain
+from genfuse.errors import DataWarning, GenfuseError, RunWarning, SettingsError, TrainingWarning
 
 USAGE = """\
 genfuse: train, sample and evaluate generative models
@@ -67,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
-        print(f"genfuse: interrupted{interrupt}", file=sys.stderr)
+        print(plain(f"genfuse: interrupted{interrupt}"), file=sys.stderr)
         return 130
     except (GenfuseError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"genfuse: error: {error}", file=sys.stderr)
+        print(plain(f"genfuse: error: {error}"), file=sys.stderr)
         return 2
 
 
@@ -80,8 +81,8 @@ def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
     """Shows a warning of ours as one line, without the place in the code that it comes from."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, (DataWarning, TrainingWarning)):
-            print(f"genfuse: warning: {message}", file=sys.stderr)
+        if issubclass(category, (DataWarning, RunWarning, TrainingWarning)):
+            print(plain(f"genfuse: warning: {message}"), file=sys.stderr)
         else:
             otherwise(message, category, *where)
 
@@ -98,7 +99,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if name == "train":
         if not rest or rest[0] in ("-h", "--help"):
-            print(TRAIN_USAGE, *lines("models"), sep="\n", file=sys.stdout if rest else sys.stderr)
+            print(TRAIN_USAGE, *map(plain, lines("models")), sep="\n", file=sys.stdout if rest else sys.stderr)
             return 0 if rest else 2
         from genfuse.cli._train import train
 

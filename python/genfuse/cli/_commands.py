@@ -3,7 +3,9 @@
 import inspect
 import json
 import math
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from genfuse import plugins
+from genfuse._files import plain
 from genfuse.cli import lines
 from genfuse.cli._compare import compare
 from genfuse.cli._device import find_device
@@ -20,6 +23,8 @@ SLOW = 1.0  # seconds that the import of a plugin takes, beside those of torch a
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
+    from rich.text import Text
 
     from genfuse.models import GenerativeModel
     from genfuse.training import Run
@@ -39,7 +44,7 @@ def list_(kind: Kind = "all", /) -> int:
     Args:
         kind: what to show
     """
-    print("\n\n".join("\n".join(lines(group)) for group in _groups(kind)))
+    print(plain("\n\n".join("\n".join(lines(group)) for group in _groups(kind))))
     return 0
 
 
@@ -64,9 +69,9 @@ def plugins_(kind: Kind = "all", /) -> int:
     heads = ("name", "kind", "distribution", "version", "target", "state")
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     for row, (_, _, error) in zip((heads, *rows), [(None, 0, None), *states], strict=True):
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(plain("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))
         if error is not None:
-            print(f"    {error}")
+            print(plain(f"    {error}"))
     broken = sum(error is not None for _, _, error in states)
     print(f"{len(states)} plugins of {len({row[2] for row in rows})} distributions, {broken} broken")
     return 0
@@ -88,6 +93,7 @@ def sample(
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
     guidance: Annotated[float | None, arg(metavar="W", help_behavior_hint="(default: the model's)")] = None,
     seed: int = 0,
+    data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: where it was)")] = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
@@ -110,6 +116,7 @@ def sample(
         steps: diffusion models: steps of the sampler
         guidance: conditional diffusion models: above 1 for samples more typical of their label
         seed: of the draws
+        data: for points beside those of the data: the data set of the run, where it has moved, as csv:NEW/PATH
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
     """
@@ -152,7 +159,7 @@ def sample(
     if out.suffix == ".png" and len(shape) == 3:
         pictures.sample_grid(x, out)
     elif out.suffix == ".png":
-        test = trained.data().batch("test", slice(None))
+        test = trained.data(name=data).batch("test", slice(None))
         alike = None if label is None or test.y is None or y is None else test.y == y[0].cpu()
         points = test.x if alike is None or not alike.any() else test.x[alike]
         pictures.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
@@ -163,12 +170,12 @@ def sample(
             more["y"] = y.cpu().numpy()
             if trained.class_names:
                 more["class_names"] = np.array(trained.class_names)
-        with replacing(out) as beside, open(beside, "wb") as file:
+        with replacing(out) as file:
             if out.suffix == ".npy":
                 np.save(file, array)
             else:
                 np.savez(file, x=array, **more)
-    print(out)
+    print(plain(out))
     return 0
 
 
@@ -185,6 +192,7 @@ def evaluate(
     inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     pictures: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: RUN/pictures)")] = None,
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: where it was)")] = None,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -195,6 +203,9 @@ def evaluate(
     original units too; for images a bound, in nats and in bits per dimension. A VAE: ELBO and IWAE bound in nats per
     example, mean squared error of a reconstructed cell, KL of each latent dimension in nats, and how many latent
     dimensions are active (arXiv 1509.00519).
+
+    Data that has moved since the training is named by --data; data that has changed is refused. A run that cannot be
+    written to is measured all the same.
 
     Samples of a model that can sample are compared with the test split in the space of --features: Fréchet, kernel and
     sliced Wasserstein distance, precision, recall, density, coverage, and the distance to the nearest training example;
@@ -217,6 +228,7 @@ def evaluate(
         inception_weights: for --features inception: a TorchScript file
         pictures: folder for neighbours.png
         json: also write the numbers to this file
+        data: the data set of the run, where it has moved, as csv:NEW/PATH
         data_root: folder with the data sets that are read from files
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing --json file
@@ -229,15 +241,17 @@ def evaluate(
     from genfuse.training import Run
 
     trained = Run(run)
-    data = trained.data(data_root)
+    found = trained.data(data_root, data)
     model = trained.model(find_device(device))
-    if n == 0 or type(model).sample is GenerativeModel.sample:
-        of_samples = None
-    else:
-        picture = (pictures or run / "pictures") / "neighbours.png" if data.is_image else None
+    # Someone else's run, or one on a disk for reading alone, is told apart before anything is measured.
+    writable = os.access(run, os.W_OK)
+    of_samples = picture = None
+    if not (n == 0 or type(model).sample is GenerativeModel.sample):
+        if found.is_image and (writable or pictures):
+            picture = (pictures or run / "pictures") / "neighbours.png"
         of_samples = evaluate_samples(
             model,
-            data,
+            found,
             features=features,
             n=n,
             seed=seed,
@@ -245,15 +259,21 @@ def evaluate(
             inception_weights=inception_weights,
             picture=picture,
         )
-    result = evaluate(model, data, samples=samples, limit=limit)
-    for file in {run / "evaluation.json", json or run / "evaluation.json"}:
-        _write_json(file, result if of_samples is None else {**result, "samples": of_samples})
+    result = evaluate(model, found, samples=samples, limit=limit)
     _print_evaluation(result)
     if of_samples is not None:
         _print_samples(of_samples)
         if picture is not None:
-            print(f"picture: {picture}")
-    print(f"written: {run / 'evaluation.json'}")
+            print(plain(f"picture: {picture}"))
+    content = result if of_samples is None else {**result, "samples": of_samples}
+    if json is not None:
+        _write_json(json, content)
+        print(plain(f"written: {json}"))
+    if writable:
+        _write_json(run / "evaluation.json", content)
+        print(plain(f"written: {run / 'evaluation.json'}"))
+    else:
+        print(plain(f"genfuse: {run} cannot be written to, so it has no evaluation.json of this"), file=sys.stderr)
     return 0
 
 
@@ -300,7 +320,8 @@ def train_features(
         data, root=data_root, binarize=binarize, seed=data_seed, header=header, delimiter=delimiter, decimal=decimal
     )
     path, accuracy = train_features(loaded, steps=steps, seed=seed, device=find_device(device), overwrite=overwrite)
-    print(f"{path}\nheld-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")
+    print(plain(path))
+    print(f"held-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")
     return 0
 
 
@@ -324,7 +345,7 @@ def new_plugin(
     from genfuse.cli._new_plugin import write
 
     for file in write(name, Path(name) if out is None else out):
-        print(f"written: {file}")
+        print(plain(f"written: {file}"))
     folder = shlex.quote(str(out or name))
     print(f"next: pip install --editable {folder}\n      genfuse train {name} --data digits\n      pytest {folder}")
     return 0
@@ -347,7 +368,7 @@ def doctor(
     from genfuse.doctor import report
 
     for line in report(data_root):
-        print(line)
+        print(plain(line))
     return 0
 
 
@@ -391,50 +412,60 @@ def _labels(
 
 
 def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *result)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("")
+    for split in result:
+        table.add_column(_text(split), justify="right")
     names = dict.fromkeys(name for of_split in result.values() for name in of_split)
     for name in names:
         values = [of_split.get(name, "") for of_split in result.values()]
         if not any(isinstance(value, list) for value in values):
-            table.add_row(name.replace("_", " "), *(f"{v:.5g}" if isinstance(v, float) else str(v) for v in values))
-    console = Console()
-    console.print(table)
+            shown = (f"{v:.5g}" if isinstance(v, float) else str(v) for v in values)
+            table.add_row(_text(name.replace("_", " ")), *map(_text, shown))
+    _show(table)
     for name in names:
         for split, of_split in result.items():
             if isinstance(value := of_split.get(name), list):
-                shown = " ".join(f"{v:.2f}" for v in sorted(value, reverse=True))
-                console.print(f"{name.replace('_', ' ')}, {split}, largest first: {shown}", highlight=False)
+                each = " ".join(f"{v:.2f}" for v in sorted(value, reverse=True))
+                _show(f"{name.replace('_', ' ')}, {split}, largest first: {each}")
 
 
 def _print_samples(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     print(f"{result['n']:,} samples against {result['n']:,} examples of the test split")
-    print(f"features: {result['features']}: {result['about']}")
+    print(plain(f"features: {result['features']}: {result['about']}"))
     table = Table("", "samples", "real examples")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, value in result["samples"].items():
         real = result["real"].get(name)
-        table.add_row(name.replace("_", " "), f"{value:.5g}", "–" if real is None else f"{real:.5g}")
-    console = Console()
-    console.print(table)
+        table.add_row(_text(name.replace("_", " ")), f"{value:.5g}", "–" if real is None else f"{real:.5g}")
+    _show(table)
     for reason in result["left_out"].values():
-        console.print(f"not measured: {reason}", highlight=False)
+        _show(f"not measured: {reason}")
+
+
+def _text(words: str) -> "Text":
+    """What metrics, plugins and files are called, without markup."""
+    from rich.text import Text
+
+    return Text(plain(words))
+
+
+def _show(what: "str | Table") -> None:
+    from rich.console import Console
+
+    Console().print(plain(what) if isinstance(what, str) else what, markup=False, highlight=False)
 
 
 def _write_json(file: Path, content: Any) -> None:
     from genfuse._files import replacing
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing(file) as written:
+        written.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 
 def _refuse_existing(file: Path, overwrite: bool) -> None:

@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from tyro.conf import Positional, arg
 
+from genfuse._files import plain
 from genfuse.cli._device import find_device
+from genfuse.cli._yaml import read_yaml
 from genfuse.errors import SettingsError
 
 BUDGET, SEEDS = "5m", 3
@@ -95,7 +96,7 @@ def compare(
         "n": n,
         "limit": limit,
         "inception_weights": inception_weights,
-        "say": lambda line: print(line, file=sys.stderr, flush=True),
+        "say": lambda line: print(plain(line), file=sys.stderr, flush=True),
     }
     if runs:
         of_training = {
@@ -129,7 +130,7 @@ def compare(
             raise KeyboardInterrupt(f"; the same command goes on with what is in {out}") from None
     _report.show(result)
     for file in ("report.html", "table.md", "comparison.json"):
-        print(f"written: {out / file}")
+        print(plain(f"written: {out / file}"))
     return 0
 
 
@@ -140,8 +141,8 @@ def _settings(assignments: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         where, equals, value = each.partition("=")
         label, dot, name = where.rpartition(".")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            parsed = read_yaml(value)
+        except ValueError as error:
             raise SettingsError(f"--set {each}: the value is not YAML: {error}") from None
         if not (equals and dot and label and name):
             raise SettingsError(f"--set takes MODEL.SETTING=VALUE, as gan.penalty=r1; got {each!r}")

@@ -3,10 +3,11 @@
 import importlib.util
 import keyword
 import re
+import shutil
 from pathlib import Path
 
 from genfuse import plugins
-from genfuse._files import occupied
+from genfuse._files import occupied, replacing
 from genfuse.errors import RunError, SettingsError
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -30,12 +31,19 @@ def write(name: str, out: Path) -> list[Path]:
     if occupied(out):
         raise RunError(f"{out} exists: name another folder by --out")
     names = {"my-model": name, "my_model": module, "MyModel": "".join(map(str.capitalize, name.split("-")))}
-    written = []
-    for source in sorted(path for path in TEMPLATE.rglob("*") if path.is_file() and path.suffix != ".pyc"):
-        file = out / _renamed(str(source.relative_to(TEMPLATE)), names)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_renamed(source.read_text(encoding="utf-8"), names), encoding="utf-8")
-        written.append(file)
+    written: list[Path] = []
+    made = not out.exists()
+    try:
+        for source in sorted(path for path in TEMPLATE.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+            file = out / _renamed(str(source.relative_to(TEMPLATE)), names)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as content:
+                content.write(_renamed(source.read_text(encoding="utf-8"), names).encode("utf-8"))
+            written.append(file)
+    except BaseException:  # half a package is in the way of a whole one
+        for part in [out] if made else [*out.iterdir()]:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        raise
     return written
 
 

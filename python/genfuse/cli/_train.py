@@ -1,7 +1,6 @@
 """``genfuse train``: its options are the fields of the trainer and of the model's config."""
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -13,15 +12,17 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import torch
 import tyro
-import yaml
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import genfuse
 from genfuse import pictures, plugins
+from genfuse._files import plain, read_json
+from genfuse.cli._yaml import read_yaml
 from genfuse.errors import SettingsError
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
+from genfuse.training.run import check_config, home
 
 LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has options of its own
 
@@ -58,7 +59,7 @@ def train(args: list[str]) -> int:
 
     sources: dict[Path, dict[str, Any]] = {}
     if given.resume:
-        sources[given.resume / "config.json"] = _as_typed(Run(given.resume).config)
+        sources[given.resume / "config.json"] = _as_typed(Run(given.resume).config, given.resume / "config.json")
     if given.config:
         sources[given.config] = _read(given.config)
     for file, settings in sources.items():
@@ -144,24 +145,30 @@ def _read(file: Path) -> dict[str, Any]:
     """The settings in a YAML or JSON file."""
     kind = "JSON" if file.suffix == ".json" else "YAML"
     try:
-        text = file.read_text(encoding="utf-8")
-        settings = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        settings = read_json(file) if kind == "JSON" else read_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise SettingsError(f"{file} is not {kind}: {error}") from None
     if not isinstance(settings, dict):
         raise SettingsError(f"{file} must hold options by name, as epochs: 5; it holds {settings!r:.100}")
-    return _as_typed(settings)
+    return _as_typed(settings, file)
 
 
-def _as_typed(settings: dict[str, Any]) -> dict[str, Any]:
+def _as_typed(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     """Settings as the command line has them: of a file, or of a run's config.json less what the data decided."""
     if "version" in settings and "training" in settings:
-        model, data = settings["model"], settings["data"]
+        config = check_config(settings, file)
+        model, data = config["model"], config["data"]
         own = {key: value for key, value in model["settings"].items() if key not in FACTS}
+        root = {} if (root := home(data)) is None else {"data_root": root}
         data = {**{key: data[key] for key in ("name", "binarize", "seed")}, **data.get("options", {})}
-        return {**settings["training"], "model": {"name": model["name"], **own}, "data": data}
-    sections = {key: settings.get(key) or {} for key in ("model", "data")}
-    return {**settings, **{key: dict(v) if isinstance(v, dict) else {"name": v} for key, v in sections.items()}}
+        return {**config["training"], **root, "model": {"name": model["name"], **own}, "data": data}
+    sections = {}
+    for key in ("model", "data"):
+        given = settings.get(key) or {}
+        sections[key] = dict(given) if isinstance(given, dict) else {"name": given}
+        if not isinstance(sections[key].get("name", ""), str):
+            raise SettingsError(f"{file}: {key} must be a name or options by name; it is {given!r:.100}")
+    return {**settings, **sections}
 
 
 def arguments_of(model: str, file: Path) -> list[str]:
@@ -203,20 +210,25 @@ def _how_to_continue(out: Path, data_root: Path | None) -> str:
 
 def _summarize(run: Run) -> None:
     """Where the run lies, the last of its metrics, its pictures, and what to do next."""
+    for line in _summary(run):
+        print(plain(line))
+
+
+def _summary(run: Run) -> Iterator[str]:
     metrics = run.metrics()
     last = {(each["split"], each["player"]): each for each in metrics if each["split"] in pictures.SPLITS}
-    end = max(last.values(), key=lambda entry: entry["step"])
-    print(f"run: {run.path}: {end['epoch']} epochs, {end['step']} steps")
+    end = max(last.values(), key=lambda entry: entry["step"], default={"epoch": 0, "step": run.step})
+    yield f"run: {run.path}: {end['epoch']} epochs, {end['step']} steps"
     for (split, player), entry in last.items():
         numbers = ", ".join(f"{key} {value:.5g}" for key, value in entry.items() if isinstance(value, float))
-        print(f"{split}: {player}: {numbers}")
+        yield f"{split}: {player}: {numbers}"
     for entry in metrics:
         if entry["split"] == "warning":
-            print(f"warning: step {entry['step']}: {entry['message']}")
+            yield f"warning: step {entry['step']}: {entry['message']}"
     if validated := [entry for entry in metrics if entry["split"] == "validation"]:
         best = min(validated, key=lambda entry: entry["loss"])
-        print(f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}")
+        yield f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}"
     for picture in sorted((run.path / "pictures").glob("*.png")):
-        print(f"picture: {picture}")
+        yield f"picture: {picture}"
     path = shlex.quote(str(run.path))
-    print(f"next: genfuse sample {path} --n 64 --out samples.png\n      genfuse evaluate {path}")
+    yield f"next: genfuse sample {path} --n 64 --out samples.png\n      genfuse evaluate {path}"

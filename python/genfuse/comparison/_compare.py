@@ -13,14 +13,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from genfuse import __version__, plugins
-from genfuse._files import occupied, replacing
+from genfuse._files import (
+    demand,
+    intact,
+    locked,
+    occupied,
+    read_json,
+    refuse_links,
+    replacing,
+    shown,
+    sweep,
+    write_json,
+)
 from genfuse.comparison import _report
-from genfuse.comparison._measures import draw, measure, peak_memory, trained_steps, training_seconds
+from genfuse.comparison._measures import draw, measure, peak_memory, training_seconds
 from genfuse.errors import (
     GenfuseError,
     NonFiniteLossError,
@@ -32,7 +43,7 @@ from genfuse.errors import (
 from genfuse.metrics import extractor
 from genfuse.models import configure, create
 from genfuse.training import Run, Trainer
-from genfuse.training.run import FREE
+from genfuse.training.run import FREE, describe_data
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset
@@ -40,7 +51,33 @@ if TYPE_CHECKING:
 RESULT, REPORT, TABLE, PICTURES = "comparison.json", "report.html", "table.md", "pictures"
 VERSION = 1
 CHECKPOINTS = 10  # of a training
+DATA = ("name", "binarize", "seed", "fingerprint", "splits")  # what is kept of a description of data
 OURS = ("out", "resume", "overwrite")  # options of a trainer that are not the user's here
+# Keys of comparison.json that are read, and what they must be; of its rows, and of their runs where they have them.
+FORMAT: dict[str, Any] = {
+    "options": dict[str, Any],
+    "machine": dict[str, Any],
+    "real": dict[str, float],
+    "plugins": dict[str, dict[Literal["better", "about", "from"], str]],
+    "rows": list[dict[str, Any]],
+}
+FORMAT_OF_ROW: dict[str, Any] = {
+    "label": str,
+    "model": str,
+    "settings": dict[str, Any],
+    "steps": int | None,
+    "runs": list[dict[str, Any]],
+}
+FORMAT_OF_RUN: dict[str, Any] = {
+    "seed": int,
+    "path": str,
+    "error": str,
+    "diverged": bool,
+    "peak_memory": float | None,
+    "warnings": list[str],
+    "losses": dict[str, list[list[float]]],
+    "left_out": dict[str, str],
+}
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 Say = Callable[[str], None]
@@ -123,13 +160,7 @@ def compare(
     trainer = replace(trainer, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
-        "data": {
-            "name": data.name,
-            "binarize": data.binarize,
-            "seed": data.seed,
-            "fingerprint": data.fingerprint(),
-            "class_names": data.class_names and list(data.class_names),
-        },
+        "data": {**{key: describe_data(data)[key] for key in (*DATA, "class_names")}, "name": data.name},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
         "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
         "features": extract.name,
@@ -138,50 +169,53 @@ def compare(
         "limit": limit,
     }
     out = Path(out)
-    was = _claim(out, options)
-    result: dict[str, Any] = {
-        **_begin(options, device),
-        **{key: was[key] for key in ("real", "plugins", "rows") if key in was},
-    }
-    rows = {row["label"]: row for row in result["rows"]}
-    for entry in entries:
-        row = {"label": entry.label, "model": entry.model, "settings": entry.settings}
-        old = rows.setdefault(entry.label, {**row, "steps": None, "runs": []})
-        if any(old[key] != row[key] for key in row):
-            raise RunError(
-                f"{out} has {entry.label!r} already, as {old['model']} with {old['settings'] or 'its defaults'}, not "
-                f"as {entry.model} with {entry.settings or 'its defaults'}: give it another label, LABEL=MODEL, or "
-                "name another folder"
-            )
-    result["rows"] = list(rows.values())
+    _claim(out, options, entries)
+    with locked(out):
+        was = _claim(out, options, entries)  # again: from here on nobody else writes
+        sweep(out)
+        sweep(out / PICTURES)
+        result: dict[str, Any] = {
+            **_begin(options, device),
+            **{key: was[key] for key in ("real", "plugins", "rows") if key in was},
+        }
+        for key, value in was.get("machine", {}).items():
+            if value != result["machine"].get(key):
+                say(f"was begun with {key} {value}, and goes on with {result['machine'].get(key)}")
+        rows = {row["label"]: row for row in result["rows"]}
+        for entry in entries:
+            rows.setdefault(entry.label, {**_row(entry), "steps": None, "runs": []})
+        result["rows"] = list(rows.values())
+        _keep(out, result)  # before all else, so that the same command goes on wherever it is stopped
 
-    measured = partial(
-        _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
-    )
-    draw(None, data, out / PICTURES / "real.png")
-    for entry in entries:
-        row = rows[entry.label]
-        for seed in range(seeds):
-            what = f"{entry.label}, seed {seed}"
-            if seed == len(row["runs"]):
-                row["runs"].append({"seed": seed, "path": f"{_folder(entry.label)}/seed-{seed}"})
-            run = row["runs"][seed]
-            if "figures" in run or run.get("diverged"):
-                say(f"{what}: done before")
-                continue
-            with _failure_noted(run, what, say), warnings.catch_warnings():
-                warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
-                if row["steps"] is None:
-                    row["steps"] = _steps(budget, entry, data, trainer, say)
-                    _keep(out, result)
-                every = max(1, row["steps"] // CHECKPOINTS)
-                of_seed = replace(trainer, steps=row["steps"], seed=seed, checkpoint_every=every, out=out / run["path"])
-                trained = _trained(of_seed, entry, data, run, say)
-                say(f"{what}: measuring")
-                measured(trained, run, result, say, picture=out / PICTURES / f"{_folder(entry.label)}.png")
-            _log_of(out / run["path"], run)
-            _write(out, result)
-    return _write(out, result)
+        measured = partial(
+            _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
+        )
+        draw(None, data, out / PICTURES / "real.png")
+        for entry in entries:
+            row = rows[entry.label]
+            for seed in range(seeds):
+                what = f"{entry.label}, seed {seed}"
+                if seed == len(row["runs"]):
+                    row["runs"].append({"seed": seed, "path": _place(entry.label, seed)})
+                run = row["runs"][seed]
+                if "figures" in run or run.get("diverged"):
+                    say(f"{what}: done before")
+                    continue
+                with _failure_noted(run, what, say), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
+                    if row["steps"] is None:
+                        row["steps"] = _steps(budget, entry, data, trainer, say)
+                        _keep(out, result)
+                    every = max(1, row["steps"] // CHECKPOINTS)
+                    of_seed = replace(
+                        trainer, steps=row["steps"], seed=seed, checkpoint_every=every, out=out / run["path"]
+                    )
+                    trained = _trained(of_seed, entry, data, run, say)
+                    say(f"{what}: measuring")
+                    measured(trained, run, result, say, picture=out / PICTURES / f"{_folder(entry.label)}.png")
+                _log_of(out / run["path"], run)
+                _write(out, result)
+        return _write(out, result)
 
 
 def compare_runs(
@@ -204,7 +238,7 @@ def compare_runs(
     _distinct([str(path) for path in runs])
     was = [run.config["data"] for run in opened]
     for run, its in zip(opened, was, strict=True):
-        if any(its[key] != was[0][key] for key in ("binarize", "fingerprint")):
+        if its["binarize"] != was[0]["binarize"] or not _same_content(its, was[0]):
             first, other = (f"{d['name']!r} (binarize {d['binarize']}, {d['fingerprint']})" for d in (was[0], its))
             raise RunError(
                 f"runs on different data cannot be compared: {opened[0].path} was trained on {first}, {run.path} on "
@@ -213,7 +247,7 @@ def compare_runs(
     data, device, out = opened[0].data(data_root), _resolved(device), Path(out)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
-        "data": {key: was[0].get(key) for key in ("name", "binarize", "seed", "fingerprint", "class_names")},
+        "data": {key: was[0][key] for key in (*DATA, "class_names") if key in was[0]},
         "budget": None,
         "features": extract.name,
         "about": extract.about,
@@ -221,24 +255,38 @@ def compare_runs(
         "limit": limit,
     }
     _claim(out, options)
-    result = _begin(options, device)
-    measured = partial(
-        _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
-    )
-    draw(None, data, out / PICTURES / "real.png")
-    for path, run in zip(runs, opened, strict=True):
-        model = run.config["model"]
-        found: dict[str, Any] = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
-        result["rows"].append(
-            {"label": str(path), "model": model["name"], "settings": model["settings"], "runs": [found]}
+    with locked(out):
+        _claim(out, options)
+        sweep(out)
+        sweep(out / PICTURES)
+        result = _begin(options, device)
+        _keep(out, result)
+        measured = partial(
+            _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
         )
-        say(f"{path}: measuring")
-        with _failure_noted(found, str(path), say):
-            peaks = [e["peak_memory_bytes"] / 1e6 for e in run.metrics() if "peak_memory_bytes" in e]
-            found["peak_memory"] = max(peaks, default=None)
-            measured(run, found, result, say, picture=out / PICTURES / f"{_folder(str(path))}.png")
-        _log_of(run.path, found)
-    return _write(out, result)
+        draw(None, data, out / PICTURES / "real.png")
+        for path, run in zip(runs, opened, strict=True):
+            model = run.config["model"]
+            found: dict[str, Any] = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
+            result["rows"].append(
+                {"label": str(path), "model": model["name"], "settings": model["settings"], "runs": [found]}
+            )
+            say(f"{path}: measuring")
+            with _failure_noted(found, str(path), say):
+                peaks = [e["peak_memory_bytes"] / 1e6 for e in run.metrics() if "peak_memory_bytes" in e]
+                found["peak_memory"] = max(peaks, default=None)
+                measured(run, found, result, say, picture=out / PICTURES / f"{_folder(str(path))}.png")
+            _log_of(run.path, found)
+        return _write(out, result)
+
+
+def _same_content(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two descriptions are of the same data; where one is older than their splits, by the training split."""
+    if "splits" in a and "splits" in b:
+        same: bool = a["fingerprint"] == b["fingerprint"]
+        return same
+    train = [each["splits"]["train"] if "splits" in each else each["fingerprint"] for each in (a, b)]
+    return train[0] == train[1]
 
 
 def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: "Dataset") -> list[Entry]:
@@ -285,20 +333,30 @@ def _resolved(device: str) -> str:
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
-def _claim(out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _row(entry: Entry) -> dict[str, Any]:
+    return {"label": entry.label, "model": entry.model, "settings": entry.settings}
+
+
+def _place(label: str, seed: int) -> str:
+    """Where in the comparison a run lies."""
+    return f"{_folder(label)}/seed-{seed}"
+
+
+def _claim(out: Path, options: dict[str, Any], entries: Sequence[Entry] = ()) -> dict[str, Any]:
     """The comparison that is in ``out``, or nothing. Raises RunError where it is another one, or something else."""
     file = out / RESULT
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} exists and is not a folder")
+    refuse_links(out, PICTURES, *(_folder(entry.label) for entry in entries))
     if not file.is_file():
         if occupied(out):
             raise RunError(f"{out} exists and is no comparison, as it has no {RESULT}: name another folder")
         return {}
-    try:
-        was = json.loads(file.read_text(encoding="utf-8"))
-        if was["version"] != VERSION:
-            raise RunError(f"{file} is of version {was['version']!r}; this genfuse {__version__} reads {VERSION}")
-        before = was["options"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is no comparison: {type(error).__name__}: {error}") from None
+    was = _read(file)
+    before = dict(was["options"])
+    if "data" in before and _same_content(before["data"], options["data"]):
+        # The same data from elsewhere is the same data.
+        before["data"] = {**options["data"], **{key: before["data"].get(key) for key in ("binarize", "seed")}}
     differences = [
         f"{key}: was {before.get(key)!r}, now {options.get(key)!r}"
         for key in before.keys() | options.keys()
@@ -308,6 +366,53 @@ def _claim(out: Path, options: dict[str, Any]) -> dict[str, Any]:
         raise RunError(
             f"{out} is another comparison ({'; '.join(sorted(differences))}): name another folder, or give the options "
             "that it was begun with"
+        )
+    rows = {row["label"]: row for row in was["rows"]}
+    for entry in entries:
+        old, row = rows.get(entry.label, _row(entry)), _row(entry)
+        if any(old[key] != row[key] for key in row):
+            raise RunError(
+                f"{out} has {entry.label!r} already, as {old['model']} with {old['settings'] or 'its defaults'}, not "
+                f"as {entry.model} with {entry.settings or 'its defaults'}: give it another label, LABEL=MODEL, or "
+                "name another folder"
+            )
+        for seed, run in enumerate(old.get("runs", ())):
+            if (run["seed"], run["path"]) != (seed, _place(entry.label, seed)):
+                raise RunError(
+                    f"{file}: run {seed} of {entry.label!r} is said to lie in {run['path']!r}, seed {run['seed']}, "
+                    f"not in {_place(entry.label, seed)!r}: it was edited"
+                )
+    return was
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """comparison.json. Raises RunError, which names file and key, where it is none, or damaged or edited."""
+    where = f"{file} is no comparison"
+    try:
+        was: dict[str, Any] = read_json(file)
+    except ValueError as error:
+        raise RunError(f"{where}: {type(error).__name__}: {error}") from None
+    version = demand(was, {"version": Any}, where)["version"]
+    if version != VERSION:
+        raise RunError(f"{file} is of version {shown(version)}; this genfuse {__version__} reads {VERSION}")
+    demand(was, FORMAT, where)
+    demand(was["real"], dict.fromkeys(was["real"], float), f"{where}: real")
+    if "data" in was["options"]:
+        demand(was, {"options.data.fingerprint": str}, where)
+    for number, row in enumerate(was["rows"]):
+        demand(row, FORMAT_OF_ROW, f"{where}: row {number}")
+        for seed, run in enumerate(row["runs"]):
+            at = f"{where}: row {number}, run {seed}"
+            demand(run, {key: kind for key, kind in FORMAT_OF_RUN.items() if key in run or key in ("seed", "path")}, at)
+            if any(len(point) != 2 for curve in run.get("losses", {}).values() for point in curve):
+                raise RunError(f"{at}: 'losses' has what is no pair of step and loss")
+            if "figures" in run:
+                demand(run, {"figures.bound": str}, at)
+                demand(run["figures"], {key: float | None for key in run["figures"] if key != "bound"}, at)
+    if not intact(was):
+        raise RunError(
+            f"{file} is not as genfuse wrote it: it was edited or is damaged; to go on with it so, remove its last "
+            'line, "sha256"'
         )
     return was
 
@@ -357,7 +462,7 @@ def _trained(trainer: Trainer, entry: Entry, data: "Dataset", run: dict[str, Any
     path = Path(trainer.out or "")
     if (path / "config.json").is_file():
         there = Run(path)
-        if trained_steps(there) == trainer.steps:
+        if there.step == trainer.steps:
             return there
         trainer = there.trainer(device=trainer.device)
     say(f"{entry.label}, seed {trainer.seed}: {'resuming' if trainer.resume else 'training'}, {trainer.steps:,} steps")
@@ -423,8 +528,7 @@ def _keep(out: Path, result: dict[str, Any]) -> None:
     """Write what is to be found again. The file is replaced in one step, so a kill leaves the one before."""
     for row in result["rows"]:
         row |= _report.summary(row["runs"], _report.measures(result))
-    out.mkdir(parents=True, exist_ok=True)
-    _text(out / RESULT, json.dumps(result, indent=1) + "\n")
+    write_json(out / RESULT, result, indent=1)
 
 
 def _write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -435,5 +539,5 @@ def _write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))

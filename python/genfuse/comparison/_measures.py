@@ -136,7 +136,7 @@ def measure(
     found = {
         **samples["samples"],
         "training_seconds": training_seconds(run, data),
-        "steps": trained_steps(run),
+        "steps": run.step,
         "sampling_seconds": _sampling_seconds(model),
         "parameters": sum(weights.numel() for player in model.players() for weights in player.parameters),
     }
@@ -152,13 +152,6 @@ def measure(
     return usable, samples
 
 
-def trained_steps(run: Run) -> int:
-    """Updates behind the weights of a run."""
-    from genfuse.training.run import WEIGHTS, read_tensors
-
-    return read_tensors(run.path / WEIGHTS)[1]["step"]
-
-
 def training_seconds(run: Run, data: "Dataset", since: int = 0) -> float:
     """Seconds that the updates of a run took, from the speeds that it logged; those after ``since`` alone."""
     batch = run.config["training"]["batch_size"]
@@ -168,7 +161,7 @@ def training_seconds(run: Run, data: "Dataset", since: int = 0) -> float:
     def seen(step: int) -> int:
         return step // per_epoch * examples + step % per_epoch * batch
 
-    rates = {e["step"]: e["examples_per_second"] for e in run.metrics() if e["split"] == "train"}
+    rates = {e["step"]: e["examples_per_second"] for e in run.metrics() if "examples_per_second" in e}
     steps = [0, *sorted(rates)]
     return sum((seen(b) - seen(a)) / rates[b] for a, b in pairwise(steps) if a >= since)
 

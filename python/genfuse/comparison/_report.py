@@ -2,11 +2,13 @@
 
 import base64
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from genfuse._files import plain
 from genfuse.comparison._measures import MEASURES, Measure
 
 # The table is too wide for a terminal or a page of text, so it is shown there in parts.
@@ -98,11 +100,11 @@ def table(result: dict[str, Any]) -> Table:
 def markdown(result: dict[str, Any]) -> str:
     """The table in parts, as Markdown."""
     whole = table(result)
-    return "\n\n".join([about(result), *(_markdown(part) for part in _parts(whole))]) + "\n"
+    return "\n\n".join([about(result, literal), *(_markdown(part) for part in _parts(whole))]) + "\n"
 
 
-def about(result: dict[str, Any]) -> str:
-    """What was compared, in a line or two."""
+def about(result: dict[str, Any], shown: Callable[[str], str] = str) -> str:
+    """What was compared, in a line or two. ``shown`` is what becomes of names."""
     options, machine = result["options"], result["machine"]
     budget = options["budget"]
     trained = "existing runs"
@@ -113,8 +115,9 @@ def about(result: dict[str, Any]) -> str:
     names = options["data"].get("class_names")
     classes = f" (classes: {', '.join(f'{i} {name}' for i, name in enumerate(names))})" if names else ""
     return (
-        f"Data: {options['data']['name']}{classes}; {trained}. Features: {options['about']}. "
-        f"genfuse {machine['genfuse']}, torch {machine['torch']}, {machine['device']}, threads: {machine['threads']}."
+        f"Data: {shown(options['data']['name'])}{shown(classes)}; {trained}. Features: {shown(options['about'])}. "
+        f"genfuse {machine['genfuse']}, torch {machine['torch']}, {shown(machine['device'])}, "
+        f"threads: {machine['threads']}."
     )
 
 
@@ -125,13 +128,18 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    def text(words: str) -> Text:  # a label or a title may look like markup, as [red]
+        return Text(plain(words))
+
     console = Console()
-    console.print(about(result), highlight=False, markup=False)
+    console.print(text(about(result)))
     whole = table(result)
     for part in _parts(whole):
-        shown = RichTable("", *(_title(column) for column in part.columns), box=box.SIMPLE, padding=(0, 1, 0, 0))
+        shown = RichTable("", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for column in part.columns:
+            shown.add_column(text(_title(column)))
         for row in _with_real(part):
-            shown.add_row(Text(row.label), *(Text(cell.text) for cell in row.cells))
+            shown.add_row(text(row.label), *(text(cell.text) for cell in row.cells))
         console.print(shown)
 
 
@@ -184,7 +192,8 @@ def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """For each player its loss over the steps: SVG points, one line a run, and the scale."""
     players = dict.fromkeys(player for run in runs for player in run.get("losses", ()))
     for player in players:
-        lines = [run["losses"][player] for run in runs if run.get("losses", {}).get(player)]
+        if not (lines := [run["losses"][player] for run in runs if run.get("losses", {}).get(player)]):
+            continue
         losses = sorted(loss for line in lines for _, loss in line)
         # The steep fall of the first steps, and what shoots up, would press the rest into a line.
         low, high = losses[int(0.02 * len(losses))], losses[math.ceil(0.95 * len(losses)) - 1]
@@ -218,9 +227,26 @@ def _with_real(part: Table) -> list[Row]:
 
 def _markdown(part: Table) -> str:
     def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
-    lines = [line(["", *map(_title, part.columns)]), line(["---", *("--:" for _ in part.columns)])]
+    def outcome(text: str) -> str:  # how many runs, and what errors say
+        count, semicolon, errors = text.partition("; ")
+        return count + semicolon + literal(errors)
+
+    texts = [outcome if column.key == "outcome" else literal for column in part.columns]
+    lines = [line(["", *(literal(_title(column)) for column in part.columns)])]
+    lines.append(line(["---", *("--:" for _ in part.columns)]))
     for row in _with_real(part):
-        lines.append(line([row.label, *(cell.text for cell in row.cells)]))
+        cells = (text(cell.text) for text, cell in zip(texts, row.cells, strict=True))
+        lines.append(line([literal(row.label), *cells]))
     return "\n".join(lines)
+
+
+def literal(text: str) -> str:
+    """Text as Markdown that shows it and nothing else: as code where Markdown would see more in it."""
+    text = " ".join(plain(text).split())
+    if not re.search(r"[<>&`*~\[\]\\$!#@]|(?<!\w)_|_(?!\w)|https?:|www\.", text):
+        return text
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    edge = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{edge}{text}{edge}{fence}"

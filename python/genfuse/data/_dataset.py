@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -92,6 +92,8 @@ class Dataset:
     seed: int = 0  # that `load_data` made it with
     mixture: Mixture | None = None  # toys: what they were drawn from, where that is a mixture of Gaussians
     options: dict[str, str] = field(default_factory=dict)  # by which `load_data` had its files read
+    source: str | None = None  # the name with an absolute path in it, where it is that of a file or folder
+    root: str | None = None  # absolute path of the folder that files of a data set by name were found in
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -217,11 +219,14 @@ class Dataset:
         splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
         return replace(self, binarize="static", levels=2, splits=splits)
 
-    def fingerprint(self) -> str:
-        """16 hex digits that stand for the training split's content, its shape and its levels."""
+    def fingerprint(self, split: str | None = None) -> str:
+        """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
         digest = hashlib.sha256(repr((self.shape, self.levels, self.stored_levels)).encode())
-        train = self.splits["train"]
-        for tensor in (train.x, train.y):
+        if split is None:
+            parts = [(part, self.fingerprint(part)) for part in sorted(self.splits)]
+            digest.update(repr((parts, self.classes, self.scaling and asdict(self.scaling))).encode())
+            return digest.hexdigest()[:16]
+        for tensor in (self.splits[split].x, self.splits[split].y):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
@@ -236,6 +241,7 @@ class Source:
     root: Path | None = None  # --data-root, else GENFUSE_DATA
     seed: int = 0  # rules every random choice: which rows are held out, what a toy draws
     options: Mapping[str, str] = field(default_factory=dict)  # of READING, those that the user gave
+    found: dict[str, str] = field(default_factory=dict)  # where the data was: its absolute "source", or its "root"
 
     def no_options(self) -> None:
         """Raise SettingsError where the user gave options of tables of text."""
@@ -255,6 +261,7 @@ class Source:
         path = Path(self.argument).expanduser()
         if not path.exists():
             raise DataError(f"data set {self.name!r}: there is no file or folder {path.absolute()}")
+        self.found["source"] = self.name.removesuffix(self.argument) + str(path.absolute())
         return path
 
     def files(self, folders: Sequence[str], *wanted: Sequence[str]) -> list[Path]:
@@ -271,6 +278,7 @@ class Source:
         place = next((place for place in places if found[place]), None)
         missing = [names for i, names in enumerate(wanted) if place is None or i not in found[place]]
         if place is not None and not missing:
+            self.found["root"] = str(self.root.absolute())  # type: ignore[union-attr]
             return [found[place][i] for i in range(len(wanted))]
         lines = "\n  ".join(" or ".join(names) for names in missing)
         looked = " and ".join(map(str, [place] if place else places)) or "no folder, as none is named"
@@ -342,4 +350,4 @@ def load_data(
         raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
-    return replace(data, name=name, seed=seed, options=options).binarized(binarize, seed)
+    return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]

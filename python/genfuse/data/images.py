@@ -1,6 +1,5 @@
 """Images: scikit-learn's digits, MNIST and Fashion-MNIST, binarized MNIST, and folders of pictures."""
 
-import gzip
 import math
 import os
 import re
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfuse._files import check_unpacked, gunzip
 from genfuse.data._dataset import Dataset, Source, Split
 from genfuse.data.tables import PART_OF, PARTS, find_arrays, read_arrays
 from genfuse.errors import DataError, DataWarning
@@ -208,11 +208,16 @@ def _read_pictures(paths: list[Path]) -> Tensor:
     from PIL import Image, ImageOps
 
     x: np.ndarray | None = None
+    packed = sum(path.stat().st_size for path in paths)
     for i, path in enumerate(paths):
         try:
             with Image.open(path, formats=FORMATS) as picture:
+                unpacked = picture.width * picture.height * len(picture.getbands()) * len(paths)
+                check_unpacked(path, packed, unpacked, f"{len(paths)} pictures of its size")
                 odd = _not_as_shown(picture)
                 pixels, mode = np.asarray(ImageOps.exif_transpose(picture)), picture.mode
+        except DataError:
+            raise
         except Exception as error:  # decoders raise all kinds of errors for damaged files
             raise DataError(f"the picture {path} cannot be read: {error}") from error
         if odd or mode not in ("L", "RGB"):
@@ -311,7 +316,7 @@ def _read_idx(path: Path, dims: int) -> Tensor:
         raise DataError(f"{path} is empty")
     if raw.startswith(b"\x1f\x8b"):  # what the file is, not what it is called: browsers unpack and keep the name
         try:
-            raw = gzip.decompress(raw)
+            raw = gunzip(path)
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path} is a truncated or corrupt gzip file: {error}; fetch it again") from error
     magic, start = bytes([0, 0, 8, dims]), 4 + 4 * dims

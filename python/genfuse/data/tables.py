@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfuse._files import check_array, check_zip
 from genfuse.data._dataset import READING, Dataset, Scaling, Source, Split
 from genfuse.errors import DataError, DataWarning, SettingsError
 
@@ -234,8 +235,15 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             raise DataError(f"{path} is no NumPy file: it begins with {magic!r}; pickles are refused: they run code")
         file.seek(0)
         try:
+            if magic.startswith(b"PK"):
+                check_zip(path)
+            else:
+                check_array(file, path.stat().st_size)
+                file.seek(0)
             found = np.load(file, allow_pickle=False)
             return found if isinstance(found, np.ndarray) else dict(found)
+        except DataError:
+            raise
         except Exception as error:  # damaged files raise all kinds of errors
             raise DataError(f"{path} cannot be read: {error}") from error
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse import __version__
+from genfuse._files import demand
 from genfuse.errors import DataError, SettingsError
 from genfuse.models import check_range
 from genfuse.nn import conv_encoder, mlp
@@ -229,6 +230,7 @@ def _load_classifier(data: "Dataset") -> tuple[nn.Module, float]:
             "genfuse.metrics.train_features(data)"
         )
     weights, facts = read_tensors(path)
+    demand(facts, {"accuracy": float}, path)
     network = _classifier(data.shape, data.classes or 0)
     try:
         network.load_state_dict(weights)

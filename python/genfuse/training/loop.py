@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import Batch, GenerativeModel, Player
 from genfuse.training.progress import Progress
-from genfuse.training.run import STATE, Checkpoint, Recorder
+from genfuse.training.run import STATE, Checkpoint, Recorder, differences, essentials
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -64,9 +64,9 @@ def forked_rng(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], int]]:
-    """Hold the first SIGINT or SIGTERM back; yields a function that gives its number, or 0 so far.
+    """Hold the first SIGINT, SIGTERM or SIGHUP back; yields a function that gives its number, or 0 so far.
 
-    The second one has the effect that it had before.
+    The second one has the effect that it had before. One that is ignored, as under nohup, stays so.
     """
     caught = 0
     before: dict[int, Any] = {}
@@ -81,7 +81,10 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         put_back()
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {
+            number: signal.signal(number, catch) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+        }
     try:
         yield lambda: caught
     finally:
@@ -125,6 +128,7 @@ class Loop:
         self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.recorder: Recorder | None = None
+        self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
         self.unseen: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
         self.moments: set[int] = set()  # steps after which samples are kept
         self.warned: set[str] = set()  # what `GenerativeModel.watch` has found
@@ -134,26 +138,45 @@ class Loop:
         torch.manual_seed(seed_of(self.trainer.seed, NOISE, self.fabric.global_rank))
         keep_freed_memory()
         self.model.train()
-        if out is not None and self.trainer.resume:
-            self._load(out)
-        if out is not None and config is not None:
-            self._open(out, config)
+        self.essentials = config and essentials(config)
+        try:
+            if out is not None and self.trainer.resume:
+                self._load(out)
+            if out is not None and config is not None:
+                self._open(out, config)
+            self._run()
+        except OSError as error:
+            if out is None:
+                raise
+            raise RunError(
+                f"the run {out} stopped at step {self.step}: {error}; {self._last_checkpoint()}, which is whole: when "
+                "that is mended, resume the run"
+                if self.checkpointed is not None
+                else f"the run {out} cannot be written to: {error}"
+            ) from error
+
+    def _run(self) -> None:
         if self.recorder and self.trainer.pictures and (self.data.is_image or self.data.shape == (2,)):
             self.moments = {round(self.total * k / MOMENTS) for k in range(MOMENTS + 1)}
+        interrupt = lambda: 0  # noqa: E731
         try:
             with deferred_interrupts() as interrupt, Progress(self.total, self.step) as self.progress:
                 self._train(interrupt)
             if self.best:
                 self.model.load_state_dict(self.best[1])
+            if self.recorder:
+                self.recorder.close()
         finally:
             for weights in self.trained.values():
                 for weight in weights:
                     weight.requires_grad_(True)
             self.model.eval()
             if self.recorder:
-                self.recorder.close()
-        if interrupt():
-            signal.raise_signal(interrupt())
+                with suppress(OSError):  # it is closed already, or there is another error
+                    self.recorder.close()
+            if interrupt():  # which an error that came after it does not swallow
+                signal.raise_signal(interrupt())
+                raise KeyboardInterrupt  # whoever handles the signal otherwise must not take the run for finished
 
     def _train(self, interrupt: Callable[[], int]) -> None:
         trainer, batch_size = self.trainer, self.trainer.batch_size
@@ -412,9 +435,9 @@ class Loop:
         checkpoint = self._checkpoint()
         if self.fabric.is_global_zero:
             if self.trainer.resume:
-                self.recorder = Recorder.continued(out, config, checkpoint)
+                self.recorder = Recorder.continued(out, config, checkpoint, self.trainer.keep_checkpoints)
             else:
-                self.recorder = Recorder.begin(out, config, checkpoint)
+                self.recorder = Recorder.begin(out, config, checkpoint, self.trainer.keep_checkpoints)
         self.checkpointed = self.step
 
     def _save(self) -> None:
@@ -452,12 +475,14 @@ class Loop:
             "scaler": self.precision.state_dict(),
             "warned": sorted(self.warned),
         }
+        if self.essentials:
+            facts["config"] = self.essentials
         if self.best:
             facts["best"] = {"step": self.best[0], "loss": self.lowest}
         return Checkpoint(self.model.state_dict(), tensors, facts, self.best[1] if self.best else {})
 
     def _load(self, path: Path) -> None:
-        checkpoint = Checkpoint.read(path)
+        checkpoint = Checkpoint.newest(path)
         processes = checkpoint.facts["processes"]
         if processes != self.fabric.world_size:
             raise RunError(
@@ -471,10 +496,27 @@ class Loop:
                 f"the run {path} has trained {self.step} steps, more than the {self.total}{epochs}: "
                 f"resume it with more {'epochs' if epochs else 'steps'}"
             )
+        try:
+            wanted = self.essentials or {}
+            if found := differences(checkpoint.facts.get("config", wanted), wanted):
+                raise RunError(
+                    f"the run {path} cannot be resumed: its config.json was edited or is damaged, and does not fit its "
+                    f"{STATE}: {'; '.join(found)}"
+                )
+            self._take(checkpoint)
+        except RunError:
+            raise
+        except Exception as error:  # of a state that somebody made up
+            raise RunError(
+                f"{path / STATE} does not fit the run: {type(error).__name__}: {error}".rstrip(": ")
+            ) from error
+
+    def _take(self, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(checkpoint.weights)
         self.precision.load_state_dict(checkpoint.facts["scaler"])
         self.warned = set(checkpoint.facts.get("warned", ()))  # a run may be older than that
-        if best := checkpoint.facts.get("best"):
+        if checkpoint.best:
+            best = checkpoint.facts["best"]
             self.best, self.lowest = (best["step"], checkpoint.best), best["loss"]
         states: dict[str, dict[int, dict[str, Any]]] = {name: defaultdict(dict) for name in self.optimizers}
         for where, value in {**checkpoint.others, **checkpoint.facts["scalars"]}.items():
@@ -483,8 +525,25 @@ class Loop:
                 name, index, key = rest.rsplit(".", 2)
                 states[name][int(index)][key] = value
         for name, optimizer in self.optimizers.items():
+            self._check_state(name, states[name])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": states[name]})
         for kind, generator in generators(self.fabric.device).items():
             if f"generator.{kind}" in checkpoint.others:  # a run may go on on another device
                 row = checkpoint.others[f"generator.{kind}"][self.fabric.global_rank]
                 generator.set_rng_state(row.clone())  # of a view, torch reads the wrong bytes
+
+    def _check_state(self, player: str, states: dict[int, dict[str, Any]]) -> None:
+        """Raise RunError for an optimizer's state that its kernels would read past the end of, or miss a part of."""
+        weights = self.trained[player]
+        keys = set().union(*(state.keys() for state in states.values()))
+        for index, state in states.items():
+            if not 0 <= index < len(weights):
+                raise RunError(f"{STATE}: optimizer.{player}.{index}: the player has {len(weights)} weights")
+            if missing := sorted(keys - state.keys()):
+                raise RunError(f"{STATE}: it has no optimizer.{player}.{index}.{missing[0]}")
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != weights[index].shape:
+                    raise RunError(
+                        f"{STATE}: optimizer.{player}.{index}.{key} has shape {tuple(value.shape)}, its weight "
+                        f"{tuple(weights[index].shape)}"
+                    )

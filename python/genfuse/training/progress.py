@@ -18,7 +18,7 @@ class Progress:
             progress.TextColumn("epoch {task.fields[epoch]}"),
             progress.BarColumn(bar_width=20),
             progress.TaskProgressColumn(),
-            progress.TextColumn("{task.fields[terms]}"),
+            progress.TextColumn("{task.fields[terms]}", markup=False),
             progress.TextColumn("{task.fields[rate]}", style="cyan"),
             progress.TimeRemainingColumn(),
             console=console,

@@ -2,14 +2,23 @@
 
 ``config.json`` says what was trained on what and how, ``model.safetensors`` holds the weights, ``metrics.jsonl`` one
 JSON object a line, and ``state.safetensors`` all that resuming needs. The last is one file on purpose: replacing it is
-the commit, so a kill between two files cannot mix two steps.
+the commit, so a kill between two files cannot mix two steps. ``state-1.safetensors`` is the one before, and so on.
+
+Every file has a checksum of itself within. Weights and state also hold what `essentials` takes of config.json, so that
+one that was edited is not taken for the one they were trained by.
 """
 
 import dataclasses
 import json
+import math
 import os
-import shutil
+import re
 import sys
+import threading
+import typing
+import warnings
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +28,25 @@ import torch
 from torch import Tensor
 
 from genfuse import __version__, plugins
-from genfuse._files import replacing, sync_folder
-from genfuse.errors import RunError, SettingsError
-from genfuse.models import GenerativeModel, configure, create
+from genfuse._files import (
+    demand,
+    digest,
+    intact,
+    keep_as,
+    named,
+    occupied,
+    read_array,
+    read_json,
+    refuse_links,
+    replacing,
+    shown,
+    staging,
+    sweep,
+    sync_folder,
+    write_json,
+)
+from genfuse.errors import DataError, RunError, RunWarning, SettingsError
+from genfuse.models import GenerativeModel, configure
 
 if TYPE_CHECKING:
     from genfuse.data import Dataset, Scaling
@@ -29,16 +54,48 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CONFIG, WEIGHTS, STATE, METRICS = "config.json", "model.safetensors", "state.safetensors", "metrics.jsonl"
-PICTURES, TENSORBOARD, PROGRESS = "pictures", "tensorboard", "progress"
+PICTURES, TENSORBOARD, PROGRESS, EVALUATION = "pictures", "tensorboard", "progress", "evaluation.json"
+BEFORE = re.compile(r"state-([1-9][0-9]*)\.safetensors")  # the checkpoints before the last one
 
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
-FREE = {"epochs", "steps", "device", "devices", "checkpoint_every", "log_every", "pictures"}
+FREE = {
+    "epochs", "steps", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
+}  # fmt: skip
+
+# What a run folder holds that a training or `genfuse evaluate` wrote, and in its folders.
+OURS = re.compile(
+    rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|{re.escape(STATE)}|{BEFORE.pattern}|{re.escape(METRICS)}|"
+    rf"{re.escape(EVALUATION)}"
+)
+OURS_WITHIN = {PICTURES: "*.png", TENSORBOARD: "events.out.tfevents.*", PROGRESS: "[0-9]*.npy"}
+
+# Keys of config.json that are read, and what they must be.
+FORMAT: dict[str, Any] = {
+    "genfuse": str,
+    "model.name": str,
+    "model.settings": dict[str, Any],
+    "data.name": str,
+    "data.binarize": str,
+    "data.seed": int,
+    "data.fingerprint": str,
+    "data.shape": list[int],
+    "data.scaling": dict[str, Any] | None,
+    "training": dict[str, Any],
+    "training.batch_size": int,
+    "training.epochs": int,
+    "training.schedule": str,
+    "training.seed": int,
+}
+FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}
+FORMAT_OF_STATE = {"step": int, "processes": int, "scalars": dict[str, Any], "scaler": dict[str, Any]}
 
 
 class Run:
-    """An existing run folder.
+    """An existing run folder. Nothing is written to it.
 
-    Raises RunError where ``path`` is not a run folder, is half there, or is of another version.
+    Raises RunError, which names file and key, where ``path`` is not a run folder, is half there, damaged, of another
+    version, or holds a link. A RunWarning tells of a config.json that was changed by hand: where that has a say in
+    what is asked for, `model`, `scaling` and `data` raise RunError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,6 +103,10 @@ class Run:
         self.config: dict[str, Any] = _read_config(self.path)
         if not (self.path / WEIGHTS).is_file():
             raise RunError(f"the run folder {self.path} is half there: it has {CONFIG}, but no {WEIGHTS}")
+        if "sha256" not in self.config:
+            _warn(f"{self.path} is of a genfuse without checksums: that its files are whole cannot be verified")
+        elif not intact(self.config):
+            _warn(f"{self.path / CONFIG} is not as genfuse wrote it: it was changed by hand, or is damaged")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -55,6 +116,7 @@ class Run:
         """For a table: the means and standard deviations that it was standardized by. Else None."""
         from genfuse.data import Scaling
 
+        self._check("data")
         scaling = self.config["data"]["scaling"]
         return scaling and Scaling(**scaling)
 
@@ -64,52 +126,103 @@ class Run:
         names = self.config["data"].get("class_names")
         return names and tuple(names)
 
+    @property
+    def step(self) -> int:
+        """Updates behind the weights."""
+        step: int = demand(_facts(self.path / WEIGHTS), {"step": int}, self.path / WEIGHTS)["step"]
+        return step
+
     def model(self, device: str | torch.device = "cpu") -> GenerativeModel:
         """The trained model in evaluation mode, in float32. Raises PluginError where its plugin is not installed."""
-        with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
-            model = create(self.config["model"]["name"], **self.config["model"]["settings"])
-        weights, _ = read_tensors(self.path / WEIGHTS)
+        named, file = self.config["model"], self.path / CONFIG
+        cls = plugins.load("models", named["name"])
+        weights, facts = read_tensors(self.path / WEIGHTS)
+        self._check("model", facts)
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
+                model: GenerativeModel = cls(configure(cls, named["settings"]))
+        except SettingsError as error:
+            raise RunError(f"{file}: model.settings: {error}") from None
+        except Exception as error:
+            raise RunError(
+                f"{file}: no {named['name']} can be made of its model.settings: {type(error).__name__}: {error}"
+            ) from error
+        model.plugin = named["name"]
         try:
             model.load_state_dict(weights)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise RunError(f"{self.path / WEIGHTS} does not fit the model that {CONFIG} names: {error}") from None
         return model.to(device).eval()
 
-    def data(self, root: str | Path | None = None) -> "Dataset":
-        """The data set that the run was trained on. Raises DataError if it is not found, RunError if it has changed."""
+    def data(self, root: str | Path | None = None, name: str | None = None) -> "Dataset":
+        """The data set that the run was trained on, from where it was then, or from ``root``.
+
+        ``name`` is for data that has moved: "csv:NEW/PATH". Raises DataError if it is not found, RunError, which says
+        what is other in it, if it has changed.
+        """
         from genfuse.data import load_data
 
         was = self.config["data"]
-        data = load_data(was["name"], root=root, binarize=was["binarize"], seed=was["seed"], **was.get("options", {}))
-        if data.fingerprint() != was["fingerprint"]:
-            raise RunError(
-                f"the data set {was['name']!r} is not what the run {self.path} was trained on: "
-                f"its fingerprint was {was['fingerprint']} and is now {data.fingerprint()}"
+        try:
+            data = load_data(
+                name or was["name"],
+                root=root or home(was),
+                binarize=was["binarize"],
+                seed=was["seed"],
+                **was.get("options", {}),
             )
+        except DataError as error:
+            if name is not None:
+                raise
+            raise DataError(
+                f"{error}\nthe run {self.path} was trained on {was['name']!r}: if that has moved, say where it is, by "
+                "--data or --data-root (in Python: run.data(root, name))"
+            ) from error
+        now = describe_data(data)
+        if found := differences_of_data(was, now):
+            raise RunError(
+                f"the data set {data.name!r} is not what the run {self.path} was trained on: "
+                f"its fingerprint was {was['fingerprint']} and is now {now['fingerprint']}: {'; '.join(found)}"
+            )
+        self._check("data")
         return data
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order. A killed run may have left half a line at the end: it is left out."""
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        entries = []
-        for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is not a whole line
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise RunError(f"{path}, line {number}: not JSON: {error}") from None
-        return entries
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        # What follows the last line break is not a whole line.
+        return [_entry(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], 1)]
 
     def progress(self) -> dict[int, Tensor]:
         """Samples (N, *shape) from the same noise at moments of the training, by the number of steps before them."""
-        files = {int(file.stem): file for file in (self.path / PROGRESS).glob("*.npy")}
-        return {step: torch.from_numpy(np.load(files[step])) for step in sorted(files)}
+        found = {}
+        for file in sorted((self.path / PROGRESS).glob("[0-9]*.npy")):
+            if re.fullmatch("[0-9]{8,18}", file.stem):
+                try:
+                    found[int(file.stem)] = torch.from_numpy(read_array(file))
+                except Exception as error:  # damaged files raise all kinds of errors
+                    raise RunError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+        return dict(sorted(found.items()))
 
     def trainer(self, **changes: Any) -> "Trainer":
         """The trainer that continues this run, with some options changed: ``run.trainer(epochs=40)``."""
         from genfuse.training.trainer import Trainer
 
         return Trainer(**{**self.config["training"], "out": self.path, "resume": True, **changes})
+
+    def _check(self, section: str, facts: dict[str, Any] | None = None) -> None:
+        """Raise RunError where a section of config.json is not the one that the weights were trained by."""
+        facts = _facts(self.path / WEIGHTS) if facts is None else facts
+        if "config" not in facts:  # which is younger than the run
+            return
+        demand(facts, {f"config.{section}": dict[str, Any]}, self.path / WEIGHTS)
+        was = {section: facts["config"][section]}
+        if found := differences(was, {section: essentials(self.config)[section]}):
+            raise RunError(
+                f"{self.path / WEIGHTS} does not fit the {section} that {CONFIG} names, which was edited or is "
+                f"damaged: {'; '.join(found)}"
+            )
 
 
 def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) -> dict[str, Any]:
@@ -129,19 +242,81 @@ def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) 
     return {
         "version": VERSION,
         "genfuse": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "model": {"name": name, "settings": plain},
-        "data": {
-            "name": data.name,
-            "binarize": data.binarize,
-            "seed": data.seed,
-            "fingerprint": data.fingerprint(),
-            "shape": list(data.shape),
-            "scaling": data.scaling and dataclasses.asdict(data.scaling),
-            "options": data.options,
-            "class_names": data.class_names,
-        },
+        "data": describe_data(data),
         "training": training,
     }
+
+
+def describe_data(data: "Dataset") -> dict[str, Any]:
+    """What config.json says of a data set: where it is found from any folder, and what is in it."""
+    scaling = data.scaling and json.loads(json.dumps(dataclasses.asdict(data.scaling)))  # which has no tuples
+    return {
+        "name": data.source or data.name,
+        "root": data.root,
+        "binarize": data.binarize,
+        "seed": data.seed,
+        "fingerprint": data.fingerprint(),
+        "splits": {part: data.fingerprint(part) for part in data.splits},
+        "shape": list(data.shape),
+        "scaling": scaling,
+        "options": dict(data.options),
+        "class_names": data.class_names and list(data.class_names),
+    }
+
+
+def home(was: dict[str, Any]) -> str | None:
+    """The folder that a data set's files were found in, where config.json names one that is still there."""
+    root = was.get("root")
+    return root if isinstance(root, str) and os.path.isdir(root) else None
+
+
+def differences_of_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is other in a data set than when it was described; of a run that is older than that, by its training split.
+
+    Both are what `describe_data` returns.
+    """
+    if not isinstance(before := was.get("splits"), dict):
+        return [] if now["splits"]["train"] == was["fingerprint"] else ["the train split has changed"]
+    if now["fingerprint"] == was["fingerprint"]:
+        return []
+    found = []
+    for part in (*now["splits"], *(part for part in before if part not in now["splits"])):
+        if before.get(part) != now["splits"].get(part):
+            change = "is new" if part not in before else "has changed" if part in now["splits"] else "is gone"
+            found.append(f"the {part} split {change}")
+    old, new = was["scaling"] or {}, now["scaling"] or {}
+    found += [f"the {key} of its columns: was {old.get(key)}, now {new.get(key)}" for key in FORMAT_OF_SCALING
+              if old.get(key) != new.get(key)]  # fmt: skip
+    same = [f"the {part} split is the same" for part in before if before[part] == now["splits"].get(part)]
+    return [*(found or ["its kind of values, or its labels, are others"]), *same]
+
+
+def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of config.json has a say in the weights and in what they mean, by sections."""
+    free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
+    return {
+        "model": {"name": config["model"]["name"], **config["model"]["settings"]},
+        "data": {key: config["data"][key] for key in ("shape", "binarize", "fingerprint", "scaling")},
+        "training": {key: value for key, value in config["training"].items() if key not in free},
+    }
+
+
+def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
+    """What is other in the sections of ``new`` than in ``old``. Both are what `essentials` returns, or parts of it."""
+    from genfuse.training.trainer import Trainer
+
+    found = []
+    for section in new:
+        # Of options that are younger than the run.
+        defaults = dataclasses.asdict(Trainer()) if section == "training" else {}
+        for key in sorted(old[section].keys() | new[section].keys()):
+            was, now = (of[section].get(key, defaults.get(key)) for of in (old, new))
+            if was != now:
+                found.append(f"{section} {key}: was {was!r}, now {now!r}")
+    return found
 
 
 def plugin_of(cls: type) -> str:
@@ -163,8 +338,11 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
             raise RunError(f"there is no run folder {path} to resume")
         _read_config(path)
         if not (path / STATE).is_file():
-            raise RunError(f"the run folder {path} cannot be resumed: it has no {STATE}")
-    elif path.is_dir() and any(path.iterdir()):
+            older = "".join(f"; {each.name}, the checkpoint before, is there" for each in _before(path)[:1])
+            raise RunError(f"the run folder {path} cannot be resumed: it has no {STATE}{older}")
+    elif path.exists() and not path.is_dir():
+        raise RunError(f"{path} exists and is not a folder")
+    elif occupied(path) and not _half_begun(path):
         try:
             _read_config(path)
         except RunError as error:
@@ -174,50 +352,82 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
                 f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite "
                 "(in Python: resume=True, overwrite=True)"
             )
-    elif path.exists() and not path.is_dir():
-        raise RunError(f"{path} exists and is not a folder")
 
 
 def check_same(path: Path, config: dict[str, Any]) -> None:
-    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``."""
-    from genfuse.training.trainer import Trainer
+    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``.
 
+    A RunWarning tells where versions or threads are others, since then its promise of the same bits does not hold.
+    """
     was = _read_config(path)
-    defaults = dataclasses.asdict(Trainer())  # of options that are younger than the run
-    free = FREE if config["training"]["schedule"] == "constant" else FREE - {"epochs", "steps"}
-    sections = {
-        "model": lambda c: {"name": c["model"]["name"], **c["model"]["settings"]},
-        "data": lambda c: {key: c["data"][key] for key in ("shape", "binarize", "fingerprint")},
-        "training": lambda c: {k: v for k, v in {**defaults, **c["training"]}.items() if k not in free},
-    }
-    differences = []
-    for section, settings_of in sections.items():
-        old, new = settings_of(was), settings_of(config)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                differences.append(f"{section} {key}: was {old.get(key)!r}, now {new.get(key)!r}")
-    if differences:
-        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(differences)}")
+    old, new = essentials(was), essentials(config)
+    if "splits" not in was["data"] and not differences_of_data(was["data"], config["data"]):
+        old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
+    if found := differences(old, new):
+        found += differences_of_data(was["data"], config["data"])
+        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
+    around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
+              if key in was and was[key] != config[key]]  # fmt: skip
+    if around:
+        _warn(
+            f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
+            "if it had never stopped"
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, on the CPU, and what `write_tensors` was told about them."""
+    """The tensors of a safetensors file, on the CPU, and what `write_tensors` was told about them.
+
+    Raises RunError where it is damaged: where anything is other than when it was written.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        facts = _facts(path)
+        was = facts.pop("sha256", None)
+        if was is not None and was != digest(facts, *_parts(tensors)):
+            raise ValueError("its checksum is not that of its content: it is damaged")
+        return tensors, facts
+    except RunError:
+        raise
+    except Exception as error:  # damaged files raise all kinds of errors
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What `write_tensors` was told, unchecked: the tensors are not read."""
     import safetensors
 
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["genfuse"])
-            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        if not isinstance(facts, dict):
+            raise TypeError(f"its facts are no object: {facts!r:.60}")
+    except Exception as error:
         raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    return facts
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON-able facts. The facts are one entry, as safetensors writes several in any order."""
+    """Write tensors and JSON-able facts, with a checksum of all of it.
+
+    The facts are one entry, as safetensors writes several in any order.
+    """
     from safetensors.torch import save
 
-    with replacing(path) as beside:
-        beside.write_bytes(save(tensors, {"genfuse": json.dumps(facts)}))
+    sealed = {**facts, "sha256": digest(facts, *_parts(tensors))}
+    with replacing(path) as file:
+        file.write(save(tensors, {"genfuse": json.dumps(sealed)}))
+
+
+def _parts(tensors: dict[str, Tensor]) -> Iterator[Any]:
+    """Names, types, shapes and bytes of tensors, as a checksum takes them."""
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -232,7 +442,10 @@ class Checkpoint:
     facts: dict[str, Any]
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, keep: int | None = None) -> None:
+        """Write it into a folder. Of those that are there, ``keep`` - 1 stay as the ones before; None: all that are."""
+        if keep is not None:
+            self._move_on(path, keep)
         # Copies, since safetensors refuses tensors that share memory, as tied weights do.
         weights, others, best = (
             {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
@@ -240,84 +453,196 @@ class Checkpoint:
         )
         prefixed = {f"{kind}.{key}": t for kind, of in (("model", weights), ("best", best)) for key, t in of.items()}
         write_tensors(path / STATE, {**prefixed, **others}, self.facts)
-        write_tensors(path / WEIGHTS, best or weights, {"step": (self.facts["best"] if best else self.facts)["step"]})
+        facts = {"step": (self.facts["best"] if best else self.facts)["step"]}
+        facts |= {key: self.facts[key] for key in ("config",) if key in self.facts}
+        write_tensors(path / WEIGHTS, best or weights, facts)
+
+    @staticmethod
+    def _move_on(path: Path, keep: int) -> None:
+        """Make the last checkpoint the one before, that one the one before it, and so on. A kill loses none."""
+        for older in reversed(_before(path)):
+            number = int(BEFORE.fullmatch(older.name)[1]) + 1  # type: ignore[index]
+            if number >= keep:
+                older.unlink()
+            else:
+                os.replace(older, path / f"state-{number}.safetensors")
+        if keep > 1 and (path / STATE).is_file():
+            keep_as(path / STATE, "state-1.safetensors")
 
     @classmethod
-    def read(cls, path: Path) -> "Checkpoint":
-        tensors, facts = read_tensors(path / STATE)
+    def read(cls, path: Path, name: str = STATE) -> "Checkpoint":
+        """That of a run folder. Raises RunError, which names file and key, where it is damaged."""
+        tensors, facts = read_tensors(path / name)
+        demand(facts, FORMAT_OF_STATE, path / name)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "": {}}
-        for name, tensor in tensors.items():
-            kind, _, key = name.partition(".")
-            part, key = (kind, key) if kind in parts else ("", name)
+        for where, tensor in tensors.items():
+            kind, _, key = where.partition(".")
+            part, key = (kind, key) if kind in parts else ("", where)
             parts[part][key] = tensor
+        if parts["best"]:
+            demand(facts, {"best.step": int, "best.loss": float}, path / name)
         return cls(parts["model"], parts[""], facts, parts["best"])
 
+    @classmethod
+    def newest(cls, path: Path) -> "Checkpoint":
+        """The last one of a run folder, or where that is damaged the one before. A RunWarning says what was lost."""
+        try:
+            return cls.read(path)
+        except RunError as error:
+            damage = error
+        for older in _before(path):
+            try:
+                found = cls.read(path, older.name)
+            except RunError:
+                continue
+            _warn(
+                f"{damage}; going on from {older.name}, the checkpoint before, of step {found.facts['step']}: what was "
+                "trained after that is lost, and is trained again"
+            )
+            return found
+        raise damage
 
-def write_config(path: Path, config: dict[str, Any]) -> None:
-    with replacing(path / CONFIG) as beside:
-        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+def _before(path: Path) -> list[Path]:
+    """The checkpoints before the last one, the youngest first."""
+    found = {int(match[1]): each for each in path.iterdir() if (match := BEFORE.fullmatch(each.name))}
+    return [found[number] for number in sorted(found)]
 
 
 class Recorder:
-    """The writing side of a run folder."""
+    """The writing side of a run folder, for who has its lock."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, keep: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = path
+        self.path, self._keep_checkpoints = path, keep
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
         self._metrics = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
 
     @classmethod
-    def begin(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint) -> "Recorder":
-        """Make a new run folder with its first checkpoint. It appears whole; what was there before goes."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.new")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        write_config(beside, config)
-        checkpoint.write(beside)
-        shutil.rmtree(path, ignore_errors=True)
-        beside.rename(path)
-        sync_folder(path.parent)
-        return cls(path, checkpoint.facts["step"])
+    def begin(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint, keep: int) -> "Recorder":
+        """Make a new run with its first checkpoint. What a run before left there goes, and nothing else.
+
+        The new files are written first, so a disk that is full leaves the run before; config.json, without which it is
+        no run, goes first and comes last.
+        """
+        refuse_links(path, *OURS_WITHIN)
+        sweep(path)
+        with staging(path) as stage:
+            checkpoint.write(stage)
+            write_json(stage / CONFIG, config, indent=2)
+            _erase(path)
+            for name in (STATE, WEIGHTS, CONFIG):
+                os.replace(stage / name, path / name)
+        sync_folder(path)
+        return cls(path, checkpoint.facts["step"], keep)
 
     @classmethod
-    def continued(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint) -> "Recorder":
+    def continued(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint, keep: int) -> "Recorder":
         """Continue a run from its checkpoint: what it logged after that step is forgotten."""
         step = checkpoint.facts["step"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunWarning)  # who asked for the run has had them
+            entries = [entry for entry in Run(path).metrics() if entry["step"] <= step]
+        for name in ("", *OURS_WITHIN):
+            sweep(path / name)
         checkpoint.write(path)  # a kill may have left the weights of the one before beside its state
-        entries = [entry for entry in Run(path).metrics() if entry["step"] <= step]
-        with replacing(path / METRICS) as beside:
-            beside.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        write_config(path, config)
-        return cls(path, step)
+        with replacing(path / METRICS) as file:
+            file.write("".join(map(_line, entries)).encode("utf-8"))
+        write_json(path / CONFIG, config, indent=2)
+        return cls(path, step, keep)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
+        with named(self.path / METRICS):
+            self._metrics.write(_line(entry))
+            self._metrics.flush()
         prefix = "/".join(entry[key] for key in ("split", "player") if key in entry)
-        for key, value in entry.items():
-            if key not in ("step", "epoch", "split", "player"):
-                add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
-                add(f"{prefix}/{key}", value, entry["step"])
+        with named(self.path / TENSORBOARD):
+            for key, value in entry.items():
+                if key not in ("step", "epoch", "split", "player"):
+                    add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
+                    add(f"{prefix}/{key}", value, entry["step"])
 
     def keep(self, step: int, samples: Tensor) -> None:
         """Write what the model drew after ``step`` steps; `Run.progress` reads it."""
         (self.path / PROGRESS).mkdir(exist_ok=True)
-        with replacing(self.path / PROGRESS / f"{step:08}.npy") as beside, open(beside, "wb") as file:
+        with replacing(self.path / PROGRESS / f"{step:08}.npy") as file:
             np.save(file, samples.float().cpu().numpy())
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, once all that was logged up to its step is safe."""
-        os.fsync(self._metrics.fileno())
-        self._tensorboard.flush()
-        checkpoint.write(self.path)
+        with named(self.path / METRICS):
+            os.fsync(self._metrics.fileno())
+        with named(self.path / TENSORBOARD):
+            self._tensorboard.flush()
+        checkpoint.write(self.path, self._keep_checkpoints)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._tensorboard.close()
+        threading.excepthook = self._hook
+        try:
+            with named(self.path / METRICS):
+                self._metrics.close()
+        finally:
+            with named(self.path / TENSORBOARD):
+                self._tensorboard.close()
+
+    def _thread_failed(self, args: Any) -> None:
+        """TensorBoard writes in a thread, and raises here what goes wrong in it: it need not be told twice."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._hook(args)
+
+
+def _erase(path: Path) -> None:
+    """Remove what a run wrote to a folder, and the folders in it that are then empty."""
+    for name in (CONFIG, *sorted(each.name for each in path.iterdir() if OURS.fullmatch(each.name))):
+        (path / name).unlink(missing_ok=True)
+    for name, pattern in OURS_WITHIN.items():
+        sweep(path / name)
+        for file in (path / name).glob(pattern):
+            file.unlink()
+        if (path / name).is_dir() and not any((path / name).iterdir()):
+            (path / name).rmdir()
+
+
+def _half_begun(path: Path) -> bool:
+    """Whether a folder is what a kill leaves in the moment in which a run appears there, or replaces another."""
+    return not (path / CONFIG).exists() and any((each / CONFIG).is_file() for each in path.glob(".stage.*.new"))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """A line of metrics.jsonl, with a checksum of itself."""
+    said = json.dumps(entry)
+    return f'{said[:-1]}, "crc32": "{zlib.crc32(said.encode()):08x}"}}\n'
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    """What a line of metrics.jsonl says. Raises RunError, which names ``where`` and the key, for what is wrong."""
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: not JSON: {error or 'nested too deeply'}") from None
+    if not isinstance(entry, dict):
+        raise RunError(f"{where}: an object with step, epoch and split is wanted; got {shown(entry)}")
+    crc = entry.pop("crc32", None)
+    if crc is not None and crc != f"{zlib.crc32(json.dumps(entry).encode()):08x}":
+        raise RunError(f"{where}: its checksum crc32 is not that of the line, which is damaged: remove the line")
+    texts = {"warning": ("player", "name", "message"), "epoch": ()}.get(str(entry.get("split")), ("player",))
+    wanted = {"step": int, "epoch": int, "split": str, **dict.fromkeys(texts, str)}
+    wanted |= {key: float for key in entry if key not in (*wanted, "name", "message", "player")}
+    wanted |= {"loss": float} if texts == ("player",) else {}
+    # There may be a million lines, so the slow check, which makes the message, is of those that fail a quick one.
+    for key, kind in wanted.items():
+        value = entry.get(key)
+        if not isinstance(value, kind) or (isinstance(value, int) and value >= 2**63):
+            demand(entry, wanted, where)
+    return entry
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RunWarning, stacklevel=3)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -325,15 +650,56 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not path.exists():
         raise RunError(f"there is no run folder {path}")
+    refuse_links(path, *OURS_WITHIN)
     if not file.is_file():
         raise RunError(f"{path} is not a run folder, or half of one: it has no {CONFIG}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        version = config["version"]
-        if version == VERSION:
-            _ = [config[key] for key in ("genfuse", "model", "data", "training")]
-    except (ValueError, KeyError, TypeError) as error:
+        config = read_json(file)
+    except ValueError as error:
         raise RunError(f"{file} is not the {CONFIG} of a run: {type(error).__name__}: {error}") from None
+    return check_config(config, file)
+
+
+def check_config(config: Any, file: Path) -> dict[str, Any]:
+    """The content of the config.json of a run, where it is that. Raises RunError, which names file and key, if not."""
+    where = f"{file} is not the {CONFIG} of a run"
+    version = demand(config, {"version": Any}, where)["version"]
     if version != VERSION:
-        raise RunError(f"the run folder {path} is of version {version!r}; this genfuse {__version__} reads {VERSION}")
-    return config
+        raise RunError(
+            f"the run folder {file.parent} is of version {shown(version)}; this genfuse {__version__} reads {VERSION}"
+        )
+    demand(config, FORMAT, where)
+    _check_data(config["data"], where)
+    _check_training(config["training"], where)
+    checked: dict[str, Any] = config
+    return checked
+
+
+def _check_data(data: dict[str, Any], where: str) -> None:
+    if not 0 <= data["seed"] < 2**63:
+        raise RunError(f"{where}: 'data.seed' is {data['seed']}")
+    if (scaling := data["scaling"]) is None:
+        return
+    if unknown := scaling.keys() - FORMAT_OF_SCALING.keys():
+        raise RunError(f"{where}: 'data.scaling' has {', '.join(sorted(unknown))}, which are unknown")
+    demand({"data": data}, {f"data.scaling.{key}": kind for key, kind in FORMAT_OF_SCALING.items()}, where)
+    for key in ("mean", "std", "names"):
+        column = scaling[key]
+        if column is not None and [len(column)] != data["shape"]:
+            raise RunError(f"{where}: 'data.scaling.{key}' has {len(column)} columns, but the shape is {data['shape']}")
+    if not (all(map(math.isfinite, scaling["mean"])) and all(0 < std < math.inf for std in scaling["std"])):
+        raise RunError(f"{where}: 'data.scaling' has a mean that is not finite, or a std that is not positive")
+
+
+def _check_training(training: dict[str, Any], where: str) -> None:
+    from genfuse.training.trainer import Trainer
+
+    kinds = typing.get_type_hints(Trainer)
+    for key in training:
+        if key not in kinds:
+            raise RunError(f"{where}: 'training.{key}' is no option of the training that genfuse {__version__} knows")
+    demand({"training": training}, {f"training.{key}": kinds[key] for key in training}, where)
+    try:
+        Trainer(**training)
+    except SettingsError as error:
+        raise RunError(f"{where}: training: {error}") from None

@@ -4,7 +4,9 @@ import atexit
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from genfuse import pictures
-from genfuse.errors import SettingsError
+from genfuse._files import locked
+from genfuse.errors import RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel
 from genfuse.training import run
 from genfuse.training.loop import Loop, forked_rng
@@ -54,6 +57,8 @@ class Trainer:
     """Number format: 16-mixed needs CUDA; mixed keeps weights and data in float32."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; left out, one at the end of each epoch."""
+    keep_checkpoints: int = 2
+    """Checkpoints that the run folder holds: the last one and those before it, which stand in for a damaged one."""
     log_every: int = 50
     """Steps between two looks at the loss, each of which waits for the device; the end of an epoch is one too."""
     pictures: bool = True
@@ -66,7 +71,7 @@ class Trainer:
     """Replace the run in `out`."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "devices", "checkpoint_every", "log_every"):
+        for name in ("epochs", "steps", "batch_size", "devices", "checkpoint_every", "keep_checkpoints", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, got {value}")
@@ -92,11 +97,12 @@ class Trainer:
         """Train ``model`` on the training split of ``data``; returns the run folder where ``out`` is given, else None.
 
         The model is trained in place, and left on its device in evaluation mode with the weights that ``keep`` names.
-        torch's global generators are as before when it returns. The first interrupt (Ctrl-C, or SIGTERM) finishes the
-        step and saves a checkpoint before it takes effect; a second one takes effect at once.
+        torch's global generators are as before when it returns. The first interrupt (Ctrl-C, SIGTERM, or SIGHUP)
+        finishes the step and saves a checkpoint before it takes effect; a second one takes effect at once.
 
-        Raises SettingsError, DataError or RunError before anything is written, and NonFiniteLossError, with the
-        step, the term and the last checkpoint, at a loss that is NaN or infinite.
+        Raises SettingsError, DataError or RunError before anything is written: also where another process is writing
+        to the folder; NonFiniteLossError, with the step, the term and the last checkpoint, at a loss that is NaN or
+        infinite; and RunError, with the last checkpoint, where the folder cannot be written to, as on a full disk.
         """
         model.check_data(data)
         players = list(model.players())
@@ -129,17 +135,30 @@ class Trainer:
             raise SettingsError(
                 f"batch_size {self.batch_size} cannot be shared equally by {fabric.world_size} processes"
             )
-        with forked_rng(fabric.device):
+        with ExitStack() as stack:
+            if out is not None and fabric.is_global_zero:
+                stack.enter_context(locked(out))
+                run.claim(out, self.resume, self.overwrite)  # again: from here on nobody else writes
+                if self.resume and config is not None:
+                    run.check_same(out, config)
+            stack.enter_context(forked_rng(fabric.device))
             Loop(self, fabric, model, players, data).run(out, config)
             if out is None:
                 return None
             fabric.barrier()
             finished = run.Run(out)
             if self.pictures and fabric.is_global_zero:
-                copy = finished.model(fabric.device)
-                shown = finished.metrics(), finished.progress()
-                pictures.draw(out / run.PICTURES, copy, data.to(fabric.device), *shown)
+                self._draw(finished, data.to(fabric.device), fabric.device)
         return finished
+
+    @staticmethod
+    def _draw(finished: run.Run, data: "Dataset", device: torch.device) -> None:
+        try:
+            progress = finished.progress()
+        except RunError as error:  # which is no reason to go without the other pictures
+            warnings.warn(f"progress.png is not drawn: {error}", RunWarning, stacklevel=2)
+            progress = {}
+        pictures.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by in the update after ``step`` updates of ``total``."""
