@@ -11,7 +11,7 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow sanitize lint bench clean
 
 demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it learned
 	$(BIN)/genfuse train vae --data digits --out runs/demo --epochs 200 --model.latent-dim 10 --model.decoder discretized-logistic --overwrite
@@ -24,11 +24,14 @@ test: $(INSTALLED)  ## every test that takes seconds
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+sanitize: $(INSTALLED)  ## every kernel under sanitizers, those of CUDA on the emulator, and the fuzz
+	$(BIN)/python tests/cuda_emulator/sanitize.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* $(addprefix tests/cuda_emulator/,*.cpp *.cu include/*))
 
 bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json

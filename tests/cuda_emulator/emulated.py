@@ -1,4 +1,4 @@
-"""A plugin of pytest, and a module to import before genfuse: its "native" kernels are those of a build of build.py.
+"""A plugin of pytest, and a module to import before genfuse: its "native" kernels are those of a build of emulator.py.
 
     EMULATED=plain PYTHONPATH=tests/cuda_emulator python -m pytest -p emulated tests/ops
 
@@ -12,13 +12,14 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import build
+import emulator
 import torch
 
 VARIANT = os.environ.get("EMULATED", "plain")
-_file = build.module(VARIANT)
+_file = emulator.module(VARIANT)
 _spec = importlib.util.spec_from_file_location("genfuse._C", _file)
-assert _spec and _spec.loader
+assert _spec
+assert _spec.loader
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
@@ -52,13 +53,14 @@ if VARIANT == "cpu":
     sys.modules["genfuse._C"] = _module
 else:
     sys.modules["genfuse._C"] = _OnGPU("genfuse._C")
-    _own_is_cuda = torch.Tensor.is_cuda
+    _own_is_cuda: Any = torch.Tensor.is_cuda
     torch.Tensor.is_cuda = property(_is_cuda)  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(config: Any, items: list) -> None:
     """Keep the tests that are about an implementation of kernels: the native one, on the CPU."""
-    kept, others = [], []
+    kept: list[Any] = []
+    others: list[Any] = []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         ours = params.get("implementation") == "native" and params.get("device", "cpu") == "cpu"

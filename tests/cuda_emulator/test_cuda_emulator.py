@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import build
+import emulator
 import pytest
 from required import skip
 
 HERE = Path(__file__).resolve().parent
 
-MISTAKES = {  # what the emulator says of a kernel, or a sanitizer
+PLAIN = {  # what is said of a kernel with a mistake
     "no_barrier": "a result is wrong",
     "divergent_shuffle": "no thread can go on",
     "absent_lane": "reads lane 8, which is not there",
@@ -24,17 +24,20 @@ MISTAKES = {  # what the emulator says of a kernel, or a sanitizer
     "no_blocks": "invalid configuration",
     "much_shared": "invalid argument",
 }
-OF_SANITIZERS = {
-    "asan": {
+MISTAKES = {
+    "plain": PLAIN,
+    "asan": PLAIN
+    | {
         "not_aligned": "misaligned address",
-        "nowhere": "SEGV",
-        "beyond_shared": "heap-buffer-overflow",
+        "nowhere": "AddressSanitizer: SEGV",
+        "beyond_shared": "index 128 out of bounds",
         "beyond_dynamic": "heap-buffer-overflow",
         "beyond_memory": "heap-buffer-overflow",
     },
-    "tsan": {
+    "tsan": {name: message for name, message in PLAIN.items() if name != "not_aligned"}
+    | {
         "no_barrier": "data race",
-        "nowhere": "SEGV",
+        "nowhere": "ThreadSanitizer: SEGV",
         "race_in_memory": "data race",
         "no_barrier_before_reuse": "data race",
     },
@@ -42,7 +45,7 @@ OF_SANITIZERS = {
 
 
 @pytest.fixture(autouse=True)
-def _compiler():
+def _compiler() -> None:
     if not shutil.which("g++"):
         skip("native", "no g++: CUDA kernels run on the emulator only with it")
 
@@ -51,27 +54,36 @@ def _compiler():
     "variant", ["plain", pytest.param("asan", marks=pytest.mark.slow), pytest.param("tsan", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("order", [0, 1, 7])
-def test_planted_mistakes_are_found_and_what_is_right_passes(variant, order):
-    program = build.program(HERE / "mistakes.cu", variant)
-    mistakes = MISTAKES | OF_SANITIZERS.get(variant, {})
-    if variant == "tsan":
-        del mistakes["not_aligned"]
-    if variant != "tsan" and order == 1:
-        del mistakes["no_barrier"]  # goes well in this order
+def test_planted_mistakes_are_found_and_what_is_right_passes(variant: str, order: int) -> None:
+    program, mistakes = emulator.program(HERE / "mistakes.cu", variant), dict(MISTAKES[variant])
+    if order == 1 and variant != "tsan":
+        del mistakes["no_barrier"]  # backwards its result is right
     found = {}
     for name in ["right", *mistakes]:
         environment = {**os.environ, "EMULATOR_ORDER": str(order)}
         run = subprocess.run([program, name], env=environment, capture_output=True, text=True, check=False)
         found[name] = run.returncode, run.stdout + run.stderr
     assert found.pop("right") == (0, "")
-    missed = {name: found[name] for name, message in mistakes.items() if message not in found[name][1] or not found[name][0]}
+    missed = {name: found[name] for name, says in mistakes.items() if says not in found[name][1] or not found[name][0]}
     assert not missed
 
 
-def test_the_operators_tests_pass_on_emulated_cuda_kernels():
+def test_the_operators_tests_pass_on_emulated_cuda_kernels() -> None:
     environment = {**os.environ, "EMULATED": "plain", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "emulated", "-q", "-m", "not slow", "-r", "fE", build.ROOT / "tests/ops"]
-    run = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "emulated",
+        "-q",
+        "-m",
+        "not slow",
+        "-r",
+        "fE",
+        emulator.ROOT / "tests/ops",
+    ]
+    run = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         pytest.fail(f"{' '.join(map(str, command))}\n{run.stdout[-20_000:]}{run.stderr[-5_000:]}", pytrace=False)
     launches = int(run.stdout.split("emulated CUDA (plain): ")[1].split()[0])

@@ -1,4 +1,4 @@
-"""Builds genfuse's compiled module with sanitizers, or with its CUDA kernels on the emulator: python build.py [variant].
+"""Builds genfuse's compiled module with its CUDA kernels on the emulator, or with sanitizers: emulator.py VARIANT
 
 It needs g++ and pybind11, neither nvcc nor a GPU. Objects are kept in build/cuda_emulator of the checkout, and made
 anew when what they are made of changes.
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +78,9 @@ def _launches(text: str) -> str:
         name = " ".join(kernel.split())
         lines = "\n" * text[name_end:at].count("\n")
         function = f"[&](const auto&... emulated_arguments) {{ {kernel}(emulated_arguments...); }}"
-        call = f'::emulated::run("{name}", ::emulated::Grid({grid}), {function}{", " * bool(arguments.strip())}{arguments})'
+        if arguments.strip():
+            arguments = f", {arguments}"
+        call = f'::emulated::run("{name}", ::emulated::Grid({grid}), {function}{arguments})'
         text = text[:start] + lines + call + text[last + 1 :]
     return text
 
@@ -120,17 +123,18 @@ def rewrite(text: str) -> str:
     return _launches(text)
 
 
-def _compile(source: Path, flags: list[str], out: Path, headers: str) -> Path:
+def _compile(source: Path, flags: list[str], headers: str) -> Path:
     """The object of a source, which is made unless it is there."""
     command = [*_CXX, *flags, "-c", str(source)]
     key = hashlib.sha256("\0".join([*command, source.read_text(), headers]).encode()).hexdigest()[:16]
-    target = out / f"{source.parent.name}-{source.stem}-{key}.o"
+    target = BUILD / "objects" / f"{source.parent.name}-{source.stem}-{key}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
         run = subprocess.run([*command, "-o", str(unfinished)], cwd=ROOT, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{run.stderr}")
         unfinished.replace(target)
+    target.touch()
     return target
 
 
@@ -147,18 +151,19 @@ def _for_g_plus_plus(source: Path, target: Path, variant: str) -> None:
 
 def _link(jobs: list[tuple[Path, list[str]]], target: Path, flags: list[str], include: list[Path]) -> Path:
     """Compile sources, as many at a time as there are processors, and link them."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    (BUILD / "objects").mkdir(parents=True, exist_ok=True)
     headers = "\0".join(p.read_text() for d in include for s in ("*.h", "*.cuh") for p in sorted(d.rglob(s)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, target.parent, headers), jobs))
+        objects = list(pool.map(lambda job: _compile(job[0], job[1], headers), jobs))
     linked, names = target.with_suffix(".objects"), "\n".join(map(str, objects))
     if not target.exists() or not linked.exists() or linked.read_text() != names:
         unfinished = target.with_suffix(f".{os.getpid()}")
         subprocess.run(["g++", "-fopenmp", *flags, *map(str, objects), "-o", str(unfinished)], check=True)
         unfinished.replace(target)
         linked.write_text(names)
-        for old in set(target.parent.glob("*.o")) - set(objects):
-            old.unlink()
+    for old in (BUILD / "objects").iterdir():
+        if old.stat().st_mtime < time.time() - 7 * 24 * 3600:
+            old.unlink(missing_ok=True)
     return target
 
 
@@ -185,18 +190,20 @@ def module(variant: str, csrc: Path = ROOT / "csrc") -> Path:
         RuntimeError: for what g++ does not compile, with its messages.
     """
     out, flags = BUILD / variant, VARIANTS[variant]
-    common = [f"-I{out / 'src'}", f"-I{csrc}", *_MODULE]
+    common = [f"-I{csrc}", *_MODULE]
     cpp = [csrc / "bindings.cpp", *sorted(csrc.glob("*/cpu.cpp"))]
     if variant == "cpu":
         jobs = [(source, [*common, *flags]) for source in cpp]
     else:
         common.append("-DGENFUSE_CUDA")
-        jobs = [(source, [*common, "-O1"]) for source in cpp]
+        jobs = [(source, [*common, "-O0"]) for source in cpp]  # for what Python calls: nothing is run on the CPU
         for source in sorted([*csrc.rglob("*.cu"), *csrc.rglob("*.cuh")]):
             target = out / "src" / source.relative_to(csrc)
             if source.suffix == ".cu":
                 target = target.with_suffix(".cu.cpp")
-                jobs.insert(0, (target, [*common, *_CUDA, *flags]))  # what takes longest is begun first
+                jobs.insert(
+                    0, (target, [f"-I{out / 'src'}", *common, *_CUDA, *flags])
+                )  # what takes longest is begun first
             _for_g_plus_plus(source, target, variant)
         jobs.append(_emulator(variant))
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
