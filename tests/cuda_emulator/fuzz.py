@@ -63,8 +63,33 @@ class Case:
             found += outputs
         return [t.detach() for t in found]
 
+    @property
+    def first(self) -> Tensor:
+        return next(t for t in self.tensors.values() if t is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Case":
+        tensors = {k: t if t is None else change(t.detach()) for k, t in self.tensors.items()}
+        return Case(self.function, tensors, self.settings, self.order)
+
+    def rounded(self) -> "Case":
+        return self._mapped(lambda t: t.float().double())
+
+    def neighbour(self, seed: int) -> "Case":
+        make = torch.Generator().manual_seed(seed)
+
+        def moved(t: Tensor) -> Tensor:
+            return t * (1 + torch.finfo(t.dtype).eps * torch.randint(-1, 2, t.shape, generator=make))
+
+        near = self.rounded()._mapped(torch.Tensor.float) if self.dtype is torch.float64 else self
+        near = near._mapped(moved)
+        return near._mapped(torch.Tensor.double) if self.dtype is torch.float64 else near
+
     def __str__(self) -> str:
-        first = next(t for t in self.tensors.values() if t is not None)
+        first = self.first
         given = " ".join(k for k, t in self.tensors.items() if t is not None)
         strides = "" if first.is_contiguous() else f" strides {first.stride()}"
         what = f"{self.function.__name__}({given}) of {tuple(first.shape)}{strides} {first.dtype}"
@@ -196,45 +221,53 @@ OPERATORS = [
 ]  # fmt: skip
 
 
-def far(ours: Tensor, eager: Tensor, truth: Tensor, eager_in_float32: Tensor | None) -> str:
-    """What is wrong with a result, or nothing: the rule of tests/ops/test_operators.py."""
-    if ours.shape != eager.shape or ours.dtype != eager.dtype:
-        return f"{tuple(ours.shape)} {ours.dtype} in place of {tuple(eager.shape)} {eager.dtype}"
-    if not ours.numel():
-        return ""
-    if (ours.isnan() != eager.isnan()).any():
-        return f"{int(ours.isnan().sum())} NaN in place of {int(eager.isnan().sum())}"
-    finite = truth.isfinite() & eager.isfinite()
+def error(result: Tensor, truth: Tensor) -> float:
+    """The largest error, as a share of the largest value (of 1, if all are smaller)."""
+    finite = truth.isfinite() & result.isfinite()
     if not finite.any():
-        return ""
-    eps, scale = torch.finfo(ours.dtype).eps, truth[finite].abs().max().clamp(min=1)
-    error = lambda t: float((t.double() - truth)[finite].abs().max() / scale)  # noqa: E731
-    own, limit = error(ours), error(eager)
-    if eager_in_float32 is not None:  # the truth is rounded as it is
-        limit = error(eager_in_float32) * 2.0**-29
-    floor = {2: 1, 4: 16, 8: 64}[ours.dtype.itemsize] * eps
-    return f"{own / eps:.3g} eps, PyTorch {limit / eps:.3g}" if not own <= 2 * limit + floor else ""
+        return 0.0
+    return float((result.double() - truth)[finite].abs().max() / truth[finite].abs().max().clamp(min=1))
 
 
-def run(cases: list[Case]) -> list[str]:
-    """What is wrong."""
+def eager_errors(case: Case) -> list[float]:
+    """Of plain PyTorch in the dtype of a case, by result. In float64, of which the truth has as much: from float32."""
+    double = case.dtype is torch.float64
+    results = case.results(torch.float32 if double else None)
+    truth = case.rounded().results(torch.float64) if double else case.results(torch.float64)
+    return [error(a, b) * (2.0**-29 if double else 1) for a, b in zip(results, truth, strict=True)]
+
+
+def run(cases: list[Case], settled: list[str]) -> list[str]:
+    """What is wrong: by the rule of tests/ops/test_operators.py, an error of more than twice that of plain PyTorch.
+
+    The error of plain PyTorch is the largest at the case and at 16 neighbours, whose tensors differ by at most one unit
+    in the last place: where rounding errors grow a hundredfold, one of them is small by chance. What needs the
+    neighbours is told in ``settled``.
+    """
     with ops.use("native"):
         ours = [case.results() for case in cases]
     found = []
     with ops.use("reference"):
         for case, got in zip(cases, ours, strict=True):
-            first = next(iter(case.tensors.values()))
-            assert first is not None
-            eager, exact = case.results(), case.results(torch.float64)
-            if case.function is ops.bernoulli:  # draws are equal or not
-                found += [f"{case}: differs"] if not torch.equal(got[0], eager[0]) else []
+            plain = case.results()
+            if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in plain]:
+                found.append(f"{case}: other shapes or dtypes than PyTorch's")
                 continue
-            in_float32 = case.results(torch.float32) if first.dtype is torch.float64 else [None] * len(eager)
-            if not len(got) == len(eager) == len(exact):
-                found.append(f"{case}: {len(got)} results in place of {len(eager)}")
-            for i, (a, b, c, d) in enumerate(zip(got, eager, exact, in_float32, strict=False)):
-                if wrong := far(a, b, c.double(), d):
-                    found.append(f"{case}, result {i}: {wrong}")
+            if case.function is ops.bernoulli:  # draws are equal or not
+                found += [f"{case}: another draw"] if not torch.equal(got[0], plain[0]) else []
+                continue
+            truth, limits = case.results(torch.float64), eager_errors(case)
+            for i, (result, of_pytorch, exact) in enumerate(zip(got, plain, truth, strict=True)):
+                if (result.isnan() != of_pytorch.isnan()).any():
+                    found.append(f"{case}, result {i}: NaN where PyTorch has none, or the other way round")
+                    continue
+                eps, own = torch.finfo(result.dtype).eps, error(result, exact)
+                floor = {2: 1, 4: 16, 8: 64}[result.dtype.itemsize] * eps
+                if own > 2 * limits[i] + floor:
+                    around = max(eager_errors(case.neighbour(k))[i] for k in range(16))
+                    of = [f"{e / eps:.3g}" for e in (own, limits[i], around)]
+                    what = f"{case}, result {i}: {of[0]} eps, PyTorch {of[1]}, around it {of[2]}"
+                    (found if own > 2 * max(limits[i], around) + floor else settled).append(what)
     return found
 
 
@@ -243,6 +276,7 @@ def main() -> int:
     parser.add_argument("operators", nargs="*", default=[f.__name__ for f in OPERATORS])
     parser.add_argument("--share", type=float, default=1.0, help="of the cases, chosen at random")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="show also what is ill-conditioned")
     settings = parser.parse_args()
     random.seed(settings.seed)
     torch.use_deterministic_algorithms(True)  # what is allocated is full of NaN
@@ -251,14 +285,18 @@ def main() -> int:
         if operator.__name__ not in settings.operators:
             continue
         torch.manual_seed(settings.seed)
-        start, count, found = time.time(), 0, []
+        start, count, found, settled = time.time(), 0, [], []
         chosen = (case for case in operator() if random.random() < settings.share)
         while some := list(itertools.islice(chosen, 200)):
             count += len(some)
-            found += run(some)
+            found += run(some, settled)
         wrong += len(found)
-        print(f"{operator.__name__}: {count} cases, {len(found)} wrong, {time.time() - start:.0f} s", flush=True)
-        for line in found[:20]:
+        print(
+            f"{operator.__name__}: {count} cases, {len(found)} results wrong, {len(settled)} ill-conditioned, "
+            f"{time.time() - start:.0f} s",
+            flush=True,
+        )
+        for line in found[:20] + settled * settings.verbose:
             print("  ", line)
     return int(wrong > 0)
 
