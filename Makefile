@@ -12,7 +12,7 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-.PHONY: demo test test-slow fuzz fuzz-training faults lint bench clean
+.PHONY: demo test test-slow sanitize fuzz fuzz-training faults lint bench clean
 
 demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it learned
 	$(BIN)/genfuse train vae --data digits --out runs/demo --epochs 200 --model.latent-dim 10 --model.decoder discretized-logistic --overwrite
@@ -34,11 +34,14 @@ faults: $(INSTALLED)  ## kills, full disks, flipped bits, two writers: prints th
 fuzz-training: $(INSTALLED)  ## 1,000 short trainings under settings and data that go wrong in practice
 	$(BIN)/python tests/fuzz_training.py --trainings 1000
 
+sanitize: $(INSTALLED)  ## every kernel under sanitizers, those of CUDA on the emulator, and the fuzz
+	$(BIN)/python tests/cuda_emulator/sanitize.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* $(addprefix tests/cuda_emulator/,*.cpp *.cu include/*))
 
 bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json
