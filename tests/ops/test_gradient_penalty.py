@@ -1,14 +1,16 @@
-"""The penalty of a critic: the chain of transposed layers beside double backward, and what it cannot take."""
+"""The penalty of a critic: the chain of transposed operations beside double backward, and what it cannot take."""
 
 import copy
 import logging
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from genfuse.nn import Residual, WithContext
 from genfuse.ops import _gradient_penalty as module
@@ -137,20 +139,163 @@ def gradients(penalty, critic):
     return torch.autograd.grad(penalty, list(critic.parameters()), materialize_grads=True, allow_unused=True)
 
 
+def check(critic, x, *y):
+    """Value and gradients are those of double backward."""
+    ours, truth = input_gradient(critic, x, *y), by_autograd(critic, x, *y)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+    if isinstance(critic, nn.Module):
+        for a, b in zip(gradients(penalty_of(ours), critic), gradients(penalty_of(truth), critic), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 @pytest.fixture(autouse=True)
 def no_notes(monkeypatch):
     monkeypatch.setattr(module, "_noted", set())
+    monkeypatch.setattr(module, "_located", set())
 
 
 @pytest.mark.parametrize("name", CRITICS)
 def test_the_chain_is_double_backward_to_rounding(name, caplog):
     critic, x = make(name)
-    critic.eval()  # spectral normalisation holds still
-    ours, truth = input_gradient(critic, x), by_autograd(critic, x)
+    check(critic.eval(), x)  # in which spectral normalisation holds still
     assert not caplog.records  # no fallback
-    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
-    for a, b in zip(gradients(penalty_of(ours), critic), gradients(penalty_of(truth), critic), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+class Calls(nn.Module):
+    """A critic around an operation, which gets the output of a linear layer, (N, 2, 6, 6), and may have a weight."""
+
+    def __init__(self, operation, *weight):
+        super().__init__()
+        self.first, self.operation = nn.Linear(8, 72), operation
+        self.weight = nn.Parameter(torch.randn(weight)) if weight else None
+        self.last = nn.LazyLinear(1, bias=False)
+
+    def forward(self, x):
+        h = self.first(x).view(-1, 2, 6, 6)
+        h = self.operation(h) if self.weight is None else self.operation(h, self.weight)
+        return self.last(h.flatten(1)).squeeze(1)
+
+
+OPERATIONS = {  # functions, and the shape of a weight
+    "relu": (F.relu,),
+    "relu_": (lambda h: F.relu_(h * 1),),
+    "relu_ of a view": (lambda h: F.relu_(h),),
+    "leaky_relu": (lambda h: F.leaky_relu(h, 0.2),),
+    "leaky_relu_": (lambda h: F.leaky_relu_(h + 1, 0.2),),
+    "relu6": (F.relu6,),
+    "hardtanh_": (lambda h: F.hardtanh_(h * 2),),
+    "threshold": (lambda h: F.threshold(h, 0.1, 0.3),),
+    "prelu": (F.prelu, 2),
+    "prelu, one slope": (F.prelu, 1),
+    "clamp": (lambda h: h.clamp(-0.5, 0.5),),
+    "clamp_": (lambda h: (h * 1).clamp_(max=0.3),),
+    "clamp_min": (lambda h: h.clamp_min(0.0),),
+    "abs": (torch.abs,),
+    "where": (lambda h: torch.where(h > 0, h, -3 * h),),
+    "mask": (lambda h: h * (h > 0),),
+    "max": (lambda h: h.max(1)[0],),
+    "dropped": (lambda h: h.masked_fill(h < 0, 0.5),),
+    "gain": (lambda h, w: h * w, 1),
+    "gains": (lambda h, w: w * h, 2, 1, 1),
+    "shift": (lambda h, w: h - w, 2, 1, 6),
+    "quotient": (lambda h, w: h / w.exp(), 2, 1, 6),
+    "constants": (lambda h: 3 - (-h) / 4 + 2,),
+    "broadcast": (lambda h, w: h[:, :1] * w, 3, 6, 6),
+    "in place": (lambda h: h.clone().mul_(2).add_(h),),
+    "matmul": (torch.matmul, 6, 5),
+    "matmul from the left": (lambda h, w: w @ h, 5, 6),
+    "matrix and vector": (torch.matmul, 6),
+    "batched": (lambda h, w: torch.bmm(h[:, 0], w.expand(len(h), 6, 4)), 6, 4),
+    "baddbmm": (lambda h, w: torch.baddbmm(h[:, 1], h[:, 0], w.expand(len(h), 6, 6), beta=2, alpha=3), 6, 6),
+    "addmm": (lambda h, w: torch.addmm(h[:, 0, 0], h[:, 1, 1], w, beta=0.5, alpha=2), 6, 6),
+    "einsum": (lambda h, w: torch.einsum("nchw,hk->nckw", h, w), 6, 3),
+    "linear": (F.linear, 4, 6),
+    "bilinear in a constant": (lambda h, w: F.linear(h, w * w.sum()), 3, 6),
+    "conv1d": (lambda h, w: F.conv1d(h[:, 0], w, stride=2, dilation=2, padding=3), 3, 6, 3),
+    "conv2d": (lambda h, w: F.conv2d(h, w, stride=(2, 3), padding=(1, 0)), 3, 2, 3, 2),
+    "grouped": (lambda h, w: F.conv2d(h, w, groups=2, padding=1), 4, 1, 3, 3),
+    "padded to the same": (lambda h, w: F.conv2d(h, w, padding="same"), 3, 2, 2, 4),
+    "conv3d": (lambda h, w: F.conv3d(h[:, None], w, stride=(1, 2, 2), dilation=(1, 2, 1)), 3, 1, 2, 2, 3),
+    "conv_transpose1d": (lambda h, w: F.conv_transpose1d(h[:, 0], w, stride=2, padding=1), 6, 3, 3),
+    "conv_transpose2d": (
+        lambda h, w: F.conv_transpose2d(h, w, stride=(2, 3), padding=1, output_padding=(1, 2)),
+        2,
+        3,
+        4,
+        3,
+    ),
+    "grouped conv_transpose2d": (
+        lambda h, w: F.conv_transpose2d(h, w, stride=1, dilation=2, output_padding=1, groups=2),
+        2,
+        2,
+        2,
+        2,
+    ),
+    "conv_transpose3d": (lambda h, w: F.conv_transpose3d(h[:, None], w, stride=2), 1, 2, 2, 3, 2),
+    "avg_pool": (lambda h: F.avg_pool2d(h, 3, 2, 1, ceil_mode=True),),
+    "avg_pool3d": (lambda h: F.avg_pool3d(h, 2),),
+    "max_pool": (lambda h: F.max_pool2d(h, 3, 2, 1),),
+    "max_pool1d": (lambda h: F.max_pool1d(h[:, 0], 2),),
+    "max_pool3d": (lambda h: F.max_pool3d(h, 2),),
+    "adaptive": (lambda h: F.adaptive_avg_pool2d(h, (4, 3)),),
+    "adaptive in 3": (lambda h: F.adaptive_avg_pool3d(h, (1, 4, 3)),),
+    "area": (lambda h: F.interpolate(h, 4, mode="area"),),
+    "adaptive max": (lambda h: F.adaptive_max_pool2d(h, 4),),
+    "adaptive max in 3": (lambda h: F.adaptive_max_pool3d(h, 2),),
+    "adaptive max in 1": (lambda h: F.adaptive_max_pool1d(h[:, 0], 4),),
+    "nearest": (lambda h: F.interpolate(h, scale_factor=2),),
+    "smaller": (lambda h: F.interpolate(h, scale_factor=0.5),),
+    "bilinear": (lambda h: F.interpolate(h, scale_factor=2, mode="bilinear"),),
+    "aligned": (lambda h: F.interpolate(h, 9, mode="bilinear", align_corners=True),),
+    "antialiased": (lambda h: F.interpolate(h, 4, mode="bilinear", antialias=True),),
+    "bicubic": (lambda h: F.interpolate(h, 8, mode="bicubic"),),
+    "blur": (
+        lambda h: F.conv2d(F.pad(h, (1, 1, 1, 1), "reflect"), torch.ones(2, 1, 3, 3).to(h) / 9, stride=2, groups=2),
+    ),
+    "zeros around": (lambda h: F.pad(h, (1, 2, 0, -1)),),
+    "reflect": (lambda h: F.pad(h, (2, 1, 1, 2), "reflect"),),
+    "replicate": (lambda h: F.pad(h, (2, 1, 1, 2), "replicate"),),
+    "circular": (lambda h: F.pad(h, (2, 1, 1, 2), "circular"),),
+    "reflect in 1": (lambda h: F.pad(h[:, 0], (2, 1), "reflect"),),
+    "replicate in 3": (lambda h: F.pad(h, (1,) * 6, "replicate"),),
+    "pixel_shuffle": (lambda h: F.pixel_shuffle(h.repeat(1, 2, 1, 1), 2),),
+    "pixel_unshuffle": (lambda h: F.pixel_unshuffle(h, 2),),
+    "unfold": (lambda h: F.unfold(h, 3, padding=1),),
+    "fold": (lambda h: F.fold(F.unfold(h, 2), 6, 2),),
+    "slices": (lambda h: h[:, :, 1:, ::2],),
+    "index": (lambda h: h[:, [1, 0, 1], :, 2],),
+    "select": (lambda h: h[:, 0, -1],),
+    "permute": (lambda h: h.permute(0, 3, 1, 2).reshape(len(h), -1)[:, 5:],),
+    "transpose": (lambda h: h.mT.contiguous(),),
+    "squeeze": (lambda h: h[:, :1].squeeze(1).unsqueeze(-1).expand(-1, -1, -1, 3),),
+    "flip": (lambda h: h.flip(2).roll(1, 3),),
+    "split": (lambda h: torch.cat([h.split(4, 2)[1], h.chunk(3, 2)[0]], 2),),
+    "unbind": (lambda h: torch.stack([part * k for k, part in enumerate(h.unbind(3))], 1),),
+    "sums": (lambda h: h.sum((2, 3)) + h.mean((2, 3), keepdim=True).flatten(1),),
+    "cumsum": (lambda h: h.cumsum(2),),
+    "cat": (lambda h: torch.cat([h, h.relu()], 1),),
+    "lerp": (lambda h: torch.lerp(h, h.relu(), 0.3),),
+    "residual": (lambda h, w: 0.7 * h + F.conv2d(F.relu(h), w, padding=1) * 0.7, 2, 2, 3, 3),
+    "written slice": (lambda h: h.clone().index_fill_(1, torch.tensor([0]), 0.0) + 1,),
+    "slice in place": (lambda h: sliced(h.clone()),),
+    "to and fro": (lambda h: h.to(torch.float64).type_as(h),),
+}
+
+
+def sliced(h):
+    h[:, 0] *= 2
+    h[:, 1, 2:].relu_()
+    return h
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_piecewise_linear_operation_is_double_backward_to_rounding(name, caplog):
+    torch.manual_seed(0)
+    operation, *weight = OPERATIONS[name]
+    critic, x = Calls(operation, *weight).double(), torch.randn(5, 8, dtype=torch.float64)
+    critic(x)
+    check(critic, x)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", CRITICS)
@@ -178,31 +323,99 @@ def test_both_agree_at_ties(activation):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return Square.apply(x)
+
+
+class Product(nn.Module):
+    def forward(self, x):
+        return x * x.roll(1, 1)
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        x = x[:, None]
+        return F.scaled_dot_product_attention(x, x, x)[:, 0]
+
+
+class Spread(nn.Module):
+    """The standard deviation over the batch, as StyleGAN's critic has it."""
+
+    def forward(self, x):
+        return torch.cat([x[:, 1:], x.std(0).mean().expand(len(x), 1)], 1)
+
+
 @pytest.mark.parametrize(
-    "critic",
+    ("layer", "operation", "advice"),
     [
-        nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)),
-        nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 1)),
-        nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.Linear(6, 1)),
-        nn.Sequential(nn.Linear(5, 6), nn.Softplus(), nn.Linear(6, 1)),
+        (nn.Tanh(), "Tanh", "such as ReLU or LeakyReLU"),
+        (nn.Sigmoid(), "Sigmoid", "such as ReLU or LeakyReLU"),
+        (nn.Softplus(), "Softplus", "such as ReLU or LeakyReLU"),
+        (nn.GELU(), "Gelu", "such as ReLU or LeakyReLU"),
+        (nn.SiLU(), "Silu", "such as ReLU or LeakyReLU"),
+        (nn.ELU(), "Elu", "such as ReLU or LeakyReLU"),
+        (nn.LayerNorm(6), "NativeLayerNorm", "leave it out, or normalise the weights instead"),
+        (nn.GroupNorm(2, 6), "NativeGroupNorm", "leave it out, or normalise the weights instead"),
+        (nn.BatchNorm1d(6), "NativeBatchNorm", "leave it out, or normalise the weights instead"),
+        (nn.Softmax(1), "Softmax", "leave attention out"),
+        (Product(), "Mul", "one of its two factors must not depend on x"),
+        (Attention(), "", "leave attention out"),
+        (Spread(), "Std", "a piecewise linear operation"),
+        (Custom(), "Square", "a piecewise linear operation of PyTorch"),
     ],
-    ids=lambda critic: type(critic[1]).__name__,
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_any_other_critic_is_differentiated_twice_and_noted_once(critic, caplog):
-    critic = critic.double()
+def test_any_other_critic_is_differentiated_twice_and_noted_once(layer, operation, advice, caplog):
+    critic = nn.Sequential(nn.Linear(5, 6), nn.Sequential(layer, nn.ReLU()), nn.Linear(6, 1)).double()
     x = torch.randn(4, 5, dtype=torch.float64)
     with caplog.at_level(logging.WARNING, logger="genfuse"):
         ours = input_gradient(critic, x)
         input_gradient(critic, x)
     (record,) = caplog.records
-    assert "differentiates Sequential twice" in record.getMessage()
-    assert f"its {type(critic[1]).__name__} is no such layer" in record.getMessage()
-    assert "batch norm" not in record.getMessage()
+    assert "gradient_penalty differentiates Sequential twice" in record.getMessage()
+    assert f"{operation} in 1.0 ({type(layer).__name__}): " in record.getMessage()
+    assert advice in record.getMessage()
     torch.testing.assert_close(ours, by_autograd(critic, x))
     for a, b in zip(
         gradients(penalty_of(ours), critic), gradients(penalty_of(by_autograd(critic, x)), critic), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_all_that_is_in_the_way_is_named_at_once(caplog):
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU())
+            self.last = nn.Linear(6, 1)
+
+        def forward(self, x):
+            return self.last(torch.sigmoid(self.main(x)))
+
+    input_gradient(Critic(), torch.randn(4, 5))
+    assert "NativeLayerNorm in main.1 (LayerNorm): leave it out" in caplog.text
+    assert "Sigmoid in its forward: use a piecewise linear operation" in caplog.text
+
+
+def test_a_function_that_is_differentiated_twice_is_named(caplog):
+    def score(x):
+        return x.square().sum(1)
+
+    torch.testing.assert_close(input_gradient(score, x := torch.randn(4, 5)), 2 * x)
+    assert "differentiates score twice" in caplog.text
+    assert "Pow: use a piecewise linear operation" in caplog.text
 
 
 def test_batch_norm_is_said_to_couple_the_examples(caplog):
@@ -211,9 +424,20 @@ def test_batch_norm_is_said_to_couple_the_examples(caplog):
     assert "its batch norm couples the examples" in caplog.text
 
 
-class Twice(Residual):
-    def forward(self, x):
-        return 2 * super().forward(x)
+def test_batch_norm_by_earlier_averages_is_linear(caplog):
+    critic = nn.Sequential(
+        nn.Conv1d(2, 6, 3),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.BatchNorm1d(18, affine=False),
+        nn.Linear(18, 1),
+    )
+    critic = critic.double()
+    x = torch.randn(4, 2, 5, dtype=torch.float64)
+    critic(x)
+    check(critic.eval(), x)
+    assert not caplog.records
 
 
 class Squared(nn.Linear):
@@ -258,29 +482,230 @@ def changed():
         (hooked(), (5,)),
         (hooked_before(), (5,)),
         (changed(), (5,)),
-        (nn.Sequential(Twice(nn.Linear(5, 5)), nn.Linear(5, 1)), (5,)),
-        (
-            nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(32, 1)),
-            (1, 4, 4),
-        ),
-        (nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"), nn.Flatten(), nn.Linear(32, 1)), (1, 4, 4)),
     ],
-    ids=[
-        "overridden",
-        "own sequential",
-        "own convolution",
-        "hook",
-        "hook before",
-        "instance",
-        "own residual",
-        "circular",
-        "uneven",
+    ids=["overridden", "own sequential", "own convolution", "hook", "hook before", "instance"],
+)
+def test_a_layer_that_only_looks_linear_is_not_taken_for_it(critic, shape, caplog):
+    critic, x = critic.double(), torch.randn(4, *shape, dtype=torch.float64)
+    check(critic, x)
+    assert len(caplog.records) == 1
+
+
+class Caogang(nn.Module):
+    """As in caogang/wgan-gp: flat images, convolutions, and a view before the last layer."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        layers = []
+        for before, after in ((1, width), (width, 2 * width), (2 * width, 4 * width)):
+            layers += [nn.Conv2d(before, after, 5, stride=2, padding=2), nn.ReLU(True)]
+        self.main, self.last, self.features = nn.Sequential(*layers), nn.Linear(16 * 4 * width, 1), 16 * 4 * width
+
+    def forward(self, x):
+        out = self.main(x.view(-1, 1, 28, 28))
+        return self.last(out.view(-1, self.features)).view(-1)
+
+
+class Eriklindernoren(nn.Module):
+    """As in eriklindernoren/PyTorch-GAN's wgan_gp: images to vectors by a view."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Linear(36, 12), nn.LeakyReLU(0.2, inplace=True), nn.Linear(12, 8), nn.LeakyReLU(0.2, inplace=True)]
+        self.model = nn.Sequential(*layers, nn.Linear(8, 1))
+
+    def forward(self, img):
+        img_flat = img.view(img.shape[0], -1)
+        return self.model(img_flat)
+
+
+class Functional(nn.Module):
+    """A residual critic that calls functions, with one block used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.same = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.wider, self.short = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 1, bias=False)
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x):
+        h = self.first(x)
+        for _ in range(2):
+            h = h + 0.1 * self.same(F.relu(h, inplace=False))
+        h = F.avg_pool2d(self.wider(F.relu(h)), 2) + self.short(F.interpolate(h, scale_factor=0.5, mode="bilinear"))
+        return self.last(F.relu_(h).sum((2, 3)))
+
+
+class Projection(nn.Module):
+    """Labels as a map beside the image, and by an inner product with the features (arXiv 1802.05637)."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.inner = nn.Embedding(4, 36), nn.Embedding(4, 5)
+        self.conv = parametrizations.weight_norm(nn.Conv2d(2, 5, 3, stride=2))
+        self.last = parametrizations.spectral_norm(nn.Linear(5, 1))
+
+    def forward(self, x, y):
+        h = torch.cat([x, self.map(y).view(-1, 1, 6, 6)], 1)
+        h = F.leaky_relu(self.conv(h), 0.2).mean((2, 3))
+        return self.last(h) + (h * self.inner(y)).sum(1, keepdim=True)
+
+
+class Biased(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        return F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
+
+
+class R3GAN(nn.Module):
+    """Grouped convolutions, activations that hold the bias, a filter that halves, and scaled branches (2501.05441)."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 1, bias=False)
+        self.widen, self.mix = nn.Conv2d(width, 2 * width, 1, bias=False), nn.Conv2d(2 * width, width, 1, bias=False)
+        self.grouped = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=4, bias=False)
+        self.active, self.again = Biased(2 * width), Biased(2 * width)
+        self.basis, self.last = nn.Conv2d(width, width, 4, groups=width, bias=False), nn.Linear(width, 1, bias=False)
+        self.gain = nn.Parameter(torch.tensor(0.3))
+        self.register_buffer(
+            "filter", torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.gain * self.mix(self.again(self.grouped(self.active(self.widen(x)))))
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), self.filter.expand(x.shape[1], 1, 4, 4), stride=2, groups=x.shape[1])
+        return self.last(self.basis(x).flatten(1)).view(x.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("critic", "shape", "labels"),
+    [
+        (Caogang, (784,), False),
+        (Eriklindernoren, (1, 6, 6), False),
+        (Functional, (3, 8, 8), False),
+        (Projection, (1, 6, 6), True),
+        (R3GAN, (3, 8, 8), False),
     ],
 )
-def test_a_layer_that_only_looks_known_is_not_taken_for_it(critic, shape, caplog):
-    critic, x = critic.double(), torch.randn(4, *shape, dtype=torch.float64)
-    torch.testing.assert_close(input_gradient(critic, x), by_autograd(critic, x))
-    assert len(caplog.records) == 1
+def test_critics_with_a_forward_of_their_own_are_double_backward_to_rounding(critic, shape, labels, caplog):
+    torch.manual_seed(0)
+    critic, x = critic().double().eval(), torch.randn(6, *shape, dtype=torch.float64)
+    y = [torch.arange(6) % 4] * labels
+    check(critic, x, *y)
+    gradient_penalty(critic, x, x + 1, *y).backward()
+    for frozen in [*critic.parameters()][1::2]:
+        frozen.requires_grad_(False)
+    trained = nn.ParameterList(p for p in critic.parameters() if p.requires_grad)
+    wanted = gradients(penalty_of(by_autograd(critic, x, *y)), trained)
+    for a, b in zip(gradients(penalty_of(input_gradient(critic, x, *y)), trained), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert not caplog.records
+
+
+def test_a_critic_may_branch_on_what_it_sees_and_be_a_function(caplog):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x, *, depth):
+            for layer in self.layers[: depth if x.sum() > 0 else 1]:
+                x = F.relu(layer(x)) + x
+            return x.sum(1)
+
+    critic = Branching().double()
+    for sign in (1, -1):
+        check(critic_of := lambda x: critic(x, depth=3), x := sign * torch.rand(4, 5).double())
+        for a, b in zip(
+            gradients(penalty_of(input_gradient(critic_of, x)), critic),
+            gradients(penalty_of(by_autograd(critic_of, x)), critic),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert not caplog.records
+
+
+def test_what_is_written_into_a_view_may_be_anything(caplog):
+    critic = Calls(lambda h: logistic(h.clone())).double()
+    critic(x := torch.randn(5, 8, dtype=torch.float64))
+    check(critic, x)
+    assert not caplog.records
+
+
+def logistic(h):
+    h[:, 0].tanh_()
+    return h
+
+
+def test_layers_may_be_computed_again_in_the_backward_pass(caplog):
+    critic = Calls(lambda h: checkpoint(lambda h: F.leaky_relu(h * 2), h, use_reentrant=False)).double()
+    critic(x := torch.randn(5, 8, dtype=torch.float64))
+    check(critic, x)
+    assert not caplog.records
+
+
+def test_functions_work_under_autocast(caplog):
+    torch.manual_seed(0)
+    critic, x = R3GAN(), torch.randn(6, 3, 8, 8)
+    truth = gradients(penalty_of(by_autograd(critic, x)), critic)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradient = input_gradient(critic, x)
+    assert gradient.dtype == x.dtype
+    for ours, wanted in zip(gradients(penalty_of(gradient), critic), truth, strict=True):
+        assert (ours - wanted).norm() <= 0.2 * wanted.norm()
+    assert not caplog.records
+
+
+def test_it_keeps_no_graph_of_the_examples():
+    """Nothing that the critic has computed from x is reached from the gradient, nor alive."""
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            seen.append(weakref.ref(x.untyped_storage()))
+            return x
+
+    critic = nn.Sequential(nn.Linear(5, 7), Watched(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 1))
+    gradient = input_gradient(critic, torch.randn(4, 5))
+    nodes, found = [gradient.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        found.add(type(node).__name__)
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert found == {"MmBackward0", "ThresholdBackwardBackward0", "AccumulateGrad"}
+    assert seen[0]() is None
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.Tanh()], ids=["chain", "twice"])
+def test_it_works_in_inference_mode(activation):
+    critic, x = nn.Sequential(nn.Linear(5, 4), activation, nn.Linear(4, 1)), torch.randn(6, 5)
+    with torch.inference_mode():
+        gradient = input_gradient(critic, x + 0)
+    torch.testing.assert_close(gradient, by_autograd(critic, x).detach())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2, inplace=True), nn.Softplus()])
+def test_transforms_of_torch_func_have_its_derivatives(activation):
+    torch.manual_seed(0)
+    critic, x = nn.Sequential(nn.Linear(5, 4), activation, nn.Linear(4, 1)).double(), torch.randn(6, 5).double()
+    parameters = dict(critic.named_parameters())
+
+    def penalty(parameters, x):
+        return penalty_of(input_gradient(lambda x: torch.func.functional_call(critic, parameters, (x,)), x))
+
+    ours = torch.func.grad(penalty)(parameters, x)
+    truth = gradients(penalty_of(by_autograd(critic, x)), critic)
+    for a, b in zip(ours.values(), truth, strict=True):
+        torch.testing.assert_close(a, b)
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}  # an ensemble
+    both = torch.func.vmap(penalty, (0, None))(stacked, x)
+    torch.testing.assert_close(both[0], penalty(parameters, x))
+    torch.testing.assert_close(both[1], penalty({name: 2 * p for name, p in parameters.items()}, x))
 
 
 def test_a_function_is_a_critic_too():
@@ -478,6 +903,12 @@ def test_no_examples_make_no_error():
             r"critic must return one number per example, \(4,\) or \(4, 1\), got shape \(4, 2\)",
         ),
         ({"critic": lambda x: x}, r"critic must return one number per example"),
+        (
+            {"critic": nn.Conv2d(1, 1, 2), "real": torch.zeros(4, 1, 3, 3), "at": "real"},
+            r"one number per example, \(4,\) or \(4, 1\), got shape \(4, 1, 2, 2\)",
+        ),
+        ({"critic": lambda x: x.detach().sum(1)}, "critic must depend on x, got an output without gradients"),
+        ({"critic": lambda x: nn.Linear(5, 1)(x.detach())}, "critic must depend on x, got an output that does not"),
         ({"y": torch.zeros(3)}, r"y must have a row for each of the 4 examples, got shape \(3,\)"),
         ({"y": torch.zeros(4)}, r"y must be None for a critic that takes no labels, Linear, got shape \(4,\)"),
         ({"real": torch.zeros(4, 5).long(), "at": "real"}, "real must be float32, .* got torch.int64"),

@@ -18,6 +18,8 @@ from genfuse.nn._denoisers import DenoisingMLP as DenoisingMLP
 from genfuse.nn._denoisers import NoiseEmbedding as NoiseEmbedding
 from genfuse.nn._denoisers import UNet as UNet
 from genfuse.nn._ema import EMA as EMA
+from genfuse.nn._gan import Residual as Residual
+from genfuse.nn._gan import WithContext as WithContext
 from genfuse.nn._gan import dcgan_critic as dcgan_critic
 from genfuse.nn._gan import dcgan_generator as dcgan_generator
 from genfuse.nn._gan import mlp_critic as mlp_critic
@@ -32,8 +34,6 @@ from genfuse.nn._image import Squeeze as Squeeze
 from genfuse.nn._linear import ActNorm as ActNorm
 from genfuse.nn._linear import LULinear as LULinear
 from genfuse.nn._linear import Permutation as Permutation
-from genfuse.nn._linearized import Residual as Residual
-from genfuse.nn._linearized import WithContext as WithContext
 from genfuse.nn._mlp import mlp as mlp
 from genfuse.nn._planar import Planar as Planar
 from genfuse.nn._planar import Radial as Radial

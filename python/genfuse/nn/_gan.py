@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
-
-from genfuse.nn._linearized import Residual
 
 SLOPE = 0.2  # of leaky ReLUs
 WIDEST = 8  # times the width at the finest resolution
@@ -108,6 +107,43 @@ def resnet_critic(shape: Image, channels: int, layer_norm: bool = False, labels:
         # A 1 x 1 convolution and a mean commute too.
         layers.append(Residual(branch, nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1))))
     return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(widths[-1] * math.prod(base), 1))
+
+
+class Residual(nn.Module):
+    """branch(x) + shortcut(x); the identity for no shortcut.
+
+    Raises ValueError where one of them would overwrite the x that the other reads.
+    """
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch, nn.Identity() if shortcut is None else shortcut
+        for name, part in self.named_children():
+            first = next(layer for layer in part.modules() if not [*layer.children()])
+            if getattr(first, "inplace", False):
+                raise ValueError(f"{name} must not overwrite its input: it begins with {first}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.branch(x)
+
+
+class WithContext(nn.Module):
+    """A network that is shown (x, context), the context (N, C) as more features of vectors, or channels of images.
+
+    Of examples (N, ...) that are neither, or with ``planes`` false, it sees all cells as features.
+    """
+
+    def __init__(self, network: nn.Module, planes: bool) -> None:
+        super().__init__()
+        self.network, self.planes = network, planes
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        context = context.to(x.dtype)
+        if self.planes:
+            together = [x, context[:, :, None, None].expand(-1, -1, *x.shape[2:])]
+        else:
+            together = [x.flatten(1), context]
+        return self.network(torch.cat(together, 1))
 
 
 class Crop(nn.Module):

@@ -1,191 +1,408 @@
-"""The gradient of a critic in its input, and the penalty on its norm, without double backward where that can be."""
+"""The gradient of a critic in its input, and the penalty on its norm, without double backward if that can be.
 
+The critic is called as it is, and what it computes from x is read from the graph that autograd records. If all of that
+is piecewise linear, the gradient is the product of the transposed operations, none of which leads back to x.
+"""
+
+import inspect
 import logging
-from collections.abc import Callable
-from functools import partial
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
 from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from genfuse.ops import _op
 from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty
 from genfuse.ops._interpolate import interpolate
 
-Pull = Callable[[Tensor], Tensor]  # from the gradient for a layer's output to that for its input
+Node = Any  # an operation in autograd's graph, torch.autograd.graph.Node, with what it has saved
+Depends = dict[Node | None, bool]  # whether what an operation has computed depends on x
+Gradients = Sequence[Tensor | None]
+VJP = Callable[..., Gradients]  # of a node, Depends, and the gradients for its outputs: the gradients for its inputs
+Check = Callable[[Node, Depends], bool]  # whether an operation is piecewise linear in what depends on x
 Where = Literal["interpolated", "real", "fake"]
 
 _log = logging.getLogger("genfuse")
-_noted: set[tuple[type, type]] = set()  # critics and layers that the log has named
+_noted: set[tuple[str, ...]] = set()  # critics, and what is in their way, that the log has named
+_located: set[type] = set()  # critics that have run once with an eye on which layer does what
+_aten = torch.ops.aten
 
 
-def _weight(layer: Any) -> Tensor:
-    """Read once a call: with spectral normalisation each reading takes a step of its iteration."""
-    with torch.enable_grad():
-        for hook in layer._forward_pre_hooks.values():  # of a normalisation: `_obstacle` lets no other pass
-            hook(layer, ())
-        return layer.weight
+@cache
+def _saved_names(kind: Any) -> tuple[str, ...] | None:
+    """What operations of a class save for their derivative; None if it does not show."""
+    shows = re.fullmatch(r"\w+Backward\d+|CopyBackwards", kind.__name__)
+    return tuple(name for name in dir(kind) if name.startswith("_saved_")) if shows else None
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pull]:
-    weight, dtype = _weight(layer), x.dtype  # which autocast may narrow
-    return F.linear(x, weight, layer.bias), lambda g: (g @ weight).to(dtype)
+def _saves_nothing_of_x(node: Node, depends: Depends) -> bool:
+    """Whether the derivative is made of nothing that depends on x; then the operation, whichever it is, is linear."""
+    names = _saved_names(node.__class__)
+    if names is None:
+        return False
+    for name in names:
+        saved = getattr(node, name)
+        for value in saved if isinstance(saved, tuple) else (saved,):
+            if isinstance(value, Tensor) and depends.get(value.grad_fn, True):
+                return False
+    return True
 
 
-def _padding(layer: Any) -> tuple[int, ...] | None:
-    """Cells of zeros that a convolution adds on both sides of each axis; None where it adds anything else."""
-    after, before = layer._reversed_padding_repeated_twice[::-2], layer._reversed_padding_repeated_twice[-2::-2]
-    return tuple(before) if layer.padding_mode == "zeros" and [*before] == [*after] else None
+def _constant(*inputs: int) -> Check:
+    return lambda node, depends: not any(depends[node.next_functions[k][0]] for k in inputs)
 
 
-def _conv(layer: Any, x: Tensor, dims: int) -> tuple[Tensor, Pull]:
-    weight, padding, dtype = _weight(layer), _padding(layer), x.dtype
-    assert padding is not None, "`_obstacle` lets no other pass"
-    y = layer._conv_forward(x, weight, layer.bias)
-    sizes = x.shape[-dims:], y.shape[-dims:], layer.kernel_size, layer.stride, padding, layer.dilation
-    left_over = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in zip(*sizes, strict=True)]
-    transposed = getattr(F, f"conv_transpose{dims}d")
-    settings = None, layer.stride, padding, left_over, layer.groups, layer.dilation
-    return y, lambda g: transposed(g, weight, *settings).to(dtype)
+def _not_both(left: int, right: int) -> Check:
+    return lambda node, depends: not (depends[node.next_functions[left][0]] and depends[node.next_functions[right][0]])
 
 
-def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pull]:
-    y = F.relu(x)
-    return y, lambda g: torch.ops.aten.threshold_backward(g, y, 0)
+def _fit(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
+    """Undo the broadcasting and the promotion of dtypes in an operation of several inputs."""
+    fitted: list[Tensor | None] = []
+    for (before, output), g in zip(node.next_functions, gradients, strict=True):
+        if g is not None and depends[before]:
+            wanted = before._input_metadata[output]
+            g = g.sum_to_size(torch.Size(wanted.shape)).to(wanted.dtype)
+        fitted.append(g)
+    return fitted
 
 
-def _leaky_relu(layer: nn.LeakyReLU, x: Tensor) -> tuple[Tensor, Pull]:
-    slope = layer.negative_slope
-    return F.leaky_relu(x, slope), lambda g: torch.ops.aten.leaky_relu_backward(g, x, slope, False)
+def _as_recorded(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
+    """Right for every operation, and ordinary double backward if what it has saved depends on x."""
+    result = node(*gradients)
+    return _fit(node, depends, *result) if isinstance(result, tuple) else (result,)
 
 
-def _dropout(layer: Any, x: Tensor) -> tuple[Tensor, Pull]:
-    if not (layer.training and layer.p):
-        return _reshape(layer, x)
-    noise = layer(torch.ones_like(x))
-    return x * noise, lambda g: g * noise
+def _mul(node: Node, depends: Depends, g: Tensor) -> Gradients:
+    left = depends[node.next_functions[0][0]]
+    products = (g * node._saved_other.conj(), None) if left else (None, g * node._saved_self.conj())
+    return _fit(node, depends, *products)
 
 
-def _reshape(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
-    shape = x.shape
-    return layer(x), lambda g: g.reshape(shape)
+def _div(node: Node, depends: Depends, g: Tensor) -> Gradients:
+    return _fit(node, depends, g / node._saved_other.conj(), None)
 
 
-def _pool(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
-    y, pull = torch.func.vjp(layer, x)  # type: ignore[misc]  # linear in g, and has no weights
-    return y, lambda g: pull(g)[0]
+def _transposed(factor: Tensor, made_by: Node) -> Tensor:
+    """The factor's adjoint: of a parameter that a linear layer has transposed, the parameter itself."""
+    source: Any = made_by.next_functions[0][0] if type(made_by).__name__ == "TBackward0" else None
+    return source.variable if hasattr(source, "variable") else factor.mH
 
 
-def _sequential(layer: nn.Sequential, x: Tensor) -> tuple[Tensor, Pull]:
-    pulls = []
-    for child in layer:
-        x, pull = trace(child, x)
-        pulls.append(pull)
+def _matmul(left: str, right: str) -> VJP:
+    def vjp(node: Node, depends: Depends, g: Tensor) -> Gradients:
+        (by_left, _), (by_right, _) = node.next_functions[-2:]
+        if depends[by_left]:
+            return g @ _transposed(getattr(node, right), by_right), None
+        return None, _transposed(getattr(node, left), by_left) @ g if depends[by_right] else None
 
-    def all_pulls(g: Tensor) -> Tensor:
-        for pull in reversed(pulls):
-            g = pull(g)
-        return g
-
-    return x, all_pulls
+    return vjp
 
 
-# By what is called, which a subclass may have replaced.
-_LAYERS: dict[Any, Callable[[Any, Tensor], tuple[Tensor, Pull]]] = {
-    nn.Linear.forward: _linear,
-    nn.Conv1d.forward: partial(_conv, dims=1),
-    nn.Conv2d.forward: partial(_conv, dims=2),
-    nn.Conv3d.forward: partial(_conv, dims=3),
-    nn.ReLU.forward: _relu,
-    nn.LeakyReLU.forward: _leaky_relu,
-    nn.Dropout.forward: _dropout,
-    nn.Dropout2d.forward: _dropout,
-    nn.Flatten.forward: _reshape,
-    nn.Unflatten.forward: _reshape,
-    nn.Identity.forward: _reshape,
-    nn.AvgPool1d.forward: _pool,
-    nn.AvgPool2d.forward: _pool,
-    nn.AvgPool3d.forward: _pool,
-    nn.AdaptiveAvgPool1d.forward: _pool,
-    nn.AdaptiveAvgPool2d.forward: _pool,
-    nn.AdaptiveAvgPool3d.forward: _pool,
-    nn.MaxPool1d.forward: _pool,
-    nn.MaxPool2d.forward: _pool,
-    nn.MaxPool3d.forward: _pool,
-    nn.Sequential.forward: _sequential,
+def _added_matmul(left: str, right: str) -> VJP:
+    """Of beta * added + alpha * left @ right."""
+    product = _matmul(left, right)
+
+    def vjp(node: Node, depends: Depends, g: Tensor) -> Gradients:
+        added = g * node._saved_beta if depends[node.next_functions[0][0]] else None
+        return added, *product(node, depends, g if node._saved_alpha == 1 else g * node._saved_alpha)
+
+    return vjp
+
+
+def _convolution(node: Node, depends: Depends, g: Tensor) -> Gradients:
+    weight, back = node._saved_weight, not node._saved_transposed
+    before, output = node.next_functions[0]
+    size, dims = before._input_metadata[output].shape[2:], weight.dim() - 2
+    settings = node._saved_stride, node._saved_padding, node._saved_dilation
+    stride, padding, dilation = (value * dims if len(value) == 1 else value for value in settings)
+    cells = zip(size, g.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    left_over = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) if back else 0 for n, m, k, s, p, d in cells]
+    y = torch.convolution(g, weight, None, stride, padding, dilation, back, left_over, node._saved_groups)
+    for axis, n in enumerate(size, start=2):  # there may be more where output_padding exceeds the stride
+        y = y if y.shape[axis] == n else y.narrow(axis, 0, n)
+    return y, None, None
+
+
+def _prelu(node: Node, depends: Depends, g: Tensor) -> Gradients:
+    return torch.where(node._saved_self.detach() > 0, g, node._saved_weight * g), None
+
+
+def _batch_norm(node: Node, depends: Depends, g: Tensor, *_: Any) -> Gradients:
+    scale, weight = (node._saved_running_var + node._saved_eps).rsqrt(), node._saved_weight
+    scale = scale if weight is None else scale * weight
+    return g * scale.view(-1, *[1] * (g.dim() - 2)), None, None
+
+
+def _cut(vjp: Callable[..., Tensor], *names: str) -> tuple[VJP, None]:
+    """Of an operation whose slope or choice is locally constant: ``vjp(g, ...)`` gets what it has saved, by name."""
+    names = tuple(f"_saved_{name}" for name in names)
+
+    def of_node(node: Node, depends: Depends, g: Tensor, *_: Any) -> Gradients:
+        saved = [getattr(node, name) for name in names]
+        return (vjp(g, *[value.detach() if isinstance(value, Tensor) else value for value in saved]),)
+
+    return of_node, None
+
+
+def _clamp(g: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    return torch.where(x.clamp(low, high) == x, g, 0)
+
+
+_leaky = _aten.leaky_relu_backward.default
+_POOL = "self", "kernel_size", "stride", "padding"
+_OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass `_saves_nothing_of_x`
+    "CopySlices": (_as_recorded, None),  # an operation in place on a view, which it hides
+    "MulBackward0": (_mul, _not_both(0, 1)),
+    "DivBackward0": (_div, _constant(1)),
+    "MmBackward0": (_matmul("_saved_self", "_saved_mat2"), _not_both(0, 1)),
+    "BmmBackward0": (_matmul("_saved_self", "_saved_mat2"), _not_both(0, 1)),
+    "AddmmBackward0": (_added_matmul("_saved_mat1", "_saved_mat2"), _not_both(1, 2)),
+    "BaddbmmBackward0": (_added_matmul("_saved_batch1", "_saved_batch2"), _not_both(1, 2)),
+    "MvBackward0": (_as_recorded, _not_both(0, 1)),
+    "ConvolutionBackward0": (_convolution, _constant(1, 2)),
+    "NativeBatchNormBackward0": (_batch_norm, lambda node, depends: not node._saved_training),
+    "PreluKernelBackward0": (_prelu, _constant(1)),
+    "ReluBackward0": _cut(lambda g, y: _aten.threshold_backward.default(g, y, 0), "result"),
+    "LeakyReluBackward0": _cut(lambda g, x, slope: _leaky(g, x, slope, False), "self", "negative_slope"),
+    "LeakyReluBackward1": _cut(lambda g, y, slope: _leaky(g, y, slope, True), "result", "negative_slope"),  # in place
+    "ThresholdBackward0": _cut(_aten.threshold_backward.default, "self", "threshold"),
+    "HardtanhBackward0": _cut(_aten.hardtanh_backward.default, "self", "min_val", "max_val"),
+    "ClampBackward1": _cut(_clamp, "self", "min", "max"),
+    "ClampMinBackward0": _cut(_clamp, "self", "min"),
+    "ClampMaxBackward0": _cut(lambda g, x, high: _clamp(g, x, None, high), "self", "max"),
+    "AbsBackward0": _cut(lambda g, x: g * x.sgn(), "self"),
+}
+for _d in (2, 3):
+    for _name, _operator, _saved in (
+        (f"AvgPool{_d}D", f"avg_pool{_d}d", (*_POOL, "ceil_mode", "count_include_pad", "divisor_override")),
+        (f"AdaptiveAvgPool{_d}D", f"_adaptive_avg_pool{_d}d", ("self",)),
+        (f"MaxPool{_d}DWithIndices", f"max_pool{_d}d_with_indices", (*_POOL, "dilation", "ceil_mode", "result1")),
+        (f"AdaptiveMaxPool{_d}D", f"adaptive_max_pool{_d}d", ("self", "result1")),
+    ):
+        _OPERATIONS[f"{_name}Backward0"] = _cut(getattr(_aten, f"{_operator}_backward").default, *_saved)
+for _d in (1, 2, 3):
+    for _name in ("reflection", "replication"):
+        _operator = getattr(_aten, f"{_name}_pad{_d}d_backward").default
+        _OPERATIONS[f"{_name.title()}Pad{_d}DBackward0"] = _cut(_operator, "self", "padding")
+
+
+def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP]], Depends, list[Node]]:
+    """What was computed from x, which ``start`` has made, on the way to ``root``: each operation after those that it
+    takes from, with its vector-Jacobian product; what depends on x; and the operations that are not piecewise linear.
+    """
+    depends: Depends = {start: True, None: False}
+    order: list[tuple[Node, VJP]] = []
+    obstacles: list[Node] = []
+    stack = [root]
+    while stack:
+        node, of_x, ready = stack[-1], False, True
+        for before, _ in node.next_functions:
+            known = depends.get(before)
+            if known:
+                of_x = True
+            elif known is None and before.next_functions:
+                stack.append(before)
+                ready = False
+            else:  # a parameter
+                depends[before] = False
+        if ready:
+            stack.pop()
+            if node in depends:
+                continue
+            depends[node] = of_x
+            if of_x:
+                vjp, check = _OPERATIONS.get(type(node).__name__, (_as_recorded, _saves_nothing_of_x))
+                order.append((node, vjp))
+                if check is not None and not check(node, depends):
+                    obstacles.append(node)
+    return order, depends, obstacles
+
+
+def _pull(gradients: dict[tuple[Node, int], Tensor], order: list[tuple[Node, VJP]], depends: Depends) -> None:
+    """Carry the gradients for the last operation back to x. Forget each with all that it has saved when it is done."""
+    while order:
+        node, vjp = order.pop()
+        del depends[node]
+        outputs = len(node._input_metadata) if vjp is _as_recorded else 1
+        given = [gradients.pop((node, output), None) for output in range(outputs)]
+        if all(g is None for g in given):
+            continue
+        for edge, g in zip(node.next_functions, vjp(node, depends, *given), strict=True):
+            if g is not None and depends[edge[0]]:
+                gradients[edge] = gradients[edge] + g if edge in gradients else g
+
+
+@contextmanager
+def _layers_told_apart(critic: Callable[..., Tensor]) -> Iterator[list[tuple[int, int, str]]]:
+    """Each call of a layer, inner ones first: the numbers of its first node and of the next one after it; its name.
+
+    Of a class of critics only the first time, since it takes hooks on all layers.
+    """
+    calls: list[tuple[int, int, str]] = []
+    begun: list[int] = []
+    number, handles = torch.autograd._get_sequence_nr, []
+    if isinstance(critic, nn.Module) and type(critic) not in _located:
+        _located.add(type(critic))
+        for name, layer in critic.named_modules():
+            text = f"{name} ({type(layer).__name__})" if name else "its forward"
+
+            def leave(*_: Any, text: str = text) -> None:
+                calls.append((begun.pop(), number(), text))
+
+            handles.append(layer.register_forward_pre_hook(lambda *_: begun.append(number()), prepend=True))
+            handles.append(layer.register_forward_hook(leave))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_ADVICE = {  # by the operation; the first that fits
+    r"Mul|Mm|Bmm|Addmm|Baddbmm|Mv|Div|Convolution|PreluKernel": "one of its two factors must not depend on x",
+    r".*(Batch|Layer|Group|Rms)Norm": "leave it out, or normalise the weights instead (spectral_norm, weight_norm)",
+    r".*Softmax|.*Attention.*": "leave attention out",
+    r".*": "use a piecewise linear operation of PyTorch instead, such as ReLU or LeakyReLU for an activation",
 }
 
 
-def _says_how(layer: nn.Module) -> bool:
-    """Whether it has ``linearized``, of the class that its ``forward`` is of."""
-    for kind in type(layer).__mro__:
-        if "linearized" in kind.__dict__ or "forward" in kind.__dict__:
-            return "linearized" in kind.__dict__
-    return False
+def _note(critic: Callable[..., Tensor], obstacles: list[Node], calls: list[tuple[int, int, str]]) -> None:
+    name = getattr(critic, "__name__", type(critic).__name__)
+    found: dict[str, str] = {}
+    for node in obstacles:
+        operation = re.sub(r"Backward\d*$", "", type(node).__name__)
+        where = next((f" in {text}" for first, last, text in calls if first <= node._sequence_nr() < last), "")
+        advice = next(advice for pattern, advice in _ADVICE.items() if re.fullmatch(pattern, operation))
+        found.setdefault(operation, f"{operation}{where}: {advice}")
+    if (key := (name, *sorted(found))) in _noted:
+        return
+    _noted.add(key)
+    batch_norm = isinstance(critic, nn.Module) and any(isinstance(layer, _BatchNorm) for layer in critic.modules())
+    _log.warning(
+        "gradient_penalty differentiates %s twice, which is slower than the one pass that it takes for piecewise "
+        "linear critics. In its way: %s%s",
+        name,
+        "; ".join(found.values()),
+        "; its batch norm couples the examples, so that no gradient is that of one example alone" * batch_norm,
+    )
 
 
-def _obstacle(layer: nn.Module) -> nn.Module | None:
-    """The first layer in it whose Jacobian is not locally constant, as far as is known here. Runs nothing: a layer that
-    draws noise or keeps count of its calls must not run twice."""
-    hooks = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, SpectralNorm | WeightNorm)]
-    if hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return layer
-    if "forward" in layer.__dict__:  # of this one alone
-        return layer
-    if type(layer).forward is nn.Sequential.forward or _says_how(layer):
-        return next(filter(None, map(_obstacle, layer.children())), None)
-    known = type(layer).forward in _LAYERS
-    if known and isinstance(layer, _ConvNd):
-        standard = getattr(nn, f"Conv{len(layer.kernel_size)}d")
-        known = type(layer)._conv_forward is standard._conv_forward and _padding(layer) is not None
-    return None if known else layer
+def _scores(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
+    """The critic's output, one number per example."""
+    try:
+        out = critic(x, *y)
+    except TypeError:
+        if y and not _takes(critic, x, *y):
+            raise ValueError(
+                f"y must be None for a critic that takes no labels, {type(critic).__name__}, got shape "
+                f"{tuple(y[0].shape)}"
+            ) from None
+        raise
+    n, shape = len(x), tuple(out.shape)
+    if shape not in ((n,), (n, 1)):
+        raise ValueError(f"critic must return one number per example, ({n},) or ({n}, 1), got shape {shape}")
+    return out
 
 
-def trace(layer: nn.Module, x: Tensor, *y: Tensor) -> tuple[Tensor, Pull]:
-    """A layer's output at x, and its transposed Jacobian there, as a function that is differentiable in the weights.
-
-    What a module's own method ``linearized(trace, x, *y)`` does, which composes those of its children; or what is known
-    here. To be called without gradients. Activations overwrite nothing, even those that are set to.
-    """
-    if _says_how(layer):
-        return layer.linearized(trace, x, *y)  # type: ignore[operator]
-    if y:
-        raise ValueError(
-            f"y must be None for a critic that takes no labels, {type(layer).__name__}, got shape {tuple(y[0].shape)}"
-        )
-    return _LAYERS[type(layer).forward](layer, x)
+def _takes(critic: Callable[..., Tensor], *arguments: Tensor) -> bool:
+    try:
+        inspect.signature(critic.forward if isinstance(critic, nn.Module) else critic).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
-@_disable_dynamo  # which cannot do this; torch.compiler.disable would import all of it here, for seconds
-def _differentiated_twice(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+@_disable_dynamo  # torch.compiler.disable would import all of it here, for seconds
+def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool) -> Tensor:
+    x = x.detach().requires_grad_()
+    # The critic may overwrite the result of an operation, unlike a leaf or a view of one.
+    shown = _aten._unsafe_view.default(x, x.shape) if ours else x.clone()
+    start = shown.grad_fn
+    with _layers_told_apart(critic) as calls:
+        out = _scores(critic, shown, *y)
+    del shown
+    if out.grad_fn is None:
+        raise ValueError("critic must depend on x, got an output without gradients")
+    ones, last = torch.ones_like(out), (out.grad_fn, out.output_nr)
+    order, depends, obstacles = _operations(out.grad_fn, start)
+    if obstacles:
+        _note(critic, obstacles, calls)
+        return torch.autograd.grad(out, x, ones, create_graph=True)[0]
+    gradients: dict[Any, Tensor] = {last: ones}
+    del out, last
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # each as wide as it was
+        _pull(gradients, order, depends)
+    if (start, 0) not in gradients:
+        raise ValueError("critic must depend on x, got an output that does not")
+    return gradients[start, 0]
+
+
+@_disable_dynamo
+def _without_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        x, *labels = (tensor.clone() if tensor.is_inference() else tensor for tensor in (x, *y))  # saved by autograd
         x = x.detach().requires_grad_()
-        out = critic(x.clone(), *y)  # the first layer may overwrite what it is given
-        _complain_unless_scores(out, x)
-        return torch.autograd.grad(out, x, torch.ones_like(out), create_graph=create_graph)[0]
+        out = _scores(critic, x.clone(), *labels)
+        return torch.autograd.grad(out, x, torch.ones_like(out))[0]
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    y = torch.where(input <= 0, negative_slope * input if negative_slope else 0.0, input)
+    return input.copy_(y) if inplace else y
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _leaky_relu(input, 0.0, inplace)
+
+
+class _ActivationsAsChoices(TorchFunctionMode):
+    """The derivative of a choice has none in x. That of an activation has zeros, which compilers carry back to x."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = {F.relu: _relu, F.leaky_relu: _leaky_relu}.get(function, function)
+        return function(*args, **(kwargs or {}))
+
+
+def _transformed(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
+    """In torch.compile and the transforms of torch.func, where there is no graph to read."""
+
+    def scores(x: Tensor) -> Tensor:
+        with _ActivationsAsChoices():
+            return _scores(critic, x.clone(), *y)
+
+    out, pull = torch.func.vjp(scores, x.detach())  # type: ignore[misc]
+    return pull(torch.ones_like(out))[0]
 
 
 def input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
     r"""The gradient of a critic in its input, :math:`\nabla_x f(x)`, differentiable in the critic's parameters.
 
-    A critic of linear and convolution layers (zero padding), ReLU or LeakyReLU, pools, dropout, Flatten and Unflatten,
-    in nn.Sequential or in modules that say how they are put together (method ``linearized``, as `genfuse.nn.Residual`
-    has it), is piecewise linear: its Jacobian is locally constant. Then the gradient is made by a chain of the
-    transposed layers, whose backward pass is an ordinary one, and holds no graph of x. Weights may have spectral or
-    weight normalisation. Any other critic, such as one with smooth activations, normalisation of features, hooks or
-    code of its own, is differentiated twice by autograd; the log names the layer, once. Both have the same values, at
-    the kinks of the activations too. The result is not differentiable in x.
+    A critic whose operations are piecewise linear in x has a Jacobian that is locally constant: linear layers and
+    convolutions of any kind, the ReLU family, pools, padding, resampling, dropout, reshapes, slices, sums, residual
+    connections, and products with anything that does not depend on x, such as learned gains, normalised weights or
+    embedded labels. Then the gradient is a chain of the transposed operations, whose backward pass is an ordinary one,
+    and holds no graph of x. How the critic is written does not matter: what it did is read from autograd's graph. A
+    critic with any other operation, such as a smooth activation, a normalisation of features, attention or an
+    autograd.Function, is differentiated twice by autograd; the log says once which operation that was, in which layer,
+    and what to do. Both have the same values, at the kinks of the activations too. In torch.compile and in the
+    transforms of torch.func, which have no such graph, every critic is differentiated twice, which costs little for
+    ReLU and LeakyReLU. The result is not differentiable in x.
 
     Args:
         critic: f; ``critic(x)``, or ``critic(x, y)`` where labels are given, is (N,) or (N, 1), and treats each example
-            by itself. It is called once, or as if it were. Of a critic that torch.compile made, the original is taken.
+            by itself. It is called once. Of a critic that torch.compile made, the original is taken. Hooks of its
+            layers run; hooks on the gradients of tensors inside it only where it is differentiated twice.
         x: (N, ...), float32, float64, float16 or bfloat16.
         y: labels (N,), or whatever the critic takes, with N rows.
 
@@ -194,42 +411,22 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None = 
 
     Raises:
         ValueError: for x of another dtype or y of another length, and where the critic does not return one number per
-            example.
+            example that depends on x.
     """
+    return _input_gradient(critic, x, y)
+
+
+def _input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None, ours: bool = False) -> Tensor:
+    """``ours`` is an x that nobody else reads, so that the critic may overwrite it."""
     _op.complain_unless_like(x, "x")
     if y is not None and y.shape[:1] != x.shape[:1]:
         raise ValueError(f"y must have a row for each of the {len(x)} examples, got shape {tuple(y.shape)}")
     critic, labels = getattr(critic, "_orig_mod", critic), () if y is None else (y,)
-    obstacle = _obstacle(critic) if isinstance(critic, nn.Module) else critic
-    if obstacle is not None:
-        _note(critic, obstacle)
-        return _differentiated_twice(critic, x, *labels)
-    with torch.no_grad():
-        out, pull = trace(critic, x.detach(), *labels)  # type: ignore[arg-type]
-    _complain_unless_scores(out, x)
-    return pull(torch.ones_like(out))
-
-
-def _note(critic: Callable[..., Tensor], obstacle: Callable[..., Tensor]) -> None:
-    names = type(critic), type(obstacle)
-    if names in _noted:
-        return
-    _noted.add(names)
-    batch_norm = isinstance(critic, nn.Module) and any(isinstance(layer, _BatchNorm) for layer in critic.modules())
-    _log.warning(
-        "gradient_penalty differentiates %s twice, which is slower than the chain of transposed layers that it uses "
-        "for critics of linear layers, convolutions, pools and ReLU or LeakyReLU: its %s is no such layer, or has hooks"
-        "%s",
-        *(kind.__name__ for kind in names),
-        "; its batch norm couples the examples, so that no gradient is that of one example alone" * batch_norm,
-    )
-
-
-def _complain_unless_scores(out: Tensor, x: Tensor) -> None:
-    if tuple(out.shape) not in ((len(x),), (len(x), 1)):
-        raise ValueError(
-            f"critic must return one number per example, ({len(x)},) or ({len(x)}, 1), got shape {tuple(out.shape)}"
-        )
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return _transformed(critic, x, *labels)
+    if not torch.is_grad_enabled():
+        return _without_graph(critic, x, *labels)
+    return _by_graph(critic, x, *labels, ours=ours)
 
 
 def gradient_penalty(
@@ -275,5 +472,5 @@ def gradient_penalty(
     else:
         x = real if fake is None or at == "real" else fake
         _op.complain_unless_like(x, at)
-    gradient = input_gradient(critic, x, y)
+    gradient = _input_gradient(critic, x, y, ours=at == "interpolated")
     return gradient_norm_penalty(gradient, target=target, one_sided=one_sided, reduction=reduction)
