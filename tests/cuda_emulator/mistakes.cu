@@ -1,8 +1,8 @@
 // Kernels that are right, and kernels with a mistake each, which the emulator or a sanitizer must find: mistakes NAME
 #include <cstdio>
 #include <cstdlib>
-#include <stdexcept>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -14,7 +14,8 @@ constexpr int kThreads = 128;
 template <int Lanes, class T>
 __global__ void __launch_bounds__(kThreads) row_sums(const T* x, T* y, int cols) {  // a second dimension of the grid
   __shared__ alignas(16) T tile[Lanes][kThreads / Lanes], again[kThreads];
-  const int in_block = threadIdx.x / Lanes, row = blockIdx.y * (kThreads / Lanes) + in_block, lane = threadIdx.x % Lanes;
+  const int in_block = threadIdx.x / Lanes, row = blockIdx.y * (kThreads / Lanes) + in_block,
+            lane = threadIdx.x % Lanes;
   T s = 0;
 #pragma unroll
   for (int i = lane; i < cols; i += Lanes) s += __ldg(x + row * cols + i);

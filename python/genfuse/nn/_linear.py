@@ -1,6 +1,7 @@
 """Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from genfuse.nn._transform import Transform
 from genfuse.ops import actnorm, fused
 
 # Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up.
-_reorder = fused(
+_reorder: Callable = fused(
     "reorder(Tensor x, Tensor order, Tensor back) -> Tensor",
     formula=lambda x, order, back: x.index_select(1, order),
     results=lambda x, order, back: torch.empty_like(x, memory_format=torch.contiguous_format),

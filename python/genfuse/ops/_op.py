@@ -25,7 +25,7 @@ from torch._C import _get_tracing_state as tracing
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import _profiler_enabled as profiled  # type: ignore[attr-defined]
+from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.utils import _python_dispatch as modes
@@ -231,7 +231,7 @@ def fused(
     lists = any("[" in kind for kind in kinds[:tensors])
     outputs = returns.count("Tensor")
     short = name.rpartition("::")[2]
-    others = others or {}
+    elsewhere = others or {}
     problem = problem or (lambda *given: given)
     native = _C if native is None and name.startswith("genfuse::") else native
 
@@ -350,9 +350,9 @@ def fused(
             else:
                 made = differentiated(needed, cotangents, every[outputs:])
             if True not in needed[1 + wrt :]:
-                return (None, *made, *rest)
-            more = [others[i](*every) if i in others and needed[1 + i] else None for i in further]
-            by = [i for i in further if needed[1 + i] and i not in others]
+                return (None, *made, *nothing_more)
+            more = [elsewhere[i](*every) if i in elsewhere and needed[1 + i] else None for i in further]
+            by = [i for i in further if needed[1 + i] and i not in elsewhere]
             if by:
                 for i, found in zip(by, gradients(by, cotangents, every[outputs:]), strict=True):
                     more[i - wrt] = found
@@ -366,8 +366,8 @@ def fused(
             return tuple(found.get(i) for i in range(wrt))
         return _tuple(backward_kernel.operator(*cotangents, *given)) if wrt else ()
 
-    rest = (None,) * (len(kinds) - wrt)
-    apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
+    nothing_more = (None,) * (len(kinds) - wrt)
+    apply = super(torch.autograd.Function, Function).apply
 
     operator = forward.operator
 
@@ -474,7 +474,7 @@ def differentiate(
             own = dict(zip(by, leaves, strict=True))
             return _tuple(function(*(own.get(i, t) for i, t in enumerate(given))))
 
-        made, pull = torch.func.vjp(of, *(given[i] for i in by))
+        made, pull = torch.func.vjp(of, *(given[i] for i in by))  # type: ignore[misc]
         return pull(tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True)))
     graph = torch.is_grad_enabled()
     with torch.enable_grad(), enable_inplace_requires_grad(True):

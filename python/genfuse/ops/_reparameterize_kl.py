@@ -10,8 +10,10 @@ def formula(
     mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor]:
     sigma = (0.5 * logvar).exp()  # (..., D)
-    eps = _philox.normal(seed, _shape(mu, samples), mu.dtype) if noise is None else noise  # ([samples], ..., D)
-    return mu + sigma * eps, _kl(mu, logvar, sigma).sum(-1)
+    if noise is None:
+        assert seed is not None
+        noise = _philox.normal(seed, _shape(mu, samples), mu.dtype)  # ([samples], ..., D)
+    return mu + sigma * noise, _kl(mu, logvar, sigma).sum(-1)
 
 
 def _kl(mu: Tensor, logvar: Tensor, sigma: Tensor) -> Tensor:
