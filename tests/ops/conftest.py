@@ -24,6 +24,11 @@ def _where(frame: Any) -> str:
     return ", ".join(reversed(lines))
 
 
+def _stand_for_others() -> bool:
+    """Whether tensors have no memory, or what is done to them is traced."""
+    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+
+
 class Guard:
     """Allocates tensors between bands of memory which nobody may write to."""
 
@@ -68,7 +73,7 @@ class Guard:
         """What allocates in place of that function of PyTorch: as it does, but for operators and on the CPU."""
 
         def guarded(*arguments: Any, **settings: Any) -> torch.Tensor:
-            if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _stand_for_others():
                 return allocate(*arguments, **settings)
             tensor, caller = allocate(*arguments, **settings), sys._getframe(1)
             of_an_operator = caller.f_globals.get("__name__", "").startswith("genfuse.ops.")

@@ -207,9 +207,10 @@ TRANSFORMS = {
     "dual numbers of a gradient": _dual_of_gradient,
     "checkpoint": _checkpointed,
 }
-COMPILED = [
-    "grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "third order", "vmap", "per-sample gradients", "vmap of jvp",
-    "gradient of vmap",
+COMPILED = ["grad", "jvp", "jacrev", "hessian", "third order", "vmap", "per-sample gradients", "vmap of jvp"]
+ONE_EACH = [
+    "actnorm", "affine_coupling tanh", "diffuse v", "gradient_norm_penalty none", "interpolate",
+    "rational_quadratic_spline", "rational_quadratic_spline inverse", "reparameterize_kl", "standard_normal_log_prob",
 ]  # fmt: skip
 
 
@@ -239,16 +240,17 @@ def test_a_transform_of_an_operator_is_that_of_its_formula(case, transform, kern
 
 
 @pytest.mark.parametrize("transform", COMPILED)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_a_transform_compiles_into_one_graph(case, transform):
     function, eager, tensors = CASES[case]
     torch.compiler.reset()
-    compiled = torch.compile(lambda *t: TRANSFORMS[transform](function, t), fullgraph=True, backend="aot_eager")
+    plain = lambda *t: function(*t)  # noqa: E731, as the compiler cannot read a partial function's name
+    compiled = torch.compile(lambda *t: TRANSFORMS[transform](plain, t), fullgraph=True, backend="aot_eager")
     assert_close(compiled(*tensors), TRANSFORMS[transform](eager, tensors))
 
 
 @pytest.mark.parametrize("how", ["static", "dynamic", "checkpointed"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_a_training_step_compiles_into_one_graph(case, how):
     function, eager, tensors = CASES[case]
     torch.compiler.reset()
@@ -260,7 +262,7 @@ def test_a_training_step_compiles_into_one_graph(case, how):
     assert_close(torch.autograd.grad(loss, leaves), TRANSFORMS["autograd"](eager, tensors))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_an_exported_program_computes_and_learns_the_same(case):
     function, eager, tensors = CASES[case]
 
@@ -274,7 +276,7 @@ def test_an_exported_program_computes_and_learns_the_same(case):
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_make_fx_traces_the_operator_and_its_gradient(case, mode):
     function, eager, tensors = CASES[case]
     graph = make_fx(lambda *t: TRANSFORMS["autograd"](function, t), tracing_mode=mode)(*tensors)
@@ -282,7 +284,7 @@ def test_make_fx_traces_the_operator_and_its_gradient(case, mode):
     assert_close(graph(*others), TRANSFORMS["autograd"](eager, others))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_a_jit_trace_computes_and_learns_the_same(case):
     function, eager, tensors = CASES[case]
     traced = torch.jit.trace(_loss(function), tensors, check_trace=False)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C import _any_requires_grad as any_requires_grad
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, peek_interpreter_stack, unwrap_if_dead
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled as profiled
@@ -468,7 +468,8 @@ def differentiate(
     function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], by: Sequence[int]
 ) -> Sequence[Tensor]:
     """Gradients of a function in plain PyTorch by some arguments, to be differentiated again if grad mode is on."""
-    if functorch_is_active():  # what is batched or dead there has no graph: on a level of its own it has
+    if functorch_is_active():  # what is batched, or left of a level that has ended, has a graph on a level of its own
+        given = [unwrap_if_dead(t) if isinstance(t, Tensor) else t for t in given]
 
         def of(*leaves: Tensor) -> Any:
             own = dict(zip(by, leaves, strict=True))
