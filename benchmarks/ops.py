@@ -58,6 +58,8 @@ BARS = (
     Speed("gradient_norm_penalty", (256, 3072), "both", "compile", 1.0),
     Speed("gradient_norm_penalty", (64, 49152), "both", "compile", 1.3),
 )
+MEANS = {"eager": 3.2, "compile": 2.4}  # forward and backward, over the whole sweep
+BEHIND = 4.0  # microseconds, forward, at any size
 
 
 def _differentiable(result: Any) -> list[Tensor]:
@@ -169,7 +171,28 @@ def judge(comparisons: list[dict[str, Any]], device: str, dtype: str) -> list[Ba
         value = None if failure else theirs["median"] / ours["median"]
         what = f"{bar.op} {bar.size} {MODES[bar.mode]} vs {bar.against}"
         judged.append(Bar(what, value, bar.factor, "x", why=failure))
-    return judged
+    return judged + (_over_the_sweep(comparisons) if device == "cpu" and dtype == "float32" else [])
+
+
+def _over_the_sweep(comparisons: list[dict[str, Any]]) -> list[Bar]:
+    """Geometric means of all that was compared, and the forward pass that is furthest behind."""
+
+    def times(done: dict[str, Any], side: str) -> tuple[float, float] | None:
+        ours, theirs = done["sides"][done["default"]], done["sides"].get(side, {})
+        return (ours["median"], theirs["median"]) if "median" in ours and "median" in theirs else None
+
+    bars = []
+    for against, factor in MEANS.items():
+        ratios = [t[1] / t[0] for done in comparisons if done["mode"] == "both" and (t := times(done, against))]
+        if ratios:
+            bars.append(Bar(f"{MODES['both']} vs {against}, geometric mean of {len(ratios)} sizes",
+                            math.exp(sum(map(math.log, ratios)) / len(ratios)), factor, "x"))  # fmt: skip
+    forward = [(done, t) for done in comparisons if done["mode"] == "forward" and (t := times(done, "eager"))]
+    if forward:
+        done, (ours, theirs) = max(forward, key=lambda found: found[1][0] - found[1][1])
+        what = f"{MODES['forward']}, furthest behind eager: {done['op']} {tuple(done['size'])}"
+        bars.append(Bar(what, 1e6 * (ours - theirs), BEHIND, " us", at_most=True))
+    return bars
 
 
 def _sizes(operator: Operator, args: Namespace) -> list[tuple[int, ...]]:

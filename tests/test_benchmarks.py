@@ -79,9 +79,11 @@ def test_an_implementation_that_raises_is_wrong(monkeypatch, capsys):
 def test_a_bar_says_whether_it_is_met(monkeypatch, capsys, factor, verdict):
     monkeypatch.setattr(ops, "BARS", (ops.Speed(OP, (2, 4), "both", "eager", factor),))
     assert main([*QUICK, "--no-compile", "--mode", "both"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"{OP} (2, 4) forward+backward vs eager: ")
-    assert line.endswith(f"x (bar {factor:g}x) {verdict}")
+    bar, mean = capsys.readouterr().out.splitlines()[-2:]
+    assert bar.startswith(f"{OP} (2, 4) forward+backward vs eager: ")
+    assert bar.endswith(f"x (bar {factor:g}x) {verdict}")
+    assert mean.startswith("forward+backward vs eager, geometric mean of 1 sizes: ")
+    assert mean.split(": ")[1].split()[0] == bar.split(": ")[1].split()[0]  # of one size: its own ratio
 
 
 def test_a_bar_at_most_is_met_from_below():
