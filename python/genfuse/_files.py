@@ -198,9 +198,10 @@ def _lock(path: Path) -> int | None:
         if (there.st_dev, there.st_ino) != (os.fstat(file).st_dev, os.fstat(file).st_ino):
             raise FileNotFoundError(path)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        os.ftruncate(file, 0)
-        os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode())
+        with named(path):
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode())
     except BaseException:
         os.close(file)
         raise

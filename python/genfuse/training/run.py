@@ -505,7 +505,8 @@ class Recorder:
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._metrics = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
+        with named(path / TENSORBOARD):
+            self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
 
     @classmethod
     def begin(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint, keep: int) -> "Recorder":
