@@ -146,7 +146,6 @@ def test_list_and_version_import_neither_plugins_nor_torch(acme):
     code = """
 import sys
 from genfuse.cli import main
-from genfuse.cli._train import arguments_of
 assert [main(args) for args in (["list"], ["--version"], ["train", "--help"])] == [0, 0, 0]
 print(sorted({"torch", "numpy", "rich", "acme_sick", "genfuse.models"} & set(sys.modules)))
 """

@@ -17,7 +17,7 @@ from PIL import Image
 
 import genfuse
 from genfuse import _files
-from genfuse._files import UNPACKED, gunzip, keep_as, locked, plain, read_array, refuse_links, replacing
+from genfuse._files import UNPACKED, gunzip, keep_as, locked, plain, read_array, refuse_links, writing
 from genfuse.errors import DataError, RunError
 
 # Writing
@@ -26,10 +26,10 @@ from genfuse.errors import DataError, RunError
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "x"
     path.write_text("before")
-    with pytest.raises(TypeError), replacing(path) as file:
+    with pytest.raises(TypeError), writing(path) as file:
         file.writelines([b"half", 1])
     assert path.read_text() == "before"
-    with replacing(path) as file:
+    with writing(path) as file:
         file.write(b"after")
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
@@ -43,7 +43,7 @@ def test_no_link_is_written_through(tmp_path):
     (tmp_path / ".x.new").symlink_to(victim)
     names = set()
     for _ in range(2):
-        with replacing(path) as file:
+        with writing(path) as file:
             file.write(b"theirs")
             names |= {each.name for each in tmp_path.iterdir()}
     assert victim.read_text() == "mine"
@@ -54,7 +54,7 @@ def test_no_link_is_written_through(tmp_path):
 def test_a_name_that_is_guessed_after_all_is_not_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(_files.secrets, "token_hex", lambda n: "0" * 16)
     (tmp_path / f".x.{'0' * 16}.new").symlink_to(tmp_path / "victim")
-    with pytest.raises(FileExistsError), replacing(tmp_path / "x"):
+    with pytest.raises(FileExistsError), writing(tmp_path / "x"):
         pass
     assert not (tmp_path / "victim").exists()
 
@@ -64,7 +64,7 @@ def test_a_full_disk_is_said_of_the_file_that_was_to_be(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(_files.os, "fsync", full)
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'"), replacing(tmp_path / "x") as file:
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'"), writing(tmp_path / "x") as file:
         file.write(b"much")
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_a_file_can_have_a_second_name(links, tmp_path, monkeypatch):
     (tmp_path / "new").write_text("new")
     (tmp_path / "old").write_text("old")
     keep_as(tmp_path / "new", "old")
-    with replacing(tmp_path / "new") as file:
+    with writing(tmp_path / "new") as file:
         file.write(b"newer")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"new": "newer", "old": "new"}
 

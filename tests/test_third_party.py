@@ -256,12 +256,12 @@ def test_half_a_new_plugin_is_cleared_away(there, tmp_path, monkeypatch):
     if there:
         out.mkdir()
 
-    def full(path, replacing=_new_plugin.replacing):
+    def full(path, writing=_new_plugin.writing):
         if next(files, None) is None:
             raise OSError(28, "No space left on device")
-        return replacing(path)
+        return writing(path)
 
-    monkeypatch.setattr(_new_plugin, "replacing", full)
+    monkeypatch.setattr(_new_plugin, "writing", full)
     with pytest.raises(OSError, match="No space"):
         _new_plugin.write("mine", out)
     assert list(tmp_path.rglob("*")) == ([out] if there else [])

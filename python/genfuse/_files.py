@@ -39,26 +39,30 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what 
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write to. At the end it takes the place of ``path``, durably and in one step.
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to. At the end it takes the place of ``path``, durably and in one step.
 
-    It lies beside ``path`` under a name that nobody can guess, and is made by this call alone: no link that waits there
-    is followed, and a link at ``path`` is replaced, not written through. OSErrors name ``path``.
+    It lies in a new folder beside ``path``, under a name that nobody can guess: no link can wait there. A link at
+    ``path`` is replaced, not written through. OSErrors name ``path``.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
+    stage = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     with named(path):
-        file = open(_create(beside), "wb")  # noqa: SIM115
+        stage.mkdir()
         try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(beside, path)
+            yield stage / path.name
+            with open(stage / path.name, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(stage / path.name, path)
         finally:
-            with suppress(OSError):  # of a full disk, again
-                file.close()
-            beside.unlink(missing_ok=True)
+            shutil.rmtree(stage, ignore_errors=True)
         sync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """`replacing`, with a file that is open to be written to."""
+    with replacing(path) as beside, open(beside, "xb") as file:
+        yield file
 
 
 def _create(path: Path) -> int:
@@ -198,9 +202,10 @@ def _lock(path: Path) -> int | None:
         if (there.st_dev, there.st_ino) != (os.fstat(file).st_dev, os.fstat(file).st_ino):
             raise FileNotFoundError(path)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        os.ftruncate(file, 0)
-        os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode())
+        with named(path):
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode())
     except BaseException:
         os.close(file)
         raise
@@ -243,7 +248,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: dict[str, Any], indent: int) -> None:
     """Write an object with a checksum of itself, as `checked` wants it."""
-    with replacing(path) as file:
+    with writing(path) as file:
         file.write((json.dumps({**content, "sha256": digest(content)}, indent=indent) + "\n").encode("utf-8"))
 
 

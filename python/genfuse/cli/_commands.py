@@ -132,7 +132,7 @@ def sample(
     import torch
 
     from genfuse import pictures
-    from genfuse._files import replacing
+    from genfuse._files import writing
     from genfuse.models import sample_in_parts
     from genfuse.training import Run
     from genfuse.training.loop import seed_of
@@ -170,7 +170,7 @@ def sample(
             more["y"] = y.cpu().numpy()
             if trained.class_names:
                 more["class_names"] = np.array(trained.class_names)
-        with replacing(out) as file:
+        with writing(out) as file:
             if out.suffix == ".npy":
                 np.save(file, array)
             else:
@@ -461,10 +461,10 @@ def _show(what: "str | Table") -> None:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    from genfuse._files import replacing
+    from genfuse._files import writing
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as written:
+    with writing(file) as written:
         written.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from genfuse import plugins
-from genfuse._files import occupied, replacing
+from genfuse._files import occupied, writing
 from genfuse.errors import RunError, SettingsError
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -37,7 +37,7 @@ def write(name: str, out: Path) -> list[Path]:
         for source in sorted(path for path in TEMPLATE.rglob("*") if path.is_file() and path.suffix != ".pyc"):
             file = out / _renamed(str(source.relative_to(TEMPLATE)), names)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as content:
+            with writing(file) as content:
                 content.write(_renamed(source.read_text(encoding="utf-8"), names).encode("utf-8"))
             written.append(file)
     except BaseException:  # half a package is in the way of a whole one

@@ -25,10 +25,10 @@ from genfuse._files import (
     occupied,
     read_json,
     refuse_links,
-    replacing,
     shown,
     sweep,
     write_json,
+    writing,
 )
 from genfuse.comparison import _report
 from genfuse.comparison._measures import draw, measure, peak_memory, training_seconds
@@ -539,5 +539,5 @@ def _write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: Path, text: str) -> None:
-    with replacing(path) as file:
+    with writing(path) as file:
         file.write(text.encode("utf-8"))

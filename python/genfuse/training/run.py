@@ -1,7 +1,7 @@
 """Run folders: what a training leaves on disk. `Run` reads one, `Recorder` writes one.
 
 ``config.json`` says what was trained on what and how, ``model.safetensors`` holds the weights, ``metrics.jsonl`` one
-JSON object a line, and ``state.safetensors`` all that resuming needs. The last is one file on purpose: replacing it is
+JSON object a line, and ``state.safetensors`` all that resuming needs. The last is one file on purpose: writing it is
 the commit, so a kill between two files cannot mix two steps. ``state-1.safetensors`` is the one before, and so on.
 
 Every file has a checksum of itself within. Weights and state also hold what `essentials` takes of config.json, so that
@@ -38,12 +38,12 @@ from genfuse._files import (
     read_array,
     read_json,
     refuse_links,
-    replacing,
     shown,
     staging,
     sweep,
     sync_folder,
     write_json,
+    writing,
 )
 from genfuse.errors import DataError, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel, configure
@@ -418,7 +418,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any])
     from safetensors.torch import save
 
     sealed = {**facts, "sha256": digest(facts, *_parts(tensors))}
-    with replacing(path) as file:
+    with writing(path) as file:
         file.write(save(tensors, {"genfuse": json.dumps(sealed)}))
 
 
@@ -519,7 +519,8 @@ class Recorder:
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._metrics = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
+        with named(path / TENSORBOARD):
+            self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
 
     @classmethod
     def begin(cls, path: Path, config: dict[str, Any], checkpoint: Checkpoint, keep: int) -> "Recorder":
@@ -549,7 +550,7 @@ class Recorder:
         for name in ("", *OURS_WITHIN):
             sweep(path / name)
         checkpoint.write(path)  # a kill may have left the weights of the one before beside its state
-        with replacing(path / METRICS) as file:
+        with writing(path / METRICS) as file:
             file.write("".join(map(_line, entries)).encode("utf-8"))
         write_json(path / CONFIG, config, indent=2)
         return cls(path, step, keep)
@@ -569,7 +570,7 @@ class Recorder:
     def keep(self, step: int, samples: Tensor) -> None:
         """Write what the model drew after ``step`` steps; `Run.progress` reads it."""
         (self.path / PROGRESS).mkdir(exist_ok=True)
-        with replacing(self.path / PROGRESS / f"{step:08}.npy") as file:
+        with writing(self.path / PROGRESS / f"{step:08}.npy") as file:
             np.save(file, samples.float().cpu().numpy())
 
     def save(self, checkpoint: Checkpoint) -> None:
