@@ -6,6 +6,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "portable.h"
+
 namespace genfuse {
 
 // The memory of a tensor, or null for None. Nothing here depends on the version of PyTorch: a tensor is whatever has
@@ -62,6 +64,11 @@ template <class Struct, class... Members>
 Fields<Struct, Members...> fields(Members Struct::*... members) {
   return {{members...}};
 }
+// The same for a structure that has some of them from its bases.
+template <class Struct, class... Bases, class... Members>
+Fields<Struct, Members...> fields_of(Members Bases::*... members) {
+  return {{members...}};
+}
 
 // Defines `name(problem..., out..., device, stream)`, which calls run_cpu(problem, out) or run_cuda(problem, out,
 // stream) of the operator's namespace.
@@ -102,4 +109,21 @@ struct pybind11::detail::type_caster<genfuse::Array> {
     return reinterpret_steal<object>(result);
   }
   static std::string type_of(handle value) { return Py_TYPE(value.ptr())->tp_name; }
+};
+
+template <class T>
+struct pybind11::detail::type_caster<genfuse::List<T>> {
+  PYBIND11_TYPE_CASTER(genfuse::List<T>, const_name("Sequence"));
+
+  bool load(handle values, bool convert) {
+    if (!isinstance<sequence>(values)) return false;
+    for (handle one : reinterpret_borrow<sequence>(values)) {
+      if (value.count == genfuse::kMostListed)
+        throw value_error("expected a list of at most " + std::to_string(genfuse::kMostListed) + ", got a longer one");
+      make_caster<genfuse::argument_t<T>> item;
+      if (!item.load(one, convert)) return false;
+      value.items[value.count++] = cast_op<genfuse::argument_t<T>&>(item);
+    }
+    return true;
+  }
 };

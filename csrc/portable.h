@@ -236,6 +236,16 @@ struct compute<double> {
 template <class Storage>
 using compute_t = typename compute<Storage>::type;
 
+// A few values that go to a GPU as they are, among the parameters of a launch, which are 4 KiB at most.
+constexpr int kMostListed = 64;
+template <class T>
+struct List {
+  T items[kMostListed];
+  int64_t count;
+
+  GENFUSE_HD T operator[](int64_t i) const { return items[i]; }
+};
+
 // Calls f with a value of the storage type that `dtype` numbers; Python's _op.py has the same numbers.
 template <class F>
 void dispatch(int dtype, F f) {

@@ -3,40 +3,59 @@
 
 namespace genfuse::autoregressive_inverse {
 
-// A linear layer: weight (units, units of the layer before it) and bias (units), contiguous.
-struct Layer {
-  const void *weight, *bias;
-  int64_t units;
+// The layers of a masked network, the last of which makes the parameters of each column in turn. weights has of each
+// layer (units, units of the layer before it), contiguous. starts is (layers, degrees), and lies where the rest lies:
+// where the units of each degree from 0 to cols - 1 start, and the number of units.
+struct Network {
+  List<const void*> weights;
+  const int64_t* starts;
+  int64_t degrees;  // cols + 1
+  bool residual;
+
+  GENFUSE_HD int64_t hidden() const { return weights.count - 1; }
+  GENFUSE_HD int64_t start(int64_t layer, int64_t degree) const { return starts[layer * degrees + degree]; }
+  GENFUSE_HD int64_t size(int64_t layer) const { return start(layer, degrees - 1); }
+  // Whether the layer makes what is added up along the blocks of a residual network: all before ReLU, with no ReLU in
+  // front of the last layer.
+  GENFUSE_HD bool adds(int64_t layer) const { return residual && layer % 2 == 0; }
+  GENFUSE_HD bool rectified(int64_t layer) const { return !residual || layer < hidden() - 1; }
 };
 
-// Addresses, and strides between rows in elements. y is (rows, cols); context, which may be null, has what is added to
-// the first layer. The last of hidden + 1 layers has the parameters of each column in turn. starts (hidden, cols + 1)
-// has where the units of each degree start, and the number of units. `layers` and `starts` lie where the rest lies.
-struct Problem {
-  int dtype;  // float or double
-  const void* y;
-  int64_t y_stride;
+// The spline's x is what is undone; with no bins the transform is affine. context, which may be null, is added to the
+// first layer. float or double.
+struct Problem : rational_quadratic_spline::Problem, Network {
   const void* context;
   int64_t context_stride;
-  int64_t rows, cols;
-  const Layer* layers;
-  int64_t hidden, units;  // how many hidden layers, and how many units in all of them
-  const int64_t* starts;
-  int scale;                                  // of the affine transform
-  rational_quadratic_spline::Problem spline;  // its settings; with no bins the transform is affine
+  List<const void*> biases;
+  int scale;
+  int64_t kept;     // values of a row: x, all hidden units, the residual sum, the parameters of a column
+  void* workspace;  // of the size that workspace(problem) says; null on the CPU
 
-  GENFUSE_HD int64_t width() const { return spline.bins ? spline.width() : 2; }  // parameters of a column
-  GENFUSE_HD int64_t start(int64_t layer, int64_t degree) const {
-    return layer < hidden ? starts[layer * (cols + 1) + degree] : degree * width();
-  }
+  GENFUSE_HD int64_t width() const { return bins ? rational_quadratic_spline::Problem::width() : 2; }  // of a column
 };
 
 struct Forward {
   void *x, *logdet;  // contiguous
-  void* workspace;   // of the size that workspace(problem) says; null on the CPU
+};
+
+// The sweep backwards. The gradients for the parameters of a column are slope times that for x, plus offset.
+// Everything but `starts` and weights is (units, rows), contiguous.
+struct Sweep : Network {
+  int dtype;
+  int64_t rows;
+  List<const void*> activations;  // of hidden layers
+  const void *gx, *slope, *offset;
+
+  GENFUSE_HD int64_t cols() const { return degrees - 1; }
+};
+
+struct Backward {
+  void* gradients;   // for x, and for what each layer adds to its biases
+  int64_t* degrees;  // of the same units: how many inputs they see; of x, from which degree on it is seen
 };
 
 void run_cuda(const Problem&, const Forward&, void* stream);
-int64_t workspace(const Problem&);  // on a GPU, in bytes; 0 where shared memory holds all
+void run_cuda(const Sweep&, const Backward&, void* stream);
+int64_t workspace(int dtype, int64_t rows, int64_t kept);  // on a GPU, in bytes; 0 where shared memory holds all
 
 }  // namespace genfuse::autoregressive_inverse

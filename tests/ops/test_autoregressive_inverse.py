@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from genfuse import ops
 from genfuse.nn import AutoregressiveAffine, AutoregressiveSpline
-from genfuse.ops import affine_coupling, autoregressive_inverse, rational_quadratic_spline
-from genfuse.ops._autoregressive_inverse import Settings
+from genfuse.ops import _affine_coupling, _rational_quadratic_spline, autoregressive_inverse
+from genfuse.ops._autoregressive_inverse import Settings, by_layer
 
 TRANSFORMS = {
     **{scale: {"scale": scale} for scale in ("tanh", "exp", "sigmoid")},
@@ -17,12 +17,12 @@ every_transform = pytest.mark.parametrize("kind", TRANSFORMS)
 every_implementation = pytest.mark.parametrize("implementation", ["native", "reference"], indirect=True)
 
 
-def problem(kind, n=7, d=5, hidden=(16, 12), context=True, dtype=torch.float64, device="cpu", size=0.3):
+def problem(kind, n=7, d=5, hidden=(16, 12), context=True, dtype=torch.float64, device="cpu", size=0.3, residual=False):
     """Arguments of the operator, for a network that the layers make."""
     torch.manual_seed(0)
     make = AutoregressiveSpline if "bins" in TRANSFORMS[kind] else AutoregressiveAffine
     settings = {name: value for name, value in TRANSFORMS[kind].items() if name != "damping"}  # which the layer decides
-    made = make(d, hidden, context=int(context), **settings).made.to(device, dtype)
+    made = make(d, hidden, context=int(context), residual=residual, **settings).made.to(device, dtype)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=size)
     return {
@@ -31,36 +31,46 @@ def problem(kind, n=7, d=5, hidden=(16, 12), context=True, dtype=torch.float64, 
         "biases": [b.detach() for b in made.biases()],
         "bounds": made.bounds,
         "context": torch.randn(n, hidden[0], dtype=dtype, device=device) if context else None,
+        **({"residual": True} if residual else {}),
         **TRANSFORMS[kind],
     }
 
 
-def network(x, weights, biases, context):
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        x = F.linear(x, w, b) + (context if i == 0 and context is not None else 0)
-        x = x.relu() if i < len(weights) - 1 else x
+def network(x, weights, biases, context, residual=False):
+    first, *hidden, last = zip(weights, biases, strict=True)
+    x = F.linear(x, *first) + (0 if context is None else context)
+    if residual:
+        for one, two in zip(hidden[::2], hidden[1::2], strict=True):
+            x = x + F.linear(F.linear(x.relu(), *one).relu(), *two)
+        return F.linear(x, *last)
+    for layer in [*hidden, last]:
+        x = F.linear(x.relu(), *layer)
     return x
 
 
-def sequential(y, weights, biases, bounds, context=None, **settings):
-    """D passes of the whole network, each of which makes one more coordinate known."""
+def sequential(
+    y, weights, biases, bounds, context=None, residual=False, scale="tanh", bins=0, tails="linear", damping=1
+):
+    """D passes of the whole network in plain PyTorch, each of which makes one more coordinate known."""
     x, logdet = torch.zeros_like(y), None
     for _ in range(y.shape[1]):
-        params = network(x, weights, biases, context)
-        if "bins" in settings:
-            x, logdet = rational_quadratic_spline(y, params.view(*y.shape, -1), bound=3.0, inverse=True, **settings)
+        params = network(x, weights, biases, context, residual)
+        if bins:
+            settings = (bins, 3.0, tails, True, 1e-3, 1e-3, 1e-3, damping)
+            x, logdet = _rational_quadratic_spline.formula(y, params.reshape(*y.shape, -1), *settings)
         else:
-            x, logdet = affine_coupling(y, params, 0, inverse=True, **settings)
+            x, logdet = _affine_coupling.formula(y, params, None, 0, scale, True)
     return x, logdet
 
 
 def differentiable(arguments):
     """The arguments as leaves, and the leaves; of weights only what is inside the mask counts."""
     weights = [w.clone().requires_grad_() for w in arguments["weights"]]
-    leaves = [t.clone().requires_grad_() for t in (arguments["y"], arguments["context"], *arguments["biases"])]
-    y, context, *biases = leaves
+    y, *biases = (t.clone().requires_grad_() for t in (arguments["y"], *arguments["biases"]))
+    context = None if arguments["context"] is None else arguments["context"].clone().requires_grad_()
     inside = [w * (w != 0) for w in weights]
-    return {**arguments, "y": y, "context": context, "weights": inside, "biases": biases}, [*leaves, *weights]
+    leaves = [t for t in (y, context, *biases, *weights) if t is not None]
+    return {**arguments, "y": y, "context": context, "weights": inside, "biases": biases}, leaves
 
 
 @every_implementation
@@ -93,6 +103,37 @@ def test_gradients_are_those_of_the_sequential_inverse(kind, device, implementat
         results.append(torch.autograd.grad(x.sin().sum() + logdet.sin().sum(), leaves))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+BLOCKS = [(4,), (16, 12, 16), (5, 9, 5, 3, 5)]
+
+
+@every_implementation
+@pytest.mark.parametrize("kind", ["tanh", "linear"])
+@pytest.mark.parametrize("hidden", BLOCKS, ids=str)
+@pytest.mark.parametrize("context", [False, True])
+def test_a_residual_network_is_undone_and_differentiated_too(kind, hidden, context, device, implementation):
+    arguments = problem(kind, 37, 6, hidden, context, device=device, residual=True)
+    results = []
+    for function in (autoregressive_inverse, sequential):
+        own, leaves = differentiable({**arguments, "context": arguments["context"] if context else None})
+        x, logdet = function(**own)
+        results.append((x, logdet, *torch.autograd.grad(x.sin().sum() + logdet.sin().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@every_implementation
+@pytest.mark.parametrize(("n", "d", "hidden"), [(33, 6, (3,)), (65, 43, (64, 50, 70)), (16, 9, (300,))], ids=str)
+def test_gradients_of_any_size_are_those_of_the_sequential_inverse(n, d, hidden, device, implementation):
+    arguments = problem("tanh", n, d, hidden, device=device, size=min(0.3, 1 / max(hidden)))
+    results = []
+    for function in (autoregressive_inverse, sequential):
+        own, leaves = differentiable(arguments)
+        x, logdet = function(**own)
+        results.append(torch.autograd.grad(x.sin().sum() + logdet.sin().sum(), leaves))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 @every_implementation
@@ -192,6 +233,161 @@ def test_pytorchs_operator_check_passes(kind, device, implementation):
     torch.library.opcheck(operator, (a["y"], a["context"], a["weights"], a["biases"], bounds, *settings))
 
 
+def _scalar(function):
+    """A function of everything that may be differentiated, or be one of many."""
+
+    def scalar(y, context, weights, biases):
+        x, logdet = function(y, context, weights, biases)
+        return x.sin().sum() + logdet.sin().sum()
+
+    return scalar
+
+
+def _per_sample(f, y, context, weights, biases):
+    def one(y, context, weights, biases):
+        return _scalar(f)(y[None], context[None], weights, biases)
+
+    return torch.func.vmap(torch.func.grad(one, (0, 1, 2, 3)), (0, 0, None, None))(y, context, weights, biases)
+
+
+def _ensemble(f, y, context, weights, biases):
+    scale = torch.tensor([1.0, 0.5, -0.7], dtype=y.dtype)
+    stacked = [[torch.stack([s * t for s in scale]) for t in ts] for ts in (weights, biases)]
+    return torch.func.vmap(f, (None, None, 0, 0))(y, context, *stacked)
+
+
+def _batched(f, y, context, weights, biases):
+    leaves = [y, context, *weights, *biases]
+    x, _ = f(*_leaves(leaves, weights))
+    return torch.autograd.grad(x, leaves, torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape), is_grads_batched=True)
+
+
+def _leaves(flat, weights):
+    for t in flat:
+        t.requires_grad_()
+    return flat[0], flat[1], flat[2 : 2 + len(weights)], flat[2 + len(weights) :]
+
+
+def _duals(f, y, context, weights, biases):
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(t, t.cos()) for t in (y, context, *weights, *biases)]
+        outputs = f(dual[0], dual[1], dual[2 : 2 + len(weights)], dual[2 + len(weights) :])
+        return [t for o in outputs for t in torch.autograd.forward_ad.unpack_dual(o)]
+
+
+def _checkpointed(f, y, context, weights, biases):
+    flat = [y, context, *weights, *biases]
+    arguments = _leaves(flat, weights)
+    loss = torch.utils.checkpoint.checkpoint(_scalar(f), *arguments, use_reentrant=False)
+    return torch.autograd.grad(loss, flat)
+
+
+def _traced(f, y, context, weights, biases):
+    n = len(weights)
+    traced = torch.jit.trace(lambda y, c, *flat: f(y, c, flat[:n], flat[n:]), (y, context, *weights, *biases))
+    return traced(y.flip(0), context, *weights, *biases)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, y, context, weights, biases):
+        return self.f(y, context, weights, biases)
+
+
+EVERYTHING = (0, 1, 2, 3)
+FUNCTION_TRANSFORMS = {
+    "grad": lambda f, *a: torch.func.grad(_scalar(f), EVERYTHING)(*a),
+    "vjp": lambda f, *a: torch.func.vjp(f, *a)[1]((a[0].cos(), a[0][:, 0].cos())),
+    "jvp": lambda f, *a: torch.func.jvp(
+        f, a, (a[0].cos(), a[1].cos(), [w.sin() for w in a[2]], [b.cos() for b in a[3]])
+    ),
+    "jacrev": lambda f, *a: torch.func.jacrev(f, EVERYTHING)(*a),
+    "jacfwd": lambda f, *a: torch.func.jacfwd(f, EVERYTHING)(*a),
+    "hessian": lambda f, *a: torch.func.hessian(_scalar(f), (0, 1, 3))(*a),
+    "vmap over y": lambda f, *a: torch.func.vmap(f, (0, None, None, None))(torch.stack([a[0], a[0] / 2]), *a[1:]),
+    "vmap over context": lambda f, *a: torch.func.vmap(lambda c: f(a[0], c, *a[2:]))(torch.stack([a[1], -a[1]])),
+    "vmap over stacked weights": _ensemble,
+    "vmap of grad": _per_sample,
+    "vmap of vmap": lambda f, *a: torch.func.vmap(lambda s: _ensemble(f, s * a[0], *a[1:]))(torch.arange(2).double()),
+    "grads of a batch": _batched,
+    "jacobian by vectors": lambda f, *a: torch.autograd.functional.jacobian(
+        lambda y, c: f(y, c, *a[2:]), a[:2], vectorize=True
+    ),
+    "duals": _duals,
+    "checkpoint": _checkpointed,
+    "jit.trace": _traced,
+    "make_fx": lambda f, *a: torch.fx.experimental.proxy_tensor.make_fx(torch.func.grad(_scalar(f), EVERYTHING))(*a)(
+        *a
+    ),
+    "export": lambda f, *a: torch.export.export(_Module(f), a).module()(*a),
+    "compiled": lambda f, *a: torch.compile(f, backend="aot_eager", fullgraph=True)(*a),
+    "compiled grad": lambda f, *a: torch.compile(
+        torch.func.grad(_scalar(f), EVERYTHING), backend="aot_eager", fullgraph=True
+    )(*a),
+    "compiled vmap": lambda f, *a: torch.compile(
+        torch.func.vmap(f, (0, None, None, None)), backend="aot_eager", fullgraph=True
+    )(torch.stack([a[0], a[0] / 2]), *a[1:]),
+    "compiled jvp": lambda f, *a: torch.compile(
+        lambda y: torch.func.jvp(lambda y: f(y, *a[1:]), (y,), (y.cos(),)), backend="aot_eager", fullgraph=True
+    )(a[0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("kind", "hidden"), [("tanh", (5, 4)), ("linear", (5,)), ("sigmoid", (4, 3, 4))], ids=str)
+@pytest.mark.parametrize("transform", FUNCTION_TRANSFORMS)
+def test_under_every_transform_it_is_as_the_formula(transform, kind, hidden):
+    arguments = problem(kind, 3, 3, hidden, residual=len(hidden) == 3)
+    masks = [w != 0 for w in arguments["weights"]]
+    values = [arguments.pop(name) for name in ("y", "context", "weights", "biases")]
+
+    def called(function):
+        def f(y, context, weights, biases):
+            weights = [w * m for w, m in zip(weights, masks, strict=True)]
+            return function(y=y, context=context, weights=weights, biases=list(biases), **arguments)
+
+        own = [[t.clone() for t in v] if isinstance(v, list) else v.clone() for v in values]
+        return torch.utils._pytree.tree_leaves(FUNCTION_TRANSFORMS[transform](f, *own))
+
+    ours, formula = called(autoregressive_inverse), called(sequential)
+    assert len(ours) == len(formula) > 0
+    for o, t in zip(ours, formula, strict=True):
+        torch.testing.assert_close(o, t, rtol=1e-9, atol=1e-9)
+
+
+def test_an_odd_tensor_among_the_weights_goes_the_general_way():
+    arguments = problem("tanh")
+    expected = autoregressive_inverse(**arguments)
+    weights, biases = arguments["weights"], arguments["biases"]
+    strided = [torch.stack([w, w], -1)[..., 0] for w in weights], [torch.stack([b, b], -1)[:, 0] for b in biases]
+    columns = [w.t().contiguous().t() for w in weights], biases
+    negated = weights, [torch._neg_view(-b) for b in biases]
+    lone = [*weights[:2], torch._neg_view(-weights[2])], biases
+    for odd in (strided, columns, negated, lone):
+        own = dict(arguments, weights=odd[0], biases=odd[1])
+        for ours, right in zip(autoregressive_inverse(**own), expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=0, atol=0)
+
+
+def test_the_backward_operator_passes_pytorchs_check():
+    operator = torch.ops.genfuse.autoregressive_inverse_backward.default
+    a = problem("tanh", hidden=(16, 12, 16), residual=True)
+    n, d = a["y"].shape
+    made = [torch.randn(k, n, dtype=torch.float64) for k in (d, 2 * d, 2 * d, *map(len, a["biases"][:-1]))]
+    bounds = [b for starts in a["bounds"] for b in starts]
+    torch.library.opcheck(operator, (*made[:3], made[3:], a["weights"], bounds, True))
+    ours = operator(*made[:3], made[3:], a["weights"], bounds, True)
+    with ops.use("reference"):
+        reference = operator(*made[:3], made[3:], a["weights"], bounds, True)
+    for o, r in zip(ours, reference, strict=True):
+        torch.testing.assert_close(o, r)
+    degrees = [k for starts in by_layer(bounds, 3) for k in range(d) for _ in range(starts[k], starts[k + 1])]
+    assert ours[1].tolist() == [1, 2, 3, 4, 5, *degrees, *(k for k in range(d) for _ in range(2))]
+
+
 def test_compiled_by_torch_it_gives_the_same():
     arguments = problem("tanh", dtype=torch.float32)
     compiled = torch.compile(autoregressive_inverse, backend="aot_eager", fullgraph=True)
@@ -224,6 +420,14 @@ BAD = {
         r"bounds\[0\] must be 6 numbers that start at 0 and never fall, got \[0, 16\]",
     ),
     "bounds that fall": ({"bounds": [[0, 4, 2, 8, 12, 16]] * 2}, r"bounds\[0\] must be 6 numbers.*never fall"),
+    "blocks that do not fit": (
+        {"residual": True},
+        "bounds of a residual network must be of one hidden layer and pairs of them",
+    ),
+    "too many layers": (
+        {"weights": [torch.zeros(1)] * 65, "biases": [torch.zeros(1)] * 65, "bounds": [[0, 1, 1, 1, 1, 1]] * 64},
+        "weights must be of at most 64 layers, got 65",
+    ),
     "a scale": ({"scale": "linear"}, "scale must be one of tanh, exp, sigmoid, got 'linear'"),
     "bins": ({"bins": -1}, "bins must be at least 1, got -1"),
 }

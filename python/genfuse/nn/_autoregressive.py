@@ -21,17 +21,33 @@ class MADE(nn.Module):
     sorted by degree, evenly spread. Maps x (N, D), and the context (N, C) if ``context`` is not 0, to ``outputs``
     numbers for each feature, (N, D outputs): by feature, or with ``by_feature=False`` first the first of each feature.
 
-    Raises ValueError for no features, no hidden layer, or widths that are not positive.
+    With ``residual``, hidden layers after the first are in pairs, which make blocks h + W2 relu(W1 relu(h) + b1) + b2,
+    without ReLU after the last one, as in nflows.
+
+    Raises ValueError for no features, no hidden layer, widths that are not positive, or blocks that do not fit.
     """
 
     def __init__(
-        self, features: int, hidden: Sequence[int], outputs: int, *, context: int = 0, by_feature: bool = True
+        self,
+        features: int,
+        hidden: Sequence[int],
+        outputs: int,
+        *,
+        context: int = 0,
+        by_feature: bool = True,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if features < 1:
             raise ValueError(f"features must be at least 1, got {features}")
         if not hidden or min(hidden) < 1:
             raise ValueError(f"hidden must be at least one positive width, got {tuple(hidden)}")
+        if residual and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
+            raise ValueError(
+                "hidden of a residual network must be one width and pairs of widths, of which the second is the first "
+                f"width again; got {tuple(hidden)}"
+            )
+        self.residual = residual
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None
         # Without a context, units of degree 0 would be constants.
         first = 0 if context or features == 1 else 1
@@ -66,11 +82,16 @@ class MADE(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         added = self.project(context)
-        *hidden, last = zip(self.weights(), self.biases(), strict=True)
-        for i, (weight, bias) in enumerate(hidden):
-            a = F.linear(x, weight, bias)
-            x = (a if i or added is None else a + added).relu()
-        return F.linear(x, *last)
+        first, *hidden, last = zip(self.weights(), self.biases(), strict=True)
+        h = F.linear(x, *first)
+        h = h if added is None else h + added
+        if self.residual:
+            for one, two in zip(hidden[::2], hidden[1::2], strict=True):
+                h = h + F.linear(F.linear(h.relu(), *one).relu(), *two)
+            return F.linear(h, *last)
+        for layer in [*hidden, last]:
+            h = F.linear(h.relu(), *layer)
+        return h
 
 
 class AutoregressiveAffine(Transform):
@@ -84,14 +105,23 @@ class AutoregressiveAffine(Transform):
         hidden: widths of MADE's hidden layers.
         context: C features of the context (N, C) that all depends on, or 0.
         scale: how the log-scale s is bounded: "tanh", "exp" (not at all) or "sigmoid", as in `affine_coupling`.
+        residual: whether the hidden layers make residual blocks, as in `MADE`.
     """
 
-    def __init__(self, features: int, hidden: Sequence[int], *, context: int = 0, scale: Scale = "tanh") -> None:
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int],
+        *,
+        context: int = 0,
+        scale: Scale = "tanh",
+        residual: bool = False,
+    ) -> None:
         super().__init__()
         if scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
         self.scale: Scale = scale
-        self.made = MADE(features, hidden, 2, context=context, by_feature=False)
+        self.made = MADE(features, hidden, 2, context=context, by_feature=False, residual=residual)
         _start_near_zero(self.made)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -113,6 +143,7 @@ class AutoregressiveSpline(Transform):
         bins: of each spline.
         bound: each maps [-bound, bound] to itself, in the units of x.
         tails: what is outside: "linear" (the identity), "circular" or "none", as in `rational_quadratic_spline`.
+        residual: whether the hidden layers make residual blocks, as in `MADE`.
     """
 
     def __init__(
@@ -124,11 +155,12 @@ class AutoregressiveSpline(Transform):
         bins: int = 8,
         bound: float = 3.0,
         tails: str = "linear",
+        residual: bool = False,
     ) -> None:
         super().__init__()
         settings = Settings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
         complain_unless_valid(settings)
-        self.made = MADE(features, hidden, settings.params, context=context)
+        self.made = MADE(features, hidden, settings.params, context=context, residual=residual)
         # As in `SplineCoupling`.
         damping = self.made.weights()[-1].shape[1] ** -0.5
         self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails, "damping": damping}
@@ -154,4 +186,6 @@ def _start_near_zero(made: MADE) -> None:
 def _inverse(made: MADE, y: Tensor, context: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
     added = made.project(context)
     added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
-    return autoregressive_inverse(y, made.weights(), made.biases(), made.bounds, context=added, **settings)
+    return autoregressive_inverse(
+        y, made.weights(), made.biases(), made.bounds, context=added, residual=made.residual, **settings
+    )

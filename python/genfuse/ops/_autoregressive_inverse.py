@@ -1,22 +1,24 @@
 """The inverse of a masked autoregressive layer in one sweep over its coordinates, each hidden unit computed once."""
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torch.autograd, not torch.func
 from torch.nn import functional as F
 
 from genfuse.ops import _affine_coupling, _op
 from genfuse.ops import _rational_quadratic_spline as _spline
 from genfuse.ops._affine_coupling import SCALES, Scale
-from genfuse.ops._op import _C
+
+MOST_LAYERS = 64  # which go to a GPU with a launch's parameters; as portable.h has it
 
 
 class Settings(NamedTuple):
-    """The transform of a coordinate: an affine one, or with bins above 0 a spline."""
+    """The transform of a coordinate, an affine one, or with bins above 0 a spline; and the shape of the network."""
 
     scale: str
     bins: int
@@ -26,10 +28,11 @@ class Settings(NamedTuple):
     min_height: float
     min_derivative: float
     damping: float
+    residual: bool = False
 
     @property
     def spline(self) -> _spline.Settings:
-        return _spline.Settings(self.bins, self.bound, self.tails, True, *self[4:])
+        return _spline.Settings(self.bins, self.bound, self.tails, True, *self[4:8])
 
     @property
     def params(self) -> int:
@@ -37,19 +40,21 @@ class Settings(NamedTuple):
         return self.spline.params if self.bins else 2
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Undo the transform of one coordinate (N, 1), given its parameters (N, P)."""
+        """Undo the transform of D coordinates (N, D), given their parameters by coordinate, (N, D P)."""
+        by_coordinate = params.unflatten(1, (y.shape[1], self.params))
         if self.bins:
-            return _spline._fused(y, params.unsqueeze(1), *self.spline)
-        return _affine_coupling._fused(y, params, None, 0, self.scale, True)
+            return _spline._fused(y, by_coordinate, *self.spline)
+        return _affine_coupling._fused(y, by_coordinate.mT.flatten(1), None, 0, self.scale, True)
 
-    def gradients(self, gx: Tensor, glogdet: Tensor, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of `inverse`, for y and for params."""
-        if self.bins:
-            gy, gparams = torch.ops.genfuse.rational_quadratic_spline_backward(
-                gx, glogdet, y, params.unsqueeze(1), *self.spline
-            )
-            return gy, gparams.squeeze(1)
-        return torch.ops.genfuse.affine_coupling_backward(gx, glogdet, y, params, None, 0, self.scale, True)
+
+def _adds(layer: int, residual: bool) -> bool:
+    """Whether a hidden layer makes what is added up along the blocks of a residual network."""
+    return residual and layer % 2 == 0
+
+
+def _rectified(layer: int, layers: int, residual: bool) -> bool:
+    """Whether ReLU follows a hidden layer: in front of the last layer a residual network has none."""
+    return not residual or layer < layers - 2
 
 
 def by_layer(bounds: Sequence[int], layers: int) -> list[list[int]]:
@@ -59,8 +64,8 @@ def by_layer(bounds: Sequence[int], layers: int) -> list[list[int]]:
 
 
 def formula(
-    y: Tensor,
-    context: Tensor | None,
+    y: Tensor,  # (N, D)
+    context: Tensor | None,  # (N, H1)
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bounds: Sequence[int],
@@ -72,17 +77,19 @@ def formula(
     hidden = [x] * len(blocks)  # the units that are known
     with torch.autocast(y.device.type, enabled=False):
         for k in range(y.shape[1]):
-            known = x
+            known = total = x
             for i, starts in enumerate(blocks):
                 new = slice(starts[k], starts[k + 1])
                 if new.start < new.stop:
                     a = F.linear(known, weights[i][new, : known.shape[1]], biases[i][new])
                     if i == 0 and context is not None:
                         a = a + context[:, new]
-                    hidden[i] = torch.cat([hidden[i], a.relu()], 1)
+                    if _adds(i, s.residual):
+                        a = total = a + total if i else a
+                    hidden[i] = torch.cat([hidden[i], a.relu() if _rectified(i, len(weights), s.residual) else a], 1)
                 known = hidden[i]
             new = slice(outputs[k], outputs[k + 1])
-            params = F.linear(known, weights[-1][new, : known.shape[1]], biases[-1][new])
+            params = F.linear(known, weights[-1][new, : known.shape[1]], biases[-1][new])  # (N, P)
             x_k, logdet_k = s.inverse(y[:, k : k + 1], params)
             x, logdet = torch.cat([x, x_k], 1), logdet + logdet_k
     return x.contiguous(), logdet
@@ -92,7 +99,108 @@ def _results(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _op.like(y), y.new_empty((y.shape[0],))
 
 
-def reverse_sweep(
+@cache
+def _starts(bounds: tuple[int, ...], columns: int, params: int, pinned: bool) -> Tensor:
+    """The bounds, and those of the last layer. From pinned memory they are copied to a GPU without a wait, and in a
+    graph's capture too."""
+    starts = torch.tensor([*bounds, *range(0, (columns + 1) * params, params)], device="cpu")
+    return starts.pin_memory() if pinned else starts
+
+
+def _network(weights: Sequence[Tensor], bounds: Sequence[int], columns: int, params: int) -> tuple:
+    device = weights[0].device
+    starts = _starts(tuple(bounds), columns, params, device.type == "cuda").to(device, non_blocking=True)
+    return [w.contiguous() for w in weights], starts, columns + 1
+
+
+def _problem(
+    y: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    *settings: Any,
+) -> tuple:
+    s = Settings(*settings)
+    (rows, columns), dtype = y.shape, _op.DTYPES[y.dtype]
+    units = [len(b) for b in biases[:-1]]
+    kept = columns + sum(units) + s.residual * units[0] + s.params
+    size = _op._C.autoregressive_inverse_workspace(dtype, rows, kept) if y.is_cuda else 0
+    return (
+        dtype, *_op.rows(y), rows, columns, *((None, 0) if context is None else _op.rows(context)),
+        *_network(weights, bounds, columns, s.params), [b.contiguous() for b in biases], kept,
+        y.new_empty(size // y.element_size()) if size else None, s.residual, SCALES.index(s.scale),
+        s.bins, _spline.TAILS[s.tails], True, s.bound, s.min_width, s.min_height, s.min_derivative, s.spline.edge,
+        s.damping,
+    )  # fmt: skip
+
+
+def sweep(
+    gx: Tensor,  # (D, N)
+    slope: Tensor,  # (D P, N)
+    offset: Tensor,  # (D P, N)
+    activations: Sequence[Tensor],  # (H, N) of each hidden layer
+    weights: Sequence[Tensor],
+    bounds: Sequence[int],
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sweep backwards: when all units of degree k and above have their gradients, that of coordinate k - 1 is
+    complete. The gradients of the parameters of a coordinate are its own times slope, plus offset.
+
+    Returns the gradients of x, and of what each layer adds to its biases, one after the other, (D + H + ... + D P, N);
+    and for each of them how many inputs it comes after, or is made of.
+    """
+    d, last = len(gx), len(activations)
+    blocks = [*by_layer(bounds, last), [k * (len(slope) // d) for k in range(d + 1)]]
+    gx, gradients = gx.clone(), [gx[:0]] * (last + 1)  # of units of degree k and above
+    for k in reversed(range(d)):
+        own = slice(blocks[-1][k], blocks[-1][k + 1])
+        gradients[-1] = torch.cat([slope[own] * gx[k] + offset[own], gradients[-1]])
+        for i in reversed(range(last)):
+            new = slice(blocks[i][k], blocks[i][k + 1])
+            g = weights[i + 1][blocks[i + 1][k] :, new].mT @ gradients[i + 1]
+            if _rectified(i, last + 1, residual):
+                g = g.masked_fill(activations[i][new] <= 0, 0)
+            if _adds(i, residual) and i + 2 < last:
+                g = g + gradients[i + 2][: len(g)]
+            gradients[i] = torch.cat([g, gradients[i]])
+        if k:
+            gx[k - 1] += weights[0][blocks[0][k] :, k - 1] @ gradients[0]
+    degrees = [k for starts in blocks for k, (a, b) in enumerate(pairwise(starts)) for _ in range(a, b)]
+    return torch.cat([gx, *gradients]), torch.tensor([*range(1, d + 1), *degrees], device=gx.device)
+
+
+def _sweep_results(gx: Tensor, slope: Tensor, offset: Tensor, activations: Sequence[Tensor], *rest: Any) -> tuple:
+    units = len(gx) + sum(map(len, activations)) + len(slope)
+    return gx.new_empty(units, gx.shape[1]), gx.new_empty(units, dtype=torch.int64)
+
+
+def _sweep_problem(
+    gx: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    activations: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bounds: Sequence[int],
+    residual: bool,
+) -> tuple:
+    return (
+        _op.DTYPES[gx.dtype], gx.shape[1], gx.contiguous(), slope.contiguous(), offset.contiguous(),
+        [a.contiguous() for a in activations], *_network(weights, bounds, len(gx), len(slope) // len(gx)), residual,
+    )  # fmt: skip
+
+
+_sweep = _op.fused(
+    "autoregressive_inverse_backward(Tensor gx, Tensor slope, Tensor offset, Tensor[] activations, Tensor[] weights, "
+    "int[] bounds, bool residual) -> (Tensor, Tensor)",
+    formula=sweep,
+    results=_sweep_results,
+    problem=_sweep_problem,
+)
+
+
+def gradients(
+    needed: Sequence[bool],
     gx: Tensor,
     glogdet: Tensor,
     y: Tensor,
@@ -102,72 +210,34 @@ def reverse_sweep(
     biases: Sequence[Tensor],
     bounds: Sequence[int],
     *settings: Any,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Gradients for y, for what enters the first layer, and for weights and biases.
-
-    The sweep backwards: when all units of degree k and above have theirs, that of coordinate k - 1 is complete.
-    """
+) -> tuple[Tensor | None, ...]:
+    """Gradients for y, context, and those weights and biases that need them, without a graph."""
     s = Settings(*settings)
-    blocks = by_layer(bounds, len(weights) - 1)
-    activations = [x]
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        a = F.linear(activations[-1], w, b)
+    activations, total = [x.mT], None  # (units, N)
+    for i, (w, b) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
+        a = torch.addmm(b[:, None], w, activations[-1])
         if i == 0 and context is not None:
-            a += context
-        activations.append(a.relu_() if i < len(blocks) else a)
-    params = activations.pop()
-
-    gx, gy = gx.clone(memory_format=torch.contiguous_format), torch.empty_like(x)
-    gradients = [torch.empty_like(a) for a in (*activations[1:], params)]
-    for k in reversed(range(y.shape[1])):
-        one, own = slice(k, k + 1), slice(k * s.params, (k + 1) * s.params)
-        gy[:, one], gradients[-1][:, own] = s.gradients(gx[:, one], glogdet, y[:, one], params[:, own])
-        after = slice(own.start, None)
-        for i in reversed(range(len(blocks))):
-            new = slice(blocks[i][k], blocks[i][k + 1])
-            g = gradients[i + 1][:, after] @ weights[i + 1][after, new]
-            gradients[i][:, new] = g * (activations[i + 1][:, new] > 0)
-            after = slice(new.start, None)
-        if k:
-            gx[:, k - 1] += gradients[0][:, after] @ weights[0][after, k - 1]
-
-    degrees = torch.arange(y.shape[1], device=y.device)
-    counts = [torch.tensor(starts, device=y.device).diff() for starts in blocks]
-    ends = [degrees.repeat_interleave(n) for n in counts] + [degrees.repeat_interleave(s.params)]
-    starts = [degrees + 1, *ends[:-1]]  # a unit of degree k sees k inputs
+            a += context.mT
+        if _adds(i, s.residual):
+            a = total = a if total is None else a + total
+        activations.append(a.relu() if _rectified(i, len(weights), s.residual) else a)
+    params = torch.addmm(biases[-1], activations[-1].mT, weights[-1].mT)  # (N, D P)
+    with torch.enable_grad():
+        own = y.detach().requires_grad_(), params.requires_grad_()
+        again, logdet = s.inverse(*own)
+    # What is linear in the gradient for x, which is not complete yet, and the rest.
+    direct, slope = torch.autograd.grad(again, own, torch.ones_like(again), retain_graph=True)
+    rest, offset = torch.autograd.grad(logdet, own, glogdet)
+    made, degrees = _sweep(gx.mT, slope.mT, offset.mT, activations[1:], weights, bounds, s.residual)
+    sizes = [y.shape[1], *map(len, biases)]
+    total, *by_unit = made.split(sizes)
+    n, at = len(weights), degrees.split(sizes)
     gweights = [
-        (g.mT @ a).masked_fill_(end[:, None] < start, 0)
-        for g, a, end, start in zip(gradients, activations, ends, starts, strict=True)
+        (g @ a.mT).masked_fill_(end[:, None] < start, 0) if wanted else None
+        for wanted, g, a, end, start in zip(needed[2 : 2 + n], by_unit, activations, at[1:], at[:-1], strict=True)
     ]
-    return gy, gradients[0], gweights, [g.sum(0) for g in gradients]
-
-
-def _native(
-    y: Tensor,
-    context: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    *rest: Any,
-) -> None:
-    *settings, x, logdet, device, stream = rest
-    s = Settings(*settings)
-    layers = [(w.contiguous(), b.contiguous()) for w, b in zip(weights, biases, strict=True)]
-    y, y_stride = _op.rows(y)
-    context, context_stride = (None, 0) if context is None else _op.rows(context)
-    # As launch.h has them: the bounds, then addresses and number of units of each layer.
-    table = torch.tensor([*bounds, *(i for w, b in layers for i in (w.data_ptr(), b.data_ptr(), len(b)))]).to(y.device)
-    problem = _C.AutoregressiveInverse(
-        _op.DTYPES[y.dtype], y.data_ptr(), y_stride, 0 if context is None else context.data_ptr(), context_stride,
-        *y.shape, table.data_ptr() + 8 * len(bounds), len(layers) - 1, sum(len(b) for b in biases[:-1]),
-        table.data_ptr(), SCALES.index(s.scale), s.bins, _spline.TAILS[s.tails], s.bound, s.min_width, s.min_height,
-        s.min_derivative, s.spline.edge, s.damping,
-    )  # fmt: skip
-    size = _C.autoregressive_inverse_workspace(problem) if y.is_cuda else 0
-    workspace = y.new_empty(size // y.element_size())
-    _C.autoregressive_inverse(
-        problem, x.data_ptr(), logdet.data_ptr(), workspace.data_ptr() if size else 0, device, stream
-    )
+    gbiases = [g.sum(1) if wanted else None for wanted, g in zip(needed[2 + n : 2 + 2 * n], by_unit, strict=True)]
+    return direct * total.mT + rest, None if context is None else by_unit[0].mT, *gweights, *gbiases
 
 
 def _backward(
@@ -182,12 +252,10 @@ def _backward(
     outputs: tuple[Tensor, Tensor],
 ) -> Sequence[Tensor | None]:
     gx, glogdet = (torch.zeros_like(o) if g is None else g for g, o in zip(cotangents, outputs, strict=True))
-    if not (torch.is_grad_enabled() or _op.transformed()):
+    stands_for_others = _op.transformed() or is_batched(gx) or is_batched(glogdet)
+    if not (torch.is_grad_enabled() or stands_for_others) and y.shape[1]:
         with torch.autocast(y.device.type, enabled=False):
-            gy, gfirst, gweights, gbiases = reverse_sweep(
-                gx, glogdet, y, outputs[0], context, weights, biases, bounds, *settings
-            )
-        return gy, None if context is None else gfirst, *gweights, *gbiases
+            return gradients(needed, gx, glogdet, y, outputs[0], context, weights, biases, bounds, *settings)
     n = len(weights)
 
     def flat(*tensors: Any) -> tuple[Tensor, Tensor]:
@@ -200,11 +268,11 @@ def _backward(
 
 _fused = _op.fused(
     "autoregressive_inverse(Tensor y, Tensor? context, Tensor[] weights, Tensor[] biases, int[] bounds, str scale, "
-    "int bins, float bound, str tails, float min_width, float min_height, float min_derivative, float damping) "
-    "-> (Tensor, Tensor)",
+    "int bins, float bound, str tails, float min_width, float min_height, float min_derivative, float damping, "
+    "bool residual) -> (Tensor, Tensor)",
     formula=formula,
     results=_results,
-    native=_C and SimpleNamespace(autoregressive_inverse=_native, build_info=_C.build_info),
+    problem=_problem,
     backward=_backward,
 )
 
@@ -224,6 +292,7 @@ def autoregressive_inverse(
     min_height: float = 1e-3,
     min_derivative: float = 1e-3,
     damping: float = 1.0,
+    residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Undo a masked autoregressive layer, with the log-determinant, at the price of about one pass of its network.
 
@@ -237,6 +306,10 @@ def autoregressive_inverse(
     inputs, and in later layers the units of degrees up to k; the parameters of feature i, from 0, see the units of
     degrees up to i. Units of each layer are sorted by degree.
 
+    A residual network, as nflows has it, is a first layer, blocks of two, which make
+    :math:`h + W_2 \operatorname{relu}(W_1 \operatorname{relu}(h) + b_1) + b_2` of h, and the last layer, with no ReLU
+    between the blocks and the last layer.
+
     Args:
         y: (N, D), of any strides. float32, float64, float16 or bfloat16; of 16 bits, all is computed in float32.
         weights: of each layer, (outputs, inputs), already masked: entries between what must not see each other are 0,
@@ -249,14 +322,15 @@ def autoregressive_inverse(
         scale: how the affine transform bounds its log-scale, as in `affine_coupling`.
         bins: 0 for the affine transform; else the bins of a spline, of which the others are settings too, as in
             `rational_quadratic_spline`.
+        residual: whether the hidden layers after the first are in pairs that make residual blocks.
 
     Returns:
         x, of y's shape and dtype, contiguous; and the log-determinant of the inverse, log |det dx/dy|, (N,), in nats,
         float64 for float64 and float32 for all others.
 
     Raises:
-        ValueError: for arguments whose shapes, dtypes, devices or sizes do not go together; and, with tails="none", for
-            a y outside the box, as in `rational_quadratic_spline`.
+        ValueError: for arguments whose shapes, dtypes, devices or sizes do not go together; for more than 64 layers;
+            and, with tails="none", for a y outside the box, as in `rational_quadratic_spline`.
     """
     _op.complain_unless_like(y, "y")
     if y.dim() != 2:
@@ -264,7 +338,7 @@ def autoregressive_inverse(
     n, d = y.shape
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    settings = Settings(scale, bins, float(bound), tails, min_width, min_height, min_derivative, damping)
+    settings = Settings(scale, bins, float(bound), tails, min_width, min_height, min_derivative, damping, residual)
     if bins:
         _spline.complain_unless_valid(settings.spline)
         _spline.complain_unless_inside(y, "y", settings.spline)
@@ -275,10 +349,17 @@ def autoregressive_inverse(
             "weights and biases must be one more than bounds, which are of hidden layers; "
             f"got {len(weights)}, {len(biases)} and {len(bounds)}"
         )
+    if len(weights) > MOST_LAYERS:
+        raise ValueError(f"weights must be of at most {MOST_LAYERS} layers, got {len(weights)}")
     widths = [d, *(starts[-1] if len(starts) else 0 for starts in bounds), d * settings.params]
     for i, starts in enumerate(bounds):
         if len(starts) != d + 1 or starts[0] != 0 or any(a > b for a, b in pairwise(starts)):
             raise ValueError(f"bounds[{i}] must be {d + 1} numbers that start at 0 and never fall, got {list(starts)}")
+    if residual and any(list(starts) != list(bounds[0]) for starts in (*bounds[2::2], bounds[-1])):
+        raise ValueError(
+            "bounds of a residual network must be of one hidden layer and pairs of them, of which the second has the "
+            f"first layer's again; got {[list(starts) for starts in bounds]}"
+        )
     if y.dtype in (torch.float16, torch.bfloat16):
         x, logdet = autoregressive_inverse(
             y.float(), [w.float() for w in weights], [b.float() for b in biases], bounds,
@@ -295,4 +376,4 @@ def autoregressive_inverse(
         weights = [*weights[:-1], weights[-1].view(2, d, -1).transpose(0, 1).reshape(2 * d, -1)]
         biases = [*biases[:-1], biases[-1].view(2, d).t().reshape(-1)]
     flat = tuple(int(start) for starts in bounds for start in starts)
-    return _fused(y, context, list(weights), list(biases), list(flat), *settings)
+    return _fused(y, context, list(weights), list(biases), flat, *settings)
