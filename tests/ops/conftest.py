@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch._C import _len_torch_dispatch_stack
 
+from genfuse.ops import _op
+
 BAND = 1024  # bytes on each side
 ALIGNMENT = 64  # as PyTorch's own tensors on a CPU
 PATTERN = 0xA5
@@ -68,7 +70,7 @@ class Guard:
         """What allocates in place of that function of PyTorch: as it does, but for operators and on the CPU."""
 
         def guarded(*arguments: Any, **settings: Any) -> torch.Tensor:
-            if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _op.transformed():
                 return allocate(*arguments, **settings)
             tensor, caller = allocate(*arguments, **settings), sys._getframe(1)
             of_an_operator = caller.f_globals.get("__name__", "").startswith("genfuse.ops.")
