@@ -138,7 +138,10 @@ template <class T>
 class Tile {
  public:
   explicit Tile(const Problem& p)
-      : p_(p), constants_(p), values_(size_t(p.kept * kRows)), raw_(size_t((p.bins ? 3 * p.bins + 1 : 2) * kRows)) {
+      : p_(p),
+        constants_(p),
+        values_(size_t(p.kept * kRows)),
+        raw_(size_t((p.bins ? (p.clip > 0 ? 5 : 3) * p.bins + 1 : 2) * kRows)) {
     lanes_.raw = raw_.data();
   }
 
