@@ -64,10 +64,10 @@ GENFUSE_HD void rectify(T* a, int64_t n) {
 }
 
 template <Kind kind, class T>
-GENFUSE_HD void undo_affine(const T* y, const T* params, T* x, T* logdet) {
+GENFUSE_HD void undo_affine(T constant, const T* y, const T* params, T* x, T* logdet) {
 #pragma omp simd
   for (int l = 0; l < kRows; ++l) {
-    const T s = affine_coupling::log_scale<kind>(params[l]).value, t = params[kRows + l];
+    const T s = affine_coupling::log_scale<kind>(params[l], constant).value, t = params[kRows + l];
     x[l] =
         affine_coupling::apply(affine_coupling::factor(y[l], t, true), affine_coupling::scale<kind>(s, true), t, true);
     logdet[l] = -s;
@@ -75,11 +75,14 @@ GENFUSE_HD void undo_affine(const T* y, const T* params, T* x, T* logdet) {
 }
 
 template <class T>
-GENFUSE_HD void undo_affine(Kind kind, const T* y, const T* params, T* x, T* logdet) {
+GENFUSE_HD void undo_affine(Kind kind, T constant, const T* y, const T* params, T* x, T* logdet) {
   switch (kind) {
-    case Kind::tanh: return undo_affine<Kind::tanh>(y, params, x, logdet);
-    case Kind::exp: return undo_affine<Kind::exp>(y, params, x, logdet);
-    case Kind::sigmoid: return undo_affine<Kind::sigmoid>(y, params, x, logdet);
+    case Kind::tanh: return undo_affine<Kind::tanh>(constant, y, params, x, logdet);
+    case Kind::exp: return undo_affine<Kind::exp>(constant, y, params, x, logdet);
+    case Kind::sigmoid: return undo_affine<Kind::sigmoid>(constant, y, params, x, logdet);
+    case Kind::softclip: return undo_affine<Kind::softclip>(constant, y, params, x, logdet);
+    case Kind::floored: return undo_affine<Kind::floored>(constant, y, params, x, logdet);
+    case Kind::factored: return undo_affine<Kind::factored>(constant, y, params, x, logdet);
   }
 }
 
@@ -109,8 +112,8 @@ GENFUSE_HD void multiply_add(const T* slope, const T* x, const T* offset, T* y, 
     add_all(weight, across, along, n, in, out, units);                                                               \
   }                                                                                                                  \
   GENFUSE_SIMD void relu(T* a, int64_t n) { rectify(a, n); }                                                         \
-  GENFUSE_SIMD void undo(Kind kind, const T* y, const T* params, T* x, T* logdet) {                                  \
-    undo_affine(kind, y, params, x, logdet);                                                                         \
+  GENFUSE_SIMD void undo(Kind kind, T constant, const T* y, const T* params, T* x, T* logdet) {                      \
+    undo_affine(kind, constant, y, params, x, logdet);                                                               \
   }                                                                                                                  \
   GENFUSE_SIMD void find(Lanes<T>& b, const spline::Problem& p, const spline::Constants<T>& c) {                     \
     spline::cpu::find_bins(b, p, c);                                                                                 \
@@ -135,7 +138,10 @@ template <class T>
 class Tile {
  public:
   explicit Tile(const Problem& p)
-      : p_(p), constants_(p), values_(size_t(p.kept * kRows)), raw_(size_t((p.bins ? 3 * p.bins + 1 : 2) * kRows)) {
+      : p_(p),
+        constants_(p),
+        values_(size_t(p.kept * kRows)),
+        raw_(size_t((p.bins ? (p.clip > 0 ? 5 : 3) * p.bins + 1 : 2) * kRows)) {
     lanes_.raw = raw_.data();
   }
 
@@ -207,7 +213,8 @@ class Tile {
     const int64_t first = k * p_.width(), sizes = 2 * p_.bins;
     if (!p_.bins) {
       parameters(first, 2, known, raw_.data());
-      return undo(Kind(p_.scale), y, raw_.data(), x, logdet);
+      const T constant = p_.factor ? *element<T>(p_.factor, k) : T(p_.constant);
+      return undo(Kind(p_.scale), constant, y, raw_.data(), x, logdet);
     }
     parameters(first, sizes, known, lanes_.raw);
     parameters(first + sizes, p_.width() - sizes, known, spline::cpu::inner_derivatives(lanes_, p_));
@@ -300,9 +307,9 @@ void bind(pybind11::module_& m) {
   using P = Problem;
   define(m, "autoregressive_inverse",
          fields_of<P>(&P::dtype, &P::x, &P::x_stride, &P::rows, &P::cols, &P::context, &P::context_stride, &P::weights,
-                      &P::starts, &P::degrees, &P::biases, &P::kept, &P::workspace, &P::residual, &P::scale, &P::bins,
-                      &P::tails, &P::inverse, &P::bound, &P::min_width, &P::min_height, &P::min_derivative, &P::edge,
-                      &P::damping),
+                      &P::starts, &P::degrees, &P::biases, &P::kept, &P::workspace, &P::residual, &P::scale,
+                      &P::constant, &P::factor, &P::bins, &P::tails, &P::inverse, &P::min_width, &P::min_height,
+                      &P::min_derivative, &P::edge, &P::damping, &P::clip, &P::left, &P::right, &P::bottom, &P::top),
          fields(&Forward::x, &Forward::logdet));
   using S = Sweep;
   define(m, "autoregressive_inverse_backward",

@@ -29,23 +29,27 @@ struct Value {
 };
 
 template <Kind kind, class T>
-__device__ Value<T> undo_affine(T y, const T* params) {
-  const T s = affine_coupling::log_scale<kind>(params[0]).value, t = params[1];
+__device__ Value<T> undo_affine(T y, const T* params, T constant) {
+  const T s = affine_coupling::log_scale<kind>(params[0], constant).value, t = params[1];
   return {affine_coupling::apply(affine_coupling::factor(y, t, true), affine_coupling::scale<kind>(s, true), t, true),
           -s};
 }
 
 template <class T>
-__device__ Value<T> undo(const Problem& p, const spline::Constants<T>& c, T y, const T* params) {
+__device__ Value<T> undo(const Problem& p, const spline::Constants<T>& c, int64_t k, T y, const T* params) {
   if (p.bins) {
     const spline::cuda::Coordinate<T> at(p, c, params, y);
     const spline::Value<T> v = spline::value<true>(y, at.folded, at.bin, c);
     return {v.y, v.logdet};
   }
+  const T constant = p.factor ? static_cast<const T*>(p.factor)[k] : T(p.constant);
   switch (Kind(p.scale)) {
-    case Kind::tanh: return undo_affine<Kind::tanh>(y, params);
-    case Kind::exp: return undo_affine<Kind::exp>(y, params);
-    default: return undo_affine<Kind::sigmoid>(y, params);
+    case Kind::tanh: return undo_affine<Kind::tanh>(y, params, constant);
+    case Kind::exp: return undo_affine<Kind::exp>(y, params, constant);
+    case Kind::sigmoid: return undo_affine<Kind::sigmoid>(y, params, constant);
+    case Kind::softclip: return undo_affine<Kind::softclip>(y, params, constant);
+    case Kind::floored: return undo_affine<Kind::floored>(y, params, constant);
+    default: return undo_affine<Kind::factored>(y, params, constant);
   }
 }
 
@@ -93,7 +97,7 @@ __global__ void kernel(Problem p, spline::Constants<T> c, Forward out) {
       }
       if (threadIdx.x < kRows) {
         const T y = in_use ? static_cast<const T*>(p.x)[row * p.x_stride + k] : T(0);
-        const Value<T> v = undo(p, c, y, params + r * p.width());
+        const Value<T> v = undo(p, c, k, y, params + r * p.width());
         x[k * kRows + r] = v.x;
         sum += v.logdet;
         if (in_use) static_cast<T*>(out.x)[row * p.cols + k] = v.x;

@@ -27,7 +27,9 @@ struct Problem : rational_quadratic_spline::Problem, Network {
   const void* context;
   int64_t context_stride;
   List<const void*> biases;
-  int scale;
+  int scale;  // of affine_coupling's kinds, with their factor (cols), which may be null, or constant
+  double constant;
+  const void* factor;
   int64_t kept;     // values of a row: x, all hidden units, the residual sum, the parameters of a column
   void* workspace;  // of the size that workspace(problem) says; null on the CPU
 

@@ -49,17 +49,20 @@ def network(x, weights, biases, context, residual=False):
 
 
 def sequential(
-    y, weights, biases, bounds, context=None, residual=False, scale="tanh", bins=0, tails="linear", damping=1
-):
+    y, weights, biases, bounds, context=None, residual=False, scale="tanh", bins=0, tails="linear", damping=1,
+    slope=None, factor=None,
+):  # fmt: skip
     """D passes of the whole network in plain PyTorch, each of which makes one more coordinate known."""
     x, logdet = torch.zeros_like(y), None
     for _ in range(y.shape[1]):
         params = network(x, weights, biases, context, residual)
         if bins:
-            settings = (bins, 3.0, tails, True, 1e-3, 1e-3, 1e-3, damping)
-            x, logdet = _rational_quadratic_spline.formula(y, params.reshape(*y.shape, -1), *settings)
+            least = 1e-3 if slope is None else 0.0
+            settings = (bins, (-3.0, 3.0, -3.0, 3.0), tails, True, least, least, least, damping, slope or 0.0)
+            x, logdet = _rational_quadratic_spline.formula(y, params.reshape(*y.shape, -1), None, *settings)
         else:
-            x, logdet = _affine_coupling.formula(y, params, None, 0, scale, True)
+            least = (1e-3 if scale == "softclip" else 0.0) if slope is None else slope
+            x, logdet = _affine_coupling.formula(y, params, factor, None, 0, scale, least, False, False, True)
     return x, logdet
 
 
@@ -121,6 +124,40 @@ def test_a_residual_network_is_undone_and_differentiated_too(kind, hidden, conte
         results.append((x, logdet, *torch.autograd.grad(x.sin().sum() + logdet.sin().sum(), leaves)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": "softclip"}, {"scale": "softclip", "slope": 0.1}, {"scale": "sigmoid", "slope": 1e-3}, {"slope": 1e-3}],
+    ids=str,
+)
+def test_scales_and_raw_parameters_of_other_libraries_are_undone_too(options, device, implementation):
+    arguments = {**problem("tanh" if "scale" in options else "linear", 37, 6, device=device), **options}
+    results = []
+    for function in (autoregressive_inverse, sequential):
+        own, leaves = differentiable(arguments)
+        x, logdet = function(**own)
+        results.append((x, logdet, *torch.autograd.grad(x.sin().sum() + logdet.sin().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@every_implementation
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_learned_factor_of_log_scales_gets_its_gradient(order, device, implementation):
+    arguments = problem("tanh", 37, 6, device=device)
+    results = []
+    for function in (autoregressive_inverse, sequential):
+        own, leaves = differentiable(arguments)
+        factor = torch.linspace(0.2, 1.7, 6, dtype=torch.float64, device=device, requires_grad=True)
+        x, logdet = function(**own, factor=factor)
+        found = torch.autograd.grad(x.sin().sum() + logdet.sin().sum(), [factor, *leaves], create_graph=order == 2)
+        if order == 2:
+            found = torch.autograd.grad(sum(g.sin().sum() for g in found), [factor, *leaves])
+        results.append((x, logdet, *found))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 @every_implementation
@@ -230,7 +267,7 @@ def test_pytorchs_operator_check_passes(kind, device, implementation):
     settings = Settings("tanh", 5 if kind == "linear" else 0, 3.0, "linear", 1e-3, 1e-3, 1e-3, 1.0)
     bounds = [b for starts in a["bounds"] for b in starts]
     operator = torch.ops.genfuse.autoregressive_inverse.default
-    torch.library.opcheck(operator, (a["y"], a["context"], a["weights"], a["biases"], bounds, *settings))
+    torch.library.opcheck(operator, (a["y"], a["context"], None, a["weights"], a["biases"], bounds, *settings))
 
 
 def _scalar(function):
@@ -428,7 +465,7 @@ BAD = {
         {"weights": [torch.zeros(1)] * 65, "biases": [torch.zeros(1)] * 65, "bounds": [[0, 1, 1, 1, 1, 1]] * 64},
         "weights must be of at most 64 layers, got 65",
     ),
-    "a scale": ({"scale": "linear"}, "scale must be one of tanh, exp, sigmoid, got 'linear'"),
+    "a scale": ({"scale": "linear"}, "scale must be one of tanh, exp, sigmoid, softclip, got 'linear'"),
     "bins": ({"bins": -1}, "bins must be at least 1, got -1"),
 }
 

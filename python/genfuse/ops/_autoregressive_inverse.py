@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from genfuse.ops import _affine_coupling, _op
 from genfuse.ops import _rational_quadratic_spline as _spline
-from genfuse.ops._affine_coupling import SCALES, Scale
+from genfuse.ops._affine_coupling import Scale
 
 MOST_LAYERS = 64  # which go to a GPU with a launch's parameters; as portable.h has it
 
@@ -29,22 +29,23 @@ class Settings(NamedTuple):
     min_derivative: float
     damping: float
     residual: bool = False
+    slope: float = 0.0
 
     @property
     def spline(self) -> _spline.Settings:
-        return _spline.Settings(self.bins, self.bound, self.tails, True, *self[4:8])
+        return _spline.Settings(self.bins, self.bound, self.tails, True, *self[4:8], self.slope)
 
     @property
     def params(self) -> int:
         """Of a coordinate."""
         return self.spline.params if self.bins else 2
 
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Undo the transform of D coordinates (N, D), given their parameters by coordinate, (N, D P)."""
-        by_coordinate = params.unflatten(1, (y.shape[1], self.params))
         if self.bins:
-            return _spline._fused(y, by_coordinate, *self.spline)
-        return _affine_coupling._fused(y, by_coordinate.mT.flatten(1), None, 0, self.scale, True)
+            by_coordinate = params.unflatten(1, (y.shape[1], self.params))
+            return _spline._fused(y, by_coordinate, None, *self.spline.arguments)
+        return _affine_coupling._fused(y, params, factor, None, 0, self.scale, self.slope, True, False, True)
 
 
 def _adds(layer: int, residual: bool) -> bool:
@@ -66,6 +67,7 @@ def by_layer(bounds: Sequence[int], layers: int) -> list[list[int]]:
 def formula(
     y: Tensor,  # (N, D)
     context: Tensor | None,  # (N, H1)
+    factor: Tensor | None,  # (D,)
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bounds: Sequence[int],
@@ -90,7 +92,8 @@ def formula(
                 known = hidden[i]
             new = slice(outputs[k], outputs[k + 1])
             params = F.linear(known, weights[-1][new, : known.shape[1]], biases[-1][new])  # (N, P)
-            x_k, logdet_k = s.inverse(y[:, k : k + 1], params)
+            own = None if factor is None else factor[k : k + 1]
+            x_k, logdet_k = s.inverse(y[:, k : k + 1], params, own)
             x, logdet = torch.cat([x, x_k], 1), logdet + logdet_k
     return x.contiguous(), logdet
 
@@ -116,6 +119,7 @@ def _network(weights: Sequence[Tensor], bounds: Sequence[int], columns: int, par
 def _problem(
     y: Tensor,
     context: Tensor | None,
+    factor: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bounds: Sequence[int],
@@ -124,14 +128,16 @@ def _problem(
     s = Settings(*settings)
     (rows, columns), dtype = y.shape, _op.DTYPES[y.dtype]
     units = [len(b) for b in biases[:-1]]
+    kind, constant = _affine_coupling._settings(y, s.scale, s.slope, factor, False, True)[1:3]
     kept = columns + sum(units) + s.residual * units[0] + s.params
     size = _op._C.autoregressive_inverse_workspace(dtype, rows, kept) if y.is_cuda else 0
     return (
         dtype, *_op.rows(y), rows, columns, *((None, 0) if context is None else _op.rows(context)),
         *_network(weights, bounds, columns, s.params), [b.contiguous() for b in biases], kept,
-        y.new_empty(size // y.element_size()) if size else None, s.residual, SCALES.index(s.scale),
-        s.bins, _spline.TAILS[s.tails], True, s.bound, s.min_width, s.min_height, s.min_derivative, s.spline.edge,
-        s.damping,
+        y.new_empty(size // y.element_size()) if size else None, s.residual,
+        *((0, 0.0, None) if s.bins else (kind, constant, None if factor is None else factor.contiguous())),
+        s.bins, _spline.TAILS[s.tails], True, s.min_width, s.min_height, s.min_derivative, s.spline.edge, s.damping,
+        s.spline.clip, *s.spline.box,
     )  # fmt: skip
 
 
@@ -206,12 +212,13 @@ def gradients(
     y: Tensor,
     x: Tensor,
     context: Tensor | None,
+    factor: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bounds: Sequence[int],
     *settings: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for y, context, and those weights and biases that need them, without a graph."""
+    """Gradients for y, context, factor, and those weights and biases that need them, without a graph."""
     s = Settings(*settings)
     activations, total = [x.mT], None  # (units, N)
     for i, (w, b) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
@@ -224,20 +231,23 @@ def gradients(
     params = torch.addmm(biases[-1], activations[-1].mT, weights[-1].mT)  # (N, D P)
     with torch.enable_grad():
         own = y.detach().requires_grad_(), params.requires_grad_()
-        again, logdet = s.inverse(*own)
+        free = None if factor is None else factor.detach().requires_grad_()
+        again, logdet = s.inverse(*own, free)
     # What is linear in the gradient for x, which is not complete yet, and the rest.
     direct, slope = torch.autograd.grad(again, own, torch.ones_like(again), retain_graph=True)
-    rest, offset = torch.autograd.grad(logdet, own, glogdet)
+    rest, offset = torch.autograd.grad(logdet, own, glogdet, retain_graph=free is not None)
     made, degrees = _sweep(gx.mT, slope.mT, offset.mT, activations[1:], weights, bounds, s.residual)
     sizes = [y.shape[1], *map(len, biases)]
     total, *by_unit = made.split(sizes)
+    gfactor = None if free is None else torch.autograd.grad((again, logdet), free, (total.mT, glogdet))[0]
     n, at = len(weights), degrees.split(sizes)
     gweights = [
         (g @ a.mT).masked_fill_(end[:, None] < start, 0) if wanted else None
-        for wanted, g, a, end, start in zip(needed[2 : 2 + n], by_unit, activations, at[1:], at[:-1], strict=True)
+        for wanted, g, a, end, start in zip(needed[3 : 3 + n], by_unit, activations, at[1:], at[:-1], strict=True)
     ]
-    gbiases = [g.sum(1) if wanted else None for wanted, g in zip(needed[2 + n : 2 + 2 * n], by_unit, strict=True)]
-    return direct * total.mT + rest, None if context is None else by_unit[0].mT, *gweights, *gbiases
+    gbiases = [g.sum(1) if wanted else None for wanted, g in zip(needed[3 + n : 3 + 2 * n], by_unit, strict=True)]
+    gcontext = None if context is None else by_unit[0].mT
+    return direct * total.mT + rest, gcontext, gfactor, *gweights, *gbiases
 
 
 def _backward(
@@ -245,6 +255,7 @@ def _backward(
     cotangents: tuple[Tensor | None, Tensor | None],
     y: Tensor,
     context: Tensor | None,
+    factor: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bounds: Sequence[int],
@@ -255,21 +266,22 @@ def _backward(
     stands_for_others = _op.transformed() or is_batched(gx) or is_batched(glogdet)
     if not (torch.is_grad_enabled() or stands_for_others) and y.shape[1]:
         with torch.autocast(y.device.type, enabled=False):
-            return gradients(needed, gx, glogdet, y, outputs[0], context, weights, biases, bounds, *settings)
+            return gradients(needed, gx, glogdet, y, outputs[0], context, factor, weights, biases, bounds, *settings)
     n = len(weights)
 
     def flat(*tensors: Any) -> tuple[Tensor, Tensor]:
-        return formula(tensors[0], tensors[1], tensors[2 : 2 + n], tensors[2 + n :], bounds, *settings)
+        return formula(*tensors[:3], tensors[3 : 3 + n], tensors[3 + n :], bounds, *settings)
 
     by = [i for i, wanted in enumerate(needed) if wanted]
-    found = _op.differentiate(flat, (gx, glogdet), (y, context, *weights, *biases), by)
-    return [*map(dict(zip(by, found, strict=True)).get, range(2 + 2 * n))]
+    found = _op.differentiate(flat, (gx, glogdet), (y, context, factor, *weights, *biases), by)
+    return [*map(dict(zip(by, found, strict=True)).get, range(3 + 2 * n))]
 
 
 _fused = _op.fused(
-    "autoregressive_inverse(Tensor y, Tensor? context, Tensor[] weights, Tensor[] biases, int[] bounds, str scale, "
+    "autoregressive_inverse(Tensor y, Tensor? context, Tensor? factor, Tensor[] weights, Tensor[] biases, "
+    "int[] bounds, str scale, "
     "int bins, float bound, str tails, float min_width, float min_height, float min_derivative, float damping, "
-    "bool residual) -> (Tensor, Tensor)",
+    "bool residual, float slope) -> (Tensor, Tensor)",
     formula=formula,
     results=_results,
     problem=_problem,
@@ -284,13 +296,15 @@ def autoregressive_inverse(
     bounds: Sequence[Sequence[int]],
     *,
     context: Tensor | None = None,
-    scale: Scale = "tanh",
+    scale: Scale | Literal["softclip"] = "tanh",
+    slope: float | None = None,
+    factor: Tensor | None = None,
     bins: int = 0,
     bound: float = 3.0,
     tails: str = "linear",
-    min_width: float = 1e-3,
-    min_height: float = 1e-3,
-    min_derivative: float = 1e-3,
+    min_width: float | None = None,
+    min_height: float | None = None,
+    min_derivative: float | None = None,
     damping: float = 1.0,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -319,7 +333,7 @@ def autoregressive_inverse(
         bounds: for each hidden layer D + 1 numbers: where the units of each degree start, and the number of units.
         context: what is added to the first layer before its ReLU, (N, H1), such as a linear map of what the density is
             conditioned on.
-        scale: how the affine transform bounds its log-scale, as in `affine_coupling`.
+        scale, slope, factor: how the affine transform bounds its log-scale, as in `affine_coupling`; factor, (D,).
         bins: 0 for the affine transform; else the bins of a spline, of which the others are settings too, as in
             `rational_quadratic_spline`.
         residual: whether the hidden layers after the first are in pairs that make residual blocks.
@@ -336,9 +350,11 @@ def autoregressive_inverse(
     if y.dim() != 2:
         raise ValueError(f"y must be (N, D), got shape {tuple(y.shape)}")
     n, d = y.shape
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    settings = Settings(scale, bins, float(bound), tails, min_width, min_height, min_derivative, damping, residual)
+    least = _affine_coupling.checked_slope(scale, None if bins else slope, factor)
+    default = 1e-3 if slope is None else 0.0
+    w, h, derivative = (default if m is None else m for m in (min_width, min_height, min_derivative))
+    least = (slope or 0.0) if bins else least
+    settings = Settings(scale, bins, float(bound), tails, w, h, derivative, damping, residual, least)
     if bins:
         _spline.complain_unless_valid(settings.spline)
         _spline.complain_unless_inside(y, "y", settings.spline)
@@ -361,9 +377,10 @@ def autoregressive_inverse(
             f"first layer's again; got {[list(starts) for starts in bounds]}"
         )
     if y.dtype in (torch.float16, torch.bfloat16):
+        context, factor = (None if t is None else t.float() for t in (context, factor))
         x, logdet = autoregressive_inverse(
-            y.float(), [w.float() for w in weights], [b.float() for b in biases], bounds,
-            context=None if context is None else context.float(), **settings._asdict(),
+            y.float(), [w.float() for w in weights], [b.float() for b in biases], bounds, context=context,
+            factor=factor, **{**settings._asdict(), "slope": slope},
         )  # fmt: skip
         return x.to(y.dtype), logdet
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]]
@@ -371,9 +388,11 @@ def autoregressive_inverse(
     shapes |= {f"biases[{i}]": (b, (widths[i + 1],)) for i, b in enumerate(biases)}
     if context is not None:
         shapes["context"] = (context, (n, widths[1]))
+    if factor is not None:
+        shapes["factor"] = (factor, (d,))
     _op.complain_unless_like(y, "y", **shapes)
     if not bins:  # the kernels take outputs by feature
         weights = [*weights[:-1], weights[-1].view(2, d, -1).transpose(0, 1).reshape(2 * d, -1)]
         biases = [*biases[:-1], biases[-1].view(2, d).t().reshape(-1)]
     flat = tuple(int(start) for starts in bounds for start in starts)
-    return _fused(y, context, list(weights), list(biases), flat, *settings)
+    return _fused(y, context, factor, list(weights), list(biases), flat, *settings)
