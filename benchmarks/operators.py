@@ -99,7 +99,8 @@ def _affine(
     x: Tensor, params: Tensor, mask_or_split: Tensor | int, *, scale: str = "tanh", inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     mask = mask_or_split if isinstance(mask_or_split, Tensor) else None
-    return _affine_coupling.formula(x, params, mask, 0 if mask is not None else int(mask_or_split), scale, inverse)
+    split = 0 if mask is not None else int(mask_or_split)
+    return _affine_coupling.formula(x, params, None, mask, split, scale, inverse=inverse)
 
 
 def _bernoulli(p: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -129,7 +130,7 @@ def _interpolate(real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> T
 
 
 def _spline(x: Tensor, params: Tensor, *, bins: int, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    return _rational_quadratic_spline.formula(x, params, bins, bound, "linear", inverse, 1e-3, 1e-3, 1e-3, 1.0)
+    return _rational_quadratic_spline.formula(x, params, None, bins, bound, "linear", inverse, 1e-3, 1e-3, 1e-3)
 
 
 def _reparameterize(

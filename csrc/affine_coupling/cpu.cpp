@@ -16,7 +16,7 @@ class Moving {
   // Of n columns from j0 on. Most rows are no longer than a block, which then serves all of them.
   GENFUSE_HD const Bits* at(int64_t j0, int64_t n) {
     if (j0 != filled_) {
-      for (int64_t j = 0; j < n; ++j) buffer_[j] = mask_[j0 + j] ? Bits(0) : ~Bits(0);
+      for (int64_t j = 0; j < n; ++j) buffer_[j] = mask_ && mask_[j0 + j] ? Bits(0) : ~Bits(0);
       filled_ = j0;
     }
     return buffer_;
@@ -31,27 +31,45 @@ class Moving {
 template <class T>
 using bits_of = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
-template <bool has_mask, class T>
-GENFUSE_HD T masked(T x, const bits_of<T>* moves, int64_t j) {
-  if constexpr (has_mask) return bit_cast<T>(bit_cast<bits_of<T>>(x) & moves[j]);
-  return x;
-}
-
 template <class S>
 GENFUSE_HD void copy(const S* from, S* to, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) to[j] = from[j];
 }
 
-template <Kind kind, bool inverse, bool has_mask, class S>
+// What is not beside each other goes through a buffer.
+template <class S, class T>
+GENFUSE_HD const T* gather(const S* from, int64_t step, int64_t n, T* buffer) {
+  if (step == 1) return read(from, n, buffer);
+  for (int64_t j = 0; j < n; ++j) buffer[j] = load(from[j * step]);
+  return buffer;
+}
+// Where a row's gradients of the parameters go: into their places, or if those are apart, by way of buffers.
+template <class S>
+struct Gradients {
+  S *raw_to, *shift_to, *raw, *shift;
+
+  GENFUSE_HD Gradients(const Problem& p, const Backward& out, int64_t row, int64_t j, S* raw_buffer, S* shift_buffer)
+      : raw_to(element<S>(out.gparams, row * p.gstride + j * p.gstep)),
+        shift_to(element<S>(out.gshift, row * p.gstride + j * p.gstep)),
+        raw(p.gstep == 1 ? raw_to : raw_buffer),
+        shift(p.gstep == 1 ? shift_to : shift_buffer) {}
+
+  GENFUSE_HD void finish(int64_t step, int64_t n) const {
+    for (int64_t j = 0; step != 1 && j < n; ++j) raw_to[j * step] = raw[j], shift_to[j * step] = shift[j];
+  }
+};
+
+// Loops for one kind without a mask and with a log-determinant for each row.
+template <Kind kind, bool inverse, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t moved = p.moved, after = p.start + moved;
+  const int64_t moved = p.moved, after = p.start + moved, step = p.step;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
-  Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
+    const S* shift_row = element<S>(p.shift, i * p.shift_stride);
     S* y_row = element<S>(out.y, i * p.cols);
     prefetch(x_row + kRowsAhead * p.x_stride, p.cols);
     prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
@@ -61,14 +79,13 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     T sum = 0;
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
       const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = read(raw_row + j0, n, raw_buffer);
-      const T* shift = read(raw_row + moved + j0, n, shift_buffer);
+      const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
+      const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
       S* y = y_row + p.start + j0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < n; ++j) {
-        const T s = masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j), t = masked<has_mask>(shift[j], moves, j);
+        const T s = log_scale<kind>(raw[j]).value, t = shift[j];
         store(y[j], apply(factor(x[j], t, inverse), scale<kind>(s, inverse), t, inverse));
         sum += s;
       }
@@ -77,15 +94,16 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   }
 }
 
-template <Kind kind, bool inverse, bool has_mask, class S>
+template <Kind kind, bool inverse, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t moved = p.moved, after = p.start + moved;
+  const int64_t moved = p.moved, after = p.start + moved, step = p.step, gstep = p.gstep;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
-  Moving<bits_of<T>> moving(p);
+  S graw_buffer[kBlock], gshift_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
+    const S* shift_row = element<S>(p.shift, i * p.shift_stride);
     const S* gy_row = element<S>(out.gy, i * p.cols);
     S* gx_row = element<S>(out.gx, i * p.cols);
     const T glogdet = *element<T>(out.glogdet, i);
@@ -97,37 +115,31 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     copy(gy_row + after, gx_row + after, p.cols - after);
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
       const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = read(raw_row + j0, n, raw_buffer);
-      const T* shift = read(raw_row + moved + j0, n, shift_buffer);
+      const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
+      const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
       const T* gy = read(gy_row + p.start + j0, n, gy_buffer);
       S* gx = gx_row + p.start + j0;
-      S* graw = element<S>(out.gparams, i * 2 * moved + j0);
-      S* gshift = graw + moved;
+      Gradients<S> to(p, out, i, j0, graw_buffer, gshift_buffer);
+      S *graw = to.raw, *gshift = to.shift;
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
-        const LogScale<T> bounded = log_scale<kind>(raw[j]);
-        const T s = masked<has_mask>(bounded.value, moves, j), t = masked<has_mask>(shift[j], moves, j);
-        const Grad<T> g =
-            grad(gy[j], glogdet, factor(x[j], t, inverse), scale<kind>(s, inverse), bounded.derivative, inverse);
+        const LogScale<T> s = log_scale<kind>(raw[j]);
+        const Grad<T> g = grad(gy[j], glogdet, factor(x[j], shift[j], inverse), scale<kind>(s.value, inverse),
+                               s.derivative, inverse);
         store(gx[j], g.x);
-        store(graw[j], masked<has_mask>(g.raw, moves, j));
-        store(gshift[j], masked<has_mask>(g.shift, moves, j));
+        store(graw[j], g.raw);
+        store(gshift[j], g.shift);
       }
+      to.finish(gstep, n);
     }
   }
 }
 
-// Each way, and each without a mask and with one, has loops of its own: one that decided for itself would not be
-// vectorised.
+// Each way has loops of its own: one that decided for itself would not be vectorised.
 template <Kind kind, class S, class Out>
 GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
-  if (p.mask) {
-    p.inverse ? rows_of<kind, true, true, S>(p, out, begin, end) : rows_of<kind, false, true, S>(p, out, begin, end);
-  } else {
-    p.inverse ? rows_of<kind, true, false, S>(p, out, begin, end) : rows_of<kind, false, false, S>(p, out, begin, end);
-  }
+  p.inverse ? rows_of<kind, true, S>(p, out, begin, end) : rows_of<kind, false, S>(p, out, begin, end);
 }
 GENFUSE_SIMD_LOOPS(tanh_rows, Forward, either_way<Kind::tanh, S>)
 GENFUSE_SIMD_LOOPS(tanh_rows, Backward, either_way<Kind::tanh, S>)
@@ -136,28 +148,169 @@ GENFUSE_SIMD_LOOPS(exp_rows, Backward, either_way<Kind::exp, S>)
 GENFUSE_SIMD_LOOPS(sigmoid_rows, Forward, either_way<Kind::sigmoid, S>)
 GENFUSE_SIMD_LOOPS(sigmoid_rows, Backward, either_way<Kind::sigmoid, S>)
 
+// Of n columns from j0 on, what depends on the kind: log-scales, their derivatives, and the scales. 0 and 1 where the
+// mask keeps a column.
+template <class T>
+struct Scales {
+  T s[kBlock], derivative[kBlock], scale[kBlock];
+};
+
+template <Kind kind, class T>
+GENFUSE_HD void scales_of(const Problem& p, const T* raw, const bits_of<T>* moves, int64_t j0, int64_t n,
+                          Scales<T>& out) {
+  const T constant = T(p.constant), *factors = kind == Kind::factored ? element<T>(p.factor, j0) : nullptr;
+  const bool inverse = p.inverse;
+  T *s = out.s, *derivative = out.derivative, *e = out.scale;
+  GENFUSE_INDEPENDENT
+  for (int64_t j = 0; j < n; ++j) {
+    const LogScale<T> bounded = log_scale<kind>(raw[j], kind == Kind::factored ? factors[j] : constant);
+    s[j] = bit_cast<T>(bit_cast<bits_of<T>>(bounded.value) & moves[j]);
+    derivative[j] = bit_cast<T>(bit_cast<bits_of<T>>(bounded.derivative) & moves[j]);
+    e[j] = scale<kind>(s[j], inverse);
+  }
+}
+
+#define GENFUSE_SCALES(T)                                                                                      \
+  GENFUSE_SIMD void scales(const Problem& p, const T* raw, const bits_of<T>* moves, int64_t j0, int64_t n,     \
+                           Scales<T>& out) {                                                                   \
+    switch (Kind(p.kind)) {                                                                                    \
+      case Kind::tanh: return scales_of<Kind::tanh>(p, raw, moves, j0, n, out);                                \
+      case Kind::exp: return scales_of<Kind::exp>(p, raw, moves, j0, n, out);                                  \
+      case Kind::sigmoid: return scales_of<Kind::sigmoid>(p, raw, moves, j0, n, out);                          \
+      case Kind::softclip: return scales_of<Kind::softclip>(p, raw, moves, j0, n, out);                        \
+      case Kind::floored: return scales_of<Kind::floored>(p, raw, moves, j0, n, out);                          \
+      case Kind::factored: return scales_of<Kind::factored>(p, raw, moves, j0, n, out);                        \
+    }                                                                                                          \
+  }
+GENFUSE_SCALES(float)
+GENFUSE_SCALES(double)
+#undef GENFUSE_SCALES
+
+// Loops for every kind, a mask, and log-determinants by element.
+template <bool inverse, class S>
+GENFUSE_HD void any_rows(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const int64_t after = p.start + p.moved, step = p.step;
+  T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
+  Scales<T> of;
+  Moving<bits_of<T>> moving(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t moved = i + 1 < p.rows ? p.moved : p.last;
+    const S* x_row = element<S>(p.x, i * p.x_stride);
+    S* y_row = element<S>(out.y, i * p.cols);
+    copy(x_row, y_row, p.start);
+    copy(x_row + after, y_row + after, p.cols - after);
+    T* logdet = element<T>(out.logdet, p.by_element ? i * p.cols : i);
+    if (p.by_element) {
+      std::fill_n(logdet, p.start, T(0));
+      std::fill_n(logdet + after, p.cols - after, T(0));
+    }
+    T sum = 0;
+    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
+      const int64_t n = std::min(kBlock, moved - j0);
+      const auto* moves = moving.at(j0, n);
+      const T* x = read(x_row + p.start + j0, n, x_buffer);
+      const T* raw = gather(element<S>(p.params, i * p.params_stride + j0 * step), step, n, raw_buffer);
+      const T* shift = gather(element<S>(p.shift, i * p.shift_stride + j0 * step), step, n, shift_buffer);
+      S* y = y_row + p.start + j0;
+      scales(p, raw, moves, j0, n, of);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const T t = bit_cast<T>(bit_cast<bits_of<T>>(shift[j]) & moves[j]);
+        store(y[j], apply(factor(x[j], t, inverse), of.scale[j], t, inverse));
+      }
+      if (p.by_element) {
+        for (int64_t j = 0; j < n; ++j) logdet[p.start + j0 + j] = inverse ? -of.s[j] : of.s[j];
+      } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; ++j) sum += of.s[j];
+      }
+    }
+    if (!p.by_element) *logdet = inverse ? -sum : sum;
+  }
+}
+
+template <bool inverse, class S>
+GENFUSE_HD void any_rows(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const int64_t after = p.start + p.moved, step = p.step, gstep = p.gstep;
+  T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock], glogdet_buffer[kBlock];
+  S graw_buffer[kBlock], gshift_buffer[kBlock];
+  Scales<T> of;
+  Moving<bits_of<T>> moving(p);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t moved = i + 1 < p.rows ? p.moved : p.last;
+    const S* x_row = element<S>(p.x, i * p.x_stride);
+    const S* gy_row = element<S>(out.gy, i * p.cols);
+    S* gx_row = element<S>(out.gx, i * p.cols);
+    copy(gy_row, gx_row, p.start);
+    copy(gy_row + after, gx_row + after, p.cols - after);
+    if (!p.by_element) std::fill_n(glogdet_buffer, std::min(moved, kBlock), *element<T>(out.glogdet, i));
+    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
+      const int64_t n = std::min(kBlock, moved - j0);
+      const auto* moves = moving.at(j0, n);
+      const T* x = read(x_row + p.start + j0, n, x_buffer);
+      const T* raw = gather(element<S>(p.params, i * p.params_stride + j0 * step), step, n, raw_buffer);
+      const T* shift = gather(element<S>(p.shift, i * p.shift_stride + j0 * step), step, n, shift_buffer);
+      const T* gy = read(gy_row + p.start + j0, n, gy_buffer);
+      const T* glogdet = p.by_element ? element<T>(out.glogdet, i * p.cols + p.start + j0) : glogdet_buffer;
+      S* gx = gx_row + p.start + j0;
+      Gradients<S> to(p, out, i, j0, graw_buffer, gshift_buffer);
+      S *graw = to.raw, *gshift = to.shift;
+      scales(p, raw, moves, j0, n, of);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const T t = bit_cast<T>(bit_cast<bits_of<T>>(shift[j]) & moves[j]);
+        const Grad<T> g =
+            grad(gy[j], glogdet[j], factor(x[j], t, inverse), of.scale[j], of.derivative[j], inverse);
+        store(gx[j], g.x);
+        store(graw[j], bit_cast<T>(bit_cast<bits_of<T>>(g.raw) & moves[j]));
+        store(gshift[j], bit_cast<T>(bit_cast<bits_of<T>>(g.shift) & moves[j]));
+      }
+      to.finish(gstep, n);
+    }
+  }
+}
+
+template <class S, class Out>
+GENFUSE_HD void any_rows_either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
+  p.inverse ? any_rows<true, S>(p, out, begin, end) : any_rows<false, S>(p, out, begin, end);
+}
+GENFUSE_SIMD_LOOPS(all_rows, Forward, any_rows_either_way<S>)
+GENFUSE_SIMD_LOOPS(all_rows, Backward, any_rows_either_way<S>)
+
 }  // namespace
 
 template <class Out>
-void run_cpu(const Problem& p, const Out& out) {
+void run_cpu(const Problem& given, const Out& given_out) {
+  const Problem p = arranged(given, kBlock);
+  const Out out = arranged(given_out, p);
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
+      const bool plain = !p.mask && !p.by_element;
       switch (Kind(p.kind)) {
-        case Kind::tanh: return tanh_rows(storage, p, out, begin, end);
-        case Kind::exp: return exp_rows(storage, p, out, begin, end);
-        case Kind::sigmoid: return sigmoid_rows(storage, p, out, begin, end);
+        case Kind::tanh: if (plain) return tanh_rows(storage, p, out, begin, end); break;
+        case Kind::exp: if (plain) return exp_rows(storage, p, out, begin, end); break;
+        case Kind::sigmoid: if (plain) return sigmoid_rows(storage, p, out, begin, end); break;
+        default: break;
       }
+      all_rows(storage, p, out, begin, end);
     });
   });
 }
 
 void bind(pybind11::module_& m) {
   using P = Problem;
-  const auto problem = fields(&P::dtype, &P::kind, &P::inverse, &P::x, &P::x_stride, &P::params, &P::params_stride,
-                              &P::mask, &P::rows, &P::cols, &P::start, &P::moved);
-  define(m, "affine_coupling", problem, fields(&Forward::y, &Forward::logdet));
+  const auto problem =
+      fields(&P::dtype, &P::kind, &P::constant, &P::by_element, &P::inverse, &P::x, &P::x_stride, &P::params,
+             &P::params_stride, &P::step, &P::shift, &P::shift_stride, &P::factor, &P::mask, &P::rows, &P::cols,
+             &P::start, &P::moved);
+  using F = Forward;
   using B = Backward;
+  define(m, "affine_coupling", problem, fields(&F::y, &F::logdet));
   define(m, "affine_coupling_backward", problem, fields(&B::gy, &B::glogdet, &B::gx, &B::gparams));
+  define(m, "affine_pair", problem, fields(&F::y, &F::logdet));
+  define(m, "affine_pair_backward", problem, fields(&B::gy, &B::glogdet, &B::gx, &B::gparams, &B::gshift));
 }
 
 }  // namespace genfuse::affine_coupling

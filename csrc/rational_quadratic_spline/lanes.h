@@ -9,6 +9,16 @@ namespace genfuse::rational_quadratic_spline::cpu {
 // together; loops over bins stand outside of those over lanes, which are vectorised.
 constexpr int kLanes = 32;
 
+// Clips raw parameters softly, and keeps the slopes for the way back.
+template <class T>
+GENFUSE_HD void clip(T* raw, T* slopes, int64_t n, T c) {
+  GENFUSE_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const Clipped<T> a(raw[i], c);
+    raw[i] = a.value, slopes[i] = a.slope;
+  }
+}
+
 template <class T>
 GENFUSE_HD void softmax(T* e, int64_t bins, T damping) {
   T most[kLanes], sum[kLanes];
@@ -42,7 +52,8 @@ struct Picked {
 
 // Finds the bins, and numbers them as T so that all lanes are of one width.
 template <class T>
-GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* at, T* bin, Picked<T>& to) {
+GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* low, const T* high, const T* at, T* bin,
+                       Picked<T>& to) {
   T sum[kLanes];
   for (int l = 0; l < kLanes; ++l) bin[l] = to.before[l] = 0, sum[l] = to.here[l] = share[l];
   for (int64_t k = 1; k < bins; ++k) {
@@ -50,7 +61,7 @@ GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* at, 
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l], n0 = bin[l];
-      const bool past = at[l] >= axis.knot(number, before);
+      const bool past = at[l] >= axis.in(low[l], high[l]).knot(number, before);
       bin[l] = past ? number : n0;
       to.before[l] = past ? before : b0;
       to.here[l] = past ? next : h0;
@@ -79,11 +90,14 @@ GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) 
 
 template <class T>
 struct Lanes {
-  T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares
+  T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares; with a clip slopes of
+           // widths and heights follow, 2 bins rows
   int n;   // lanes in use
   int64_t row[kLanes];
+  int tails[kLanes];
   T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
   T corner_x[kLanes], corner_y[kLanes], width[kLanes], height[kLanes], slope0[kLanes], slope1[kLanes];
+  T left[kLanes], right[kLanes], bottom[kLanes], top[kLanes], below[kLanes], above[kLanes];  // the boxes
   Picked<T> w, h;
 };
 
@@ -99,35 +113,66 @@ GENFUSE_HD void close_ends(Lanes<T>& b, const Problem& p) {
   if (p.tails == kNone) return;
   T* d = b.raw + 2 * p.bins * kLanes;
   for (int l = 0; l < kLanes; ++l) {
-    if (p.tails == kLinear) d[l] = T(p.edge);
-    d[p.bins * kLanes + l] = d[l];
+    const int tails = p.tails == kMixed ? b.tails[l] : p.tails;
+    if (tails == kLinear) d[l] = T(p.edge);
+    if (tails != kNone) d[p.bins * kLanes + l] = d[l];
   }
 }
 
+// Gives a lane its box.
 template <class T>
-GENFUSE_HD void finish(const Picked<T>& picked, const T* bin, Axis<T> axis, T* corner, T* size) {
+GENFUSE_HD void enclose(Lanes<T>& b, int l, const Box<T>& box) {
+  b.left[l] = box.left, b.right[l] = box.right, b.bottom[l] = box.bottom, b.top[l] = box.top;
+  b.below[l] = box.below, b.above[l] = box.above;
+}
+
+template <class T>
+GENFUSE_HD void finish(const Picked<T>& picked, const T* bin, Axis<T> axis, const T* low, const T* high, T* corner,
+                       T* size) {
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    corner[l] = axis.knot(bin[l], picked.before[l]);
-    size[l] = axis.size(picked.here[l]);
+    const Axis<T> own = axis.in(low[l], high[l]);
+    corner[l] = own.knot(bin[l], picked.before[l]);
+    size[l] = own.size(picked.here[l]);
   }
+}
+
+template <bool Inverse, class T>
+GENFUSE_HD void fold_all(Lanes<T>& b, const Problem& p, bool circular) {
+  for (int l = 0; l < kLanes; ++l) {
+    const bool turns = circular && (p.tails == kCircular || b.tails[l] == kCircular);
+    const Box<T> box(b.left[l], b.right[l], b.bottom[l], b.top[l], b.below[l], b.above[l], turns);
+    const Folded<T> f = fold<Inverse>(b.x[l], box);
+    b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;
+  }
+}
+
+// Turns the raw derivatives that were picked into `slopes`, and what their gradients are multiplied by.
+template <bool exponential, class T>
+GENFUSE_HD void derivatives(const T* raw, const Constants<T>& c, T* slopes) {
+  const T least = c.min_derivative, clip = c.clip;
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) slopes[l] = derivative<exponential>(raw[l], least, clip).value;
 }
 
 template <class T>
 GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
   const int64_t bins = p.bins;
   T *widths = b.raw, *heights = widths + bins * kLanes, *d = heights + bins * kLanes;
+  if (!p.table) {
+    for (int l = 0; l < kLanes; ++l) enclose(b, l, c);
+  }
+  if (c.clip != T(0)) clip(widths, d + (bins + 1) * kLanes, 2 * bins * kLanes, T(2) * c.clip * c.x.damping);
   softmax(widths, bins, c.x.damping);
   softmax(heights, bins, c.y.damping);
-  for (int l = 0; l < kLanes; ++l) {
-    const Folded<T> f = fold(b.x[l], c);
-    b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;
-  }
+  const bool circular = p.tails == kCircular || p.tails == kMixed;
   if (p.inverse) {
-    search(heights, bins, c.y, b.at, b.bin, b.h);
+    circular ? fold_all<true>(b, p, true) : fold_all<true>(b, p, false);
+    search(heights, bins, c.y, b.bottom, b.top, b.at, b.bin, b.h);
     pick(widths, bins, b.bin, b.w);
   } else {
-    search(widths, bins, c.x, b.at, b.bin, b.w);
+    circular ? fold_all<false>(b, p, true) : fold_all<false>(b, p, false);
+    search(widths, bins, c.x, b.left, b.right, b.at, b.bin, b.w);
     pick(heights, bins, b.bin, b.h);
   }
   for (int l = 0; l < kLanes; ++l) b.d0[l] = d[l], b.d1[l] = d[kLanes + l];
@@ -141,12 +186,12 @@ GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
       b.d1[l] = past ? right : d1;
     }
   }
-  finish(b.w, b.bin, c.x, b.corner_x, b.width);
-  finish(b.h, b.bin, c.y, b.corner_y, b.height);
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) {
-    b.slope0[l] = c.min_derivative + softplus(b.d0[l]);
-    b.slope1[l] = c.min_derivative + softplus(b.d1[l]);
+  finish(b.w, b.bin, c.x, b.left, b.right, b.corner_x, b.width);
+  finish(b.h, b.bin, c.y, b.bottom, b.top, b.corner_y, b.height);
+  if (c.clip != T(0)) {
+    derivatives<true>(b.d0, c, b.slope0), derivatives<true>(b.d1, c, b.slope1);
+  } else {
+    derivatives<false>(b.d0, c, b.slope0), derivatives<false>(b.d1, c, b.slope1);
   }
 }
 
@@ -154,6 +199,7 @@ GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
 template <class T>
 struct Columns {
   const T *x, *at, *turns, *inside, *corner_x, *corner_y, *width, *height, *slope0, *slope1, *d0, *d1;
+  const T *left, *right, *bottom, *top, *below, *above;
 
   GENFUSE_HD explicit Columns(const Lanes<T>& b)
       : x(b.x),
@@ -167,18 +213,24 @@ struct Columns {
         slope0(b.slope0),
         slope1(b.slope1),
         d0(b.d0),
-        d1(b.d1) {}
+        d1(b.d1),
+        left(b.left),
+        right(b.right),
+        bottom(b.bottom),
+        top(b.top),
+        below(b.below),
+        above(b.above) {}
 };
 
 template <bool Inverse, class T>
-GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>& constants, T* y, T* logdet) {
+GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>&, T* y, T* logdet) {
   const Columns<T> b(lanes);
-  const Constants<T> c = constants;
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
     const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
     const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
-    const Value<T> v = value<Inverse>(b.x[l], folded, bin, c);
+    const Box<T> box(b.left[l], b.right[l], b.bottom[l], b.top[l], b.below[l], b.above[l], false);
+    const Value<T> v = value<Inverse>(b.x[l], folded, bin, box);
     y[l] = v.y, logdet[l] = v.logdet;
   }
 }

@@ -8,48 +8,118 @@ namespace genfuse::rational_quadratic_spline {
 // How shares of one axis, the softmax of damped raw parameters, become knots and sizes of bins.
 template <class T>
 struct Axis {
-  T bound, least, share, damping;
+  T low, span, least, share, damping;
 
-  Axis(const Problem& p, double minimum)
-      : bound(T(p.bound)), least(T(minimum)), share(T(1. - minimum * double(p.bins))), damping(T(p.damping)) {}
+  // A bin of no size would divide by it.
+  Axis(const Problem& p, double low, double high, double minimum)
+      : low(T(low)), span(T(high) - T(low)), damping(T(p.damping)) {
+    minimum = minimum > double(epsilon()) ? minimum : double(epsilon());
+    least = T(minimum), share = T(1. - minimum * double(p.bins));
+  }
 
-  GENFUSE_HD T knot(T k, T before) const { return T(2) * bound * (least * k + share * before) - bound; }
-  GENFUSE_HD T size(T here) const { return T(2) * bound * (least + share * here); }
+  GENFUSE_HD static constexpr T epsilon() { return sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52); }
+  GENFUSE_HD Axis in(T own_low, T own_high) const {
+    Axis own = *this;
+    own.low = own_low, own.span = own_high - own_low;
+    return own;
+  }
+  GENFUSE_HD T knot(T k, T before) const { return span * (least * k + share * before) + low; }
+  GENFUSE_HD T size(T here) const { return span * (least + share * here); }
   // The gradient for a raw parameter, from that for its share less the mean of all.
-  GENFUSE_HD T raw(T here, T g) const { return damping * (T(2) * bound * share * here * g); }
+  GENFUSE_HD T raw(T here, T g) const { return damping * (span * share * here * g); }
+};
+
+// The sides of the box, and what is beyond it: the same with slope 1, shifted by so much below and above; or nothing,
+// where that is NaN; or the same again and again.
+template <class T>
+struct Box {
+  T left, right, bottom, top, below, above;
+  bool circular;
+
+  GENFUSE_HD Box(T left, T right, T bottom, T top, T below, T above, bool circular)
+      : left(left), right(right), bottom(bottom), top(top), below(below), above(above), circular(circular) {}
+  GENFUSE_HD Box(T left, T right, T bottom, T top, int tails)
+      : left(left),
+        right(right),
+        bottom(bottom),
+        top(top),
+        below(tails == kNone ? T(NAN) : bottom - left),
+        above(tails == kNone ? T(NAN) : top - right),
+        circular(tails == kCircular) {}
 };
 
 template <class T>
-struct Constants {
+struct Constants : Box<T> {
   Axis<T> x, y;
-  T bound, min_derivative;
-  T outside;  // what is added there to the identity: NaN where there is no outside
-  bool circular;
+  T min_derivative;
+  T clip;  // one over that of derivatives, or 0
 
-  explicit Constants(const Problem& p)
-      : x(p, p.min_width),
-        y(p, p.min_height),
-        bound(T(p.bound)),
+  explicit Constants(const Problem& given) : Constants(given.with_box(), 0) {}
+
+  // Those of one coordinate, counted over all rows.
+  GENFUSE_HD Constants of(const Problem& p, int64_t coordinate) const {
+    Constants own = *this;
+    if (p.table) {
+      const T* box = static_cast<const T*>(p.table) + coordinate % p.boxes * 5;
+      static_cast<Box<T>&>(own) = Box<T>(box[0], box[1], box[2], box[3], p.tails == kMixed ? int(box[4]) : p.tails);
+      own.x = x.in(box[0], box[1]), own.y = y.in(box[2], box[3]);
+    }
+    return own;
+  }
+
+ private:
+  Constants(const Problem& p, int)
+      : Box<T>(T(p.left), T(p.right), T(p.bottom), T(p.top), p.tails),
+        x(p, p.left, p.right, p.min_width),
+        y(p, p.bottom, p.top, p.min_height),
         min_derivative(T(p.min_derivative)),
-        outside(p.tails == kNone ? T(NAN) : T(0)),
-        circular(p.tails == kCircular) {}
+        clip(p.clip > 0 ? T(1. / p.clip) : T(0)) {}
 };
 
-// A coordinate moved into the box.
+// A soft clip at 1 / c, as in zuko, and its slope.
+template <class T>
+struct Clipped {
+  T value, slope;
+
+  GENFUSE_HD Clipped(T raw, T c) {
+    const T share = T(1) / (T(1) + std::fabs(raw) * c);
+    value = raw * share, slope = share * share;
+  }
+};
+
+// The derivative at a knot, and its own by the raw parameter.
+template <class T>
+struct Derivative {
+  T value, slope;
+};
+
+template <bool exponential, class T>
+GENFUSE_HD Derivative<T> derivative(T raw, T least, T clip) {
+  if constexpr (exponential) {
+    const Clipped<T> a(raw, clip);
+    const T e = exp_(a.value);
+    return {least + e, e * a.slope};
+  } else {
+    return {least + softplus(raw), sigmoid(raw)};
+  }
+}
+
+// A coordinate moved into the box, by so many times its size.
 template <class T>
 struct Folded {
   T at, turns;
   bool inside;
 };
 
-template <class T>
-GENFUSE_HD Folded<T> fold(T x, const Constants<T>& c) {
-  if (c.circular) {
-    const T turns = T(2) * c.bound * std::floor((x + c.bound) / (T(2) * c.bound));
-    return {x - turns, turns, true};
+template <bool Inverse, class T>
+GENFUSE_HD Folded<T> fold(T x, const Box<T>& box) {
+  const T low = Inverse ? box.bottom : box.left, high = Inverse ? box.top : box.right;
+  if (box.circular) {
+    const T turns = std::floor((x - low) / (high - low));
+    return {x - turns * (high - low), turns, true};
   }
-  const bool inside = (x >= -c.bound) & (x <= c.bound);
-  return {inside ? x : T(0), T(0), inside};
+  const bool inside = (x >= low) & (x <= high);
+  return {inside ? x : low, T(0), inside};
 }
 
 // A bin: lower corner, size, derivatives at its ends.
@@ -111,12 +181,15 @@ GENFUSE_HD Point<T> point(T at, const Bin<T>& b) {
 }
 
 template <bool Inverse, class T>
-GENFUSE_HD Value<T> value(T x, const Folded<T>& f, const Bin<T>& b, const Constants<T>& c) {
+GENFUSE_HD Value<T> value(T x, const Folded<T>& f, const Bin<T>& b, const Box<T>& box) {
   const Point<T> p = point<Inverse>(f.at, b);
   const T along = Inverse ? b.x + p.theta * b.w : b.y + b.h * p.value(b);
-  const T y = along < -c.bound ? -c.bound : (along > c.bound ? c.bound : along);
+  const T low = Inverse ? box.left : box.bottom, high = Inverse ? box.right : box.top;
+  const T y = along < low ? low : (along > high ? high : along);
+  const T shift = x < (Inverse ? box.bottom : box.left) ? box.below : box.above;
   const T logdet = log_(p.slope());
-  return {f.inside ? y + f.turns : x + c.outside, f.inside ? (Inverse ? -logdet : logdet) : T(0)};
+  return {f.inside ? y + f.turns * (high - low) : (Inverse ? x - shift : x + shift),
+          f.inside ? (Inverse ? -logdet : logdet) : T(0)};
 }
 
 // Gradients for x, the corner, size and end derivatives of the bin.

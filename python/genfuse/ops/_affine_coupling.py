@@ -11,6 +11,8 @@ from genfuse.ops import _op
 
 Scale = Literal["tanh", "exp", "sigmoid"]
 SCALES: tuple[Scale, ...] = get_args(Scale)  # as math.h numbers them
+KINDS = (*SCALES, "softclip", "floored", "factored")
+SLOPE = 1e-3  # of "softclip" by default
 
 
 def _parts(columns: int, split: int) -> tuple[int, int, int]:
@@ -18,42 +20,67 @@ def _parts(columns: int, split: int) -> tuple[int, int, int]:
     return (split, columns - split, 0) if split >= 0 else (0, columns + split, -split)
 
 
-def log_scale(raw: Tensor, scale: str) -> Tensor:
+def log_scale(raw: Tensor, scale: str, slope: float, factor: Tensor | None = None) -> Tensor:
     if scale == "tanh":
-        return raw.tanh()
-    return raw if scale == "exp" else F.logsigmoid(raw + 2)
+        return raw.tanh() if factor is None else factor * raw.tanh()
+    if scale == "softclip":
+        return raw / (1 + (raw / math.log(slope)).abs())
+    if scale == "sigmoid":
+        return ((raw + 2).sigmoid() + slope).log() if slope else F.logsigmoid(raw + 2)
+    return raw
 
 
 def formula(
-    x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
+    x: Tensor,
+    params: Tensor,
+    factor: Tensor | None = None,
+    mask: Tensor | None = None,
+    split: int = 0,
+    scale: str = "tanh",
+    slope: float = 0.0,
+    interleaved: bool = False,
+    by_element: bool = False,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     before, moved, after = x.split(_parts(x.shape[-1], split), -1)
-    raw, t = params.chunk(2, dim=-1)
+    raw, t = params.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else params.chunk(2, dim=-1)
     if mask is not None:  # of what passes through nothing has an effect, NaN included
         raw, t = raw.masked_fill(mask, 0), t.masked_fill(mask, 0)
-    s = log_scale(raw, scale)
+    s = log_scale(raw, scale, slope, factor)
     if mask is not None:
         s = s.masked_fill(mask, 0)
     y = (moved - t) * (-s).exp() if inverse else moved * s.exp() + t
-    logdet = s.sum(-1)
-    return torch.cat([before, y, after], dim=-1), -logdet if inverse else logdet
+    s = -s if inverse else s
+    logdet = torch.cat([torch.zeros_like(before), s, torch.zeros_like(after)], -1) if by_element else s.sum(-1)
+    return torch.cat([before, y, after], dim=-1), logdet
 
 
-def _results(
-    x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    return _op.like(x), x.new_empty((x.shape[0],), dtype=_op.wide(x))
+def _results(x: Tensor, params: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _op.like(x), x.new_empty(x.shape if rest[-2] else (x.shape[0],), dtype=_op.wide(x))
 
 
-def _problem(x: Tensor, params: Tensor, mask: Tensor | None, split: int, scale: str, inverse: bool) -> tuple:
+def _problem(
+    x: Tensor, params: Tensor, factor: Tensor | None, mask: Tensor | None, split: int, scale: str, slope: float,
+    interleaved: bool, by_element: bool, inverse: bool,
+) -> tuple:  # fmt: skip
     return (
-        _op.DTYPES[x.dtype], SCALES.index(scale), inverse, *_op.rows(x), *_op.rows(params),
+        *_settings(x, scale, slope, factor, by_element, inverse), *_op.rows(x), *_op.rows(params),
+        1 + interleaved, None, 0, None if factor is None else factor.contiguous(),
         None if mask is None else mask.contiguous(), *x.shape, *_parts(x.shape[1], split)[:2],
     )  # fmt: skip
 
 
+def _settings(
+    x: Tensor, scale: str, slope: float, factor: Tensor | None, by_element: bool, inverse: bool
+) -> tuple[int, int, float, bool, bool]:
+    kind = "factored" if factor is not None else "floored" if scale == "sigmoid" and slope else scale
+    constant = -1 / math.log(slope) if scale == "softclip" else slope
+    return _op.DTYPES[x.dtype], KINDS.index(kind), constant, by_element, inverse
+
+
 _fused = _op.fused(
-    "affine_coupling(Tensor x, Tensor params, Tensor? mask, SymInt split, str scale, bool inverse) -> (Tensor, Tensor)",
+    "affine_coupling(Tensor x, Tensor params, Tensor? factor, Tensor? mask, SymInt split, str scale, float slope, "
+    "bool interleaved, bool by_element, bool inverse) -> (Tensor, Tensor)",
     formula=formula,
     results=_results,
     problem=_problem,
@@ -62,8 +89,46 @@ _fused = _op.fused(
 )
 
 
+def _formula_of_pair(
+    x: Tensor, raw: Tensor, shift: Tensor, scale: str, slope: float, by_element: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    params = torch.cat([raw, shift], -1)
+    return formula(x, params, None, None, 0, scale, slope, False, by_element, inverse)
+
+
+def _problem_of_pair(
+    x: Tensor, raw: Tensor, shift: Tensor, scale: str, slope: float, by_element: bool, inverse: bool
+) -> tuple:
+    if raw.stride(1) != shift.stride(1):
+        raw, shift = raw.contiguous(), shift.contiguous()
+    (rows, cols), (stride, step) = x.shape, raw.stride()
+    return (
+        *_settings(x, scale, slope, None, by_element, inverse), *_op.rows(x), raw, stride, step,
+        shift, shift.stride(0), None, None, rows, cols, 0, cols,
+    )  # fmt: skip
+
+
+_pair = _op.fused(
+    "affine_pair(Tensor x, Tensor raw, Tensor shift, str scale, float slope, bool by_element, bool inverse) "
+    "-> (Tensor, Tensor)",
+    formula=_formula_of_pair,
+    results=_results,
+    problem=_problem_of_pair,
+    triton="genfuse.ops._triton.affine_coupling",
+    wrt=3,
+)
+
+
 def affine_coupling(
-    x: Tensor, params: Tensor, mask_or_split: Tensor | int, *, scale: Scale = "tanh", inverse: bool = False
+    x: Tensor,
+    params: Tensor | tuple[Tensor, Tensor],
+    mask_or_split: Tensor | int = 0,
+    *,
+    scale: Scale | Literal["softclip"] = "tanh",
+    slope: float | None = None,
+    factor: Tensor | None = None,
+    by_element: bool = False,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Scale and shift some coordinates by what a conditioner made of the others, with the log-determinant.
 
@@ -71,19 +136,29 @@ def affine_coupling(
         y = x \odot e^{s} + t, \qquad \log\left|\det \partial y / \partial x\right| = \sum s
 
     and, with ``inverse``, :math:`y = (x - t) \odot e^{-s}` and minus that sum. RealNVP (arXiv 1605.08803), section 3.2.
-    The log-scale s is made of the raw parameter a: tanh(a) ("tanh"), a itself ("exp"), or log sigmoid(a + 2)
-    ("sigmoid", as in Glow, arXiv 1807.03039). Differentiable to any order; nothing but the arguments is stored.
+    The log-scale s is made of the raw parameter a: tanh(a) ("tanh"), or with a factor f, which RealNVP learns, f
+    tanh(a); a itself ("exp"); log(sigmoid(a + 2) + slope) ("sigmoid": as in Glow, arXiv 1807.03039, and with slope 1e-3
+    as in nflows); or a / (1 + |a / log slope|), between log slope and -log slope ("softclip", as in zuko).
+    Differentiable to any order; nothing but the arguments is stored.
 
     Args:
         x: (..., D), or images (N, C, H, W); of any strides, though images, and rows that are not evenly spaced, are
             copied where an example is not in one piece. float32, float64, float16 or bfloat16.
         params: the conditioner's raw output, along the feature axis (the last, or C) first all log-scales, then all
-            shifts: of 2 (D - |split|) or 2 (C - |split|) features with a split, of 2 D or 2 C with a mask.
+            shifts: of 2 (D - |split|) or 2 (C - |split|) features with a split, of 2 D or 2 C with a mask. Or with both
+            of a coordinate beside each other along a further axis, (..., D - |split|, 2). Or a tuple of log-scales and
+            shifts, each as the coordinates that move; if all do, these may be views of any strides, which are not
+            copied.
         mask_or_split: an int, how many of the first features pass through, or if it is negative, of the last (as in
             x[:, -k:]); or a bool tensor that is True where a
             coordinate passes through (b = 1 in the paper), of the shape of an example or one that expands to it, as
             (H, W) for a checkerboard. Parameters of coordinates that pass through have no effect.
         scale: how the log-scale is bounded.
+        slope: the least scale e^s, from 0 to below 1: of "softclip", 1e-3 by default, and above 0; what is added to
+            that of "sigmoid", 0 by default.
+        factor: of "tanh", of a shape that expands to the coordinates of an example that move, such as (D - |split|,) or
+            (C - |split|, 1, 1); of x's dtype, or float32 beside 16 bits.
+        by_element: whether to return log-determinants of x's shape, 0 where a coordinate passes through.
         inverse: undo it, given the same parameters.
 
     Returns:
@@ -96,35 +171,60 @@ def affine_coupling(
     mask, split = (mask_or_split, 0) if isinstance(mask_or_split, Tensor) else (None, mask_or_split)
     image = x.dim() == 4
     axis = 1 if image else -1
-    if x.dim() < 2 or x.dtype not in _op.DTYPES:
+    if not x.dim() or x.dtype not in _op.DTYPES:
         _op.complain_unless_like(x, "x")
-        raise ValueError(f"x must be (..., D) with at least two axes, or (N, C, H, W); got shape {tuple(x.shape)}")
     features = x.shape[axis]
     if mask is not None:
-        mask = _flat_mask(mask, x, tuple(x.shape[1:]) if image else (features,))
+        mask = _flat(mask, x, "mask_or_split", tuple(x.shape[1:]) if image else (features,))
     if not -features <= split <= features:
         raise ValueError(f"mask_or_split must be from -{features} to {features}, x's number of features, got {split}")
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    wanted = list(x.shape)
-    wanted[axis] = 2 * (features - abs(split))
-    if tuple(params.shape) != tuple(wanted) or params.dtype is not x.dtype or params.device != x.device:
-        _op.complain_unless_like(x, "x", params=(params, tuple(wanted)))
+    if scale not in KINDS[:4]:
+        raise ValueError(f"scale must be one of {', '.join(KINDS[:4])}, got {scale!r}")
+    if slope is None:
+        slope = SLOPE if scale == "softclip" else 0.0
+    elif not (0 < slope < 1 and scale == "softclip" or 0 <= slope < 1 and scale == "sigmoid"):
+        raise ValueError(f"slope goes with softclip, above 0 and below 1, or sigmoid, from 0; got {slope} with {scale}")
+    moved = features - abs(split)
     rows, cells = (x.shape[0], math.prod(x.shape[2:])) if image else (math.prod(x.shape[:-1]), 1)
+    if factor is not None:
+        if scale != "tanh":
+            raise ValueError(f"factor goes with scale tanh, got {scale}")
+        factor = _flat(factor, x, "factor", (moved, *x.shape[2:]) if image else (moved,))
     flat = x if x.dim() == 2 else x.reshape(rows, features * cells)
-    raw = params if x.dim() == 2 else params.reshape(rows, 2 * (features - abs(split)) * cells)
-    y, logdet = _fused(flat, raw, mask, split * cells, scale, inverse)
-    return (y, logdet) if x.dim() == 2 else (y.view(x.shape), logdet.view(x.shape[:1] if image else x.shape[:-1]))
+    if isinstance(params, Tensor):
+        interleaved = params.dim() == x.dim() + 1
+        wanted = list(x.shape)
+        wanted[axis] = moved if interleaved else 2 * moved
+        if interleaved:
+            wanted.append(2)
+        if params.shape != (*wanted,) or params.dtype is not x.dtype or params.device != x.device:
+            _op.complain_unless_like(x, "x", params=(params, tuple(wanted)))
+        raw = params if params.dim() == 2 else params.reshape(rows, 2 * moved * cells)
+        y, logdet = _fused(flat, raw, factor, mask, split * cells, scale, slope, interleaved, by_element, inverse)
+    else:
+        wanted = list(x.shape)
+        wanted[axis] = moved
+        names = dict(zip(("params[0]", "params[1]"), ((t, tuple(wanted)) for t in params), strict=True))
+        _op.complain_unless_like(x, "x", **names)
+        first, second = (t if t.dim() == 2 else t.reshape(rows, moved * cells) for t in params)
+        if mask is factor is None and not split:
+            y, logdet = _pair(flat, first, second, scale, slope, by_element, inverse)
+        else:
+            raw = torch.cat([first, second], 1)
+            y, logdet = _fused(flat, raw, factor, mask, split * cells, scale, slope, False, by_element, inverse)
+    if x.dim() == 2:
+        return y, logdet
+    return y.view(x.shape), logdet.view(x.shape if by_element else x.shape[:1] if image else x.shape[:-1])
 
 
-def _flat_mask(mask: Tensor, x: Tensor, example: tuple[int, ...]) -> Tensor:
-    """The mask for every coordinate of an example, (M,), in one piece."""
-    if mask.dtype is not torch.bool or mask.device != x.device:
-        got = f"{mask.dtype} on {mask.device}"
-        raise ValueError(f"mask_or_split must be an int or a bool tensor on {x.device}, got {got}")
+def _flat(t: Tensor, x: Tensor, name: str, example: tuple[int, ...]) -> Tensor:
+    """The mask or the factor for every coordinate, in one piece."""
+    dtypes = (torch.bool,) if name == "mask_or_split" else (x.dtype, _op.wide(x))
+    if t.dtype not in dtypes or t.device != x.device:
+        kind = "an int or a bool tensor" if name == "mask_or_split" else f"a {' or '.join(map(str, {*dtypes}))} tensor"
+        raise ValueError(f"{name} must be {kind} on {x.device}, got {t.dtype} on {t.device}")
     try:
-        return mask.expand(example).reshape(-1)
+        return t.expand(example).reshape(-1).to(dtypes[-1])
     except RuntimeError:
-        raise ValueError(
-            f"mask_or_split must have the shape of an example, {example}, or expand to it; got {tuple(mask.shape)}"
-        ) from None
+        shape = f"{'the shape of an example' if name == 'mask_or_split' else 'the shape of what moves'}, {example}"
+        raise ValueError(f"{name} must have {shape}, or expand to it; got {tuple(t.shape)}") from None

@@ -39,17 +39,18 @@ class Settings(NamedTuple):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the transform of one coordinate (N, 1), given its parameters (N, P)."""
         if self.bins:
-            return _spline._fused(y, params.unsqueeze(1), *self.spline)
-        return _affine_coupling._fused(y, params, None, 0, self.scale, True)
+            return _spline._fused(y, params.unsqueeze(1), None, *self.spline.arguments)
+        return _affine_coupling._fused(y, params, None, None, 0, self.scale, 0.0, False, False, True)
 
     def gradients(self, gx: Tensor, glogdet: Tensor, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Those of `inverse`, for y and for params."""
         if self.bins:
             gy, gparams = torch.ops.genfuse.rational_quadratic_spline_backward(
-                gx, glogdet, y, params.unsqueeze(1), *self.spline
+                gx, glogdet, y, params.unsqueeze(1), None, *self.spline.arguments
             )
             return gy, gparams.squeeze(1)
-        return torch.ops.genfuse.affine_coupling_backward(gx, glogdet, y, params, None, 0, self.scale, True)
+        settings = (None, None, 0, self.scale, 0.0, False, False, True)
+        return torch.ops.genfuse.affine_coupling_backward(gx, glogdet, y, params, *settings)
 
 
 def by_layer(bounds: Sequence[int], layers: int) -> list[list[int]]:

@@ -11,15 +11,28 @@ from genfuse.ops._triton._launch import launch_rows
 
 
 @triton.jit
-def _log_scale(raw, KIND: tl.constexpr):
-    """The log-scale and its derivative; KIND counts as SCALES does."""
-    if KIND == 0:
+def _log_scale(raw, c, KIND: tl.constexpr):
+    """The log-scale and its derivative; KIND counts as math.h does, and takes what it says of c."""
+    if KIND == 0 or KIND == 5:
         e = tl.exp(-2.0 * tl.abs(raw))
         s = tl.where(raw < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
         slope = 1.0 - s * s
+        if KIND == 5:
+            s = c * s
+            slope = c * slope
     elif KIND == 1:
         s = raw
         slope = raw * 0.0 + 1.0
+    elif KIND == 3:
+        share = 1.0 / (1.0 + tl.abs(raw) * c)
+        s = raw * share
+        slope = share * share
+    elif KIND == 4:
+        a = raw + 2.0
+        e = tl.exp(-tl.abs(a))
+        scale = tl.where(a < 0, e, 1.0) / (1.0 + e) + c
+        s = tl.log(scale)
+        slope = e / ((1.0 + e) * (1.0 + e) * scale)
     else:
         a = raw + 2.0
         s = tl.where(a < 0, a, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a)))
@@ -28,24 +41,38 @@ def _log_scale(raw, KIND: tl.constexpr):
 
 
 @triton.jit
+def _raw(params, shift, factor, step, moved, constant, j, there, KIND: tl.constexpr, wide: tl.constexpr):
+    """Log-scales, their derivatives, and shifts."""
+    if shift is None:
+        shift = params + (moved if step == 1 else 1)
+    c = constant if factor is None else tl.load(factor + j, there, 0.0).to(wide)
+    s, slope = _log_scale(tl.load(params + j * step, there, 0.0).to(wide), c, KIND)
+    return s, slope, tl.load(shift + j * step, there, 0.0).to(wide)
+
+
+@triton.jit
 def forward_kernel(
-    x, x_stride, params, params_stride, mask, y, logdet, cols, first, moved,
-    KIND: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    x, x_stride, params, params_stride, step, shift, shift_stride, factor, mask, y, logdet, cols, first, moved,
+    constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
     x, y, params = x + row * x_stride, y + row * cols, params + row * params_stride
+    if shift is not None:
+        shift += row * shift_stride
     for start in range(0, cols - moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < cols - moved
         j = tl.where(j < first, j, j + moved)
         tl.store(y + j, tl.load(x + j, there), there)
+        if BY_ELEMENT:
+            tl.store(logdet + row * cols + j, tl.zeros((BLOCK,), wide), there)
     total = tl.zeros((BLOCK,), wide)
     for start in range(0, moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < moved
-        s, _ = _log_scale(tl.load(params + j, there, 0.0).to(wide), KIND)
-        t = tl.load(params + moved + j, there, 0.0).to(wide)
+        s, _, t = _raw(params, shift, factor, step, moved, constant, j, there, KIND, wide)
         v = tl.load(x + first + j, there, 0.0).to(wide)
         if mask is not None:
             keep = tl.load(mask + j, there, 1) != 0
@@ -53,21 +80,34 @@ def forward_kernel(
             t = tl.where(keep, 0.0, t)
         out = (v - t) * tl.exp(-s) if INVERSE else v * tl.exp(s) + t
         tl.store(y + first + j, out.to(y.dtype.element_ty), there)
+        if BY_ELEMENT:
+            tl.store(logdet + row * cols + first + j, -s if INVERSE else s, there)
         total += tl.where(there, s, 0.0)
-    sum = tl.sum(total, 0)
-    tl.store(logdet + row, -sum if INVERSE else sum)
+    if not BY_ELEMENT:
+        sum = tl.sum(total, 0)
+        tl.store(logdet + row, -sum if INVERSE else sum)
 
 
 @triton.jit
 def backward_kernel(
-    x, x_stride, params, params_stride, mask, gy, glogdet, gx, gparams, cols, first, moved,
-    KIND: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    x, x_stride, params, params_stride, step, shift, shift_stride, factor, mask, gy, glogdet, gx, gparams, gshift,
+    cols, first, moved,
+    constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
     x, params = x + row * x_stride, params + row * params_stride
-    gy, gx, gparams = gy + row * cols, gx + row * cols, gparams + row * 2 * moved
-    gl = tl.load(glogdet + row)
+    gy, gx = gy + row * cols, gx + row * cols
+    if shift is None:
+        gstep = step
+        gparams += row * 2 * moved
+        gshift = gparams + (moved if step == 1 else 1)
+    else:
+        gstep = 1
+        shift += row * shift_stride
+        gparams += row * moved
+        gshift += row * moved
     for start in range(0, cols - moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < cols - moved
@@ -76,25 +116,26 @@ def backward_kernel(
     for start in range(0, moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < moved
-        s, slope = _log_scale(tl.load(params + j, there, 0.0).to(wide), KIND)
+        s, slope, t = _raw(params, shift, factor, step, moved, constant, j, there, KIND, wide)
         v = tl.load(x + first + j, there, 0.0).to(wide)
         g = tl.load(gy + first + j, there, 0.0).to(wide)
+        gl = tl.load(glogdet + row * cols + first + j, there, 0.0) if BY_ELEMENT else tl.load(glogdet + row)
         if INVERSE:
             scaled = g * tl.exp(-s)
-            graw = -(scaled * (v - tl.load(params + moved + j, there, 0.0).to(wide)) + gl) * slope
-            gshift = -scaled
+            graw = -(scaled * (v - t) + gl) * slope
+            gt = -scaled
         else:
             scaled = g * tl.exp(s)
             graw = (scaled * v + gl) * slope
-            gshift = g
+            gt = g
         if mask is not None:
             keep = tl.load(mask + j, there, 1) != 0
             scaled = tl.where(keep, g, scaled)
             graw = tl.where(keep, 0.0, graw)
-            gshift = tl.where(keep, 0.0, gshift)
+            gt = tl.where(keep, 0.0, gt)
         tl.store(gx + first + j, scaled.to(gx.dtype.element_ty), there)
-        tl.store(gparams + j, graw.to(gx.dtype.element_ty), there)
-        tl.store(gparams + moved + j, gshift.to(gx.dtype.element_ty), there)
+        tl.store(gparams + j * gstep, graw.to(gx.dtype.element_ty), there)
+        tl.store(gshift + j * gstep, gt.to(gx.dtype.element_ty), there)
 
 
 def forward(dtype: int, *problem: Any) -> None:
@@ -102,13 +143,16 @@ def forward(dtype: int, *problem: Any) -> None:
 
 
 def backward(dtype: int, *problem: Any) -> None:
-    _launch(backward_kernel, *problem)
+    pair = problem[9] is not None
+    _launch(backward_kernel, *problem, *(() if pair else (None,)))
 
 
 def _launch(
-    kernel: Any, kind: int, inverse: bool, x: Tensor, x_stride: int, params: Tensor, params_stride: int,
-    mask: Tensor | None, rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
+    kernel: Any, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor, x_stride: int, params: Tensor,
+    params_stride: int, step: int, shift: Tensor | None, shift_stride: int, factor: Tensor | None, mask: Tensor | None,
+    rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
 ) -> None:  # fmt: skip
     mask = None if mask is None else mask.view(torch.uint8)
-    given = (x, x_stride, params, params_stride, mask, *tensors, cols, first, moved)
-    launch_rows(kernel, rows, max(moved, cols - moved), x, *given, KIND=kind, INVERSE=inverse)
+    given = (x, x_stride, params, params_stride, step, shift, shift_stride, factor, mask, *tensors, cols, first, moved)
+    settings = {"constant": constant, "KIND": kind, "BY_ELEMENT": by_element, "INVERSE": inverse}
+    launch_rows(kernel, rows, max(moved, cols - moved), x, *given, **settings)
