@@ -60,11 +60,11 @@ struct Gradients {
   }
 };
 
-// Loops for one kind without a mask and with a log-determinant for each row.
+// Loops for one kind without a mask, a log-determinant for each row, and parameters that lie together.
 template <Kind kind, bool inverse, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t moved = p.moved, after = p.start + moved, step = p.step;
+  const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
@@ -80,8 +80,8 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
       const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
-      const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
+      const T* raw = read(raw_row + j0, n, raw_buffer);
+      const T* shift = read(shift_row + j0, n, shift_buffer);
       S* y = y_row + p.start + j0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < n; ++j) {
@@ -97,9 +97,8 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
 template <Kind kind, bool inverse, class S>
 GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t moved = p.moved, after = p.start + moved, step = p.step, gstep = p.gstep;
+  const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
-  S graw_buffer[kBlock], gshift_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
@@ -116,22 +115,21 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
       const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
-      const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
+      const T* raw = read(raw_row + j0, n, raw_buffer);
+      const T* shift = read(shift_row + j0, n, shift_buffer);
       const T* gy = read(gy_row + p.start + j0, n, gy_buffer);
       S* gx = gx_row + p.start + j0;
-      Gradients<S> to(p, out, i, j0, graw_buffer, gshift_buffer);
-      S *graw = to.raw, *gshift = to.shift;
+      S* graw = element<S>(out.gparams, i * p.gstride + j0);
+      S* gshift = element<S>(out.gshift, i * p.gstride + j0);
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
         const LogScale<T> s = log_scale<kind>(raw[j]);
-        const Grad<T> g = grad(gy[j], glogdet, factor(x[j], shift[j], inverse), scale<kind>(s.value, inverse),
-                               s.derivative, inverse);
+        const Grad<T> g =
+            grad(gy[j], glogdet, factor(x[j], shift[j], inverse), scale<kind>(s.value, inverse), s.derivative, inverse);
         store(gx[j], g.x);
         store(graw[j], g.raw);
         store(gshift[j], g.shift);
       }
-      to.finish(gstep, n);
     }
   }
 }
@@ -158,29 +156,30 @@ struct Scales {
 template <Kind kind, class T>
 GENFUSE_HD void scales_of(const Problem& p, const T* raw, const bits_of<T>* moves, int64_t j0, int64_t n,
                           Scales<T>& out) {
-  const T constant = T(p.constant), *factors = kind == Kind::factored ? element<T>(p.factor, j0) : nullptr;
-  const bool inverse = p.inverse;
-  T *s = out.s, *derivative = out.derivative, *e = out.scale;
+  const T constant = T(p.constant), sign = p.inverse ? T(-1) : T(1);
+  const T* factors = kind == Kind::factored ? element<T>(p.factor, j0) : raw;
+  T *values = out.s, *derivatives = out.derivative, *scales = out.scale;
   GENFUSE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const LogScale<T> bounded = log_scale<kind>(raw[j], kind == Kind::factored ? factors[j] : constant);
-    s[j] = bit_cast<T>(bit_cast<bits_of<T>>(bounded.value) & moves[j]);
-    derivative[j] = bit_cast<T>(bit_cast<bits_of<T>>(bounded.derivative) & moves[j]);
-    e[j] = scale<kind>(s[j], inverse);
+    const T s = bit_cast<T>(bit_cast<bits_of<T>>(bounded.value) & moves[j]);
+    values[j] = s;
+    derivatives[j] = bit_cast<T>(bit_cast<bits_of<T>>(bounded.derivative) & moves[j]);
+    scales[j] = scale<kind>(sign * s, false);
   }
 }
 
-#define GENFUSE_SCALES(T)                                                                                      \
-  GENFUSE_SIMD void scales(const Problem& p, const T* raw, const bits_of<T>* moves, int64_t j0, int64_t n,     \
-                           Scales<T>& out) {                                                                   \
-    switch (Kind(p.kind)) {                                                                                    \
-      case Kind::tanh: return scales_of<Kind::tanh>(p, raw, moves, j0, n, out);                                \
-      case Kind::exp: return scales_of<Kind::exp>(p, raw, moves, j0, n, out);                                  \
-      case Kind::sigmoid: return scales_of<Kind::sigmoid>(p, raw, moves, j0, n, out);                          \
-      case Kind::softclip: return scales_of<Kind::softclip>(p, raw, moves, j0, n, out);                        \
-      case Kind::floored: return scales_of<Kind::floored>(p, raw, moves, j0, n, out);                          \
-      case Kind::factored: return scales_of<Kind::factored>(p, raw, moves, j0, n, out);                        \
-    }                                                                                                          \
+#define GENFUSE_SCALES(T)                                                                                  \
+  GENFUSE_SIMD void scales(const Problem& p, const T* raw, const bits_of<T>* moves, int64_t j0, int64_t n, \
+                           Scales<T>& out) {                                                               \
+    switch (Kind(p.kind)) {                                                                                \
+      case Kind::tanh: return scales_of<Kind::tanh>(p, raw, moves, j0, n, out);                            \
+      case Kind::exp: return scales_of<Kind::exp>(p, raw, moves, j0, n, out);                              \
+      case Kind::sigmoid: return scales_of<Kind::sigmoid>(p, raw, moves, j0, n, out);                      \
+      case Kind::softclip: return scales_of<Kind::softclip>(p, raw, moves, j0, n, out);                    \
+      case Kind::floored: return scales_of<Kind::floored>(p, raw, moves, j0, n, out);                      \
+      case Kind::factored: return scales_of<Kind::factored>(p, raw, moves, j0, n, out);                    \
+    }                                                                                                      \
   }
 GENFUSE_SCALES(float)
 GENFUSE_SCALES(double)
@@ -261,8 +260,7 @@ GENFUSE_HD void any_rows(const Problem& p, const Backward& out, int64_t begin, i
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
         const T t = bit_cast<T>(bit_cast<bits_of<T>>(shift[j]) & moves[j]);
-        const Grad<T> g =
-            grad(gy[j], glogdet[j], factor(x[j], t, inverse), of.scale[j], of.derivative[j], inverse);
+        const Grad<T> g = grad(gy[j], glogdet[j], factor(x[j], t, inverse), of.scale[j], of.derivative[j], inverse);
         store(gx[j], g.x);
         store(graw[j], bit_cast<T>(bit_cast<bits_of<T>>(g.raw) & moves[j]));
         store(gshift[j], bit_cast<T>(bit_cast<bits_of<T>>(g.shift) & moves[j]));
@@ -287,11 +285,17 @@ void run_cpu(const Problem& given, const Out& given_out) {
   const Out out = arranged(given_out, p);
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
-      const bool plain = !p.mask && !p.by_element;
+      const bool plain = !p.mask && !p.by_element && p.step == 1 && p.gstep == 1;
       switch (Kind(p.kind)) {
-        case Kind::tanh: if (plain) return tanh_rows(storage, p, out, begin, end); break;
-        case Kind::exp: if (plain) return exp_rows(storage, p, out, begin, end); break;
-        case Kind::sigmoid: if (plain) return sigmoid_rows(storage, p, out, begin, end); break;
+        case Kind::tanh:
+          if (plain) return tanh_rows(storage, p, out, begin, end);
+          break;
+        case Kind::exp:
+          if (plain) return exp_rows(storage, p, out, begin, end);
+          break;
+        case Kind::sigmoid:
+          if (plain) return sigmoid_rows(storage, p, out, begin, end);
+          break;
         default: break;
       }
       all_rows(storage, p, out, begin, end);
@@ -301,10 +305,9 @@ void run_cpu(const Problem& given, const Out& given_out) {
 
 void bind(pybind11::module_& m) {
   using P = Problem;
-  const auto problem =
-      fields(&P::dtype, &P::kind, &P::constant, &P::by_element, &P::inverse, &P::x, &P::x_stride, &P::params,
-             &P::params_stride, &P::step, &P::shift, &P::shift_stride, &P::factor, &P::mask, &P::rows, &P::cols,
-             &P::start, &P::moved);
+  const auto problem = fields(&P::dtype, &P::kind, &P::constant, &P::by_element, &P::inverse, &P::x, &P::x_stride,
+                              &P::params, &P::params_stride, &P::step, &P::shift, &P::shift_stride, &P::factor,
+                              &P::mask, &P::rows, &P::cols, &P::start, &P::moved);
   using F = Forward;
   using B = Backward;
   define(m, "affine_coupling", problem, fields(&F::y, &F::logdet));

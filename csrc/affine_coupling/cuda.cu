@@ -66,8 +66,8 @@ __global__ void kernel(Problem p, Backward out) {
       const bool keep = kept(p, j);
       const LogScale<T> s = log_scale_at<kind>(p, raw[j * p.step], j);
       const T f = factor(T(load(x[p.start + j])), T(load(shift[j * p.step])), p.inverse), g = load(gy[p.start + j]);
-      const Grad<T> out_grad = grad(g, glogdet[p.by_element ? j : 0], f, scale<kind>(s.value, p.inverse),
-                                    s.derivative, p.inverse);
+      const Grad<T> out_grad =
+          grad(g, glogdet[p.by_element ? j : 0], f, scale<kind>(s.value, p.inverse), s.derivative, p.inverse);
       store(gx[p.start + j], keep ? g : out_grad.x);
       store(graw[j * p.gstep], keep ? T(0) : out_grad.raw);
       store(gshift[j * p.gstep], keep ? T(0) : out_grad.shift);

@@ -51,7 +51,7 @@ GENFUSE_HD void raw_gradients(T* share, int64_t bins, Axis<T> axis, const T* low
     for (int l = 0; l < kLanes; ++l) {
       const T knot = gknot[l], size = gsize[l], mean = knot * picked.before[l] + size * picked.here[l];
       const T own = number == bin[l] ? size : T(0), g = number < bin[l] ? knot : own;
-      share[k * kLanes + l] = axis.in(low[l], high[l]).raw(share[k * kLanes + l], g - mean);
+      share[k * kLanes + l] = axis.raw(share[k * kLanes + l], g - mean, low[l], high[l]);
     }
   }
 }
@@ -86,22 +86,23 @@ GENFUSE_HD void all_raw_gradients(Lanes<T>& b, const Problem& p, const Constants
 }
 
 // Each a function of its own: inlined into one, GCC gives up some of the loops.
-#define GENFUSE_LANES(T)                                                                                  \
-  GENFUSE_SIMD void find(Lanes<T>& b, const Problem& p, const Constants<T>& c) { find_bins(b, p, c); }    \
-  GENFUSE_SIMD void values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                   \
-    values_of<false>(b, c, y, logdet);                                                                    \
-  }                                                                                                       \
-  GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {           \
-    values_of<true>(b, c, y, logdet);                                                                     \
-  }                                                                                                       \
+#define GENFUSE_LANES(T)                                                                                             \
+  GENFUSE_SIMD void find(Lanes<T>& b, const Problem& p, const Constants<T>& c) { find_bins(b, p, c); }               \
+  GENFUSE_SIMD void values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                              \
+    values_of<false>(b, c, y, logdet);                                                                               \
+  }                                                                                                                  \
+  GENFUSE_SIMD void inverse_values(const Lanes<T>& b, const Constants<T>& c, T* y, T* logdet) {                      \
+    values_of<true>(b, c, y, logdet);                                                                                \
+  }                                                                                                                  \
   GENFUSE_SIMD void gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl, Gradients<T>& g) { \
-    gradients_of<false>(b, c, gy, gl, g);                                                                    \
-  }                                                                                                       \
-  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl, Gradients<T>& g) {     \
-    gradients_of<true>(b, c, gy, gl, g);                                                                     \
-  }                                                                                                       \
-  GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) { \
-    all_raw_gradients(b, p, c, g);                                                                        \
+    gradients_of<false>(b, c, gy, gl, g);                                                                            \
+  }                                                                                                                  \
+  GENFUSE_SIMD void inverse_gradients(const Lanes<T>& b, const Constants<T>& c, const T* gy, const T* gl,            \
+                                      Gradients<T>& g) {                                                             \
+    gradients_of<true>(b, c, gy, gl, g);                                                                             \
+  }                                                                                                                  \
+  GENFUSE_SIMD void to_raw(Lanes<T>& b, const Problem& p, const Constants<T>& c, const Gradients<T>& g) {            \
+    all_raw_gradients(b, p, c, g);                                                                                   \
   }
 GENFUSE_LANES(float)
 GENFUSE_LANES(double)

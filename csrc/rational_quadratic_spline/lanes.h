@@ -61,7 +61,7 @@ GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* low,
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l], n0 = bin[l];
-      const bool past = at[l] >= axis.in(low[l], high[l]).knot(number, before);
+      const bool past = at[l] >= axis.knot(number, before, low[l], high[l]);
       bin[l] = past ? number : n0;
       to.before[l] = past ? before : b0;
       to.here[l] = past ? next : h0;
@@ -90,9 +90,9 @@ GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) 
 
 template <class T>
 struct Lanes {
-  T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares; with a clip slopes of
-           // widths and heights follow, 2 bins rows
-  int n;   // lanes in use
+  T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares; with a clip slopes
+           // of widths and heights follow, 2 bins rows
+  int n;  // lanes in use
   int64_t row[kLanes];
   int tails[kLanes];
   T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];
@@ -131,19 +131,23 @@ GENFUSE_HD void finish(const Picked<T>& picked, const T* bin, Axis<T> axis, cons
                        T* size) {
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const Axis<T> own = axis.in(low[l], high[l]);
-    corner[l] = own.knot(bin[l], picked.before[l]);
-    size[l] = own.size(picked.here[l]);
+    const T from = low[l], to = high[l], before = picked.before[l], here = picked.here[l];
+    corner[l] = axis.knot(bin[l], before, from, to);
+    size[l] = axis.size(here, from, to);
   }
 }
 
-template <bool Inverse, class T>
-GENFUSE_HD void fold_all(Lanes<T>& b, const Problem& p, bool circular) {
+template <bool Inverse, bool Circular, class T>
+GENFUSE_HD void fold_all(Lanes<T>& b, [[maybe_unused]] bool mixed) {
+  const T *x = b.x, *low = Inverse ? b.bottom : b.left, *high = Inverse ? b.top : b.right;
+  T *at = b.at, *turns = b.turns, *inside = b.inside;
+#pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const bool turns = circular && (p.tails == kCircular || b.tails[l] == kCircular);
-    const Box<T> box(b.left[l], b.right[l], b.bottom[l], b.top[l], b.below[l], b.above[l], turns);
-    const Folded<T> f = fold<Inverse>(b.x[l], box);
-    b.at[l] = f.at, b.turns[l] = f.turns, b.inside[l] = f.inside;
+    const T from = low[l], to = high[l];
+    const bool circular = Circular && (!mixed || b.tails[l] == kCircular);
+    const Box<T> box(from, to, from, to, T(0), T(0), circular ? kCircular : kLinear);
+    const Folded<T> f = fold<Inverse>(x[l], box);
+    at[l] = f.at, turns[l] = f.turns, inside[l] = f.inside;
   }
 }
 
@@ -167,11 +171,11 @@ GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
   softmax(heights, bins, c.y.damping);
   const bool circular = p.tails == kCircular || p.tails == kMixed;
   if (p.inverse) {
-    circular ? fold_all<true>(b, p, true) : fold_all<true>(b, p, false);
+    circular ? fold_all<true, true>(b, p.tails == kMixed) : fold_all<true, false>(b, false);
     search(heights, bins, c.y, b.bottom, b.top, b.at, b.bin, b.h);
     pick(widths, bins, b.bin, b.w);
   } else {
-    circular ? fold_all<false>(b, p, true) : fold_all<false>(b, p, false);
+    circular ? fold_all<false, true>(b, p.tails == kMixed) : fold_all<false, false>(b, false);
     search(widths, bins, c.x, b.left, b.right, b.at, b.bin, b.w);
     pick(heights, bins, b.bin, b.h);
   }
@@ -229,7 +233,7 @@ GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>&, T* y, T* l
   for (int l = 0; l < kLanes; ++l) {
     const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
     const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
-    const Box<T> box(b.left[l], b.right[l], b.bottom[l], b.top[l], b.below[l], b.above[l], false);
+    const Box<T> box(b.left[l], b.right[l], b.bottom[l], b.top[l], b.below[l], b.above[l], kLinear);
     const Value<T> v = value<Inverse>(b.x[l], folded, bin, box);
     y[l] = v.y, logdet[l] = v.logdet;
   }

@@ -8,8 +8,8 @@ namespace genfuse::rational_quadratic_spline {
 enum Tails { kLinear, kNone, kCircular, kMixed };
 
 // Addresses, and strides between rows in elements. x is (rows, cols), params (rows, cols, P) with neighbouring
-// coordinates P apart; logdet is (rows), float32 where the rest is of 16 bits. table, which may be null, is (boxes, 5) of
-// logdet's type: left, right, bottom, top and, of mixed tails, the tails of each coordinate, counted modulo `boxes`.
+// coordinates P apart; logdet is (rows), float32 where the rest is of 16 bits. table, which may be null, is (boxes, 5)
+// of logdet's type: left, right, bottom, top and, of mixed tails, the tails of each coordinate, counted modulo `boxes`.
 struct Problem {
   int dtype;
   const void *x, *params;
@@ -18,8 +18,8 @@ struct Problem {
   int tails;
   bool inverse;
   double bound, min_width, min_height, min_derivative;
-  double edge;     // the raw derivative of both ends under linear tails
-  double damping;  // a factor of raw widths and heights
+  double edge;      // the raw derivative of both ends under linear tails
+  double damping;   // a factor of raw widths and heights
   double clip = 0;  // of raw derivatives, those of widths and heights are half of it; then derivatives are exponentials
   double left = 0, right = 0, bottom = 0, top = 0;  // the box; all 0: from -bound to bound
   const void* table = nullptr;

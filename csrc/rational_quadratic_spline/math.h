@@ -5,28 +5,21 @@
 // Monotonic rational-quadratic splines on one coordinate (Durkan et al., arXiv 1906.04032, section 3.1).
 namespace genfuse::rational_quadratic_spline {
 
-// How shares of one axis, the softmax of damped raw parameters, become knots and sizes of bins.
+// How shares of one axis, the softmax of damped raw parameters, become knots and sizes of bins between two sides.
 template <class T>
 struct Axis {
-  T low, span, least, share, damping;
+  T least, share, damping;
 
-  // A bin of no size would divide by it.
-  Axis(const Problem& p, double low, double high, double minimum)
-      : low(T(low)), span(T(high) - T(low)), damping(T(p.damping)) {
-    minimum = minimum > double(epsilon()) ? minimum : double(epsilon());
+  Axis(const Problem& p, double minimum) : damping(T(p.damping)) {
+    const double epsilon = sizeof(T) == 4 ? 0x1p-23 : 0x1p-52;  // a bin of no size would divide by it
+    minimum = minimum > epsilon ? minimum : epsilon;
     least = T(minimum), share = T(1. - minimum * double(p.bins));
   }
 
-  GENFUSE_HD static constexpr T epsilon() { return sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52); }
-  GENFUSE_HD Axis in(T own_low, T own_high) const {
-    Axis own = *this;
-    own.low = own_low, own.span = own_high - own_low;
-    return own;
-  }
-  GENFUSE_HD T knot(T k, T before) const { return span * (least * k + share * before) + low; }
-  GENFUSE_HD T size(T here) const { return span * (least + share * here); }
+  GENFUSE_HD T knot(T k, T before, T low, T high) const { return (high - low) * (least * k + share * before) + low; }
+  GENFUSE_HD T size(T here, T low, T high) const { return (high - low) * (least + share * here); }
   // The gradient for a raw parameter, from that for its share less the mean of all.
-  GENFUSE_HD T raw(T here, T g) const { return damping * (span * share * here * g); }
+  GENFUSE_HD T raw(T here, T g, T low, T high) const { return damping * ((high - low) * share * here * g); }
 };
 
 // The sides of the box, and what is beyond it: the same with slope 1, shifted by so much below and above; or nothing,
@@ -34,10 +27,10 @@ struct Axis {
 template <class T>
 struct Box {
   T left, right, bottom, top, below, above;
-  bool circular;
+  int tails;
 
-  GENFUSE_HD Box(T left, T right, T bottom, T top, T below, T above, bool circular)
-      : left(left), right(right), bottom(bottom), top(top), below(below), above(above), circular(circular) {}
+  GENFUSE_HD Box(T left, T right, T bottom, T top, T below, T above, int tails)
+      : left(left), right(right), bottom(bottom), top(top), below(below), above(above), tails(tails) {}
   GENFUSE_HD Box(T left, T right, T bottom, T top, int tails)
       : left(left),
         right(right),
@@ -45,7 +38,7 @@ struct Box {
         top(top),
         below(tails == kNone ? T(NAN) : bottom - left),
         above(tails == kNone ? T(NAN) : top - right),
-        circular(tails == kCircular) {}
+        tails(tails) {}
 };
 
 template <class T>
@@ -62,7 +55,6 @@ struct Constants : Box<T> {
     if (p.table) {
       const T* box = static_cast<const T*>(p.table) + coordinate % p.boxes * 5;
       static_cast<Box<T>&>(own) = Box<T>(box[0], box[1], box[2], box[3], p.tails == kMixed ? int(box[4]) : p.tails);
-      own.x = x.in(box[0], box[1]), own.y = y.in(box[2], box[3]);
     }
     return own;
   }
@@ -70,8 +62,8 @@ struct Constants : Box<T> {
  private:
   Constants(const Problem& p, int)
       : Box<T>(T(p.left), T(p.right), T(p.bottom), T(p.top), p.tails),
-        x(p, p.left, p.right, p.min_width),
-        y(p, p.bottom, p.top, p.min_height),
+        x(p, p.min_width),
+        y(p, p.min_height),
         min_derivative(T(p.min_derivative)),
         clip(p.clip > 0 ? T(1. / p.clip) : T(0)) {}
 };
@@ -114,7 +106,7 @@ struct Folded {
 template <bool Inverse, class T>
 GENFUSE_HD Folded<T> fold(T x, const Box<T>& box) {
   const T low = Inverse ? box.bottom : box.left, high = Inverse ? box.top : box.right;
-  if (box.circular) {
+  if (box.tails == kCircular) {
     const T turns = std::floor((x - low) / (high - low));
     return {x - turns * (high - low), turns, true};
   }

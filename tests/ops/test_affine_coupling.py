@@ -1,16 +1,18 @@
 """Affine couplings: log-determinants, inverses, what passes through, layouts, bad input."""
 
+import math
+
 import pytest
 import torch
 
 from benchmarks.operators import OPERATORS
 from genfuse import ops
-from genfuse.ops import affine_coupling
+from genfuse.ops import _affine_coupling, affine_coupling
 from genfuse.ops._affine_coupling import SCALES
 
 eager = OPERATORS["affine_coupling"].eager
 
-every_scale = pytest.mark.parametrize("scale", SCALES)
+every_scale = pytest.mark.parametrize("scale", [*SCALES, "softclip"])
 either_way = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 
 
@@ -165,7 +167,12 @@ def test_extreme_parameters_stay_within_their_bounds(scale, device, implementati
     raw = torch.tensor([-1e4, -200.0, -88.0, 0.0, 60.0, 1e4], device=device)
     params = torch.stack([raw, torch.zeros_like(raw)], -1)
     _, logdet = affine_coupling(torch.ones(6, 1, device=device), params, 0, scale=scale)
-    expected = {"tanh": raw.tanh(), "exp": raw, "sigmoid": torch.nn.functional.logsigmoid(raw + 2)}[scale]
+    expected = {
+        "tanh": raw.tanh(),
+        "exp": raw,
+        "sigmoid": torch.nn.functional.logsigmoid(raw + 2),
+        "softclip": raw / (1 + (raw / math.log(1e-3)).abs()),
+    }[scale]
     torch.testing.assert_close(logdet, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -192,6 +199,134 @@ def test_it_compiles_into_one_graph():
         torch.testing.assert_close(a, b)
 
 
+def results(function, leaves):
+    """Outputs and gradients, for cotangents that differ from element to element."""
+    outputs = function(*leaves)
+    cotangents = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
+OPTIONS = {
+    "tanh": {},
+    "factor": {"scale": "tanh"},
+    "exp": {"scale": "exp"},
+    "floor": {"scale": "sigmoid", "slope": 1e-3},
+    "softclip": {"scale": "softclip", "slope": 1e-2},
+}
+
+
+@either_way
+@pytest.mark.parametrize("by_element", [False, True], ids=["by row", "by element"])
+@pytest.mark.parametrize("kind", ["all", "split", "last", "mask", "one", "long"])
+@pytest.mark.parametrize("layout", ["halves", "beside", "pair", "views"])
+def test_every_layout_and_option_is_the_formula(layout, kind, by_element, inverse, device, implementation):
+    n, d = {"one": (1030, 1), "long": (2, 600)}.get(kind, (5, 7))
+    if implementation == "triton" and device == "cpu":
+        n = min(n, 5)
+    _, _, where = arguments(kind, device=device)
+    where = where if kind in ("split", "last", "mask") else 0
+    moved = d if isinstance(where, torch.Tensor) else d - abs(where)
+    make = torch.Generator().manual_seed(2)
+    for name, options in OPTIONS.items():
+        x, params, factor = (
+            torch.randn(size, generator=make, dtype=torch.float64).to(device).requires_grad_()
+            for size in ((n, d), (n, moved, 2), (moved,))
+        )
+        leaves = [x, params, *([factor] if name == "factor" else [])]
+
+        def ours(x, params, *factor, options=options):
+            raw, shift = params.unbind(-1)
+            if layout == "pair":
+                raw, shift = raw.contiguous(), shift.contiguous()
+            given = {"halves": torch.cat([raw, shift], -1), "beside": params}.get(layout, (raw, shift))
+            factor = {"factor": factor[0]} if factor else {}
+            return affine_coupling(x, given, where, by_element=by_element, inverse=inverse, **options, **factor)
+
+        def plain(x, params, *factor, name=name):
+            a, t = params.unbind(-1)
+            s = {
+                "tanh": a.tanh(),
+                "factor": sum(factor) * a.tanh(),
+                "exp": a,
+                "floor": (torch.sigmoid(a + 2) + 1e-3).log(),
+                "softclip": a / (1 + (a / math.log(1e-2)).abs()),
+            }[name]
+            if isinstance(where, torch.Tensor):
+                s, t = s * ~where, t * ~where
+            pad = (max(where, 0), max(-where, 0)) if isinstance(where, int) else (0, 0)
+            s, t = torch.nn.functional.pad(s, pad), torch.nn.functional.pad(t, pad)
+            y, s = ((x - t) / s.exp(), -s) if inverse else (x * s.exp() + t, s)
+            return y, s if by_element else s.sum(-1)
+
+        for a, b in zip(results(ours, leaves), results(plain, leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_of_an_image_is_one_of_each_channel(device, implementation):
+    x, params = torch.randn(2, 4, 3, 3, device=device), torch.randn(2, 4, 3, 3, device=device)
+    factor = torch.tensor([0.5, 2.0], device=device).view(2, 1, 1).requires_grad_()
+    y, logdet = affine_coupling(x, params, 2, factor=factor, by_element=True)
+    s = factor * params[:, :2].tanh()
+    torch.testing.assert_close(y[:, 2:], x[:, 2:] * s.exp() + params[:, 2:])
+    torch.testing.assert_close(logdet, torch.cat([torch.zeros_like(s), s], 1))
+    (ours,) = torch.autograd.grad(y.sum() + 2 * logdet.sum(), factor)
+    (plain,) = torch.autograd.grad((x[:, 2:] * s.exp()).sum() + 2 * s.sum(), factor)
+    torch.testing.assert_close(ours, plain)
+
+
+@either_way
+def test_one_example_is_a_row_and_vmap_goes_over_examples(inverse, device, implementation):
+    x, params, split = arguments("split", device=device)
+    whole = affine_coupling(x, params, split, inverse=inverse)
+    torch.testing.assert_close(affine_coupling(x[0], params[0], split, inverse=inverse), (whole[0][0], whole[1][0]))
+    each = torch.vmap(lambda x, params: affine_coupling(x, params, split, inverse=inverse))(x, params)
+    torch.testing.assert_close(each, whole)
+
+
+def test_views_of_a_networks_output_are_not_copied(monkeypatch, device):
+    params = torch.randn(6, 8, 2, device=device)
+    seen = []
+    problem = _affine_coupling._problem_of_pair
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t, contiguous=torch.Tensor.contiguous: seen.append(t) or t)
+    problem(torch.randn(6, 8, device=device), *params.unbind(-1), "exp", 0.0, True, False)
+    assert not seen
+
+
+@either_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_softclip_is_zukos_transform(dtype, inverse, device, implementation):
+    zuko = pytest.importorskip("zuko", reason="zuko is an oracle")
+    x, raw, shift = (torch.randn(9, 5, dtype=dtype, device=device).mul(3).requires_grad_() for _ in range(3))
+
+    def theirs(x, raw, shift):
+        transform = zuko.transforms.MonotonicAffineTransform(shift, raw)
+        return (transform.inv if inverse else transform).call_and_ladj(x)
+
+    def ours(x, raw, shift):
+        return affine_coupling(x, (raw, shift), scale="softclip", by_element=True, inverse=inverse)
+
+    for a, b in zip(results(ours, [x, raw, shift]), results(theirs, [x, raw, shift]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if dtype is torch.float32 else 1e-10, atol=1e-5)
+
+
+@either_way
+def test_a_sigmoid_with_a_floor_is_nflows_coupling(inverse, device, implementation):
+    coupling = pytest.importorskip("nflows.transforms.coupling", reason="nflows is an oracle")
+    x = torch.randn(6, 5, dtype=torch.float64, device=device).requires_grad_()
+    params = torch.randn(6, 6, dtype=torch.float64, device=device).requires_grad_()
+    layer = coupling.AffineCouplingTransform([0, 0, 1, 1, 1], lambda i, o: lambda x, context: params).to(device)
+
+    def theirs(x, params):
+        return layer.inverse(x) if inverse else layer(x)
+
+    def ours(x, params):
+        shift, raw = params.chunk(2, 1)
+        return affine_coupling(x, (raw, shift), 2, scale="sigmoid", slope=1e-3, inverse=inverse)
+
+    for a, b in zip(results(ours, [x, params]), results(theirs, [x, params]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,8 +336,15 @@ def test_it_compiles_into_one_graph():
         ({"mask_or_split": -8}, r"mask_or_split must be from -7 to 7, x's number of features, got -8"),
         ({"mask_or_split": torch.ones(7)}, r"must be an int or a bool tensor on cpu, got torch.float32"),
         ({"mask_or_split": torch.ones(6, dtype=torch.bool)}, r"the shape of an example, \(7,\).*got \(6,\)"),
-        ({"scale": "relu"}, r"scale must be one of tanh, exp, sigmoid, got 'relu'"),
-        ({"x": torch.zeros(7)}, r"x must be \(..., D\) with at least two axes"),
+        ({"scale": "relu"}, r"scale must be one of tanh, exp, sigmoid, softclip, got 'relu'"),
+        ({"slope": 0.1}, r"slope goes with softclip, above 0 and below 1, or sigmoid, from 0; got 0.1 with tanh"),
+        ({"scale": "softclip", "slope": 0.0}, r"slope goes with softclip, above 0"),
+        ({"scale": "exp", "factor": torch.ones(4)}, r"factor goes with scale tanh, got exp"),
+        ({"factor": torch.ones(3)}, r"factor must have the shape of what moves, \(4,\), or expand to it; got \(3,\)"),
+        ({"factor": torch.ones(4).half()}, r"factor must be a torch.float32 tensor on cpu, got torch.float16"),
+        ({"params": (torch.zeros(4, 4), torch.zeros(4, 3))}, r"params\[1\] must have shape \(4, 4\), got \(4, 3\)"),
+        ({"params": torch.zeros(4, 3, 2)}, r"params must have shape \(4, 4, 2\), got \(4, 3, 2\)"),
+        ({"x": torch.zeros(())}, r"x must have at least one axis"),
         ({"x": torch.zeros(4, 7, dtype=torch.int64)}, r"x must be float32"),
     ],
 )

@@ -1,5 +1,7 @@
 """Rational-quadratic splines: their own Jacobian, round trips, tails, knots, extremes, bad input."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -225,6 +227,178 @@ def test_any_strides_give_the_same(device, implementation):
     assert results[0][0].is_contiguous()
 
 
+def results(function, leaves):
+    """Outputs and gradients, for cotangents that differ from element to element."""
+    outputs = function(*leaves)
+    cotangents = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
+BOXES = {
+    "bound": {"bound": 3.0},
+    "box": {"box": (-1.0, 2.0, 0.5, 1.5)},
+    "bounds": {"bound": [0.5, 1.0, 3.0]},
+    "boxes": {"box": (torch.tensor([-1.0, -2, 0]), torch.tensor([1.0, 0, 2]), 0.5, [1.5, 2.5, 3.5])},
+}
+
+
+def by_the_paper(x, params, sides, tails, slope, minimum):
+    """One coordinate, x (N,) and params (N, P): equations 4 and 5 between the knots, by the definition."""
+    left, right, bottom, top = sides
+    a, b, c = params.split([8, 8, params.shape[-1] - 16], -1)
+    if slope:
+        limit = -math.log(slope)
+        a, b, c = a / (1 + 2 * a.abs() / limit), b / (1 + 2 * b.abs() / limit), c / (1 + c.abs() / limit)
+    d = c.exp() if slope else minimum + F.softplus(c)
+    one = torch.ones_like(d[:, :1])
+    inner = d[:, :7] if d.shape[1] == 7 else d[:, 1:8]
+    d = {"linear": lambda: torch.cat([one, inner, one], 1), "circular": lambda: torch.cat([d[:, :8], d[:, :1]], 1)}.get(
+        tails, lambda: d
+    )()
+    turns = ((x - left) / (right - left)).floor().detach() if tails == "circular" else torch.zeros_like(x)
+    at = x - turns * (right - left)
+    xs, ys = (
+        F.pad((minimum + (1 - 8 * minimum) * raw.softmax(-1)).cumsum(-1), (1, 0)) * (high - low) + low
+        for raw, low, high in ((a, left, right), (b, bottom, top))
+    )
+    k = torch.searchsorted(xs.detach(), at.detach()[:, None], right=True).clamp(1, 8) - 1
+    x0, x1, y0, y1, d0, d1 = (t.gather(1, k + i)[:, 0] for t, i in ((xs, 0), (xs, 1), (ys, 0), (ys, 1), (d, 0), (d, 1)))
+    s, z = (y1 - y0) / (x1 - x0), (at - x0) / (x1 - x0)
+    below = s + (d0 + d1 - 2 * s) * z * (1 - z)
+    y = y0 + (y1 - y0) * (s * z**2 + d0 * z * (1 - z)) / below + turns * (top - bottom)
+    logdet = (s**2 * (d1 * z**2 + 2 * s * z * (1 - z) + d0 * (1 - z) ** 2) / below**2).log()
+    if tails == "linear":
+        y = torch.where(x < left, x - left + bottom, torch.where(x > right, x - right + top, y))
+        logdet = torch.where((x < left) | (x > right), 0.0, logdet)
+    return y, logdet
+
+
+BOXES = {
+    "bound": {"bound": 3.0},
+    "box": {"box": (-1.0, 2.0, 0.5, 1.5)},
+    "bounds": {"bound": [0.5, 1.0, 3.0]},
+    "boxes": {"box": (torch.tensor([-1.0, -2, 0]), torch.tensor([1.0, 0, 2]), 0.5, [1.5, 2.5, 3.5])},
+}
+
+
+@pytest.mark.parametrize("slope", [None, 1e-3], ids=["softplus", "as zuko"])
+@pytest.mark.parametrize("tails", [*EXTRA, "each"])
+@pytest.mark.parametrize("box", BOXES)
+def test_every_box_and_tail_is_the_papers_equation(box, tails, slope, device, implementation):
+    given = BOXES[box]
+    b = given.get("bound")
+    sides = given.get("box") or (-torch.tensor(b), b, -torch.tensor(b), b)
+    sides = [torch.as_tensor(side, dtype=torch.float64, device=device).expand(3) for side in sides]
+    of = ["linear", "none", "circular"] if tails == "each" else [tails] * 3
+    make = torch.Generator().manual_seed(3)
+    share = torch.rand(6, 3, generator=make, dtype=torch.float64)
+    share = torch.where(torch.tensor([t == "none" for t in of]), share, 1.6 * share - 0.3).to(device)
+    width = 3 * 8 + (1 if tails == "each" else EXTRA[tails])
+    x = (sides[0] + (sides[1] - sides[0]) * share).requires_grad_()
+    params = torch.randn(6, 3, width, generator=make, dtype=torch.float64).to(device).requires_grad_()
+    options = {"bins": 8, "slope": slope, "tails": of if tails == "each" else tails, "by_element": True, **given}
+
+    def plain(x, params):
+        columns = [
+            by_the_paper(x[:, i], params[:, i], [s[i] for s in sides], t, slope, 0.0 if slope else 1e-3)
+            for i, t in enumerate(of)
+        ]
+        return tuple(torch.stack(c, 1) for c in zip(*columns, strict=True))
+
+    wanted = results(plain, [x, params])
+    for ours, theirs in zip(
+        results(lambda *t: rational_quadratic_spline(*t, **options), [x, params]), wanted, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    y, logdet = wanted[0].detach().requires_grad_(), wanted[1]
+    back, inverse = rational_quadratic_spline(y, params, **options, inverse=True)
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inverse, -logdet, rtol=1e-8, atol=1e-8)
+    few = (y[:1].detach().requires_grad_(), params[:1].detach().requires_grad_())
+    assert torch.autograd.gradcheck(lambda *t: rational_quadratic_spline(*t, **options, inverse=True), few)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("where", [0, 8, 16, 20], ids=["width", "height", "first derivative", "derivative"])
+def test_nan_parameters_have_the_same_gradients_everywhere(where, inverse, device, implementation):
+    x, params, settings = example(shape=(3, 4), device=device)
+    params = params.detach().clone()
+    params[1, 2, where] = float("nan")
+    leaves = [x, params.requires_grad_()]
+    function = lambda *t: rational_quadratic_spline(*t, **settings, inverse=inverse)  # noqa: E731
+    ours = results(function, leaves)
+    with ops.use("reference"):
+        wanted = results(function, leaves)
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert bool(ours[2][[0, 2]].isfinite().all())
+
+
+def test_bins_of_least_size_0_make_no_nan(device, implementation):
+    for dtype, inverse in [(d, i) for d in (torch.float32, torch.float64) for i in (False, True)]:
+        x, params, settings = example(shape=(64, 5), dtype=dtype, scale=100.0, device=device)
+        given = {**settings, "min_width": 0.0, "min_height": 0.0, "inverse": inverse}
+        made = results(lambda x, p, given=given: rational_quadratic_spline(x, p, **given), [x, params])
+        assert not any(bool(t.isnan().any()) for t in made[:2])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_with_a_slope_it_is_zukos_spline(dtype, inverse, device, implementation):
+    zuko = pytest.importorskip("zuko", reason="zuko is an oracle")
+    x, params, _ = example(dtype=dtype, scale=2.0, device=device)
+    x = (1.5 * x).detach().requires_grad_()
+
+    def theirs(x, params):
+        transform = zuko.transforms.MonotonicRQSTransform(*params.split([8, 8, 7], -1), bound=3.0)
+        return (transform.inv if inverse else transform).call_and_ladj(x)
+
+    def ours(x, params):
+        return rational_quadratic_spline(x, params, bins=8, bound=3.0, slope=1e-3, by_element=True, inverse=inverse)
+
+    for a, b in zip(results(ours, [x, params]), results(theirs, [x, params]), strict=True):
+        limit = 1e-4 if dtype is torch.float32 else 1e-9
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_box_of_four_sides_is_nflows_spline(inverse, device, implementation):
+    module = pytest.importorskip("nflows.transforms.splines.rational_quadratic", reason="nflows is an oracle")
+    x = torch.rand(6, 5, dtype=torch.float64, device=device).requires_grad_()
+    params = torch.randn(6, 5, 25, dtype=torch.float64, device=device).requires_grad_()
+    low, high = (-1.0, 2.0), (-0.5, 1.5)
+    sides = (*low, *high)
+
+    def theirs(x, params):
+        left, right, bottom, top = sides
+        raw = params.split([8, 8, 9], -1)
+        return module.rational_quadratic_spline(x, *raw, inverse, left, right, bottom, top)
+
+    def ours(x, params):
+        return rational_quadratic_spline(x, params, bins=8, box=sides, tails="none", inverse=inverse, by_element=True)
+
+    for a, b in zip(results(ours, [x, params]), results(theirs, [x, params]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+def test_bounds_and_tails_of_each_coordinate_are_normflows(device, implementation):
+    module = pytest.importorskip("normflows.utils.splines", reason="normflows is an oracle")
+    bound = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=device)
+    x = ((2 * torch.rand(6, 3, dtype=torch.float64, device=device) - 1) * bound).requires_grad_()
+    params = torch.randn(6, 3, 25, dtype=torch.float64, device=device).requires_grad_()
+    tails = ["linear", "circular", "linear"]
+
+    def theirs(x, params):
+        raw = params.split([8, 8, 9], -1)
+        return module.unconstrained_rational_quadratic_spline(x, *raw, tails=tails, tail_bound=bound)
+
+    def ours(x, params):
+        return rational_quadratic_spline(x, params, bins=8, bound=bound, tails=tails, by_element=True)
+
+    for a, b in zip(results(ours, [x, params]), results(theirs, [x, params]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.skipif(ops._op._C is None, reason="no compiled kernels")
 def test_the_result_does_not_depend_on_the_number_of_threads():
     x, params, settings = example(shape=(3001, 7), dtype=torch.float32)
@@ -274,8 +448,18 @@ def test_a_spline_without_tails_refuses_what_lies_outside(device, implementation
         ({"bins": 0}, r"bins must be at least 1, got 0"),
         ({"bound": -1.0}, r"bound must be positive and finite, got -1.0"),
         ({"tails": "box"}, r"tails must be one of linear, none, circular, got 'box'"),
-        ({"min_width": 0.2}, r"min_width must be above 0 and at most 1 / bins = 0.125, got 0.2"),
-        ({"min_height": 0.0}, r"min_height must be above 0"),
+        ({"min_width": 0.2}, r"min_width must be from 0 to 1 / bins = 0.125, got 0.2"),
+        ({"min_height": -0.1}, r"min_height must be from 0"),
+        ({"min_derivative": 0.0}, r"min_derivative must be between 0 and 1, got 0.0"),
+        ({"slope": 1.0}, r"slope must be between 0 and 1, got 1.0"),
+        ({"slope": 0.0}, r"slope must be between 0 and 1, got 0.0"),
+        ({"bound": None}, r"one of bound and box must be given"),
+        ({"box": (0, 1, 0, 1)}, r"one of bound and box must be given"),
+        ({"bound": None, "box": (1, 0, 0, 1)}, r"box must be finite, left of right and bottom below top, got \(1.0"),
+        ({"bound": [1.0, 2.0]}, r"bound must be one or one for each of 4 coordinates, got \(2,\)"),
+        ({"bound": [1.0, 2.0, 0.0, 1.0]}, r"bound must be positive and finite, in every coordinate"),
+        ({"tails": ["linear", "box", "none", "none"]}, r"tails must be one of linear, none, circular, got 'box'"),
+        ({"tails": "mixed"}, r"tails must be one of linear, none, circular, got 'mixed'"),
         ({"min_derivative": 1.0}, r"min_derivative must be between 0 and 1, got 1.0"),
         ({"damping": 0.0}, r"damping must be positive and finite, got 0.0"),
     ],

@@ -26,13 +26,18 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
     types = {"p": storage, "seed": "*i64", "x": storage, "n": "i64"}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
-    types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "mask": "*u8", "y": storage,
-             "logdet": sums, "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "cols": "i32",
+    types = {"x": storage, "x_stride": "i32", "params": storage, "params_stride": "i64", "step": "i32",
+             "shift": storage, "shift_stride": "i32", "factor": sums, "mask": "*u8", "y": storage, "logdet": sums,
+             "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "gshift": storage, "cols": "i32",
              "first": "i32", "moved": "i32"}
-    for kind, inverse, mask in ((0, False, True), (1, True, False), (2, False, False), (2, True, True)):
-        fixed = {"KIND": kind, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide, **({} if mask else {"mask": None})}
+    for kind, inverse, given in (
+        (0, False, ("mask",)), (1, True, ("shift",)), (2, False, ()), (2, True, ("mask",)), (3, False, ("shift",)),
+        (4, True, ()), (5, False, ("factor", "mask")),
+    ):
+        fixed = {name: None for name in ("mask", "shift", "factor") if name not in given}
+        fixed |= {"constant": 0.1, "KIND": kind, "BY_ELEMENT": kind > 2, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide}
         check(affine_coupling.forward_kernel, types, fixed)
-        check(affine_coupling.backward_kernel, types, fixed)
+        check(affine_coupling.backward_kernel, types, fixed if "shift" in given else {**fixed, "gshift": None})
     types = {"x0": storage, "x0_stride": "i64", "seed": "*i64", "noise": storage, "alpha": sums, "sigma": sums,
              "x_t": storage, "target": storage, "gx_t": storage, "gv": storage, "galpha": sums, "gsigma": sums,
              "rows": "i64", "cols": "i64"}
@@ -74,12 +79,14 @@ for storage, wide in (("*fp32", False), ("*fp64", True), ("*bf16", False), ("*fp
                 types = {"mu": storage, "mu_stride": "i64", "logvar": storage, "logvar_stride": "i64", "seed": "*i64",
                          "noise": storage, **tensors, "rows": "i64", "cols": "i32", "samples": "i32"}
                 check(kernel, types, fixed)
-    settings = {"damping": 0.5, "bound": 3.0, "min_w": 1e-3, "min_h": 1e-3, "min_d": 1e-3, "edge": 0.54,
-                "BINS": 8, "TILE": 8}
-    for tails, width in enumerate((23, 25, 24)):
+    settings = {"damping": 0.5, "left": -3.0, "right": 3.0, "bottom": -3.0, "top": 3.0, "min_w": 1e-3, "min_h": 1e-3,
+                "min_d": 1e-3, "edge": 0.54, "BINS": 8, "TILE": 8}
+    for tails, width in enumerate((23, 25, 24, 25)):
         for inverse in (False, True):
-            fixed = {**settings, "WIDTH": width, "TAILS": tails, "INVERSE": inverse, "BLOCK": 32, "WIDE": wide}
-            types = {"x": storage, "x_stride": "i64", "params": storage, "params_stride": "i64", "cols": "i32"}
+            fixed = {**settings, "WIDTH": width, "TAILS": tails, "INVERSE": inverse, "BLOCK": 32, "WIDE": wide,
+                     "clip": 6.9 if inverse else 0.0, **({} if tails == 3 else {"table": None})}
+            types = {"x": storage, "x_stride": "i32", "params": storage, "params_stride": "i32", "cols": "i32",
+                     "table": sums, "boxes": "i32"}
             check(spline.forward_kernel, {**types, "y": storage, "logdet": sums}, fixed)
             types |= {"gy": storage, "glogdet": sums, "gx": storage, "gparams": storage}
             check(spline.backward_kernel, types, fixed)

@@ -182,7 +182,7 @@ def affine_coupling(
         raise ValueError(f"scale must be one of {', '.join(KINDS[:4])}, got {scale!r}")
     if slope is None:
         slope = SLOPE if scale == "softclip" else 0.0
-    elif not (0 < slope < 1 and scale == "softclip" or 0 <= slope < 1 and scale == "sigmoid"):
+    elif not ((0 < slope < 1 and scale == "softclip") or (0 <= slope < 1 and scale == "sigmoid")):
         raise ValueError(f"slope goes with softclip, above 0 and below 1, or sigmoid, from 0; got {slope} with {scale}")
     moved = features - abs(split)
     rows, cells = (x.shape[0], math.prod(x.shape[2:])) if image else (math.prod(x.shape[:-1]), 1)

@@ -317,9 +317,7 @@ def complain_unless_valid(s: Settings) -> None:
     for name, least in (("min_width", s.min_width), ("min_height", s.min_height)):
         if not 0 <= least <= 1 / s.bins:
             raise ValueError(f"{name} must be from 0 to 1 / bins = {1 / s.bins:g}, got {least}")
-    if not 0 <= s.slope < 1:
-        raise ValueError(f"slope must be between 0 and 1, got {s.slope}")
-    if not (0 < s.min_derivative or s.slope and s.min_derivative == 0) or not s.min_derivative < 1:
+    if not (s.min_derivative > 0 or (s.slope and s.min_derivative == 0)) or not s.min_derivative < 1:
         raise ValueError(f"min_derivative must be between 0 and 1, got {s.min_derivative}")
     if s.slope and not s.slope < 1 - s.min_derivative:
         raise ValueError(f"min_derivative must be below 1 - slope, got {s.min_derivative} with {s.slope}")
@@ -405,6 +403,8 @@ def rational_quadratic_spline(
     """
     if (bound is None) == (box is None):
         raise ValueError("one of bound and box must be given, not both")
+    if slope is not None and not 0 < slope < 1:
+        raise ValueError(f"slope must be between 0 and 1, got {slope}")
     default = 1e-3 if slope is None else 0.0
     least = (default if m is None else m for m in (min_width, min_height, min_derivative))
     table = None
@@ -420,8 +420,6 @@ def rational_quadratic_spline(
         raise ValueError(f"tails must be one of {', '.join(PUBLIC)}, got 'mixed'")
     settings = Settings(bins, sides, tails, inverse, *least, damping, slope or 0.0)
     complain_unless_valid(settings)
-    if slope is not None and not slope > 0:
-        raise ValueError(f"slope must be between 0 and 1, got {slope}")
     if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
         params = params.float()
     shape = (*x.shape, settings.params)

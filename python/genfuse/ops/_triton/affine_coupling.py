@@ -45,7 +45,7 @@ def _raw(params, shift, factor, step, moved, constant, j, there, KIND: tl.conste
     """Log-scales, their derivatives, and shifts."""
     if shift is None:
         shift = params + (moved if step == 1 else 1)
-    c = constant if factor is None else tl.load(factor + j, there, 0.0).to(wide)
+    c = tl.full(j.shape, constant, wide) if factor is None else tl.load(factor + j, there, 0.0).to(wide)
     s, slope = _log_scale(tl.load(params + j * step, there, 0.0).to(wide), c, KIND)
     return s, slope, tl.load(shift + j * step, there, 0.0).to(wide)
 
