@@ -77,12 +77,11 @@ class _Box(NamedTuple):
 
 def _box(x: Tensor, table: Tensor | None, s: Settings) -> _Box:
     if table is None:
-        left, right, bottom, top = s.box
-        return _Box(left, right, bottom, top, TAILS[s.tails])
+        return _Box._make((*s.box, TAILS[s.tails]))
     if x.shape[-1] != len(table):  # each coordinate is a row
         table = table[:, None]
     columns = table.to(x.dtype).unbind(-1)
-    return _Box(*columns[:4], columns[4] if s.tails == "mixed" else TAILS[s.tails])
+    return _Box._make((*columns[:4], columns[4] if s.tails == "mixed" else TAILS[s.tails]))
 
 
 class _Bin(NamedTuple):
