@@ -2,13 +2,18 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 LIBRARIES = ("nflows", "normflows", "zuko")
 
@@ -164,6 +169,54 @@ MODELS: dict[str, dict[str, Callable[..., Flow]]] = {  # by our name of the mode
     "maf": {"nflows": _nflows_maf, "zuko": _zuko_maf},
     "nsf-ar": {"nflows": _nflows_nsf_ar, "zuko": _zuko_nsf_ar},
 }
+
+
+@contextmanager
+def ours_inside(library: str) -> Iterator[None]:
+    """Our operators in place of a library's own splines and affine transforms, in models made before too."""
+    from genfuse.ops import affine_coupling, rational_quadratic_spline
+
+    if library == "zuko":
+        from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
+
+        def affine(self: Any, shift: Tensor, scale: Tensor, slope: float = 1e-3) -> None:
+            Transform.__init__(self)
+            options: dict[str, Any] = {"scale": "softclip", "slope": slope, "by_element": True}
+            self.run = partial(affine_coupling, params=(scale, shift), **options)
+
+        def spline(self: Any, *raw: Tensor, bound: float = 5.0, slope: float = 1e-3) -> None:
+            Transform.__init__(self)
+            options: dict[str, Any] = {"bins": raw[0].shape[-1], "bound": bound, "slope": slope, "by_element": True}
+            self.run = partial(rational_quadratic_spline, params=torch.cat(raw, -1), **options)
+
+        methods = {
+            "_call": lambda self, x: self.run(x)[0],
+            "_inverse": lambda self, y: self.run(y, inverse=True)[0],
+            "call_and_ladj": lambda self, x: self.run(x),
+        }
+        with (
+            patch.multiple(MonotonicAffineTransform, __init__=affine, **methods, create=True),
+            patch.multiple(MonotonicRQSTransform, __init__=spline, **methods),
+        ):
+            yield
+        return
+
+    def function(
+        inputs: Tensor, unnormalized_widths: Tensor, unnormalized_heights: Tensor, unnormalized_derivatives: Tensor,
+        inverse: bool = False, tails: str = "linear", tail_bound: float = 1.0, min_bin_width: float = 1e-3,
+        min_bin_height: float = 1e-3, min_derivative: float = 1e-3,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return rational_quadratic_spline(
+            inputs, torch.cat([unnormalized_widths, unnormalized_heights, unnormalized_derivatives], -1),
+            bins=unnormalized_widths.shape[-1], bound=tail_bound, tails=tails, inverse=inverse, by_element=True,
+            min_width=min_bin_width, min_height=min_bin_height, min_derivative=min_derivative,
+        )  # fmt: skip
+
+    name = "unconstrained_rational_quadratic_spline"
+    with ExitStack() as patches:
+        for module in [m for n, m in sys.modules.items() if n.startswith(library) and hasattr(m, name)]:
+            patches.enter_context(patch.object(module, name, function))
+        yield
 
 
 def fit(

@@ -167,6 +167,31 @@ def step(part: Part) -> None:
         part.compare(f"{name} ({rows}, {features}), a step", sides, bars.get(name))
 
 
+def inside(part: Part) -> None:
+    """A step of training of the peers' own models, as above, with our operators in place of their splines and affine
+    transforms; the networks, and all else, are theirs. zuko's come in three tensors, which are put together first."""
+    rows, features = part.size((256, 43), (16, 6))
+    batches = torch.randn(64, rows, features, device=part.args.device)
+    bars = {("nsf", "nflows"): 1.0, ("nsf", "normflows"): 1.0, ("nsf-ar", "zuko"): 1.8, ("maf", "zuko"): 1.1}
+    for (name, library), bar in bars.items():
+        what = f"{library}'s {name} ({rows}, {features}), a step"
+        if reason := _peers.absent(library):
+            part.compare(what, {OURS: reason, library: reason}, {library: bar})
+            continue
+        torch.manual_seed(0)
+        flow, context = _peers.MODELS[name][library](features), partial(_peers.ours_inside, library)
+        flow.model.to(part.args.device)
+        with torch.no_grad():
+            wanted = flow.log_prob(batches[0])
+            with context():
+                error = _difference([flow.log_prob(batches[0])], [wanted])
+        ours = f"WRONG: log_prob is off by {error:.1e}" if error > DENSITY_ERROR else _step(flow, batches)
+        sides: dict[str, Side | str] = {OURS: ours, library: _step(flow, batches)}
+        if isinstance(ours, Side):
+            sides[OURS] = Side(ours.run, context)
+        part.compare(what, sides, {library: bar})
+
+
 def sampling(part: Part) -> None:
     """Autoregressive flows, 5 layers of 2 hidden layers of 256: samples, and the log-density of as many rows, both
     without gradients. A peer's sampling takes D passes a layer; where that would take minutes it is left out."""
@@ -322,5 +347,5 @@ def images(part: Part) -> None:
         part.row(f"MNIST, {name}, published", value=published, unit=" bits/dim; not the same setting")
 
 
-PARTS = {part.__name__: part for part in (spline, step, sampling, memory, tables, images)}
+PARTS = {part.__name__: part for part in (spline, step, inside, sampling, memory, tables, images)}
 QUALITY = ("tables", "images")

@@ -41,6 +41,11 @@ GENFUSE_HD void copy(const S* from, S* to, int64_t n) {
 template <class S, class T>
 GENFUSE_HD const T* gather(const S* from, int64_t step, int64_t n, T* buffer) {
   if (step == 1) return read(from, n, buffer);
+  if (step == 2) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) buffer[j] = load(from[2 * j]);
+    return buffer;
+  }
   for (int64_t j = 0; j < n; ++j) buffer[j] = load(from[j * step]);
   return buffer;
 }
@@ -60,12 +65,19 @@ struct Gradients {
   }
 };
 
-// Loops for one kind without a mask, a log-determinant for each row, and parameters that lie together.
-template <Kind kind, bool inverse, class S>
+template <bool has_mask, class T>
+GENFUSE_HD T masked(T x, const bits_of<T>* moves, int64_t j) {
+  if constexpr (has_mask) return bit_cast<T>(bit_cast<bits_of<T>>(x) & moves[j]);
+  return x;
+}
+
+// Loops for one kind, a log-determinant for each row, and parameters that lie together.
+template <Kind kind, bool inverse, class S, bool has_mask = false>
 GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   const int64_t moved = p.moved, after = p.start + moved;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
+  Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
     const S* x_row = element<S>(p.x, i * p.x_stride);
     const S* raw_row = element<S>(p.params, i * p.params_stride);
@@ -83,9 +95,10 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       const T* raw = read(raw_row + j0, n, raw_buffer);
       const T* shift = read(shift_row + j0, n, shift_buffer);
       S* y = y_row + p.start + j0;
+      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < n; ++j) {
-        const T s = log_scale<kind>(raw[j]).value, t = shift[j];
+        const T s = masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j), t = masked<has_mask>(shift[j], moves, j);
         store(y[j], apply(factor(x[j], t, inverse), scale<kind>(s, inverse), t, inverse));
         sum += s;
       }
@@ -134,9 +147,14 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
   }
 }
 
-// Each way has loops of its own: one that decided for itself would not be vectorised.
+// Each way, and forward without a mask and with one, has loops of its own: one that decided for itself would not be
+// vectorised.
 template <Kind kind, class S, class Out>
 GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<Out, Forward>) {
+    if (p.mask && p.inverse) return rows_of<kind, true, S, true>(p, out, begin, end);
+    if (p.mask) return rows_of<kind, false, S, true>(p, out, begin, end);
+  }
   p.inverse ? rows_of<kind, true, S>(p, out, begin, end) : rows_of<kind, false, S>(p, out, begin, end);
 }
 GENFUSE_SIMD_LOOPS(tanh_rows, Forward, either_way<Kind::tanh, S>)
@@ -162,9 +180,9 @@ GENFUSE_HD void scales_of(const Problem& p, const T* raw, const bits_of<T>* move
   GENFUSE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const LogScale<T> bounded = log_scale<kind>(raw[j], kind == Kind::factored ? factors[j] : constant);
-    const T s = bit_cast<T>(bit_cast<bits_of<T>>(bounded.value) & moves[j]);
+    const T s = masked<true>(bounded.value, moves, j);
     values[j] = s;
-    derivatives[j] = bit_cast<T>(bit_cast<bits_of<T>>(bounded.derivative) & moves[j]);
+    derivatives[j] = masked<true>(bounded.derivative, moves, j);
     scales[j] = scale<kind>(sign * s, false);
   }
 }
@@ -215,7 +233,7 @@ GENFUSE_HD void any_rows(const Problem& p, const Forward& out, int64_t begin, in
       scales(p, raw, moves, j0, n, of);
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
-        const T t = bit_cast<T>(bit_cast<bits_of<T>>(shift[j]) & moves[j]);
+        const T t = masked<true>(shift[j], moves, j);
         store(y[j], apply(factor(x[j], t, inverse), of.scale[j], t, inverse));
       }
       if (p.by_element) {
@@ -259,11 +277,11 @@ GENFUSE_HD void any_rows(const Problem& p, const Backward& out, int64_t begin, i
       scales(p, raw, moves, j0, n, of);
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
-        const T t = bit_cast<T>(bit_cast<bits_of<T>>(shift[j]) & moves[j]);
+        const T t = masked<true>(shift[j], moves, j);
         const Grad<T> g = grad(gy[j], glogdet[j], factor(x[j], t, inverse), of.scale[j], of.derivative[j], inverse);
         store(gx[j], g.x);
-        store(graw[j], bit_cast<T>(bit_cast<bits_of<T>>(g.raw) & moves[j]));
-        store(gshift[j], bit_cast<T>(bit_cast<bits_of<T>>(g.shift) & moves[j]));
+        store(graw[j], masked<true>(g.raw, moves, j));
+        store(gshift[j], masked<true>(g.shift, moves, j));
       }
       to.finish(gstep, n);
     }
@@ -285,7 +303,7 @@ void run_cpu(const Problem& given, const Out& given_out) {
   const Out out = arranged(given_out, p);
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
-      const bool plain = !p.mask && !p.by_element && p.step == 1 && p.gstep == 1;
+      const bool plain = (!p.mask || std::is_same_v<Out, Forward>) && !p.by_element && p.step == 1 && p.gstep == 1;
       switch (Kind(p.kind)) {
         case Kind::tanh:
           if (plain) return tanh_rows(storage, p, out, begin, end);

@@ -77,11 +77,11 @@ class _Box(NamedTuple):
 
 def _box(x: Tensor, table: Tensor | None, s: Settings) -> _Box:
     if table is None:
-        return _Box(*s.box, TAILS[s.tails])
+        return _Box._make((*s.box, TAILS[s.tails]))
     if x.shape[-1] != len(table):  # each coordinate is a row
         table = table[:, None]
-    *sides, tails = table.to(x.dtype).unbind(-1)
-    return _Box(*sides, tails if s.tails == "mixed" else TAILS[s.tails])
+    columns = table.to(x.dtype).unbind(-1)
+    return _Box._make((*columns[:4], columns[4] if s.tails == "mixed" else TAILS[s.tails]))
 
 
 class _Bin(NamedTuple):
@@ -406,19 +406,19 @@ def rational_quadratic_spline(
     if slope is not None and not 0 < slope < 1:
         raise ValueError(f"slope must be between 0 and 1, got {slope}")
     default = 1e-3 if slope is None else 0.0
-    least = (default if m is None else m for m in (min_width, min_height, min_derivative))
+    least = [default if m is None else m for m in (min_width, min_height, min_derivative)]
     table = None
     if isinstance(tails, str) and isinstance(bound, (int, float)):
         sides: Any = float(bound)
     elif isinstance(tails, str) and box is not None and all(isinstance(side, (int, float)) for side in box):
-        sides = tuple(map(float, box))
+        sides = tuple(float(side) for side in box)  # type: ignore[arg-type]
     else:
         _op.complain_unless_like(x, "x")
         table = _table(x, bound, box, tails)
         sides, tails = (-1.0, 1.0, -1.0, 1.0), tails if isinstance(tails, str) else "mixed"
     if tails == "mixed" and table is None:
         raise ValueError(f"tails must be one of {', '.join(PUBLIC)}, got 'mixed'")
-    settings = Settings(bins, sides, tails, inverse, *least, damping, slope or 0.0)
+    settings = Settings(bins, sides, tails, inverse, least[0], least[1], least[2], damping, slope or 0.0)
     complain_unless_valid(settings)
     if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
         params = params.float()
@@ -448,8 +448,7 @@ def _table(x: Tensor, bound: Side | None, box: Sequence[Side] | None, tails: str
             raise ValueError(f"{name} must be one or one for each of {features} coordinates, got {tuple(t.shape)}")
         return t.to(x.device, _op.wide(x), non_blocking=True).expand(features)
 
-    named = isinstance(tails, str)
-    unknown = next((t for t in ([tails] if named else tails) if t not in PUBLIC), None)
+    unknown = next((t for t in ([tails] if isinstance(tails, str) else tails) if t not in PUBLIC), None)
     if unknown is not None:
         raise ValueError(f"tails must be one of {', '.join(PUBLIC)}, got {unknown!r}")
     if box is None:
@@ -462,4 +461,6 @@ def _table(x: Tensor, bound: Side | None, box: Sequence[Side] | None, tails: str
         if not bool(((left < right) & (bottom < top) & (right - left + top - bottom).isfinite()).all()):
             what = "bound must be positive and finite" if box is None else "box must be finite, left of right"
             raise ValueError(f"{what}, in every coordinate")
-    return torch.stack([*sides, column(TAILS[tails] if named else [TAILS[t] for t in tails], "tails")], -1)
+    return torch.stack(
+        [*sides, column([TAILS[t] for t in tails] if not isinstance(tails, str) else TAILS[tails], "tails")], -1
+    )
