@@ -68,7 +68,9 @@ def _most_in_flight(instructions: list[str], load: str) -> int:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in ("sm_80", "sm_90", "sm_100", "sm_120")],
+    params=[
+        pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in ("sm_80", "sm_90", "sm_100", "sm_120")
+    ],
 )
 def kernels(request, tmp_path_factory):
     """By name: registers and bytes spilled of each kernel, and its instructions."""

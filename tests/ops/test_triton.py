@@ -49,7 +49,9 @@ for storage, wide, integers in (
     types = {"x0": storage, "seed": "*i64", "noise": storage, "alpha": sums, "sigma": sums,
              "x_t": storage, "target": storage, "gx_t": storage, "gv": storage, "galpha": sums, "gsigma": sums,
              }
-    for target, given, aligned in ((0, True, True), (1, False, False), (2, False, True), (2, True, False), (3, True, True)):
+    for target, given, aligned in (
+        (0, True, True), (1, False, False), (2, False, True), (2, True, False), (3, True, True),
+    ):
         fixed = {"BLOCK": 1024, "WIDE": wide, "seed" if given else "noise": None}
         check(diffuse.forward_kernel, types, {**fixed, "TARGET": target})
         check(diffuse.backward_kernel, types, {**fixed, "ALIGNED": aligned, **({} if target == 2 else {"gv": None})})

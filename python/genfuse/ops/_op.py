@@ -606,8 +606,8 @@ def unflatten(t: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
 
 
 def pieces(t: Tensor, sums: int = 1) -> Tensor | None:
-    """Room for the sums of rows' pieces, (PIECES, rows, sums), if there are few and long rows: then blocks of a GPU share
-    them. How they do depends on the shape alone, and so do the sums."""
+    """Room for the sums of rows' pieces, (PIECES, rows, sums), if there are few and long rows: then blocks of a GPU
+    share them. How they do depends on the shape alone, and so do the sums."""
     rows, cols = t.shape[:-1].numel(), t.shape[-1]
     return t.new_empty((PIECES, rows, sums), dtype=wide(t)) if cols >= LONG and 0 < rows <= FEW else None
 
