@@ -8,9 +8,11 @@ import ctypes
 import importlib.util
 import sys
 import traceback
+from functools import partial
 
 spec = importlib.util.find_spec("torch")
-assert spec is not None and spec.submodule_search_locations is not None
+assert spec is not None
+assert spec.submodule_search_locations is not None
 ctypes.CDLL(f"{spec.submodule_search_locations[0]}/lib/libtorch_cpu.so", ctypes.RTLD_GLOBAL)
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 
@@ -70,10 +72,10 @@ for name in sys.argv[2:]:
             to_gpu(model)
             x = torch.rand(8, *shape, device="cuda:0")
             for what, run in {
-                "step": lambda: step(model, x),
-                "step in bfloat16": lambda: step(model, x, torch.bfloat16),
-                "step in float16": lambda: step(model, x, torch.float16),
-                "sample": lambda: sample(model),
+                "step": partial(step, model, x),
+                "step in bfloat16": partial(step, model, x, torch.bfloat16),
+                "step in float16": partial(step, model, x, torch.float16),
+                "sample": partial(sample, model),
             }.items():
                 try:
                     run()

@@ -1,4 +1,4 @@
-"""Models on a GPU, as far as it can be seen without one: devices, dtypes, what waits, and how much is launched."""
+"""Models and operators on a GPU, as far as it can be seen without one: devices, dtypes, and what waits."""
 
 import shutil
 import subprocess
@@ -11,9 +11,8 @@ import torch
 from required import skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import genfuse
 from benchmarks.operators import OPERATORS
-from genfuse import models, plugins
+from genfuse import plugins
 from genfuse.ops import _op
 
 HERE = Path(__file__).resolve().parent
@@ -24,19 +23,17 @@ WAIT = {  # for the device, to know a value or a shape
     "_local_scalar_dense", "nonzero", "repeat_interleave", "masked_select", "is_nonzero", "equal", "unique_dim",
     "_unique2", "bincount", "linalg_lu_factor_ex", "_linalg_check_errors", "linalg_inv_ex", "_linalg_solve_ex",
 }  # fmt: skip
-NO_LAUNCH = {"detach", "_unsafe_view", "view_as", "empty", "empty_like", "new_empty", "new_empty_strided"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that launch something on a GPU, and keeps those that would wait for it."""
+    """Keeps what would wait for a GPU, or copy from the host's memory."""
 
     def __init__(self):
         super().__init__()
-        self.launched, self.waiting, self.copies = 0, Counter(), []
+        self.waiting, self.copies = Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
-        self.launched += not (func.is_view or name in NO_LAUNCH)
         masks = args[1] if name in ("index", "index_put_", "_index_put_impl_") else ()
         if name in WAIT or any(isinstance(m, torch.Tensor) and m.dtype is torch.bool for m in masks):
             self.waiting[name] += 1
@@ -61,12 +58,6 @@ def test_a_step_and_a_sample_of_each_model_stay_on_the_gpu_in_float32_and_wait_f
     command = [sys.executable, HERE / "fake_gpu.py", no_gpu, *FAKED]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "done", run.stdout + run.stderr[-2000:]
-
-
-def step(model, x):
-    for player in model.players():
-        loss, _ = model.loss(models.Batch(x, None), player.name)
-        loss.backward()
 
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=list(OPERATORS))
