@@ -1,5 +1,3 @@
-#include <cudaTypedefs.h>
-
 #include "bindings.h"
 #include "rows.cuh"
 
@@ -16,11 +14,11 @@ bool has_context(int device) {
 #else
     cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &function, cudaEnableDefault);
 #endif
-    return reinterpret_cast<PFN_cuDevicePrimaryCtxGetState_v7000>(function);
+    return reinterpret_cast<int (*)(int device, unsigned* flags, int* active)>(function);
   }();
   unsigned flags;
   int active = 0;
-  return state && state(device, &flags, &active) == CUDA_SUCCESS && active;
+  return state && state(device, &flags, &active) == 0 && active;
 }
 
 }  // namespace

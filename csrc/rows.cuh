@@ -1,23 +1,62 @@
 #pragma once
-// What kernels that walk over rows share: the shape of a launch, and the sum of a row.
+// What kernels that walk over rows share: the shape of a launch, what a lane loads and stores at once, sums of rows.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "portable.h"
+
 namespace genfuse {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 1 << 20;  // of a grid that strides over its work
+constexpr int64_t kMostBlocks = 1 << 20;      // of a grid that strides over its work
+constexpr int64_t kManyBlocks = 1024;         // keep the largest GPU busy
+constexpr int kPieces = 16;                   // of a row whose sums are of two steps, as PIECES in ops/_op.py
+template <class S>                            // What a lane takes at once: four values, or 16 bytes of smaller ones,
+constexpr int kPack = sizeof(S) < 4 ? 8 : 4;  // enough loads in flight to hide memory's latency.
 
-// A block of kThreads serves kThreads / Lanes rows; the grid strides over the rows, of which there may be any number.
-template <int Lanes>
-int blocks_for(int64_t rows) {
-  constexpr int64_t per_block = kThreads / Lanes;
+// Blocks of a multiprocessor at once, which leave a thread 48 registers; and those that compute more, 64 for float32,
+// 80 for 16 bits and 128 for float64: with fewer they would spill.
+constexpr int kResident = 5;
+template <class S>
+constexpr int kFewerResident = sizeof(S) == 4   ? 4
+                               : sizeof(S) == 2 ? 3
+                                                : 2;
+
+// A row is taken by the threads of blockDim.x, its lanes: of a warp or less, a power of 2, or of a whole block. A block
+// has blockDim.y rows at a time; the grid strides over them all, of which there may be any number.
+inline dim3 threads_for(int lanes) { return dim3(lanes, kThreads / lanes); }
+inline int blocks_for(int lanes, int64_t rows) {
+  const int64_t per_block = kThreads / lanes;
   return int(std::min((rows + per_block - 1) / per_block, kMostBlocks));
 }
+__device__ inline int64_t first_row() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
+__device__ inline int64_t row_step() { return int64_t(gridDim.x) * blockDim.y; }
 
+// The sum over the lanes of a row, for each of them. All lanes of a row call it together.
+template <class T>
+__device__ T row_sum(T sum, int lanes, int thread) {
+  const int within = lanes < 32 ? lanes : 32;
+  const unsigned row = (~0u >> (32 - within)) << (thread % 32 & ~(within - 1));
+  for (int d = within / 2; d; d /= 2) sum += __shfl_xor_sync(row, sum, d);
+  if (lanes > 32) {
+    __shared__ T partial[kThreads / 32];
+    __syncthreads();  // the previous row's partial sums have been read
+    if (thread % 32 == 0) partial[thread / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int warp = 0; warp < kThreads / 32; ++warp) sum += partial[warp];
+  }
+  return sum;
+}
+template <class T>
+__device__ T row_sum(T sum) {
+  return row_sum(sum, blockDim.x, threadIdx.y * blockDim.x + threadIdx.x);
+}
+
+// The same in blocks of one dimension, for a number of lanes that is known beforehand.
 template <int Lanes>
 __device__ int lane() {
   return threadIdx.x % Lanes;
@@ -30,23 +69,138 @@ template <int Lanes>
 __device__ int64_t row_step() {
   return int64_t(gridDim.x) * (kThreads / Lanes);
 }
-
-// The sum over the lanes of a row, valid in lane 0. All lanes of a row call it together.
 template <int Lanes, class T>
 __device__ T row_sum(T sum) {
-  static_assert(Lanes == 32 || Lanes == kThreads, "a row is a warp's or a block's");
-  for (int d = 16; d; d >>= 1) sum += __shfl_down_sync(~0u, sum, d);
-  if constexpr (Lanes > 32) {
-    __shared__ T partial[Lanes / 32];
-    __syncthreads();  // the previous row's partial sums have been read
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      sum = threadIdx.x < Lanes / 32 ? partial[threadIdx.x] : T(0);
-      for (int d = Lanes / 64; d; d >>= 1) sum += __shfl_down_sync(~0u, sum, d);
+  return row_sum(sum, Lanes, threadIdx.x);
+}
+
+// n / d for n >= 0, in 32 bits where they do, which is several times as fast.
+__device__ inline int64_t quotient(int64_t n, int64_t d) {
+  return (n | d) >> 32 ? n / d : int64_t(uint32_t(n) / uint32_t(d));
+}
+
+// N values in registers, as they lie in memory: all are loaded before the first is looked at.
+template <class S, int N>
+struct alignas(16) Pack {
+  S at[N];
+  __device__ compute_t<S> operator[](int k) const { return load(at[k]); }
+};
+
+// Which of N values, `stride` apart, exist: those of [begin, end).
+struct Range {
+  int end, stride = 1, begin = 0;
+
+  __device__ bool has(int k) const { return k * stride >= begin && k * stride < end; }
+  // Whether they all lie as 16 bytes can be taken at a time.
+  template <int N>
+  __device__ bool whole(const void* at) const {
+    return stride == 1 && begin <= 0 && end >= N && uintptr_t(at) % 16 == 0;
+  }
+};
+
+// 16 bytes at a time if `whole`; else one by one, and 0 for what does not exist.
+template <int N, class S>
+__device__ Pack<S, N> load_pack(const S* from, Range range, bool whole) {
+  Pack<S, N> pack;
+  if (whole) {
+    GENFUSE_UNROLL(N)
+    for (int i = 0; i < int(sizeof(pack) / 16); ++i) {
+      reinterpret_cast<uint4*>(&pack)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+  } else {
+    GENFUSE_UNROLL(N)
+    for (int k = 0; k < N; ++k) pack.at[k] = range.has(k) ? from[k * range.stride] : S{};
+  }
+  return pack;
+}
+template <int N, class S>
+__device__ Pack<S, N> load_pack(const S* from, Range range) {
+  return load_pack<N>(from, range, range.whole<N>(from));
+}
+
+// value(k) for each k that exists. (An assignment of 16 bytes may become four of 4.)
+template <int N, class S, class F>
+__device__ void store_pack(S* to, Range range, bool whole, F value) {
+  Pack<S, N> pack;
+  GENFUSE_UNROLL(N)
+  for (int k = 0; k < N; ++k) store(pack.at[k], value(k));
+  if (whole) {
+    GENFUSE_UNROLL(N)
+    for (int i = 0; i < int(sizeof(pack) / 16); ++i) {
+      __stwb(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<uint4*>(&pack)[i]);
+    }
+  } else {
+    GENFUSE_UNROLL(N)
+    for (int k = 0; k < N; ++k) {
+      if (range.has(k)) to[k * range.stride] = pack.at[k];
     }
   }
-  return sum;
+}
+template <int N, class S, class F>
+__device__ void store_pack(S* to, Range range, F value) {
+  store_pack<N>(to, range, range.whole<N>(to), value);
+}
+
+// The columns of a lane in one of `pieces` pieces of a row, kPack<S> at a time: neighbours where whole packs of all
+// `rows` can be taken, and else such that neighbouring lanes touch neighbouring memory.
+template <class S>
+class Columns {
+ public:
+  static constexpr int kWidth = kPack<S>;
+
+  template <class... Row>
+  __device__ Columns(int64_t cols, int64_t piece, int64_t pieces, const Row*... rows) : end_(cols) {
+    const bool whole = cols % kWidth == 0 && (uintptr_t(rows) | ...) % 16 == 0;
+    stride_ = whole ? 1 : blockDim.x;
+    first_ = piece * blockDim.x * kWidth + threadIdx.x * (whole ? kWidth : 1);
+    step_ = pieces * blockDim.x * kWidth;
+  }
+
+  __device__ explicit operator bool() const { return first_ < end_; }
+  __device__ void operator++() { first_ += step_; }
+  __device__ int64_t operator[](int k) const { return first_ + k * stride_; }
+  __device__ bool has(int k) const { return range().has(k); }
+
+  template <class R>  // zeros from null
+  __device__ Pack<R, kWidth> load(const R* row) const {
+    return row ? load_pack<kWidth>(row + first_, range(), stride_ == 1) : Pack<R, kWidth>{};
+  }
+  template <class R, class F>
+  __device__ void store(R* row, F value) const {
+    store_pack<kWidth>(row + first_, range(), stride_ == 1, value);
+  }
+
+ private:
+  __device__ Range range() const { return {int(min(end_ - first_, int64_t(kWidth) * kThreads)), stride_}; }
+
+  int64_t first_, end_, step_;
+  int stride_;
+};
+
+// Those of a block that shares its rows with all blocks of its blockIdx.x.
+template <class S, class... Row>
+__device__ Columns<S> columns(int64_t cols, const Row*... rows) {
+  return {cols, blockIdx.y, gridDim.y, rows...};
+}
+
+// Ends a row with finish(p, out, row, sums), of the sums over its lanes. Where blocks share the row, each keeps its own
+// in p.partial, (kPieces, rows, N), and `finish_kernel` adds them in their order.
+template <int N, class T, class Problem, class Out>
+__device__ void finish_row(const Problem& p, const Out& out, int64_t row, T (&sums)[N]) {
+  for (T& sum : sums) sum = row_sum(sum);
+  if (threadIdx.x) return;
+  if (gridDim.y == 1) return finish(p, out, row, sums);
+  for (int i = 0; i < N; ++i) static_cast<T*>(p.partial)[(blockIdx.y * p.rows + row) * N + i] = sums[i];
+}
+template <int N, class T, class Problem, class Out>
+__global__ void finish_kernel(Problem p, Out out) {
+  for (int64_t row = first_row<1>(); row < p.rows; row += row_step<1>()) {
+    T sums[N] = {};
+    for (int piece = 0; piece < kPieces; ++piece) {
+      for (int i = 0; i < N; ++i) sums[i] += static_cast<const T*>(p.partial)[(piece * p.rows + row) * N + i];
+    }
+    finish(p, out, row, sums);
+  }
 }
 
 inline void check(cudaError_t error) {
@@ -64,20 +218,55 @@ inline void check(cudaError_t error) {
 template <class F>
 void for_threads(int64_t work, F launch) {
   if (work == 0) return;
-  launch(blocks_for<1>(work));
+  launch(blocks_for(1, work));
   check(cudaGetLastError());
 }
 
-// Calls launch(lanes, blocks), where `lanes` is a constant, for a grid of as many lanes for each row: of a warp, or of
-// a block where a row has more than `most` columns.
+// Lanes for a row of so many packs: enough of a warp's for one each, or a block's if the row is long, or if rows are
+// few.
+inline int lanes_for(int64_t rows, int64_t packs) {
+  if (packs > (rows > kManyBlocks * 8 ? 256 : 64)) return kThreads;
+  int lanes = 4;
+  while (lanes < 32 && lanes < packs) lanes *= 2;
+  return lanes;
+}
+
+// Calls launch(grid, threads) for kernels that take `columns` of rows. Blocks share a row where there are few long
+// ones: as many as `pieces`, if it is not 0.
+template <class S, class F>
+void for_columns(int64_t rows, int64_t cols, int64_t pieces, F launch) {
+  if (rows == 0) return;
+  const int64_t packs = (cols + kPack<S> - 1) / kPack<S>;
+  const int lanes = lanes_for(rows, packs);
+  if (pieces == 0) pieces = std::max(int64_t(1), std::min(packs / lanes, kManyBlocks / rows));
+  launch(dim3(blocks_for(lanes, rows), unsigned(pieces)), threads_for(lanes));
+  check(cudaGetLastError());
+}
+
+// The same for kernels that end with `finish_row`.
+template <int N, class S, class Problem, class Out, class F>
+void for_sums(const Problem& p, const Out& out, cudaStream_t stream, F launch) {
+  for_columns<S>(p.rows, p.cols, p.partial ? kPieces : 1, launch);
+  if (!p.partial) return;
+  for_threads(p.rows, [&](int blocks) { finish_kernel<N, compute_t<S>><<<blocks, kThreads, 0, stream>>>(p, out); });
+}
+
+// Calls launch(lanes, blocks), where `lanes` is a constant, for a grid of as many lanes for each row: of a warp or
+// less, or of a block where a row has more than `most` columns.
 template <class F>
 void for_rows(int64_t rows, int64_t cols, int64_t most, F launch) {
   if (rows == 0) return;
-  const auto with = [&](auto lanes) { launch(lanes, blocks_for<lanes>(rows)); };
-  if (cols <= most) {
-    with(std::integral_constant<int, 32>());
-  } else {
+  const auto with = [&](auto lanes) { launch(lanes, blocks_for(lanes, rows)); };
+  if (cols > most) {
     with(std::integral_constant<int, kThreads>());
+  } else if (cols > 16) {
+    with(std::integral_constant<int, 32>());
+  } else if (cols > 8) {
+    with(std::integral_constant<int, 16>());
+  } else if (cols > 4) {
+    with(std::integral_constant<int, 8>());
+  } else {
+    with(std::integral_constant<int, 4>());
   }
   check(cudaGetLastError());
 }

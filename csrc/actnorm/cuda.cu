@@ -8,104 +8,141 @@ namespace {
 using namespace affine_coupling;
 
 // A row is an example where it has one cell, a channel of one where it has many: then threads are for cells.
-template <bool Images, int Lanes, class S>
-__global__ void kernel(Problem p, Forward out) {
+template <bool Images, class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Forward out) {
   using T = compute_t<S>;
   const int64_t per_example = Images ? p.channels : 1, width = Images ? p.cells : p.channels;
   const T *log_scale = static_cast<const T*>(p.log_scale), *shift = static_cast<const T*>(p.shift);
-  for (int64_t row = first_row<Lanes>(); row < p.rows * per_example; row += row_step<Lanes>()) {
-    const int64_t example = row / per_example, channel = row % per_example;
-    const S* x = static_cast<const S*>(p.x) + example * p.x_stride + channel * p.cells;
+  for (int64_t row = first_row(); row < p.rows * per_example; row += row_step()) {
+    const int64_t example = Images ? quotient(row, per_example) : row, channel = row - example * per_example;
+    const S* x_row = static_cast<const S*>(p.x) + example * p.x_stride + channel * p.cells;
     S* y = static_cast<S*>(out.y) + row * width;
-    for (int64_t j = lane<Lanes>(); j < width; j += Lanes) {
-      const int64_t c = Images ? channel : j;
-      const T t = shift[c];
-      store(y[j], apply(factor(T(load(x[j])), t, p.inverse), scale<Kind::exp>(log_scale[c], p.inverse), t, p.inverse));
+    const T s_row = Images ? log_scale[channel] : T(0), t_row = Images ? shift[channel] : T(0);
+    const T scale_row = scale<Kind::exp>(s_row, p.inverse);
+    for (auto at = columns<S>(width, x_row, y, log_scale, shift); at; ++at) {
+      const auto x = at.load(x_row);
+      if constexpr (Images) {
+        at.store(y, [&](int k) { return apply(factor(x[k], t_row, p.inverse), scale_row, t_row, p.inverse); });
+      } else {
+        const auto s = at.load(log_scale), t = at.load(shift);
+        at.store(y, [&](int k) {
+          return apply(factor(x[k], t[k], p.inverse), scale<Kind::exp>(s[k], p.inverse), t[k], p.inverse);
+        });
+      }
     }
-    if (channel) continue;
+    if (channel || blockIdx.y) continue;
     T sum = 0;
-    for (int64_t c = lane<Lanes>(); c < p.channels; c += Lanes) sum += log_scale[c];
-    sum = T(p.cells) * row_sum<Lanes>(sum);
-    if (lane<Lanes>() == 0) static_cast<T*>(out.logdet)[example] = p.inverse ? -sum : sum;
+    for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) sum += log_scale[c];
+    sum = T(p.cells) * row_sum(sum);
+    if (threadIdx.x == 0) static_cast<T*>(out.logdet)[example] = p.inverse ? -sum : sum;
   }
 }
 
-// A block sums over the examples of one chunk, for one channel of images or for as many features as it has columns.
+// A block sums over the examples of one chunk, for one channel of images or for as many features as its lanes take at
+// once. Each thread sums for its columns, over every blockDim.y-th example.
 template <bool Images, class S>
-__global__ void kernel(Problem p, Backward out) {
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Backward out) {
   using T = compute_t<S>;
-  constexpr int kColumns = Images ? kThreads : 32, kStep = kThreads / kColumns;
-  const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
+  constexpr int kWidth = kPack<S>;
   const int64_t cols = p.channels * p.cells, width = Images ? p.cells : p.channels;
   const int64_t chunk = blockIdx.y, end = p.rows * (chunk + 1) / out.chunks;
-  for (int64_t tile = blockIdx.x; tile < (Images ? p.channels : (width + kColumns - 1) / kColumns); tile += gridDim.x) {
-    const int64_t first = Images ? column : tile * kColumns + column, c = Images ? tile : first;
-    const bool there = c < p.channels;
-    const T t = there ? static_cast<const T*>(p.shift)[c] : T(0);
-    const T scaling = there ? scale<Kind::exp>(static_cast<const T*>(p.log_scale)[c], p.inverse) : T(0);
-    T of_scale = 0, of_shift = 0;
-    for (int64_t i = p.rows * chunk / out.chunks + line; i < end; i += kStep) {
+  const int64_t tiles = Images ? p.channels : (width + blockDim.x * kWidth - 1) / (blockDim.x * kWidth);
+  const T *shift = static_cast<const T*>(p.shift), *log_scale = static_cast<const T*>(p.log_scale);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const S *x_row = static_cast<const S*>(p.x), *gy_row = static_cast<const S*>(out.gy);
+    S* gx_row = static_cast<S*>(out.gx);
+    if constexpr (Images) x_row += tile * p.cells, gy_row += tile * p.cells, gx_row += tile * p.cells;
+    // Of the same columns in all examples: that of the second shows whether all are aligned alike.
+    const Columns<S> first = {
+        width, Images ? 0 : tile, Images ? 1 : tiles, x_row, x_row + p.x_stride, gy_row, gx_row, gx_row + cols,
+        shift, log_scale};
+    T t[kWidth], scaling[kWidth], of_scale[kWidth] = {}, of_shift[kWidth] = {};
+    GENFUSE_UNROLL(kWidth)
+    for (int k = 0; k < kWidth; ++k) {
+      const int64_t c = Images ? tile : first[k];
+      t[k] = c < p.channels ? shift[c] : T(0);
+      scaling[k] = scale<Kind::exp>(c < p.channels ? log_scale[c] : T(0), p.inverse);
+    }
+    for (int64_t i = p.rows * chunk / out.chunks + threadIdx.y; i < end; i += blockDim.y) {
       const T glogdet = static_cast<const T*>(out.glogdet)[i];
-      for (int64_t j = first; j < width; j += Images ? kColumns : width) {
-        const int64_t at = Images ? c * p.cells + j : j;
-        const T f = factor(T(load(static_cast<const S*>(p.x)[i * p.x_stride + at])), t, p.inverse);
-        const T gy = load(static_cast<const S*>(out.gy)[i * cols + at]);
-        const Grad<T> g = grad(gy, glogdet, f, scaling, T(1), p.inverse);
-        store(static_cast<S*>(out.gx)[i * cols + at], g.x);
-        of_scale += g.raw;
-        of_shift += g.shift;
+      for (auto at = first; at; ++at) {
+        const auto x = at.load(x_row + i * p.x_stride), gy = at.load(gy_row + i * cols);
+        T gx[kWidth];
+        GENFUSE_UNROLL(kWidth)
+        for (int k = 0; k < kWidth; ++k) {
+          const Grad<T> g = grad(gy[k], glogdet, factor(x[k], t[k], p.inverse), scaling[k], T(1), p.inverse);
+          gx[k] = g.x;
+          if (!at.has(k)) continue;
+          of_scale[k] += g.raw;
+          of_shift[k] += g.shift;
+        }
+        at.store(gx_row + i * cols, [&](int k) { return gx[k]; });
       }
     }
     double* partial = out.partial + 2 * chunk * p.channels;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     if constexpr (Images) {
-      of_scale = row_sum<kThreads>(of_scale);
-      of_shift = row_sum<kThreads>(of_shift);
+      GENFUSE_UNROLL(kWidth)
+      for (int k = 1; k < kWidth; ++k) of_scale[0] += of_scale[k], of_shift[0] += of_shift[k];
+      of_scale[0] = row_sum(of_scale[0], kThreads, thread);
+      of_shift[0] = row_sum(of_shift[0], kThreads, thread);
+      if (thread == 0) partial[tile] = of_scale[0], partial[p.channels + tile] = of_shift[0];
     } else {
-      __shared__ T scales[kStep][kColumns], shifts[kStep][kColumns];
+      __shared__ T sums[2 * kWidth][kThreads];
       __syncthreads();  // the previous tile's sums have been read
-      scales[line][column] = of_scale;
-      shifts[line][column] = of_shift;
-      __syncthreads();
-      of_scale = of_shift = 0;
-      for (int k = 0; k < kStep; ++k) {
-        of_scale += scales[k][column];
-        of_shift += shifts[k][column];
+      for (int k = 0; k < kWidth; ++k) sums[k][thread] = of_scale[k], sums[kWidth + k][thread] = of_shift[k];
+      for (int lines = blockDim.y / 2; lines; lines /= 2) {  // a half is added to the other until one line is left
+        __syncthreads();
+        if (threadIdx.y >= lines) continue;
+        for (int i = 0; i < 2 * kWidth; ++i) sums[i][thread] += sums[i][thread + lines * blockDim.x];
       }
-    }
-    if (there && threadIdx.x < (Images ? 1 : kColumns)) {
-      partial[c] = of_scale;
-      partial[p.channels + c] = of_shift;
+      if (threadIdx.y) continue;
+      for (int k = 0; k < kWidth; ++k) {
+        if (!first.has(k)) continue;
+        partial[first[k]] = sums[k][thread];
+        partial[p.channels + first[k]] = sums[kWidth + k][thread];
+      }
     }
   }
 }
 
+// The lanes of a channel share out the chunks.
 template <class T>
 __global__ void sum_kernel(Problem p, Backward out) {
-  for (int64_t c = first_row<1>(); c < p.channels; c += row_step<1>()) {
+  for (int64_t c = first_row(); c < p.channels; c += row_step()) {
     double of_scale = 0, of_shift = 0;
-    for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
+    for (int64_t chunk = threadIdx.x; chunk < out.chunks; chunk += blockDim.x) {
       const double* partial = out.partial + 2 * chunk * p.channels;
       of_scale += partial[c];
       of_shift += partial[p.channels + c];
     }
-    static_cast<T*>(out.glog_scale)[c] = T(of_scale);
-    static_cast<T*>(out.gshift)[c] = T(of_shift);
+    of_scale = row_sum(of_scale);
+    of_shift = row_sum(of_shift);
+    if (threadIdx.x == 0) {
+      static_cast<T*>(out.glog_scale)[c] = T(of_scale);
+      static_cast<T*>(out.gshift)[c] = T(of_shift);
+    }
   }
 }
 
 template <bool Images, class S>
 void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
-  for_rows(Images ? p.rows * p.channels : p.rows, Images ? p.cells : p.channels, 1024,
-           [&](auto lanes, int blocks) { kernel<Images, lanes, S><<<blocks, kThreads, 0, stream>>>(p, out); });
+  for_columns<S>(Images ? p.rows * p.channels : p.rows, Images ? p.cells : p.channels, 0,
+                 [&](dim3 grid, dim3 threads) { kernel<Images, S><<<grid, threads, 0, stream>>>(p, out); });
 }
 
 template <bool Images, class S>
 void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
-  if (p.channels && out.chunks) {
-    const int tiles = int(std::min(Images ? p.channels : (p.channels + 31) / 32, kMostBlocks));
-    kernel<Images, S><<<dim3(tiles, unsigned(out.chunks)), kThreads, 0, stream>>>(p, out);
+  if (p.channels == 0) return;
+  if (out.chunks) {
+    const int64_t packs = ((Images ? p.cells : p.channels) + kPack<S> - 1) / kPack<S>;
+    const int lanes = std::min(lanes_for(1, packs), Images ? kThreads : 32);
+    const int64_t tiles = Images ? p.channels : (packs + lanes - 1) / lanes;
+    const dim3 grid(unsigned(std::min(tiles, kMostBlocks)), unsigned(out.chunks));
+    kernel<Images, S><<<grid, threads_for(lanes), 0, stream>>>(p, out);
   }
-  for_threads(p.channels, [&](int blocks) { sum_kernel<compute_t<S>><<<blocks, kThreads, 0, stream>>>(p, out); });
+  sum_kernel<compute_t<S>><<<blocks_for(32, p.channels), threads_for(32), 0, stream>>>(p, out);
+  check(cudaGetLastError());
 }
 
 template <class Out>

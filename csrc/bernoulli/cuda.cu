@@ -6,21 +6,19 @@
 namespace genfuse::bernoulli {
 namespace {
 
-constexpr int kWords = 4;  // of one counter, for as many elements of one thread
-
 template <class S>
-__global__ void draw_kernel(Problem problem, Forward out) {
+__global__ void __launch_bounds__(kThreads, kResident) draw_kernel(Problem problem, Forward out) {
+  constexpr int kWidth = kPack<S>;
   using T = compute_t<S>;
   const uint64_t key = *problem.seed;
-  const int64_t step = int64_t(gridDim.x) * kThreads * kWords;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kWords; i < problem.n; i += step) {
-    const Words words = philox(uint64_t(i) / kWords, key);
-    GENFUSE_UNROLL(kWords)
-    for (int k = 0; k < kWords; ++k) {
-      if (i + k >= problem.n) continue;
-      const T p = load(static_cast<const S*>(problem.p)[i + k]);
-      store(static_cast<S*>(out.x)[i + k], draw(p, uniform<T>(words.w[k])));
-    }
+  for (int64_t i = first_row<1>() * kWidth; i < problem.n; i += row_step<1>() * kWidth) {
+    const Range range = {int(min(problem.n - i, int64_t(kWidth)))};
+    const auto p = load_pack<kWidth>(static_cast<const S*>(problem.p) + i, range);
+    Words words[kWidth / 4];
+    GENFUSE_UNROLL(kWidth / 4)
+    for (int c = 0; c < kWidth / 4; ++c) words[c] = philox(uint64_t(i / 4 + c), key);
+    const auto drawn = [&](int k) { return draw(p[k], uniform<T>(words[k / 4].w[k % 4])); };
+    store_pack<kWidth>(static_cast<S*>(out.x) + i, range, drawn);
   }
 }
 
@@ -28,9 +26,9 @@ __global__ void draw_kernel(Problem problem, Forward out) {
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    for_threads((p.n + kWords - 1) / kWords, [&](int blocks) {
-      draw_kernel<decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
-    });
+    using S = decltype(storage);
+    for_threads((p.n + kPack<S> - 1) / kPack<S>,
+                [&](int blocks) { draw_kernel<S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out); });
   });
 }
 

@@ -90,7 +90,7 @@ void run_cpu(const Problem& p, const Backward& out) {
 
 void bind(pybind11::module_& m) {
   using P = Problem;
-  const auto problem = fields(&P::dtype, &P::x0, &P::x0_stride, &P::seed, &P::noise, &P::rows, &P::cols);
+  const auto problem = fields(&P::dtype, &P::x0, &P::x0_stride, &P::seed, &P::noise, &P::rows, &P::cols, &P::partial);
   define(m, "diffuse", problem,
          fields(&Forward::kind, &Forward::alpha, &Forward::sigma, &Forward::x_t, &Forward::target));
   using B = Backward;

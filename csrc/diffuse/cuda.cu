@@ -4,89 +4,110 @@
 #include "rows.cuh"
 
 namespace genfuse::diffuse {
+
+template <class T>
+__device__ void finish(const Problem&, const Backward& out, int64_t row, const T (&sums)[2]) {
+  static_cast<T*>(out.galpha)[row] = sums[0];
+  static_cast<T*>(out.gsigma)[row] = sums[1];
+}
+
 namespace {
 
-// A thread takes the four elements of one counter, whatever rows they belong to.
-constexpr int kWords = 4;
-
-// The noise of elements [first, first + kWords); from memory only as far as they lie before `end`.
+// The noise of elements [first, first + kPack<S>), of whole counters; from memory only that of `range`.
 template <class S, class T>
-__device__ void eps_at(const Problem& p, uint64_t key, int64_t first, int64_t end, T eps[kWords]) {
-  if (!p.noise) return normals(key, uint64_t(first) / kWords, eps);
-  GENFUSE_UNROLL(kWords)
-  for (int k = 0; k < kWords; ++k) {
-    if (first + k < end) eps[k] = load(static_cast<const S*>(p.noise)[first + k]);
+__device__ void eps_at(const Problem& p, uint64_t key, int64_t first, Range range, T eps[kPack<S>]) {
+  constexpr int kWidth = kPack<S>;
+  if (p.noise) {
+    const auto noise = load_pack<kWidth>(static_cast<const S*>(p.noise) + first, range);
+    GENFUSE_UNROLL(kWidth)
+    for (int k = 0; k < kWidth; ++k) eps[k] = noise[k];
+    return;
   }
+  GENFUSE_UNROLL(kWidth / 4)
+  for (int c = 0; c < kWidth; c += 4) normals(key, uint64_t(first + c) / 4, eps + c);
 }
 
+// A thread takes neighbours, whatever rows they belong to.
 template <Target kind, class S>
-__global__ void forward_kernel(Problem p, Forward out) {
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) forward_kernel(Problem p, Forward out) {
+  constexpr int kWidth = kPack<S>;
   using T = compute_t<S>;
   const uint64_t key = p.seed ? *p.seed : 0;
-  const int64_t end = p.rows * p.cols, step = int64_t(gridDim.x) * kThreads * kWords;
-  for (int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kWords; first < end; first += step) {
-    T eps[kWords];
-    eps_at<S>(p, key, first, end, eps);
-    int64_t row = first / p.cols, column = first - row * p.cols;
-    GENFUSE_UNROLL(kWords)
-    for (int k = 0; k < kWords; ++k) {
-      if (first + k >= end) continue;
-      const T x0 = load(static_cast<const S*>(p.x0)[row * p.x0_stride + column]);
-      const T alpha = static_cast<const T*>(out.alpha)[row], sigma = static_cast<const T*>(out.sigma)[row];
-      store(static_cast<S*>(out.x_t)[first + k], sample(x0, eps[k], alpha, sigma));
-      if constexpr (kind != Target::x0) {
-        store(static_cast<S*>(out.target)[first + k], target<kind>(x0, eps[k], alpha, sigma));
+  const int64_t end = p.rows * p.cols;
+  for (int64_t first = first_row<1>() * kWidth; first < end; first += row_step<1>() * kWidth) {
+    const Range range = {int(min(end - first, int64_t(kWidth)))};
+    int64_t row = quotient(first, p.cols), column = first - row * p.cols;
+    Pack<S, kWidth> x0;
+    T alpha[kWidth], sigma[kWidth], eps[kWidth];
+    if (column + kWidth <= p.cols) {
+      x0 = load_pack<kWidth>(static_cast<const S*>(p.x0) + row * p.x0_stride + column, range);
+      alpha[0] = static_cast<const T*>(out.alpha)[row], sigma[0] = static_cast<const T*>(out.sigma)[row];
+      GENFUSE_UNROLL(kWidth)
+      for (int k = 1; k < kWidth; ++k) alpha[k] = alpha[0], sigma[k] = sigma[0];
+    } else {
+      GENFUSE_UNROLL(kWidth)
+      for (int k = 0; k < kWidth; ++k) {
+        if (!range.has(k)) continue;
+        x0.at[k] = static_cast<const S*>(p.x0)[row * p.x0_stride + column];
+        alpha[k] = static_cast<const T*>(out.alpha)[row], sigma[k] = static_cast<const T*>(out.sigma)[row];
+        if (++column == p.cols) column = 0, ++row;
       }
-      if (++column == p.cols) column = 0, ++row;
+    }
+    eps_at<S>(p, key, first, range, eps);
+    store_pack<kWidth>(static_cast<S*>(out.x_t) + first, range,
+                       [&](int k) { return sample(x0[k], eps[k], alpha[k], sigma[k]); });
+    if constexpr (kind != Target::x0) {
+      store_pack<kWidth>(static_cast<S*>(out.target) + first, range,
+                         [&](int k) { return target<kind>(x0[k], eps[k], alpha[k], sigma[k]); });
     }
   }
 }
 
-template <int Lanes, bool is_v, class S>
-__global__ void backward_kernel(Problem p, Backward out) {
+template <bool is_v, class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) backward_kernel(Problem p, Backward out) {
+  constexpr int kWidth = kPack<S>;
   using T = compute_t<S>;
   const uint64_t key = p.seed ? *p.seed : 0;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
-    const S* x0 = static_cast<const S*>(p.x0) + row * p.x0_stride;
+  const int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x, step = int64_t(gridDim.y) * blockDim.x;
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* x0_row = static_cast<const S*>(p.x0) + row * p.x0_stride;
     const int64_t begin = row * p.cols, end = begin + p.cols;
-    T galpha = 0, gsigma = 0;
-    for (int64_t first = (begin / kWords + lane<Lanes>()) * kWords; first < end; first += Lanes * kWords) {
-      T eps[kWords];
-      eps_at<S>(p, key, first, end, eps);
-      GENFUSE_UNROLL(kWords)
-      for (int k = 0; k < kWords; ++k) {
-        const int64_t i = first + k;
-        if (i < begin || i >= end) continue;
-        const T gx_t = load(static_cast<const S*>(out.gx_t)[i]);
-        const T gv = is_v ? T(load(static_cast<const S*>(out.gv)[i])) : T(0);
-        const Grad<T> g = grad<is_v>(gx_t, gv, T(load(x0[i - begin])), eps[k]);
-        galpha += g.alpha;
-        gsigma += g.sigma;
+    T sums[2] = {};
+    for (int64_t first = (begin / kWidth + piece) * kWidth; first < end; first += step * kWidth) {
+      const Range range = {int(min(end - first, int64_t(kWidth))), 1, int(max(begin - first, int64_t(0)))};
+      const auto x0 = load_pack<kWidth>(x0_row + (first - begin), range);
+      const auto gx_t = load_pack<kWidth>(static_cast<const S*>(out.gx_t) + first, range);
+      Pack<S, kWidth> gv = {};
+      if constexpr (is_v) gv = load_pack<kWidth>(static_cast<const S*>(out.gv) + first, range);
+      T eps[kWidth];
+      eps_at<S>(p, key, first, range, eps);
+      GENFUSE_UNROLL(kWidth)
+      for (int k = 0; k < kWidth; ++k) {
+        if (!range.has(k)) continue;
+        const Grad<T> g = grad<is_v>(gx_t[k], gv[k], x0[k], eps[k]);
+        sums[0] += g.alpha;
+        sums[1] += g.sigma;
       }
     }
-    galpha = row_sum<Lanes>(galpha);
-    gsigma = row_sum<Lanes>(gsigma);
-    if (lane<Lanes>() == 0) {
-      static_cast<T*>(out.galpha)[row] = galpha;
-      static_cast<T*>(out.gsigma)[row] = gsigma;
-    }
+    finish_row(p, out, row, sums);
   }
 }
 
 template <Target kind>
 void launch(const Problem& p, const Forward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    for_threads((p.rows * p.cols + kWords - 1) / kWords, [&](int blocks) {
-      forward_kernel<kind, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
-    });
+    using S = decltype(storage);
+    for_threads((p.rows * p.cols + kPack<S> - 1) / kPack<S>,
+                [&](int blocks) { forward_kernel<kind, S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out); });
   });
 }
 
 template <bool is_v>
 void launch(const Problem& p, const Backward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    for_rows(p.rows, p.cols, 32 * kWords * 8, [&](auto lanes, int blocks) {
-      backward_kernel<lanes, is_v, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    using S = decltype(storage);
+    for_sums<2, S>(p, out, cudaStream_t(stream), [&](dim3 grid, dim3 threads) {
+      backward_kernel<is_v, S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out);
     });
   });
 }

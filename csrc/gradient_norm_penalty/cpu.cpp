@@ -96,7 +96,7 @@ void run_cpu(const Problem& p, const Out& out) {
 void bind(pybind11::module_& m) {
   using P = Problem;
   const auto problem = fields(&P::dtype, &P::gradient, &P::stride, &P::rows, &P::cols, &P::target, &P::eps, &P::weight,
-                              &P::one_sided, &P::summed);
+                              &P::one_sided, &P::summed, &P::partial);
   define(m, "gradient_norm_penalty", problem, fields(&Forward::penalty, &Forward::norm));
   using B = Backward;
   define(m, "gradient_norm_penalty_backward", problem, fields(&B::gpenalty, &B::norm, &B::ggradient));

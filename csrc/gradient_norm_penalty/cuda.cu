@@ -3,12 +3,26 @@
 #include "rows.cuh"
 
 namespace genfuse::gradient_norm_penalty {
-namespace {
 
 template <class T>
 __device__ Penalty<T> penalty_of(const Problem& p) {
   return {T(p.target), T(p.eps), p.one_sided};
 }
+
+template <class T>
+__device__ void finish(const Problem& p, const Forward& out, int64_t row, const T (&squares)[1]) {
+  const T norm = sqrt(squares[0]);
+  static_cast<T*>(out.norm)[row] = norm;
+  if (!p.summed) static_cast<T*>(out.penalty)[row] = penalty_of<T>(p).value(norm);
+}
+
+// Keeps <g, v> where the first piece's was: what blocks need who share a row.
+template <class T>
+__device__ void finish(const Problem& p, const DoubleBackward&, int64_t row, const T (&dot)[1]) {
+  static_cast<T*>(p.partial)[row] = dot[0];
+}
+
+namespace {
 
 // Of the penalty of one example.
 template <class T>
@@ -16,36 +30,24 @@ __device__ T gpenalty_of(const Problem& p, const void* gpenalty, int64_t row) {
   return T(p.weight) * static_cast<const T*>(gpenalty)[p.summed ? 0 : row];
 }
 
-// row_sum for all lanes of a row.
-template <int Lanes, class T>
-__device__ T row_total(T sum) {
-  sum = row_sum<Lanes>(sum);
-  if constexpr (Lanes == 32) {
-    return __shfl_sync(~0u, sum, 0);
-  } else {
-    __shared__ T total;
-    if (threadIdx.x == 0) total = sum;
-    __syncthreads();  // and row_sum waits before the next row's total is written
-    return total;
+// What a lane adds to <a, b>.
+template <class S>
+__device__ compute_t<S> dot_of(const Problem& p, const S* a, const S* b) {
+  compute_t<S> dot = 0;
+  for (auto at = columns<S>(p.cols, a, b); at; ++at) {
+    const auto of_a = at.load(a), of_b = at.load(b);
+    GENFUSE_UNROLL(at.kWidth)
+    for (int k = 0; k < at.kWidth; ++k) dot += of_a[k] * of_b[k];
   }
+  return dot;
 }
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Forward out) {
-  using T = compute_t<S>;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward out) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const S* g = static_cast<const S*>(p.gradient) + row * p.stride;
-    T squares = 0;
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
-      const T value = load(g[j]);
-      squares += value * value;
-    }
-    squares = row_sum<Lanes>(squares);
-    if (lane<Lanes>() == 0) {
-      const T norm = sqrt(squares);
-      static_cast<T*>(out.norm)[row] = norm;
-      if (!p.summed) static_cast<T*>(out.penalty)[row] = penalty_of<T>(p).value(norm);
-    }
+    compute_t<S> squares[1] = {dot_of(p, g, g)};
+    finish_row(p, out, row, squares);
   }
 }
 
@@ -60,58 +62,80 @@ __global__ void sum_kernel(Problem p, Forward out) {
   if (threadIdx.x == 0) *static_cast<T*>(out.penalty) = T(p.weight * sum);
 }
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Backward out) {
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backward out) {
   using T = compute_t<S>;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
-    const S* g = static_cast<const S*>(p.gradient) + row * p.stride;
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* g_row = static_cast<const S*>(p.gradient) + row * p.stride;
     S* ggradient = static_cast<S*>(out.ggradient) + row * p.cols;
     const T norm = static_cast<const T*>(out.norm)[row];
     const T slope = gpenalty_of<T>(p, out.gpenalty, row) * penalty_of<T>(p).slope(norm);
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) store(ggradient[j], slope * load(g[j]));
-  }
-}
-
-template <int Lanes, class S>
-__global__ void kernel(Problem p, DoubleBackward out) {
-  using T = compute_t<S>;
-  const Penalty<T> penalty = penalty_of<T>(p);
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
-    const S* g = static_cast<const S*>(p.gradient) + row * p.stride;
-    const S* v = static_cast<const S*>(out.v) + row * out.v_stride;
-    S* of_gradient = static_cast<S*>(out.of_gradient) + row * p.cols;
-    T dot = 0;
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) dot += T(load(g[j])) * T(load(v[j]));
-    dot = row_total<Lanes>(dot);
-    const T norm = static_cast<const T*>(out.norm)[row], gpenalty = gpenalty_of<T>(p, out.gpenalty, row);
-    if (lane<Lanes>() == 0) static_cast<T*>(out.of_gpenalty)[row] = T(p.weight) * penalty.slope(norm) * dot;
-    const T slope = gpenalty * penalty.slope(norm), bend = gpenalty * penalty.bend(norm, dot);
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
-      store(of_gradient[j], slope * T(load(v[j])) + bend * T(load(g[j])));
+    for (auto at = columns<S>(p.cols, g_row, ggradient); at; ++at) {
+      const auto g = at.load(g_row);
+      at.store(ggradient, [&](int k) { return slope * g[k]; });
     }
   }
 }
 
-template <class Out>
-void run_rows(const Problem& p, const Out& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
-      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
-    });
-  });
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) dot_kernel(Problem p, DoubleBackward out) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* g = static_cast<const S*>(p.gradient) + row * p.stride;
+    compute_t<S> dot[1] = {dot_of(p, g, static_cast<const S*>(out.v) + row * out.v_stride)};
+    finish_row(p, out, row, dot);
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, DoubleBackward out) {
+  using T = compute_t<S>;
+  const Penalty<T> penalty = penalty_of<T>(p);
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* g_row = static_cast<const S*>(p.gradient) + row * p.stride;
+    const S* v_row = static_cast<const S*>(out.v) + row * out.v_stride;
+    S* of_gradient = static_cast<S*>(out.of_gradient) + row * p.cols;
+    const T dot = p.partial ? static_cast<const T*>(p.partial)[row] : row_sum(dot_of(p, g_row, v_row));
+    const T norm = static_cast<const T*>(out.norm)[row], gpenalty = gpenalty_of<T>(p, out.gpenalty, row);
+    if (threadIdx.x + blockIdx.y == 0) {
+      static_cast<T*>(out.of_gpenalty)[row] = T(p.weight) * penalty.slope(norm) * dot;
+    }
+    const T slope = gpenalty * penalty.slope(norm), bend = gpenalty * penalty.bend(norm, dot);
+    for (auto at = columns<S>(p.cols, g_row, v_row, of_gradient); at; ++at) {
+      const auto g = at.load(g_row), v = at.load(v_row);
+      at.store(of_gradient, [&](int k) { return slope * v[k] + bend * g[k]; });
+    }
+  }
 }
 
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
-  run_rows(p, out, stream);
-  if (!p.summed) return;
   dispatch(p.dtype, [&](auto storage) {
-    sum_kernel<compute_t<decltype(storage)>><<<1, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    using S = decltype(storage);
+    for_sums<1, S>(p, out, cudaStream_t(stream),
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+    if (p.summed) sum_kernel<compute_t<S>><<<1, kThreads, 0, cudaStream_t(stream)>>>(p, out);
   });
   check(cudaGetLastError());
 }
-void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
-void run_cuda(const Problem& p, const DoubleBackward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Backward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for_columns<S>(p.rows, p.cols, 0,
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
+}
+void run_cuda(const Problem& p, const DoubleBackward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (p.partial) {
+      for_sums<1, S>(p, out, cudaStream_t(stream), [&](dim3 grid, dim3 threads) {
+        dot_kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out);
+      });
+    }
+    for_columns<S>(p.rows, p.cols, p.partial ? 0 : 1,
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
+}
 
 }  // namespace genfuse::gradient_norm_penalty

@@ -12,6 +12,7 @@ struct Problem {
   int64_t stride, rows, cols;
   double target, eps, weight;
   bool one_sided, summed;
+  void* partial;  // see rows.cuh; null on the CPU, and where no blocks share a row
 };
 
 struct Forward {

@@ -15,16 +15,17 @@ __device__ T eps_of(const Problem& p, int64_t row) {
   return uniform<T>(word == 0 ? words.w[0] : word == 1 ? words.w[1] : word == 2 ? words.w[2] : words.w[3]);
 }
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Forward out) {
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward out) {
   using T = compute_t<S>;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const T eps = eps_of<T>(p, row);
     const S* real = static_cast<const S*>(p.real) + row * p.real_stride;
     const S* fake = static_cast<const S*>(p.fake) + row * p.fake_stride;
     S* x = static_cast<S*>(out.x) + row * p.cols;
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
-      store(x[j], between(p.real ? T(load(real[j])) : T(0), p.fake ? T(load(fake[j])) : T(0), eps));
+    for (auto at = columns<S>(p.cols, real, fake, x); at; ++at) {
+      const auto of_real = at.load(real), of_fake = at.load(fake);
+      at.store(x, [&](int k) { return between(of_real[k], of_fake[k], eps); });
     }
   }
 }
@@ -33,9 +34,9 @@ __global__ void kernel(Problem p, Forward out) {
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
-    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
-      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
-    });
+    using S = decltype(storage);
+    for_columns<S>(p.rows, p.cols, 0,
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
   });
 }
 

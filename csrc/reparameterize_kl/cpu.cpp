@@ -88,7 +88,7 @@ void run_cpu(const Problem& p, const Out& out) {
 void bind(pybind11::module_& m) {
   using P = Problem;
   const auto problem = fields(&P::dtype, &P::mu, &P::mu_stride, &P::logvar, &P::logvar_stride, &P::seed, &P::noise,
-                              &P::rows, &P::cols, &P::samples);
+                              &P::rows, &P::cols, &P::samples, &P::partial);
   define(m, "reparameterize_kl", problem, fields(&Forward::z, &Forward::kl));
   using B = Backward;
   define(m, "reparameterize_kl_backward", problem, fields(&B::gz, &B::gkl, &B::gmu, &B::glogvar));

@@ -4,111 +4,118 @@
 #include "rows.cuh"
 
 namespace genfuse::reparameterize_kl {
+
+template <class T>
+__device__ void finish(const Problem&, const Forward& out, int64_t row, const T (&kl)[1]) {
+  static_cast<T*>(out.kl)[row] = kl[0];
+}
+
 namespace {
 
-// A lane takes four neighbouring columns, so that the four normals of one counter serve it. Loops over them are
-// unrolled and guarded, never cut short: arrays that are indexed by a variable lie in memory.
-constexpr int kColumns = 4;
-
-// The noise of elements [first, first + kColumns) of z; from memory only as far as `n` of them exist.
+// The noise of the first of `range` and its neighbours. A lane takes whole counters, or parts of one more. Loops over
+// columns are unrolled and guarded, never cut short: arrays that are indexed by a variable lie in memory.
 template <class S, class T>
-__device__ void eps_at(const Problem& p, uint64_t key, int64_t first, int n, T eps[kColumns]) {
+__device__ void eps_at(const Problem& p, uint64_t key, int64_t first, Range range, T eps[kPack<S>]) {
+  constexpr int kWidth = kPack<S>;
   if (p.noise) {
-    GENFUSE_UNROLL(kColumns)
-    for (int k = 0; k < kColumns; ++k) {
-      if (k < n) eps[k] = load(static_cast<const S*>(p.noise)[first + k]);
-    }
+    const auto noise = load_pack<kWidth>(static_cast<const S*>(p.noise) + first, range);
+    GENFUSE_UNROLL(kWidth)
+    for (int k = 0; k < kWidth; ++k) eps[k] = noise[k];
     return;
   }
   const int shift = int(first & 3);
-  T ahead[8];
-  normals(key, uint64_t(first) / 4, ahead);
-  if (shift) normals(key, uint64_t(first) / 4 + 1, ahead + 4);
-  GENFUSE_UNROLL(kColumns)
-  for (int k = 0; k < kColumns; ++k) {
+  T ahead[kWidth + 4];
+  GENFUSE_UNROLL(kWidth / 4)
+  for (int c = 0; c < kWidth; c += 4) normals(key, uint64_t(first + c) / 4, ahead + c);
+  if (shift) normals(key, uint64_t(first) / 4 + kWidth / 4, ahead + kWidth);
+  GENFUSE_UNROLL(kWidth)
+  for (int k = 0; k < kWidth; ++k) {
     eps[k] = shift == 0 ? ahead[k] : shift == 1 ? ahead[k + 1] : shift == 2 ? ahead[k + 2] : ahead[k + 3];
   }
 }
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Forward out) {
-  using T = compute_t<S>;
-  const uint64_t key = p.seed ? *p.seed : 0;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
-    const S* mu_row = static_cast<const S*>(p.mu) + row * p.mu_stride;
-    const S* logvar_row = static_cast<const S*>(p.logvar) + row * p.logvar_stride;
-    T sum = 0;
-    for (int64_t j = lane<Lanes>() * kColumns; j < p.cols; j += Lanes * kColumns) {
-      const int n = int(min(int64_t(kColumns), p.cols - j));
-      T mu[kColumns], sigmas[kColumns], eps[kColumns];
-      GENFUSE_UNROLL(kColumns)
-      for (int k = 0; k < kColumns; ++k) {
-        if (k >= n) continue;
-        const T logvar = load(logvar_row[j + k]);
-        mu[k] = load(mu_row[j + k]);
-        sigmas[k] = sigma(logvar);
-        sum += kl(mu[k], logvar, sigmas[k]);
-      }
-      for (int64_t s = 0; s < p.samples; ++s) {
-        const int64_t first = (s * p.rows + row) * p.cols + j;
-        eps_at<S>(p, key, first, n, eps);
-        GENFUSE_UNROLL(kColumns)
-        for (int k = 0; k < kColumns; ++k) {
-          if (k < n) store(static_cast<S*>(out.z)[first + k], sample(mu[k], sigmas[k], eps[k]));
-        }
-      }
-    }
-    sum = row_sum<Lanes>(sum);
-    if (lane<Lanes>() == 0) static_cast<T*>(out.kl)[row] = sum;
+// Calls f(j, range) for the columns of this lane, kPack<S> neighbours at a time.
+template <class S, class F>
+__device__ void for_packs(int64_t cols, F f) {
+  const int64_t step = int64_t(gridDim.y) * blockDim.x * kPack<S>;
+  for (int64_t j = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kPack<S>; j < cols; j += step) {
+    f(j, Range{int(min(cols - j, int64_t(kPack<S>)))});
   }
 }
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Backward out) {
+template <class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Forward out) {
+  constexpr int kWidth = kPack<S>;
   using T = compute_t<S>;
   const uint64_t key = p.seed ? *p.seed : 0;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* mu_row = static_cast<const S*>(p.mu) + row * p.mu_stride;
+    const S* logvar_row = static_cast<const S*>(p.logvar) + row * p.logvar_stride;
+    T sum[1] = {};
+    for_packs<S>(p.cols, [&](int64_t j, Range range) {
+      const auto mu = load_pack<kWidth>(mu_row + j, range), logvar = load_pack<kWidth>(logvar_row + j, range);
+      T sigmas[kWidth], eps[kWidth];
+      GENFUSE_UNROLL(kWidth)
+      for (int k = 0; k < kWidth; ++k) {
+        sigmas[k] = sigma(logvar[k]);
+        if (range.has(k)) sum[0] += kl(mu[k], logvar[k], sigmas[k]);
+      }
+      for (int64_t s = 0; s < p.samples; ++s) {
+        const int64_t first = (s * p.rows + row) * p.cols + j;
+        eps_at<S>(p, key, first, range, eps);
+        store_pack<kWidth>(static_cast<S*>(out.z) + first, range,
+                           [&](int k) { return sample(mu[k], sigmas[k], eps[k]); });
+      }
+    });
+    finish_row(p, out, row, sum);
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Backward out) {
+  constexpr int kWidth = kPack<S>;
+  using T = compute_t<S>;
+  const uint64_t key = p.seed ? *p.seed : 0;
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const S* mu_row = static_cast<const S*>(p.mu) + row * p.mu_stride;
     const S* logvar_row = static_cast<const S*>(p.logvar) + row * p.logvar_stride;
     const T gkl = static_cast<const T*>(out.gkl)[row];
-    for (int64_t j = lane<Lanes>() * kColumns; j < p.cols; j += Lanes * kColumns) {
-      const int n = int(min(int64_t(kColumns), p.cols - j));
-      T gz_sum[kColumns] = {}, gz_eps_sum[kColumns] = {}, eps[kColumns];
+    for_packs<S>(p.cols, [&](int64_t j, Range range) {
+      const auto mu = load_pack<kWidth>(mu_row + j, range), logvar = load_pack<kWidth>(logvar_row + j, range);
+      T gz_sum[kWidth] = {}, gz_eps_sum[kWidth] = {}, eps[kWidth];
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + row) * p.cols + j;
-        eps_at<S>(p, key, first, n, eps);
-        GENFUSE_UNROLL(kColumns)
-        for (int k = 0; k < kColumns; ++k) {
-          if (k >= n) continue;
-          const T gz = load(static_cast<const S*>(out.gz)[first + k]);
-          gz_sum[k] += gz;
-          gz_eps_sum[k] += gz * eps[k];
+        const auto gz = load_pack<kWidth>(static_cast<const S*>(out.gz) + first, range);
+        eps_at<S>(p, key, first, range, eps);
+        GENFUSE_UNROLL(kWidth)
+        for (int k = 0; k < kWidth; ++k) {
+          gz_sum[k] += gz[k];
+          gz_eps_sum[k] += gz[k] * eps[k];
         }
       }
-      GENFUSE_UNROLL(kColumns)
-      for (int k = 0; k < kColumns; ++k) {
-        if (k >= n) continue;
-        const T sigma_k = sigma(T(load(logvar_row[j + k])));
-        const Grad<T> g = grad(gz_sum[k], gz_eps_sum[k], gkl, T(load(mu_row[j + k])), sigma_k);
-        store(static_cast<S*>(out.gmu)[row * p.cols + j + k], g.mu);
-        store(static_cast<S*>(out.glogvar)[row * p.cols + j + k], g.logvar);
-      }
-    }
-  }
-}
-
-template <class Out>
-void run_rows(const Problem& p, const Out& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    for_rows(p.rows, p.cols, 32 * kColumns * 8, [&](auto lanes, int blocks) {
-      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+      const int64_t to = row * p.cols + j;
+      const auto of = [&](int k) { return grad(gz_sum[k], gz_eps_sum[k], gkl, mu[k], sigma(logvar[k])); };
+      store_pack<kWidth>(static_cast<S*>(out.gmu) + to, range, [&](int k) { return of(k).mu; });
+      store_pack<kWidth>(static_cast<S*>(out.glogvar) + to, range, [&](int k) { return of(k).logvar; });
     });
-  });
+  }
 }
 
 }  // namespace
 
-void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for_sums<1, S>(p, out, cudaStream_t(stream),
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
+}
+void run_cuda(const Problem& p, const Backward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for_columns<S>(p.rows, p.cols, 0,
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
+}
 
 }  // namespace genfuse::reparameterize_kl

@@ -12,6 +12,7 @@ struct Problem {
   const uint64_t* seed;
   const void* noise;
   int64_t rows, cols, samples;
+  void* partial;  // see rows.cuh; null on the CPU, and where no blocks share a row
 };
 
 struct Forward {

@@ -44,7 +44,7 @@ void run_cpu(const Problem& p, const Out& out) {
 
 void bind(pybind11::module_& m) {
   using P = Problem;
-  const auto problem = fields(&P::dtype, &P::z, &P::z_stride, &P::rows, &P::cols, &P::logdet);
+  const auto problem = fields(&P::dtype, &P::z, &P::z_stride, &P::rows, &P::cols, &P::logdet, &P::partial);
   define(m, "standard_normal_log_prob", problem, fields(&Forward::log_prob));
   using B = Backward;
   define(m, "standard_normal_log_prob_backward", problem, fields(&B::g, &B::gz));

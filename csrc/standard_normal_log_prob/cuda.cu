@@ -3,49 +3,57 @@
 #include "standard_normal_log_prob/math.h"
 
 namespace genfuse::standard_normal_log_prob {
+
+template <class T>
+__device__ void finish(const Problem& p, const Forward& out, int64_t row, const T (&squares)[1]) {
+  const T logdet = p.logdet ? static_cast<const T*>(p.logdet)[row] : T(0);
+  static_cast<T*>(out.log_prob)[row] = log_prob(squares[0], T(p.cols), logdet);
+}
+
 namespace {
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Forward out) {
-  using T = compute_t<S>;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
-    const S* z = static_cast<const S*>(p.z) + row * p.z_stride;
-    T squares = 0;
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) {
-      const T value = load(z[j]);
-      squares += value * value;
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward out) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* z_row = static_cast<const S*>(p.z) + row * p.z_stride;
+    compute_t<S> squares[1] = {};
+    for (auto at = columns<S>(p.cols, z_row); at; ++at) {
+      const auto z = at.load(z_row);
+      GENFUSE_UNROLL(at.kWidth)
+      for (int k = 0; k < at.kWidth; ++k) squares[0] += z[k] * z[k];
     }
-    squares = row_sum<Lanes>(squares);
-    if (lane<Lanes>() == 0) {
-      const T logdet = p.logdet ? static_cast<const T*>(p.logdet)[row] : T(0);
-      static_cast<T*>(out.log_prob)[row] = log_prob(squares, T(p.cols), logdet);
-    }
+    finish_row(p, out, row, squares);
   }
 }
 
-template <int Lanes, class S>
-__global__ void kernel(Problem p, Backward out) {
-  using T = compute_t<S>;
-  for (int64_t row = first_row<Lanes>(); row < p.rows; row += row_step<Lanes>()) {
-    const S* z = static_cast<const S*>(p.z) + row * p.z_stride;
-    S* gz = static_cast<S*>(out.gz) + row * p.cols;
-    const T g = static_cast<const T*>(out.g)[row];
-    for (int64_t j = lane<Lanes>(); j < p.cols; j += Lanes) store(gz[j], grad(g, T(load(z[j]))));
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backward out) {
+  for (int64_t row = first_row(); row < p.rows; row += row_step()) {
+    const S* z_row = static_cast<const S*>(p.z) + row * p.z_stride;
+    S* gz_row = static_cast<S*>(out.gz) + row * p.cols;
+    const auto g = static_cast<const compute_t<S>*>(out.g)[row];
+    for (auto at = columns<S>(p.cols, z_row, gz_row); at; ++at) {
+      const auto z = at.load(z_row);
+      at.store(gz_row, [&](int k) { return grad(g, z[k]); });
+    }
   }
-}
-
-template <class Out>
-void run_rows(const Problem& p, const Out& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    for_rows(p.rows, p.cols, 1024, [&](auto lanes, int blocks) {
-      kernel<lanes, decltype(storage)><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out);
-    });
-  });
 }
 
 }  // namespace
 
-void run_cuda(const Problem& p, const Forward& out, void* stream) { run_rows(p, out, stream); }
-void run_cuda(const Problem& p, const Backward& out, void* stream) { run_rows(p, out, stream); }
+void run_cuda(const Problem& p, const Forward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for_sums<1, S>(p, out, cudaStream_t(stream),
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
+}
+void run_cuda(const Problem& p, const Backward& out, void* stream) {
+  dispatch(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for_columns<S>(p.rows, p.cols, 0,
+                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
+}
 
 }  // namespace genfuse::standard_normal_log_prob

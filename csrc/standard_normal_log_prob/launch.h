@@ -10,6 +10,7 @@ struct Problem {
   const void* z;
   int64_t z_stride, rows, cols;
   const void* logdet;
+  void* partial;  // see rows.cuh; null on the CPU, and where no blocks share a row
 };
 
 struct Forward {

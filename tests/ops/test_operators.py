@@ -1,11 +1,13 @@
 """What holds of every operator, on every device, by every implementation."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.operators import OPERATORS
+from benchmarks.operators import OPERATORS, Operator
 from genfuse import ops
 
 SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20)]
@@ -51,6 +53,37 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
     # In float64 the truth that errors are held against has errors as large as they are.
     floor = {2: 1, 4: 16, 8: 64}[dtype.itemsize] * torch.finfo(dtype).eps
     assert ours <= 2 * eager + floor
+
+
+LONG_ROWS = ("actnorm", "diffuse", "diffuse_learned", "gradient_norm_penalty", "interpolate", "reparameterize_kl",
+             "standard_normal_log_prob")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_ROWS)
+@pytest.mark.parametrize("size", [(2, 8192), (3, 8203)], ids=str)
+def test_few_long_rows_which_blocks_of_a_gpu_share_are_as_close(name, size, device, implementation):
+    test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(
+        OPERATORS[name], size, torch.float32, device, implementation
+    )
+
+
+class OffByOne(Operator):
+    """One whose tensors lie one element behind where they could be loaded 16 bytes at a time."""
+
+    def arguments(self, size, dtype, device):
+        made = super().arguments(size, dtype, device)
+        for name, t in made.items():
+            if isinstance(t, torch.Tensor) and t.dim() > 1:
+                moved = t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t.detach())
+                made[name] = moved.requires_grad_(t.requires_grad)
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(3, 64), (5, 1024)], ids=str)
+def test_tensors_that_are_not_aligned_are_as_close(operator, size, dtype, device, implementation):
+    moved = OffByOne(**{field.name: getattr(operator, field.name) for field in fields(operator)})
+    test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(moved, size, dtype, device, implementation)
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -45,9 +45,9 @@ def _results(x0: Tensor, alpha: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tens
     return _op.like(x0), x0.new_empty((0,)) if rest[-1] == "x0" else _op.like(x0)
 
 
-def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> tuple:
+def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None, partial: Tensor | None = None) -> tuple:
     noise = None if noise is None else noise.contiguous()
-    return _op.DTYPES[x0.dtype], *_op.rows(x0), seed, noise, *x0.shape
+    return _op.DTYPES[x0.dtype], *_op.rows(x0), seed, noise, *x0.shape, partial
 
 
 def _backward(
@@ -105,7 +105,11 @@ _reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
     formula=reductions,
     results=lambda gx_t, *rest: tuple(gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)) for _ in range(2)),
-    problem=lambda gx_t, gv, *given: (*_problem(*given), gx_t.contiguous(), None if gv is None else gv.contiguous()),
+    problem=lambda gx_t, gv, *given: (
+        *_problem(*given, _op.pieces(gx_t, 2) if gx_t.is_cuda else None),
+        gx_t.contiguous(),
+        None if gv is None else gv.contiguous(),
+    ),
     triton=f"{_TRITON}:backward",
 )
 

@@ -68,6 +68,7 @@ def _problem(gradient: Tensor, target: float, one_sided: bool, reduction: str, e
     return (
         _op.DTYPES[gradient.dtype], *_op.rows(gradient), *gradient.shape,
         target, eps, weight(gradient, reduction), one_sided, reduction != "none",
+        _op.pieces(gradient) if gradient.is_cuda else None,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ except ImportError as error:  # installed without a compiler, or with GENFUSE_PU
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as portable.h numbers them
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}  # other devices: reference
+PIECES, LONG, FEW = 16, 8192, 1024  # of rows that blocks of a GPU share: their number as in rows.cuh, columns, rows
 TENSORS = (Tensor, torch.nn.Parameter)  # what has an address; other subclasses may stand for anything
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
@@ -603,6 +604,13 @@ def flatten(t: Tensor, order: list[int]) -> Tensor:
 def unflatten(t: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
     """What has that shape and becomes ``t`` by `flatten`."""
     return t.view([shape[axis] for axis in order]).permute(sorted(order, key=order.__getitem__))
+
+
+def pieces(t: Tensor, sums: int = 1) -> Tensor | None:
+    """Room for the sums of rows' pieces, (PIECES, rows, sums), if there are few and long rows: then blocks of a GPU
+    share them. How they do depends on the shape alone, and so do the sums."""
+    rows, cols = t.shape[:-1].numel(), t.shape[-1]
+    return t.new_empty((PIECES, rows, sums), dtype=wide(t)) if cols >= LONG and 0 < rows <= FEW else None
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -43,7 +43,8 @@ def _results(
 def _problem(mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None) -> tuple:
     noise = None if noise is None else noise.contiguous()
     rows, cols = mu.shape[:-1].numel(), mu.shape[-1]
-    return _op.DTYPES[mu.dtype], *_op.rows(mu), *_op.rows(logvar), seed, noise, rows, cols, samples or 1
+    partial = _op.pieces(mu) if mu.is_cuda else None
+    return _op.DTYPES[mu.dtype], *_op.rows(mu), *_op.rows(logvar), seed, noise, rows, cols, samples or 1, partial
 
 
 _fused = _op.fused(

@@ -18,7 +18,8 @@ def _results(z: Tensor, logdet: Tensor | None) -> Tensor:
 
 def _problem(z: Tensor, logdet: Tensor | None) -> tuple:
     logdet = None if logdet is None else logdet.contiguous()
-    return _op.DTYPES[z.dtype], *_op.rows(z), z.shape[:-1].numel(), z.shape[-1], logdet
+    partial = _op.pieces(z) if z.is_cuda else None
+    return _op.DTYPES[z.dtype], *_op.rows(z), z.shape[:-1].numel(), z.shape[-1], logdet, partial
 
 
 _fused = _op.fused(

@@ -56,6 +56,12 @@ const char* cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDevice(int*);
 cudaError_t cudaSetDevice(int);
 
+#define CUDART_VERSION 13000
+constexpr unsigned long long cudaEnableDefault = 0;
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long) {
+  return cudaErrorInvalidValue;  // there is no driver
+}
+
 namespace emulated {
 
 struct Grid {
@@ -150,6 +156,10 @@ T __ldcs(const T* from) {
 }
 template <class T>
 void __stcs(T* to, T value) {
+  *to = value;
+}
+template <class T>
+void __stwb(T* to, T value) {
   *to = value;
 }
 template <class T>

@@ -93,7 +93,7 @@ def double_backward_kernel(
 
 def forward(
     dtype: int, gradient: Tensor, stride: int, rows: int, cols: int, target: float, eps: float, weight: float,
-    one_sided: bool, summed: bool, penalty: Tensor, norm: Tensor,
+    one_sided: bool, summed: bool, partial: None, penalty: Tensor, norm: Tensor,
 ) -> None:  # fmt: skip
     each = torch.empty_like(norm) if summed else penalty
     launch_rows(
@@ -113,7 +113,7 @@ def double_backward(dtype: int, *problem: Any) -> None:
 
 def _launch(
     kernel: Any, gradient: Tensor, stride: int, rows: int, cols: int, target: float, eps: float, weight: float,
-    one_sided: bool, summed: bool, gpenalty: Tensor, norm: Tensor, *rest: Any,
+    one_sided: bool, summed: bool, partial: None, gpenalty: Tensor, norm: Tensor, *rest: Any,
 ) -> None:  # fmt: skip
     sizes = {"TARGET": target, "EPS": eps, "ONE_SIDED": one_sided, "MEAN": weight != 1, "SUMMED": summed}
     launch_rows(kernel, rows, cols, norm, gradient, stride, gpenalty, norm, *rest, cols, **sizes)

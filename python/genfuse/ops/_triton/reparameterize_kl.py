@@ -35,7 +35,7 @@ def forward_kernel(
         sigma = tl.exp(0.5 * lv)
         total += 0.5 * (m * m + sigma * sigma - 1.0 - lv)
         for s in range(samples):
-            first = (s * rows + row) * cols + start
+            first = (tl.cast(s, tl.int64) * rows + row) * cols + start
             eps = _eps(noise, key, first, columns, mask, BLOCK, ALIGNED, WIDE)
             tl.store(z + first + columns, (m + sigma * eps).to(z.dtype.element_ty), mask)
     tl.store(kl + row, tl.sum(total, 0))
@@ -56,7 +56,7 @@ def backward_kernel(
         gz_sum = tl.zeros((BLOCK,), dtype)
         gz_eps_sum = tl.zeros((BLOCK,), dtype)
         for s in range(samples):
-            first = (s * rows + row) * cols + start
+            first = (tl.cast(s, tl.int64) * rows + row) * cols + start
             eps = _eps(noise, key, first, columns, mask, BLOCK, ALIGNED, WIDE)
             g = tl.load(gz + first + columns, mask, 0.0).to(dtype)
             gz_sum += g

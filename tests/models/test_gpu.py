@@ -1,0 +1,88 @@
+"""Models and operators on a GPU, as far as it can be seen without one: devices, dtypes, and what waits."""
+
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from required import skip
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.operators import OPERATORS
+from genfuse import plugins
+from genfuse.ops import _op
+
+HERE = Path(__file__).resolve().parent
+MODELS = [plugin.name for plugin in plugins.discover("models") if plugin.distribution == plugins.OURS]
+# iaf's gradient goes through `autoregressive_inverse` with tables of its own, which are no fake tensors.
+FAKED = [name for name in MODELS if name != "iaf"]
+WAIT = {  # for the device, to know a value or a shape
+    "_local_scalar_dense", "nonzero", "repeat_interleave", "masked_select", "is_nonzero", "equal", "unique_dim",
+    "_unique2", "bincount", "linalg_lu_factor_ex", "_linalg_check_errors", "linalg_inv_ex", "_linalg_solve_ex",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Keeps what would wait for a GPU, or copy from the host's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting, self.copies = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        masks = args[1] if name in ("index", "index_put_", "_index_put_impl_") else ()
+        if name in WAIT or any(isinstance(m, torch.Tensor) and m.dtype is torch.bool for m in masks):
+            self.waiting[name] += 1
+        if name in ("copy_", "_to_copy") and {"device", "pin_memory"} & set(kwargs or {}):
+            self.copies.append((name, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def no_gpu(tmp_path_factory):
+    """no_gpu.cpp, compiled."""
+    if torch.version.cuda or not shutil.which("g++"):
+        skip("cuda", "fake tensors on a GPU take a PyTorch without CUDA, and g++")
+    library = tmp_path_factory.mktemp("no_gpu") / "no_gpu.so"
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-shared", "-fPIC", "-std=c++20", "-O0", f"-I{include}"]
+    subprocess.run(["g++", *flags, HERE / "no_gpu.cpp", "-o", library], check=True)
+    return library
+
+
+def test_a_step_and_a_sample_of_each_model_stay_on_the_gpu_in_float32_and_wait_for_nothing(no_gpu):
+    command = [sys.executable, HERE / "fake_gpu.py", no_gpu, *FAKED]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "done", run.stdout + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=list(OPERATORS))
+def test_an_operator_can_be_captured_in_a_cuda_graph(operator):
+    """Nothing inside its compiled kernels' launches waits, reads a value or copies from the host's memory."""
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "genfuse":
+                calls.append((func._schema.name.partition("::")[2], args))
+            return func(*args, **(kwargs or {}))
+
+    arguments = operator.arguments(operator.sizes[0], torch.float32, "cpu")
+    with Recorder(), Launches() as launches:
+        outputs = operator.function(**arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if operator.learned:
+            torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+    assert calls
+    for name, args in calls:
+        kernel = _op.KERNELS[name]
+        if kernel.find("native", "cpu")[0] is None:
+            skip("native", "no compiled kernels")
+        with launches, torch.no_grad():
+            kernel.native(*args)
+    assert not launches.waiting
+    assert not launches.copies
