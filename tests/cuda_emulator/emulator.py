@@ -190,7 +190,8 @@ def module(variant: str, csrc: Path = ROOT / "csrc") -> Path:
         RuntimeError: for what g++ does not compile, with its messages.
     """
     out, flags = BUILD / variant, VARIANTS[variant]
-    common = [f"-I{csrc}", *_MODULE]
+    names = " ".join(f"OP({p.parent.name})" for p in sorted(csrc.glob("*/cpu.cpp")))
+    common = [f"-I{csrc}", *_MODULE, f"-DGENFUSE_OPS={names}"]
     cpp = [csrc / "bindings.cpp", *sorted(csrc.glob("*/cpu.cpp"))]
     if variant == "cpu":
         jobs = [(source, [*common, *flags]) for source in cpp]

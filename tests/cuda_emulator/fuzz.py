@@ -261,13 +261,17 @@ def run(cases: list[Case], settled: list[str]) -> list[str]:
                 if (result.isnan() != of_pytorch.isnan()).any():
                     found.append(f"{case}, result {i}: NaN where PyTorch has none, or the other way round")
                     continue
-                eps, own = torch.finfo(result.dtype).eps, error(result, exact)
+                eps, own, times = torch.finfo(result.dtype).eps, error(result, exact), 2
+                if result.dtype is torch.float64:
+                    times = 8  # the truth errs as well: held against 80 bits, where they differ it is the less accurate
+                elif case.settings.get("bins", 0) > 8:
+                    times = 4  # on a CPU, PyTorch's cumsum of float32 sums the bins in float64
                 floor = {2: 1, 4: 16, 8: 64}[result.dtype.itemsize] * eps
-                if own > 2 * limits[i] + floor:
+                if own > times * limits[i] + floor:
                     around = max(eager_errors(case.neighbour(k))[i] for k in range(16))
                     of = [f"{e / eps:.3g}" for e in (own, limits[i], around)]
                     what = f"{case}, result {i}: {of[0]} eps, PyTorch {of[1]}, around it {of[2]}"
-                    (found if own > 2 * max(limits[i], around) + floor else settled).append(what)
+                    (found if own > times * max(limits[i], around) + floor else settled).append(what)
     return found
 
 
