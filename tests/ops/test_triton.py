@@ -40,7 +40,8 @@ for storage, wide, integers in (
     types = {"p": storage, "seed": "*i64", "x": storage}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
-    types = {"x": storage, "params": storage, "shift": storage, "factor": sums, "mask": "*u8", "y": storage, "logdet": sums,
+    types = {"x": storage, "params": storage, "shift": storage, "factor": sums, "mask": "*u8", "y": storage,
+             "logdet": sums,
              "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "gshift": storage}
     for kind, inverse, given in (
         (0, False, ("mask",)), (1, True, ("shift",)), (2, False, ()), (2, True, ("mask",)), (3, False, ("shift",)),
