@@ -58,12 +58,6 @@ cudaError_t cudaSetDevice(int);
 enum { cudaEnableDefault };
 cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags);
 
-#define CUDART_VERSION 13000
-constexpr unsigned long long cudaEnableDefault = 0;
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long) {
-  return cudaErrorInvalidValue;  // there is no driver
-}
-
 namespace emulated {
 
 struct Grid {
