@@ -398,7 +398,7 @@ def _read(file: Path) -> dict[str, Any]:
     demand(was, FORMAT, where)
     demand(was["real"], dict.fromkeys(was["real"], float), f"{where}: real")
     if "data" in was["options"]:
-        demand(was, {"options.data.fingerprint": str}, where)
+        demand(was, {"options.data.fingerprint": str, "options.data.name": str}, where)
     for number, row in enumerate(was["rows"]):
         demand(row, FORMAT_OF_ROW, f"{where}: row {number}")
         for seed, run in enumerate(row["runs"]):
