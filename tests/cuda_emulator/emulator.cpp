@@ -25,7 +25,7 @@
 #include <utility>
 #include <vector>
 
-#include "cudaTypedefs.h"
+#include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMULATOR_SANITIZED
@@ -479,12 +479,4 @@ cudaError_t cudaSetDevice(int to) {
   if (to) return cudaErrorInvalidDevice;
   emulated::device = to;
   return cudaSuccess;
-}
-cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long) {
-  const PFN_cuDevicePrimaryCtxGetState_v7000 state = [](int device, unsigned* flags, int* active) {
-    *flags = 0, *active = device == 0;
-    return CUDA_SUCCESS;
-  };
-  *function = strcmp(name, "cuDevicePrimaryCtxGetState") ? nullptr : reinterpret_cast<void*>(state);
-  return *function ? cudaSuccess : cudaErrorInvalidValue;
 }

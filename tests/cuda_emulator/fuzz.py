@@ -289,7 +289,9 @@ def main() -> int:
         if operator.__name__ not in settings.operators:
             continue
         torch.manual_seed(settings.seed)
-        start, count, found, settled = time.time(), 0, [], []
+        start, count = time.time(), 0
+        found: list[str] = []
+        settled: list[str] = []
         chosen = (case for case in operator() if random.random() < settings.share)
         while some := list(itertools.islice(chosen, 200)):
             count += len(some)

@@ -24,7 +24,12 @@ RUNS = [  # variant, order of threads, what is run
     ("plain", 0, FUZZ),
     *(("plain", order, TESTS) for order in (1, 2, 3)),
 ]
-LIBRARIES = {"cpu": "libasan.so", "asan": "libasan.so", "tsan": "libtsan.so", "plain": ""}
+PRELOAD = {  # of a library that throws exceptions, AddressSanitizer must know before it starts
+    "cpu": ("libasan.so", "libstdc++.so.6"),
+    "asan": ("libasan.so", "libstdc++.so.6"),
+    "tsan": ("libtsan.so",),
+    "plain": (),
+}
 
 
 def run(variant: str, order: int, command: list[str]) -> bool:
@@ -37,9 +42,10 @@ def run(variant: str, order: int, command: list[str]) -> bool:
         "OMP_NUM_THREADS": "2" if variant == "cpu" else "1",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's
     }
-    if library := LIBRARIES[variant]:
-        found = subprocess.run(["gcc", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
-        environment["LD_PRELOAD"] = found.stdout.strip()
+    if libraries := PRELOAD[variant]:
+        names = [f"-print-file-name={library}" for library in libraries]
+        found = [subprocess.run(["gcc", name], capture_output=True, text=True, check=True).stdout for name in names]
+        environment["LD_PRELOAD"] = " ".join(map(str.strip, found))
     start = time.time()
     done = subprocess.run(
         [sys.executable, *command], cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False

@@ -81,10 +81,10 @@ def test_the_operators_tests_pass_on_emulated_cuda_kernels() -> None:
         "not slow",
         "-r",
         "fE",
-        emulator.ROOT / "tests/ops",
+        str(emulator.ROOT / "tests/ops"),
     ]
     run = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
-        pytest.fail(f"{' '.join(map(str, command))}\n{run.stdout[-20_000:]}{run.stderr[-5_000:]}", pytrace=False)
+        pytest.fail(f"{' '.join(command)}\n{run.stdout[-20_000:]}{run.stderr[-5_000:]}", pytrace=False)
     launches = int(run.stdout.split("emulated CUDA (plain): ")[1].split()[0])
     assert launches > 1000

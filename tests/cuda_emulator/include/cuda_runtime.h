@@ -55,8 +55,6 @@ cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDevice(int*);
 cudaError_t cudaSetDevice(int);
-enum { cudaEnableDefault };
-cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags);
 
 namespace emulated {
 
