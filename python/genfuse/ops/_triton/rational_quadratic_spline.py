@@ -21,13 +21,16 @@ def _softplus(x):
 @triton.jit
 def _box(table, at, boxes, left, right, bottom, top, TAILS: tl.constexpr, wide: tl.constexpr):
     """The sides and the tails of the coordinates, counted over all rows."""
+    tails = tl.full(at.shape, TAILS, wide)
     if table is None:
         lo, r = tl.full(at.shape, left, wide), tl.full(at.shape, right, wide)
         b, t = tl.full(at.shape, bottom, wide), tl.full(at.shape, top, wide)
-        return lo, r, b, t, tl.full(at.shape, TAILS, wide)
-    t = table + at % boxes * 5
-    tails = tl.load(t + 4) if TAILS == 3 else tl.zeros(at.shape, wide) + TAILS
-    return tl.load(t), tl.load(t + 1), tl.load(t + 2), tl.load(t + 3), tails
+    else:
+        row = table + at % boxes * 5
+        lo, r, b, t = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        if TAILS == 3:
+            tails = tl.load(row + 4)
+    return lo, r, b, t, tails
 
 
 @triton.jit
