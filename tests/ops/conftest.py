@@ -36,6 +36,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.watched: list[tuple[torch.Tensor, int, int, str]] = []
+        self.bytes = 0
 
     def empty(self, like: torch.Tensor, where: str) -> torch.Tensor:
         """A tensor of that one's shape, strides and dtype, full of NaN (of -1, if of integers)."""
@@ -55,13 +56,14 @@ class Guard:
                 f"a tensor of shape {tuple(like.shape)} of {like.dtype}, allocated by {where}",
             )
         )
-        if sum(memory.numel() for memory, *_ in self.watched) > 1 << 27:
+        self.bytes += memory.numel()
+        if self.bytes > 1 << 27:
             self.check()
         return flat.set_(flat.untyped_storage(), 0, like.shape, like.stride())  # unlike a view, a tensor of its own
 
     def check(self) -> None:
         """Raise AssertionError if a band is not as it was; watch no longer."""
-        watched, self.watched = self.watched, []
+        watched, self.watched, self.bytes = self.watched, [], 0
         for memory, start, end, what in watched:
             before, beyond = ((band != PATTERN).nonzero() for band in (memory[:start], memory[end:]))
             if len(before):
