@@ -129,7 +129,9 @@ void run_rows(const Problem& p, const Out& out, void* stream) {
         kernel<lanes, bins, S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, Constants<compute_t<S>>(p), out);
       };
       if (p.bins == 8) return launch(std::integral_constant<int, 8>());
-      if (p.bins == 16) return launch(std::integral_constant<int, 16>());
+      if constexpr (sizeof(S) < 8) {  // 16 of 8 bytes do not fit a thread's registers
+        if (p.bins == 16) return launch(std::integral_constant<int, 16>());
+      }
       launch(std::integral_constant<int, 0>());
     });
   });
