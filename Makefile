@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+JOBS ?= 2
 COUNT ?= 100000
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -20,7 +21,7 @@ demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it 
 	$(BIN)/genfuse sample runs/demo --n 64 --out runs/demo/samples.png --overwrite
 
 test: $(INSTALLED)  ## every test that takes seconds
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -100,7 +100,8 @@ def _affine(
 ) -> tuple[Tensor, Tensor]:
     mask = mask_or_split if isinstance(mask_or_split, Tensor) else None
     split = 0 if mask is not None else int(mask_or_split)
-    return _affine_coupling.formula(x, params, None, mask, split, scale, inverse=inverse)
+    slope = _affine_coupling.SLOPE if scale == "softclip" else 0.0
+    return _affine_coupling.formula(x, params, None, mask, split, scale, slope, inverse=inverse)
 
 
 def _bernoulli(p: Tensor, noise: Tensor | None = None) -> Tensor:

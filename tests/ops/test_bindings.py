@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(_op._C is None, reason="no compiled kernels")
 def log_prob(logdet):
     z = torch.ones(3, 2)
     result = torch.empty(3)
-    _op._C.standard_normal_log_prob(0, z, 2, *z.shape, logdet, result, -1, 0)
+    _op._C.standard_normal_log_prob(0, z, 2, *z.shape, logdet, None, result, -1, 0)
     return result
 
 
@@ -47,4 +47,4 @@ def test_tensors_inside_a_transform_are_refused():
 
 def test_a_tensor_of_no_elements_needs_no_memory():
     empty = torch.empty(0)
-    _op._C.standard_normal_log_prob(0, torch.empty(0, 2), 2, 0, 2, empty, empty, -1, 0)
+    _op._C.standard_normal_log_prob(0, torch.empty(0, 2), 2, 0, 2, empty, None, empty, -1, 0)
