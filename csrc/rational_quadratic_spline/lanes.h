@@ -92,7 +92,7 @@ template <class T>
 struct Lanes {
   T* raw;  // 3 bins + 1 rows of kLanes: raw parameters, of which widths and heights become shares; with a clip slopes
            // of widths and heights follow, 2 bins rows
-  int n;  // lanes in use
+  int n;   // lanes in use
   int64_t row[kLanes];
   int tails[kLanes];
   T x[kLanes], at[kLanes], turns[kLanes], inside[kLanes], bin[kLanes], d0[kLanes], d1[kLanes];

@@ -105,8 +105,8 @@ _reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
     formula=reductions,
     results=lambda gx_t, *rest: tuple(gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)) for _ in range(2)),
-    problem=lambda gx_t, gv, *given: (
-        *_problem(*given, _op.pieces(gx_t, 2) if gx_t.is_cuda else None),
+    problem=lambda gx_t, gv, x0, seed, noise: (
+        *_problem(x0, seed, noise, _op.pieces(gx_t, 2) if gx_t.is_cuda else None),
         gx_t.contiguous(),
         None if gv is None else gv.contiguous(),
     ),
