@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -282,12 +283,19 @@ def _results(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _op.like(x), x.new_empty(x.shape[:-1], dtype=_op.wide(x))
 
 
-def _problem(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple:
+@cache
+def _constants(*settings: Any) -> tuple:
     s = Settings(*settings)
     return (
-        _op.DTYPES[x.dtype], *_op.rows(x), *_op.rows(params.flatten(-2)), x.shape[:-1].numel(), x.shape[-1],
         s.bins, TAILS[s.tails], s.inverse, s.min_width, s.min_height, s.min_derivative, s.edge, s.damping, s.clip,
-        *s.box, *((None, 1) if table is None else (table.contiguous(), len(table))),
+        *s.box,
+    )  # fmt: skip
+
+
+def _problem(x: Tensor, params: Tensor, table: Tensor | None, bins: int, box: Sequence[float], *settings: Any) -> tuple:
+    return (
+        _op.DTYPES[x.dtype], *_op.rows(x), *_op.rows(params.flatten(-2)), x.shape[:-1].numel(), x.shape[-1],
+        *_constants(bins, tuple(box), *settings), *((None, 1) if table is None else (table.contiguous(), len(table))),
     )  # fmt: skip
 
 
