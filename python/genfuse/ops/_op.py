@@ -23,6 +23,8 @@ from torch._C import _any_requires_grad as any_requires_grad
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
 from torch._C._functorch import TransformType, peek_interpreter_stack, unwrap_if_dead
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batched
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled as profiled
@@ -451,7 +453,12 @@ def _triton(module: Any, function: str, results: Callable, problem: Callable) ->
         kernels = importlib.import_module(module) if isinstance(module, str) else module
         first = _tuple(made)[0]
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            getattr(kernels, function)(*problem(*given), *_tuple(made))
+            try:
+                getattr(kernels, function)(*problem(*given), *_tuple(made))
+            except RuntimeError as error:
+                if any(isinstance(t, Tensor) and (is_wrapped(t) or is_legacy_batched(t)) for t in given):
+                    raise BufferError(str(error)) from error  # as compiled kernels do
+                raise
         return made
 
     return interpreted

@@ -71,7 +71,7 @@ def backward_kernel(
 
 def forward(
     dtype: int, x0: Tensor, x0_stride: int, seed: Tensor | None, noise: Tensor | None, rows: int, cols: int,
-    kind: int, alpha: Tensor, sigma: Tensor, x_t: Tensor, target: Tensor,
+    partial: Tensor | None, kind: int, alpha: Tensor, sigma: Tensor, x_t: Tensor, target: Tensor,
 ) -> None:  # fmt: skip
     given = (x0, x0_stride, seed, noise, alpha, sigma, x_t, target, rows, cols)
     launch(forward_kernel, (triton.cdiv(rows * cols, BLOCK),), x_t, *given, TARGET=kind, BLOCK=BLOCK)
@@ -79,7 +79,7 @@ def forward(
 
 def backward(
     dtype: int, x0: Tensor, x0_stride: int, seed: Tensor | None, noise: Tensor | None, rows: int, cols: int,
-    *tensors: Tensor | None,
+    partial: Tensor | None, *tensors: Tensor | None,
 ) -> None:  # fmt: skip
     given = (x0, x0_stride, seed, noise, *tensors, rows, cols)
     launch_rows(backward_kernel, rows, cols, x0, *given, ALIGNED=cols % 4 == 0)

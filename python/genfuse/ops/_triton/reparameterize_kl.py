@@ -79,7 +79,7 @@ def backward(dtype: int, *problem: Any) -> None:
 
 def _launch(
     kernel: Any, mu: Tensor, mu_stride: int, logvar: Tensor, logvar_stride: int, seed: Tensor | None,
-    noise: Tensor | None, rows: int, cols: int, samples: int, *tensors: Tensor,
+    noise: Tensor | None, rows: int, cols: int, samples: int, partial: Tensor | None, *tensors: Tensor,
 ) -> None:  # fmt: skip
     given = (mu, mu_stride, logvar, logvar_stride, seed, noise, *tensors, rows, cols, samples)
     launch_rows(kernel, rows, cols, mu, *given, ALIGNED=cols % 4 == 0)

@@ -37,12 +37,14 @@ def backward_kernel(z, z_stride, g, gz, cols, BLOCK: tl.constexpr, WIDE: tl.cons
 
 
 def forward(
-    dtype: int, z: Tensor, z_stride: int, rows: int, cols: int, logdet: Tensor | None, log_prob: Tensor
-) -> None:
+    dtype: int, z: Tensor, z_stride: int, rows: int, cols: int, logdet: Tensor | None, partial: Tensor | None,
+    log_prob: Tensor,
+) -> None:  # fmt: skip
     launch_rows(forward_kernel, rows, cols, log_prob, z, z_stride, logdet, log_prob, cols)
 
 
 def backward(
-    dtype: int, z: Tensor, z_stride: int, rows: int, cols: int, logdet: Tensor | None, g: Tensor, gz: Tensor
-) -> None:
+    dtype: int, z: Tensor, z_stride: int, rows: int, cols: int, logdet: Tensor | None, partial: Tensor | None,
+    g: Tensor, gz: Tensor,
+) -> None:  # fmt: skip
     launch_rows(backward_kernel, rows, cols, gz, z, z_stride, g, gz, cols)
