@@ -26,7 +26,8 @@ def kernel(x, y, logdet, cols, BLOCK: tl.constexpr):
 
 
 def forward(x, y, logdet):  # the problem, then the results
-    kernel[(x.shape[0],)](x, y, logdet, x.shape[1], BLOCK=128)
+    launch = kernel[(x.shape[0],)]  # a program a row
+    launch(x, y, logdet, x.shape[1], BLOCK=128)
 
 
 squash = ops.fused(

@@ -87,3 +87,17 @@ def test_the_page_has_the_example_as_it_is():
 def test_a_schema_that_cannot_be_is_a_value_error(arguments):
     with pytest.raises(ValueError, match="must take tensors first, then settings, without defaults"):
         ops.fused(f"example::wrong({arguments}) -> Tensor", formula=lambda *a: a, results=lambda *a: a)
+
+
+def test_an_operator_that_is_defined_again_takes_the_place_of_the_first():
+    def make(factor):
+        return ops.fused(
+            "example::scaled(Tensor x) -> Tensor", formula=lambda x: factor * x, results=torch.empty_like, wrt=1
+        )
+
+    x = torch.ones(3, requires_grad=True)
+    for factor in (2.0, 3.0):
+        y = make(factor)(x)
+        assert torch.equal(y, factor * torch.ones(3))
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], factor * torch.ones(3))
+        assert torch.equal(torch.ops.example.scaled(x), y)

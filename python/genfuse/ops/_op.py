@@ -105,7 +105,7 @@ class Kernel:
 
 KERNELS: dict[str, Kernel] = {}
 
-_schemas: dict[str, torch.library.Library] = {}  # by namespace
+_schemas: dict[str, torch.library.Library] = {}  # by operator, with its namespace
 _implementations: dict[tuple[str, str], torch.library.Library] = {}  # by kernel and device
 _asked = os.environ.get("GENFUSE_IMPL", "auto") or "auto"
 
@@ -138,12 +138,6 @@ def _forward_mode() -> bool:
     )
 
 
-def _library(namespace: str) -> torch.library.Library:
-    if namespace not in _schemas:
-        _schemas[namespace] = torch.library.Library(namespace, "FRAGMENT")
-    return _schemas[namespace]
-
-
 def _define(
     schema: str,
     *,
@@ -157,8 +151,12 @@ def _define(
 ) -> Kernel:
     """Define the torch operator of a schema with a namespace, and register what runs on each device and level."""
     namespace, _, rest = schema.partition("::")
-    short, library = rest[: rest.index("(")], _library(namespace)
+    short = rest[: rest.index("(")]
     name = short if namespace == "genfuse" else f"{namespace}::{short}"
+    if name in _schemas:  # defined anew, as when a cell of a notebook is run again
+        for old in (_schemas.pop(name), *(_implementations.pop((name, device)) for device in PREFERENCE)):
+            old._destroy()
+    library = _schemas[name] = torch.library.Library(namespace, "FRAGMENT")
     library.define(rest)
     library.impl(short, reference, "CompositeExplicitAutograd")
     if batched:  # vmap: by the rules of the formula's parts. Without: PyTorch goes through the batch
@@ -498,7 +496,7 @@ def differentiate(
 def define_random(schema: str, function: Callable, *, fake: Callable) -> None:
     """Define an operator that draws from PyTorch's generators: two calls of it are never taken for one."""
     name = schema[: schema.index("(")]
-    library = _library("genfuse")
+    library = _schemas[name] = torch.library.Library("genfuse", "FRAGMENT")
     library.define(schema, tags=(torch.Tag.nondeterministic_seeded,))
     library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genfuse::{name}", fake, lib=library)

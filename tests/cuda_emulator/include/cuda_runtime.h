@@ -56,6 +56,12 @@ const char* cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDevice(int*);
 cudaError_t cudaSetDevice(int);
 
+#define CUDART_VERSION 13000
+constexpr unsigned long long cudaEnableDefault = 0;
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long) {
+  return cudaErrorInvalidValue;  // there is no driver
+}
+
 namespace emulated {
 
 struct Grid {

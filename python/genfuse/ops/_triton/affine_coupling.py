@@ -44,7 +44,7 @@ def _log_scale(raw, c, KIND: tl.constexpr):
 def _raw(params, shift, factor, step, moved, constant, j, there, KIND: tl.constexpr, wide: tl.constexpr):
     """Log-scales, their derivatives, and shifts."""
     if shift is None:
-        shift = params + (moved if step == 1 else 1)
+        shift = params + tl.where(step == 1, moved, 1)
     c = tl.full(j.shape, constant, wide) if factor is None else tl.load(factor + j, there, 0.0).to(wide)
     s, slope = _log_scale(tl.load(params + j * step, there, 0.0).to(wide), c, KIND)
     return s, slope, tl.load(shift + j * step, there, 0.0).to(wide)
@@ -102,7 +102,7 @@ def backward_kernel(
     if shift is None:
         gstep = step
         gparams += row * 2 * moved
-        gshift = gparams + (moved if step == 1 else 1)
+        gshift = gparams + tl.where(step == 1, moved, 1)
     else:
         gstep = 1
         shift += row * shift_stride
