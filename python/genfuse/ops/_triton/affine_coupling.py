@@ -46,8 +46,8 @@ def _raw(params, shift, factor, step, moved, constant, j, there, KIND: tl.conste
     if shift is None:
         shift = params + tl.where(step == 1, moved, 1)
     c = tl.full(j.shape, constant, wide) if factor is None else tl.load(factor + j, there, 0.0).to(wide)
-    s, slope = _log_scale(tl.load(params + j * step, there, 0.0).to(wide), c, KIND)
-    return s, slope, tl.load(shift + j * step, there, 0.0).to(wide)
+    s, slope = _log_scale(tl.load(params + j.to(tl.int64) * step, there, 0.0).to(wide), c, KIND)
+    return s, slope, tl.load(shift + j.to(tl.int64) * step, there, 0.0).to(wide)
 
 
 @triton.jit
@@ -134,8 +134,8 @@ def backward_kernel(
             graw = tl.where(keep, 0.0, graw)
             gt = tl.where(keep, 0.0, gt)
         tl.store(gx + first + j, scaled.to(gx.dtype.element_ty), there)
-        tl.store(gparams + j * gstep, graw.to(gx.dtype.element_ty), there)
-        tl.store(gshift + j * gstep, gt.to(gx.dtype.element_ty), there)
+        tl.store(gparams + j.to(tl.int64) * gstep, graw.to(gx.dtype.element_ty), there)
+        tl.store(gshift + j.to(tl.int64) * gstep, gt.to(gx.dtype.element_ty), there)
 
 
 def forward(dtype: int, *problem: Any) -> None:
