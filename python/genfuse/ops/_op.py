@@ -46,6 +46,9 @@ PIECES, LONG, FEW = 16, 8192, 1024  # of rows that blocks of a GPU share: their 
 TENSORS = (Tensor, torch.nn.Parameter)  # what has an address; other subclasses may stand for anything
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
 
 
 @dataclass(frozen=True)
@@ -470,6 +473,12 @@ def _next_level(operator: Any, keys: Any, *given: Any) -> Any:
         return operator.redispatch(keys, *given)
 
 
+def _recording() -> Any:
+    """A context in which autograd records, also inside a kernel that a mode of the dispatcher has called."""
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(included, torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD)
+
+
 def differentiate(
     function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], by: Sequence[int]
 ) -> Sequence[Tensor]:
@@ -483,8 +492,8 @@ def differentiate(
 
         made, pull = torch.func.vjp(of, *(given[i] for i in by))  # type: ignore[misc]
         return pull(tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True)))
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad(), enable_inplace_requires_grad(True):
+    graph = torch.is_grad_enabled() and any_requires_grad(*given, *cotangents)
+    with _recording(), torch.enable_grad(), enable_inplace_requires_grad(True):
         # Views, since one argument may have been made of another.
         own = [t.view_as(t) if _floating(t) else t for t in given]
         leaves = [own[i] if own[i].requires_grad else own[i].requires_grad_() for i in by]
