@@ -286,6 +286,7 @@ _fused = _op.fused(
     results=_results,
     problem=_problem,
     backward=_backward,
+    keep=True,
 )
 
 

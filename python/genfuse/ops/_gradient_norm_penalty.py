@@ -97,6 +97,7 @@ _fused = _op.fused(
     problem=_problem,
     triton=_TRITON,
     backward=_backward,
+    keep=True,
     constant=lambda *given: (1,),
 )
 _derivative = _op.fused(

@@ -184,6 +184,7 @@ def fused(
     gradient: Callable | None = None,
     others: Mapping[int, Callable] | None = None,
     backward: Callable | None = None,
+    keep: bool = False,
     scratch: Callable | None = None,
     saved: Callable | None = None,
     constant: Callable | None = None,
@@ -214,6 +215,7 @@ def fused(
         others: by index, gradients of further arguments in plain PyTorch, as a function of cotangents and arguments.
         backward: in place of all that, ``backward(needed, cotangents, *arguments, outputs=...)``: the gradients of all
             tensors, made of differentiable operators; a cotangent is None where there is none.
+        keep: whether ``backward`` needs the results; else its ``outputs`` are empty.
         scratch: what the kernel of the gradients takes between cotangents and results, given all arguments.
         saved: of the flags of what is to be differentiated and all tensors, those that the gradients need; None for
             others. Default all.
@@ -326,7 +328,7 @@ def fused(
                 run, ctx.counts = run
             outputs = run(*flat)
             found = flat[of_tensors] if saved is None else saved(ctx.needs_input_grad[1:], *flat[of_tensors])
-            ctx.save_for_backward(*found) if backward is None else ctx.save_for_backward(*found, *_tuple(outputs))
+            ctx.save_for_backward(*found, *_tuple(outputs)) if keep else ctx.save_for_backward(*found)
             ctx.settings = flat[len(flat) - settings :]
             if backward is not None:
                 ctx.set_materialize_grads(False)
@@ -340,8 +342,10 @@ def fused(
             if backward is not None:
                 if cotangents[0] is None and all(g is None for g in cotangents):
                     return (None,) * len(needed)
-                given = _nest(found[:-outputs], ctx.counts) if lists else found[:-outputs]
-                made = backward(needed[1:], cotangents, *given, *ctx.settings, outputs=found[-outputs:])
+                kept = found[-outputs:] if keep else ()
+                found = found[:-outputs] if keep else found
+                given = _nest(found, ctx.counts) if lists else found
+                made = backward(needed[1:], cotangents, *given, *ctx.settings, outputs=kept)
                 return (None, *made, *nothing)
             every = (*cotangents, *found, *ctx.settings)
             # Grad mode is on in here only under create_graph=True: then stay differentiable.
