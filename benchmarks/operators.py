@@ -113,8 +113,10 @@ def _diffuse_eager(
 ) -> tuple[Tensor, Tensor]:
     alpha, sigma = (t.view(-1, *[1] * (x0.dim() - 1)) for t in (alpha, sigma))
     eps = torch.randn_like(x0) if noise is None else noise
-    targets = {"x0": x0, "noise": eps, "v": alpha * eps - sigma * x0, "velocity": eps - x0}
-    return alpha * x0 + sigma * eps, targets[target]
+    x_t = alpha * x0 + sigma * eps
+    if target == "v":
+        return x_t, alpha * eps - sigma * x0
+    return x_t, eps - x0 if target == "velocity" else eps if target == "noise" else x0
 
 
 def _penalty(gradient: Tensor, target: float = 1.0, one_sided: bool = False, reduction: str = "mean") -> Tensor:

@@ -20,7 +20,9 @@ def formula(
     x_t = alpha * x0 + sigma * eps
     if target == "x0":
         return x_t, x0.new_empty((0,))  # nothing: it is there
-    return x_t, {"noise": eps, "v": alpha * eps - sigma * x0, "velocity": eps - x0}[target]
+    if target == "v":
+        return x_t, alpha * eps - sigma * x0
+    return x_t, eps - x0 if target == "velocity" else eps
 
 
 def reductions(

@@ -286,14 +286,8 @@ def fused(
             return like(given[outputs]) if wrt == 1 else tuple([like(t) for t in given[outputs : outputs + wrt]])
 
         def gradient_problem(*given: Any) -> tuple:
-            g, h = given[0].contiguous(), given[1].contiguous() if outputs > 1 else None
-            if outputs == 2 and scratch is None:  # written out: it costs half as much
-                return (*problem(*given[2:]), g, h)
-            if outputs == 1 and scratch is None:
-                return (*problem(*given[1:]), g)
-            cotangents, given = given[:outputs], given[outputs:]
-            between = () if scratch is None else scratch(*given)
-            return (*problem(*given), *(g.contiguous() for g in cotangents), *between)
+            cotangents, given = [g.contiguous() for g in given[:outputs]], given[outputs:]
+            return (*problem(*given), *cotangents, *(() if scratch is None else scratch(*given)))
 
         def gradient_reference(*given: Any) -> Any:
             found = gradients(range(wrt), given[:outputs], given[outputs:])
