@@ -56,7 +56,7 @@ def check_model(cls: type[GenerativeModel], *data: Dataset, **settings: Any) -> 
         few = _shortened(each)
         try:
             config = configure(cls, settings, few)
-            cls(config).check_data(few)
+            cls.from_config(config).check_data(few)
         except SettingsError as error:
             refused.append(f"{each.name}: {error}")
         except Exception as error:
@@ -334,7 +334,7 @@ def _(case: _Case) -> None:
 def _(case: _Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = case.cls(case.config)
+        model = case.cls.from_config(case.config)
         run = case.trainer(2, out=Path(folder, "run")).fit(model, case.data)
         assert run is not None
         again = run.model()

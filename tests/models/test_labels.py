@@ -34,7 +34,7 @@ def test_a_class_without_training_examples_is_never_drawn(name, monkeypatch):
     model = genfuse.create(name, few, conditional=True, **MODELS[name]).eval()
     assert model.drawn_labels.tolist() == [0, 2]
     asked = []
-    monkeypatch.setattr(model, "_context", lambda y, n, of=model._context: asked.append(y) or of(y, n))
+    monkeypatch.setattr(model, "context_of", lambda y, n, of=model.context_of: asked.append(y) or of(y, n))
     model.sample(300, generator=torch.Generator().manual_seed(0))
     drawn = torch.cat(asked).bincount(minlength=3)
     assert drawn[1] == 0

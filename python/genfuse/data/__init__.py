@@ -1,6 +1,7 @@
 """Data sets by name. Each split is tensors in memory, so that a batch is an index operation."""
 
 from genfuse.data._dataset import READING as READING
+from genfuse.data._dataset import Batch as Batch
 from genfuse.data._dataset import Dataset as Dataset
 from genfuse.data._dataset import Mixture as Mixture
 from genfuse.data._dataset import Scaling as Scaling

@@ -5,14 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from genfuse import plugins
 from genfuse.errors import DataError, PluginError, SettingsError
-from genfuse.models import Batch
 from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
@@ -20,6 +19,13 @@ Header = Literal["auto", "yes", "no"]
 # How a table of text is read, and what is usual: whether its first row is names (auto: if none of its cells is a
 # number), what stands between cells, and the mark before decimals.
 READING = {"header": "auto", "delimiter": ",", "decimal": "."}
+
+
+class Batch(NamedTuple):
+    """Examples (N, *shape), and what is given with them, if the data set has it: labels (N,) or a context (N, C)."""
+
+    x: Tensor
+    y: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Split:
     """One part of a data set, in memory."""
 
     x: Tensor  # (N, *shape): uint8 for discrete data, float32 for real-valued data
-    y: Tensor | None = None  # (N,) int64 labels
+    y: Tensor | None = None  # (N,) int64 labels, or (N, C) float32: a context that is given with each example
 
     def __post_init__(self) -> None:
         if isinstance(self.x, Tensor):  # rows in one piece: a batch of a transposed array takes 8 times as long
@@ -102,7 +108,7 @@ class Dataset:
                 object.__setattr__(self, "classes", len(self.class_names))
         if problem := self._problem():
             raise DataError(f"data set {self.name!r}: {problem}")
-        if self.classes is None and self.splits["train"].y is not None:
+        if self.classes is None and self.splits["train"].y is not None and not self.condition:
             classes = 1 + max(int(split.y.max()) for split in self.splits.values() if split.y is not None)
             object.__setattr__(self, "classes", classes)
 
@@ -138,6 +144,13 @@ class Dataset:
                 return f"x of the {part} split has the value {int(x.max())}, but levels={stored} ends at {stored - 1}"
             if y is None:
                 continue
+            if isinstance(y, Tensor) and y.dtype == torch.float32 and y.dim() > 1:
+                first = self.splits["train"].y
+                if y.dim() != 2 or len(y) != len(x) or first is None or y.shape[1:] != first.shape[1:]:
+                    return f"the context y of the {part} split must be ({len(x)}, C), with one C; got {tuple(y.shape)}"
+                if not y.isfinite().all():
+                    return f"the context y of the {part} split has {int((~y.isfinite()).sum())} NaN or infinite values"
+                continue
             if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
                 got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
                 return f"y of the {part} split must be an int64 tensor of shape ({len(x)},); got {got}"
@@ -160,10 +173,16 @@ class Dataset:
         return len(self.shape) == 3
 
     @property
+    def condition(self) -> int:
+        """C of the context (N, C) that is given with the examples; 0 if there is none, or there are labels."""
+        y = self.splits["train"].y
+        return 0 if y is None or y.dim() == 1 else y.shape[1]
+
+    @property
     def seen_labels(self) -> tuple[int, ...] | None:
         """The labels that training examples have, where these are not all of 0..classes-1; else None."""
         y = self.splits["train"].y
-        seen = None if y is None else tuple(y.unique().tolist())
+        seen = None if y is None or y.dim() > 1 else tuple(y.unique().tolist())
         return None if seen is None or len(seen) == self.classes else seen
 
     def to(self, device: torch.device | str) -> "Dataset":

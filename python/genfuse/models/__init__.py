@@ -1,9 +1,16 @@
 """The models: one readable file each, registered as plugins like anybody's."""
 
+from genfuse.data import Batch as Batch
 from genfuse.models._base import FACTS as FACTS
-from genfuse.models._base import Batch as Batch
+from genfuse.models._base import Decodes as Decodes
+from genfuse.models._base import DrawsLatents as DrawsLatents
+from genfuse.models._base import Encodes as Encodes
 from genfuse.models._base import GenerativeModel as GenerativeModel
+from genfuse.models._base import HasPosterior as HasPosterior
+from genfuse.models._base import HasTrajectory as HasTrajectory
+from genfuse.models._base import ModelConfig as ModelConfig
 from genfuse.models._base import Player as Player
+from genfuse.models._base import Reconstructs as Reconstructs
 from genfuse.models._base import adam as adam
 from genfuse.models._base import check_range as check_range
 from genfuse.models._base import configure as configure

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, Player
-from genfuse.models._conditional import ConditionalConfig, ConditionalModel
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
 from genfuse.nn import (
     EMA,
     WithContext,
@@ -35,7 +34,7 @@ STARTED = 1000  # updates of the generator before which samples may be alike: th
 
 
 @dataclass(frozen=True)
-class AdversarialConfig(ConditionalConfig):
+class AdversarialConfig(ModelConfig):
     """Settings of every adversarial model. Raises SettingsError for values outside their range."""
 
     latent_dim: int = 100  # dimensions of z
@@ -90,7 +89,7 @@ class Objective(NamedTuple):
     generator: Callable[[Tensor], Tensor]
 
 
-class AdversarialModel(ConditionalModel):
+class AdversarialModel(GenerativeModel):
     """A generator x = G(z), z ~ N(0, I), and a critic D that tells its samples from real examples.
 
     Examples x are (N, *shape), latents z (N, D), labels y (N,), which conditional models take, and they alone. A
@@ -128,8 +127,8 @@ class AdversarialModel(ConditionalModel):
 
         Raises DataError where x is not (N, *shape), or labels are missing or outside their range.
         """
-        x, n = self._centred(self._checked(batch.x)), len(batch.x)
-        context = self._context(batch.y if self.conditional else None, n)
+        x, n = self._centred(self.checked(batch.x)), len(batch.x)
+        context = self.context_of(batch.y if self.conditional else None, n)
         z = torch.randn(n, self.config.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
             fake = self._generate(self.generator, z, context)
@@ -169,12 +168,12 @@ class AdversarialModel(ConditionalModel):
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """x = G(z), (N, *shape), for latents (N, D), with the averaged weights where there are such."""
-        return self._decode(z, self._context(y, len(z)))
+        return self._decode(z, self.context_of(y, len(z)))
 
     @torch.no_grad()
     def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """n draws, (n, *shape). ``y`` are the labels of a conditional model, (n,), or one for all; left out, any."""
-        return self._decode(self.latents(n, generator=generator), self._draw_context(n, y, generator))
+        return self._decode(self.latents(n, generator=generator), self.draw_context(n, y, generator))
 
     def interpolate(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """x on the arcs between latents a and b, (N, D) each, both ends included: (steps, N, *shape).

@@ -1,28 +1,22 @@
 """What every generative model is: a module with settings and a few verbs."""
 
 import dataclasses
+import math
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
 import torch
 import typeguard
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from genfuse import plugins
+from genfuse.data import Batch, Dataset
 from genfuse.errors import DataError, SettingsError
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
-
-
-class Batch(NamedTuple):
-    """Examples (N, *shape) and, where the data set has them, their labels (N,)."""
-
-    x: Tensor
-    y: Tensor | None = None
+from genfuse.nn import Features, OneHot
 
 
 @dataclass
@@ -45,24 +39,153 @@ def adam(lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float
     return partial(torch.optim.Adam, lr=lr, betas=betas, eps=eps, fused=True)
 
 
+@dataclass(frozen=True)
+class ModelConfig:
+    """Settings that every built-in model has. Raises SettingsError for values outside their range."""
+
+    shape: tuple[int, ...] = (1, 28, 28)  # of one example: (C, H, W) or (D,); taken from the data
+    levels: int | None = 256  # of discrete data, None for real-valued data; taken from the data
+    classes: int | None = None  # of labels; taken from the data
+    conditional: bool = False  # model p(x | label) in place of p(x)
+    seen_labels: tuple[int, ...] | None = None  # that training examples have, if not all; taken from the data
+    condition: int = 0  # numbers that are given with each example: the model is p(x | these); taken from the data
+
+    def __post_init__(self) -> None:
+        if not self.shape or any(size < 1 for size in self.shape):
+            raise SettingsError(f"shape must hold sizes of at least 1, got {self.shape}")
+        if self.levels is not None and self.levels < 2:
+            raise SettingsError(f"levels must be at least 2, or None for real-valued data, got {self.levels}")
+        if self.condition < 0:
+            raise SettingsError(f"condition must be at least 0 numbers, got {self.condition}")
+        if self.conditional and not self.condition and not self.classes:
+            raise SettingsError("conditional needs labels, classes of 1 or more, and there are none: leave it out")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise SettingsError unless these settings, numbers or tuples of them, are above 0 and finite."""
+        for name in names:
+            value = getattr(self, name)
+            if not all(0 < each < math.inf for each in (value if isinstance(value, tuple) else (value,))):
+                raise SettingsError(f"{name} must be above 0 and finite, got {value}")
+
+    def check_choices(self, **choices: Any) -> None:
+        """Raise SettingsError unless each of these settings is one of the values of its `Literal`."""
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise SettingsError(
+                    f"{name} must be one of {', '.join(get_args(literal))}, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def dimensions(self) -> int:
+        """Cells of an example: D, or C H W."""
+        return math.prod(self.shape)
+
+    @property
+    def context(self) -> int:
+        """Features of the context that networks are given: a label as a one-hot vector, or the condition."""
+        return self.condition or (self.classes or 0 if self.conditional else 0)
+
+
+# What a model can do besides `loss` and `sample` shows in which of these it is an instance of. ``y`` is what is given:
+# labels (N,) or a context (N, C), of a conditional model alone.
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """Has a latent code z (N, D) for each example x (N, *shape)."""
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """Makes examples (N, *shape) of latents z (N, D)."""
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """Makes of each example (N, *shape) what its code keeps of it, (N, *shape)."""
+
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class DrawsLatents(Protocol):
+    """Draws latents z (n, D) from its prior, and decodes what lies between two such."""
+
+    def latents(self, n: int, *, generator: torch.Generator | None = None) -> Tensor: ...
+
+    def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class HasPosterior(Protocol):
+    """Has a distribution q(z | x) of the latents of each example, of batch shape (N,)."""
+
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> torch.distributions.Distribution: ...
+
+
+@runtime_checkable
+class HasTrajectory(Protocol):
+    """Leads a base sample z (N, D) to an example step by step: z first, data last."""
+
+    def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]: ...
+
+
 class GenerativeModel(nn.Module):
     """Base of every model, third parties' included.
 
-    A subclass names its settings, a frozen dataclass, as ``Config``, builds its networks in ``__init__(config)``, and
-    implements `loss` and `sample`. Everything else that it can do shows in which of these verbs it has:
-    ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats; ``encode``, ``decode`` and ``reconstruct``;
-    ``trajectory(z)``, a list of what each step of a flow makes of a base sample z (N, D): z itself first, data last.
-    A `conditional` model takes labels (N,) in each of them as ``y=``.
+    A subclass names its settings, a frozen dataclass, as ``Config``, builds its networks in ``__init__(config)``, or in
+    `from_config` if ``__init__`` takes the networks themselves, and implements `loss` and `sample`. What else it can do
+    shows in its verbs: ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats, and those of `Encodes`, `Decodes`,
+    `Reconstructs`, `DrawsLatents`, `HasPosterior` and `HasTrajectory`.
+
+    A conditional model is p(x | y). Every verb then takes ``y``: labels (N,), integers, or a context (N, C), floats.
+
+    Raises SettingsError from `from_config` for settings that no model can be made of.
     """
 
     genfuse_api: ClassVar[int] = plugins.API
     Config: ClassVar[type]
+    moved: ClassVar[Mapping[str, str]] = {}  # {how names in the state_dict began in former versions: how they do now}
     loss_unit: ClassVar[str] = "nats per example"  # of what `loss` returns, as pictures name it
     plugin: str | None = None  # what the user typed to make it
+    config: Any  # the settings that it was made of; None if its networks were given
+    shape: tuple[int, ...] | None  # of one example, if it is known
+    levels: int | None  # of discrete data; None for real-valued data
+    embedding: nn.Module | None  # makes the context (N, C) of y; None if the model is not conditional
 
-    def __init__(self, config: Any) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        shape: Sequence[int] | None = None,
+        levels: int | None = None,
+        embedding: nn.Module | None = None,
+    ) -> None:
+        """``shape``, ``levels`` and ``embedding`` are those of ``config`` unless given."""
         super().__init__()
         self.config = config
+        given = getattr(config, "shape", None) if shape is None else shape
+        self.shape = None if given is None else tuple(given)
+        self.levels = getattr(config, "levels", None) if levels is None else levels
+        if embedding is None and isinstance(config, ModelConfig) and config.context:
+            embedding = Features(config.context) if config.condition else OneHot(config.context)
+        self.embedding = embedding
+        self._stepped: dict[str, int] | None = None
+        self._weights: dict[str, list[nn.Parameter]] | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """The model of these settings: by default ``cls(config)``."""
+        return cls(config)
+
+    @classmethod
+    def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings as a run of a former version has them, by the names and types of now. Extend it after a rename."""
+        return settings
 
     def players(self) -> list[Player]:
         """Who is optimised: by default one player, ``model``, that owns every parameter, with Adam at 1e-3."""
@@ -72,13 +195,68 @@ class GenerativeModel(nn.Module):
         """What ``player`` minimises: the total and its named terms, each a scalar mean per example, in nats."""
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
+    def forward(self, x: Tensor, y: Tensor | None = None, player: str | None = None) -> Tensor:
+        """The total of `loss` for examples x (N, *shape), a scalar; of the first player unless one is named."""
+        return self.loss(Batch(x, y), self.players()[0].name if player is None else player)[0]
+
     def after_step(self, player: str) -> None:
-        """Called after each update of ``player``: for weight clipping, warm-up counters and the like."""
+        """Called after each update of ``player``: for weight clipping, moving averages, counters and the like.
+
+        The trainer calls it by `stepped`, and `settle` does in a loop of the user's own.
+        """
+
+    def stepped(self, player: str) -> None:
+        """Call `after_step` for an update that was just made."""
+        self.after_step(player)
+        self._stepped = self._versions()
+
+    def settle(self) -> None:
+        """Call `after_step` of each player whose weights were changed since the last call of this or of `stepped`.
+
+        A model whose `after_step` matters calls this first in `loss` and in whatever shows the result, so that nobody's
+        own training loop has to know of `after_step`. In what is compiled or transformed it does nothing.
+        """
+        if torch.compiler.is_compiling() or transformed():
+            return
+        now = self._versions()
+        before, self._stepped = self._stepped or now, now
+        for player, version in now.items():
+            if version != before[player]:
+                self.stepped(player)
+
+    def _versions(self) -> dict[str, int]:
+        """How often the weights of each player were changed in place."""
+        if self._weights is None:  # it takes longer to find them than to look at them
+            self._weights = {player.name: list(player.parameters) for player in self.players()}
+        return {player: sum(weight._version for weight in weights) for player, weights in self._weights.items()}
+
+    def train(self, mode: bool = True) -> Self:
+        self._weights = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._stepped = self._weights = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stepped": None, "_weights": None}  # copies count anew
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of every module; names that former versions had are those that they have `moved` to."""
+        for old, new in self.moved.items():
+            state_dict = {
+                new + name[len(old) :] if name.startswith(old) and not name.startswith(new) else name: value
+                for name, value in state_dict.items()
+            }
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._stepped = self._weights = None
+        return result
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw n examples, (n, *shape), in the range of the data that the model was trained on.
 
-        A subclass may take more: labels ``y`` (n,), and ``temperature``, a factor of the base distribution's spread.
+        A subclass may take more: ``y``, labels (n,) or a context (n, C), and ``temperature``, a factor of the base
+        distribution's spread.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot sample")
 
@@ -86,33 +264,90 @@ class GenerativeModel(nn.Module):
     def likelihoods(self) -> tuple[str, ...]:
         """The verbs that say how likely examples (N, *shape) are, (N,) each: ``log_prob`` and ``elbo``, as it has them.
 
-        Override it where the verbs that can be used depend on the settings, or there are others.
+        Override it if the verbs that can be used depend on the settings, or there are others.
         """
         return tuple(verb for verb in ("log_prob", "elbo") if hasattr(self, verb))
 
     @property
     def conditional(self) -> bool:
-        """Whether it models p(x | y) and takes labels: by default, its setting ``conditional``.
-
-        Its labels are 0 .. ``classes`` - 1, which is a setting too.
-        """
-        return getattr(self.config, "conditional", False)
+        """Whether it models p(x | y): if it has an `embedding`, or its setting ``conditional`` says so."""
+        return self.embedding is not None or getattr(self.config, "conditional", False)
 
     @property
     def drawn_labels(self) -> Tensor:
-        """Of a conditional model the labels (K,) that training examples had, of which `sample` draws where it is given
+        """The labels (K,) that training examples had, of which `sample` of a model of p(x | label) draws if it is given
         none: the setting ``seen_labels``, by default all."""
         return torch.tensor(getattr(self.config, "seen_labels", None) or range(self.config.classes))
 
-    def check_data(self, data: "Dataset") -> None:
-        """Raise SettingsError where the model was made for other examples, or for labels that ``data`` does not have.
+    def checked(self, x: Tensor) -> Tensor:
+        """``x``, if these are examples as the model knows them. Raises DataError unless x is (N, *shape), and discrete
+        examples are in [0, 1]."""
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+            wanted = ", ".join(map(str, self.shape))
+            raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
+        check_range(x, self.levels, always=not self.training)
+        return x
+
+    def context_of(self, y: Tensor | None, n: int) -> Tensor | None:
+        """The context (n, C) that `embedding` makes of labels (n,) or a context (n, C); None if it is not conditional.
+
+        Raises SettingsError if y is missing or not wanted, and DataError if it is not one label or row per example.
+        """
+        if self.embedding is None:
+            if y is not None:
+                raise SettingsError("the model is not conditional, so it takes no labels: leave y out")
+            return None
+        labels = isinstance(self.embedding, OneHot)
+        if y is None:
+            if labels:
+                wanted = f"of p(x | label): give labels y, ({n},), each in 0..{self.embedding.classes - 1}"
+            else:
+                features = f", {self.embedding.features}" if isinstance(self.embedding, Features) else ", C"
+                wanted = f"conditional: give a context y, ({n}{features})"
+            raise SettingsError(f"the model is {wanted}")
+        if y.dim() < 1 or len(y) != n or (labels and (y.dim() > 1 or y.dtype.is_floating_point)):
+            wanted = f"labels y must be integers ({n},), one" if labels else f"y must be a context ({n}, C), one row"
+            raise DataError(f"{wanted} for each example; got {y.dtype} {tuple(y.shape)}")
+        embedded: Tensor = self.embedding(y)
+        return embedded.to(next(self.parameters()).dtype)
+
+    def draw_context(
+        self, n: int, y: Tensor | Sequence[float] | int | None, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """`context_of` y, which may be one label or one row (C,) for all n; `drawn_labels`, uniformly, if it is left
+        out. Raises SettingsError if it is left out of a model that takes no labels but a context."""
+        if y is None and isinstance(self.embedding, OneHot):
+            where = torch.device("cpu") if generator is None else generator.device
+            labels = self.drawn_labels.to(where)
+            y = labels[torch.randint(len(labels), (n,), device=where, generator=generator)]
+        return self.context_of(self.for_all(y, n), n)
+
+    def for_all(self, y: Tensor | Sequence[float] | int | None, n: int) -> Tensor | None:
+        """One label, or one row (C,) of a context, as of n examples, on the model's device; else y as it is."""
+        if y is None:
+            return None
+        if isinstance(y, int):
+            return torch.full((n,), y, device=self.device)
+        y = torch.as_tensor(y, device=self.device)
+        one = y.dim() == 0 or (y.dim() == 1 and y.dtype.is_floating_point)
+        return y.expand(n, *y.shape) if one else y
+
+    def check_data(self, data: Dataset) -> None:
+        """Raise SettingsError if the model was made for other examples, or for labels that ``data`` does not have.
 
         Extend it for other facts.
         """
-        if self.config.shape != data.shape:
+        if self.shape != data.shape:
             raise SettingsError(
                 f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "
-                f"{self.config.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
+                f"{self.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
+            )
+        condition = getattr(self.config, "condition", 0)
+        if self.config is not None and data.condition != condition:
+            raise SettingsError(
+                f"the data set {data.name!r} gives {data.condition} numbers with each example, and the model was made "
+                f"for {condition}: pass the data set when you make it, as in genfuse.create(name, data), or take data "
+                "without --data.condition"
             )
         if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):
             raise SettingsError(
@@ -123,14 +358,23 @@ class GenerativeModel(nn.Module):
         if self.conditional and data.classes is not None and classes is not None and data.classes > classes:
             raise SettingsError(
                 f"the data set {data.name!r} has labels up to {data.classes - 1}, but the model was made for labels 0.."
-                f"{self.config.classes - 1}: pass the data set when you make it, as in genfuse.create(name, data)"
+                f"{classes - 1}: pass the data set when you make it, as in genfuse.create(name, data)"
+            )
+
+    def check_levels(self, data: Dataset) -> None:
+        """For `check_data` of a model whose likelihood depends on them: raise SettingsError if they are others."""
+        if self.levels != data.levels:
+            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.levels)]
+            raise SettingsError(
+                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
+                "when you make it, as in genfuse.create(name, data)"
             )
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         """What goes wrong in a training, as {a name for it: what was seen, and what to try}; each is told once.
 
         Called after ``step`` updates with the mean of each of ``player``'s terms since the last look at them, the
-        norm of its gradient as ``gradient_norm`` among them where there are several players.
+        norm of its gradient as ``gradient_norm`` among them if there are several players.
         """
         return {}
 
@@ -169,15 +413,21 @@ def transformed() -> bool:
 
 
 SLACK = 1e-3  # by which x may be off for rounding to 16 bits
-FACTS = ("shape", "levels", "classes", "seen_labels")  # settings that the data decides, where a model has them
+FACTS = (
+    "shape",
+    "levels",
+    "classes",
+    "seen_labels",
+    "condition",
+)  # settings that the data decides, where a model has them
 
 
-def _facts(config: Any, data: "Dataset") -> dict[str, Any]:
+def _facts(config: Any, data: Dataset) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(config)}
     return {name: getattr(data, name) for name in FACTS if name in names}
 
 
-def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: "Dataset | None" = None) -> Any:
+def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Dataset | None = None) -> Any:
     """The config of a model class from plain values (as JSON has them), checked against the types of its fields.
 
     Settings that ``data`` decides (shape, levels, classes) are taken from it unless given. Raises SettingsError for an
@@ -209,7 +459,7 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: "Datas
     return config
 
 
-def create(name: str, data: "Dataset | None" = None, **settings: Any) -> GenerativeModel:
+def create(name: str, data: Dataset | None = None, **settings: Any) -> GenerativeModel:
     """Make the model that ``name`` stands for, with the given settings.
 
     Pass the data set to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
@@ -219,7 +469,7 @@ def create(name: str, data: "Dataset | None" = None, **settings: Any) -> Generat
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
     cls = plugins.load("models", name)
-    model = cls(configure(cls, settings, data))
+    model: GenerativeModel = cls.from_config(configure(cls, settings, data))
     model.plugin = name
     return model
 

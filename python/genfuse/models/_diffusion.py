@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, Player, adam, transformed
-from genfuse.models._conditional import ConditionalConfig, ConditionalModel
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam, transformed
 from genfuse.models._samplers import SAMPLERS
 from genfuse.nn import EMA, DenoisingMLP, UNet
 from genfuse.nn.likelihoods import at_least_float32
@@ -33,7 +32,7 @@ EXACT = 8  # dimensions up to which the trace of a Jacobian is computed and not 
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(ConditionalConfig):
+class DiffusionConfig(ModelConfig):
     """Settings of every diffusion model. Raises SettingsError for values outside their range."""
 
     network: Network = "auto"  # unet: images; mlp: any shape, as vectors; auto: unet for images
@@ -71,7 +70,7 @@ class DiffusionConfig(ConditionalConfig):
         return DenoisingMLP(self.dimensions, self.hidden, self.layers, self.context, self.dropout)
 
 
-class DiffusionModel(ConditionalModel):
+class DiffusionModel(GenerativeModel):
     """A model of examples seen through Gaussian noise. A subclass gives `draw_levels`, `noise_levels`, and `limits`.
 
     Examples x (N, *shape) and labels y (N,) are the data's. What `denoise` and `score` see is in the model's space:
@@ -110,7 +109,7 @@ class DiffusionModel(ConditionalModel):
 
     def check_data(self, data: "Dataset") -> None:
         super().check_data(data)
-        self._check_levels(data)
+        self.check_levels(data)
 
     def players(self) -> list[Player]:
         return [Player("model", self.network.parameters(), adam(self.config.lr))]
@@ -136,7 +135,7 @@ class DiffusionModel(ConditionalModel):
 
     def _training_context(self, batch: Batch) -> Tensor | None:
         """Labels as one-hot vectors, of which some are all 0: none."""
-        context = self._context(batch.y if self.conditional else None, len(batch.x))
+        context = self.context_of(batch.y if self.conditional else None, len(batch.x))
         if context is None or not self.training:
             return context
         return context * (torch.rand_like(context[:, :1]) >= self.config.label_dropout)
@@ -168,7 +167,7 @@ class DiffusionModel(ConditionalModel):
 
     def score(self, x: Tensor, level: float | Tensor, y: Tensor | None = None) -> Tensor:
         """The gradient of log p(x) of x = x0 + level eps, (N, *shape), in the model's space."""
-        denoised = self.denoise(x, level, self._context(y, len(x)))
+        denoised = self.denoise(x, level, self.context_of(y, len(x)))
         return (denoised - x) / (level.view(-1, *[1] * (x.dim() - 1)) if isinstance(level, Tensor) else level) ** 2
 
     @torch.no_grad()
@@ -209,7 +208,7 @@ class DiffusionModel(ConditionalModel):
         if y is None and self.conditional:
             some = self.drawn_labels.to(labels.device)
             y = some[(_philox.uniform(labels, (n,)) * len(some)).long()]
-        context = self._context(y, n)
+        context = self.context_of(y, n)
         rows = batch_size or self._rows
 
         def denoise(x: Tensor, level: float) -> Tensor:
@@ -247,7 +246,7 @@ class DiffusionModel(ConditionalModel):
 
         Between them x is divided by sqrt(1 + s^2), so that it keeps its size.
         """
-        levels, context = self._levels(steps), self._context(y, len(z))
+        levels, context = self._levels(steps), self.context_of(y, len(z))
         mean, spread = self._end(levels[0])
         x = mean + spread * z.view(-1, *self.config.shape)
         path = SAMPLERS["ddim"](lambda x, s: self.denoise(x, s, context), x, levels, lambda x, sigma: x)
@@ -289,7 +288,7 @@ class DiffusionModel(ConditionalModel):
             raise SettingsError("log_prob is for real-valued data; discrete data has the bounds elbo and bits_per_dim")
         if exact is None:
             exact = self.config.dimensions <= EXACT
-        keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
+        keys, x, context = self._keys(generator), self._inward(x), self.context_of(y, len(x))
         values = [
             self._flow_log_prob(x, self.limits[0], context, None if exact else next(keys), tolerance)
             for _ in range(1 if exact else _at_least_one(draws))
@@ -320,7 +319,7 @@ class DiffusionModel(ConditionalModel):
         """
         if self.config.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
-        keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
+        keys, x, context = self._keys(generator), self._inward(x), self.context_of(y, len(x))
         # Below a third of half a bin nothing is gained, and a network would have to know each level as a spike.
         s = max(self.limits[0], 1 / (3 * (self.config.levels - 1)))
         values = []
@@ -405,7 +404,7 @@ class DiffusionModel(ConditionalModel):
         return x
 
     def _inward(self, x: Tensor) -> Tensor:
-        return self._checked(x) if self.config.levels is None else 2 * self._checked(x) - 1
+        return self.checked(x) if self.config.levels is None else 2 * self.checked(x) - 1
 
     def _outward(self, x: Tensor) -> Tensor:
         """What `_inward` undoes; discrete x are put on their levels."""

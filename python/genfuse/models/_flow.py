@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch
-from genfuse.models._conditional import ConditionalConfig, ConditionalModel
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig
 from genfuse.nn import (
     AffineCoupling,
     Composite,
@@ -26,14 +25,11 @@ from genfuse.ops import standard_normal_log_prob
 if TYPE_CHECKING:
     from genfuse.data import Dataset
 
-if TYPE_CHECKING:
-    pass
-
 Dequantization = Literal["uniform", "variational"]
 
 
 @dataclass(frozen=True)
-class FlowConfig(ConditionalConfig):
+class FlowConfig(ModelConfig):
     """Settings of every flow. Raises SettingsError for values outside their range."""
 
     logit: float = 0.05  # discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a; 0: v - 1/2
@@ -52,7 +48,7 @@ class FlowConfig(ConditionalConfig):
         self.check_choices(dequantization=Dequantization)
 
 
-class FlowModel(ConditionalModel):
+class FlowModel(GenerativeModel):
     """A normalizing flow: x = f^-1(z) of z ~ N(0, I), with an invertible f. A subclass gives `layers`.
 
     Real-valued examples x are (N, *shape), with exact densities in nats. Discrete ones, x = k / (levels - 1), are
@@ -82,7 +78,7 @@ class FlowModel(ConditionalModel):
 
     def check_data(self, data: "Dataset") -> None:
         super().check_data(data)
-        self._check_levels(data)
+        self.check_levels(data)
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x), or for discrete data minus its lower bound, in the mean over the batch."""
@@ -92,7 +88,7 @@ class FlowModel(ConditionalModel):
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x), exact, (N,) nats. Where the data is discrete, x are dequantised values in [0, 1)."""
-        z, logdet = self.flow(self._checked(x), self._context(y, len(x)))
+        z, logdet = self.flow(self.checked(x), self.context_of(y, len(x)))
         return standard_normal_log_prob(z, logdet)
 
     def elbo(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
@@ -102,7 +98,7 @@ class FlowModel(ConditionalModel):
         """
         if self.dequantize is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
-        v, log_weight = self.dequantize(self._checked(x), generator)
+        v, log_weight = self.dequantize(self.checked(x), generator)
         return self.log_prob(v, y) + log_weight
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
@@ -111,14 +107,14 @@ class FlowModel(ConditionalModel):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """z = f(x), (N, D); of discrete x at the middle of its bins."""
-        x = self._checked(x)
+        x = self.checked(x)
         if (levels := self.config.levels) is not None:
             x = ((x * (levels - 1)).round() + 0.5) / levels
-        return self.flow(x, self._context(y, len(x)))[0]
+        return self.flow(x, self.context_of(y, len(x)))[0]
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """x = f^-1(z), (N, *shape), for latents (N, D); discrete x are on their levels."""
-        return self._decode(z, self._context(y, len(z)))
+        return self._decode(z, self.context_of(y, len(z)))
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         x, _ = self.flow.inverse(z, context)
@@ -126,7 +122,7 @@ class FlowModel(ConditionalModel):
 
     def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """z (N, D), and what each layer makes of it on the way to the data; the last is in the data's space."""
-        steps, context = [z], self._context(y, len(z))
+        steps, context = [z], self.context_of(y, len(z))
         for transform in reversed(self.flow.transforms):
             steps.append(transform.inverse(steps[-1], context)[0])  # type: ignore[operator]
         return steps
@@ -175,7 +171,7 @@ class FlowModel(ConditionalModel):
         """Latents and the context."""
         if not 0 < temperature < math.inf:
             raise SettingsError(f"temperature must be above 0 and finite, got {temperature}")
-        context = self._draw_context(n, y, generator)
+        context = self.draw_context(n, y, generator)
         where = torch.device("cpu") if generator is None else generator.device
         z = torch.randn(n, self.config.dimensions, device=where, generator=generator) * temperature
         return z.to(next(self.parameters())), context

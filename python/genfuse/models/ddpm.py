@@ -104,7 +104,7 @@ class DDPM(DiffusionModel):
                 f"bound must be variational, with strata of at least 1, or flow, with its options; got {bound!r}, "
                 f"strata {strata} and {options}"
             )
-        keys, x, context = self._keys(generator), self._inward(x), self._context(y, len(x))
+        keys, x, context = self._keys(generator), self._inward(x), self.context_of(y, len(x))
         n, levels = len(x), torch.tensor(self.ladder, dtype=torch.float64)
         weights = ((1 / levels[:-1] ** 2 - 1 / levels[1:] ** 2) / 2).to(x)  # of t = 2 .. T
         edges = torch.linspace(0, len(weights), min(strata, len(weights)) + 1).round().long().tolist()

@@ -233,7 +233,7 @@ class Loop:
         stepper.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            self.model.after_step(name)
+            self.model.stepped(name)
         self.unseen.append((self.step + 1, name, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}))
 
     def _loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:

@@ -140,7 +140,7 @@ class Run:
         self._check("model", facts)
         try:
             with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
-                model: GenerativeModel = cls(configure(cls, named["settings"]))
+                model: GenerativeModel = cls.from_config(configure(cls, cls.current(named["settings"])))
         except SettingsError as error:
             raise RunError(f"{file}: model.settings: {error}") from None
         except Exception as error:
