@@ -300,7 +300,7 @@ class GenerativeModel(nn.Module):
         labels = isinstance(self.embedding, OneHot)
         if y is None:
             if labels:
-                wanted = f"of p(x | label): give labels y, ({n},), each in 0..{self.embedding.classes - 1}"
+                wanted = f"of p(x | label): give labels y, ({n},), each in 0..{self.embedding.classes - 1}"  # type: ignore[union-attr, operator]
             else:
                 features = f", {self.embedding.features}" if isinstance(self.embedding, Features) else ", C"
                 wanted = f"conditional: give a context y, ({n}{features})"
