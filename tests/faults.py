@@ -51,7 +51,7 @@ MODELS = [plugin.name for plugin in plugins.discover("models") if plugin.distrib
 
 def small(model: str) -> dict[str, Any]:
     """Settings of a network that trains in moments."""
-    fields = {field.name: field.default for field in dataclasses.fields(plugins.load("models", model).Config)}
+    fields = {field.name: field.default for field in dataclasses.fields(genfuse.models.load(model).Config)}
     made = {"hidden": (8,), "channels": (8,), "layers": 2, "levels_of_scale": 1, "timesteps": 20, "latent_dim": 2}
     made |= {"decoder": "gaussian", "blocks": 1, "depth": 1}
     settings = {}

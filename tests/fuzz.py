@@ -28,7 +28,7 @@ import torch
 
 import genfuse
 from genfuse._files import digest
-from genfuse.cli._train import arguments_of
+from genfuse.cli.train import arguments_of
 from genfuse.comparison import _compare, _report
 from genfuse.data import Dataset, Split
 from genfuse.errors import GenfuseError
@@ -214,7 +214,7 @@ def read_run(folder: Path, more: Any) -> None:
     model = run.model()
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
     run.scaling, run.step, run.metrics(), run.progress(), run.data()
-    trainer = run.trainer()
+    trainer = Trainer.resuming(run)
     from genfuse.training import run as module
 
     config = module.describe(model, data, trainer._options())

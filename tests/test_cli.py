@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import genfuse
 from genfuse import plugins
 from genfuse.cli import main
-from genfuse.cli._train import arguments_of
+from genfuse.cli.train import arguments_of
 
 QUICK = ["--epochs", "1", "--no-pictures", "--device", "cpu", "--model.hidden", "16", "--model.latent-dim", "2"]
 GAUSSIAN = [*QUICK, "--model.decoder", "gaussian"]
@@ -626,7 +626,7 @@ TRAIN_FLOW = ["train", "flow", "--data", "toy:moons", "--steps", "2", "--no-pict
 def test_samples_take_a_temperature_and_a_label(capsys, flow, monkeypatch):
     monkeypatch.chdir(flow)
     drawn = []
-    monkeypatch.setattr("genfuse.pictures.scatter", lambda x, *args: drawn.append(x))
+    monkeypatch.setattr("genfuse.plots.scatter", lambda x, *args: drawn.append(x))
     assert main([*TRAIN_FLOW, "--out", "run", "--model.conditional"]) == 0
     assert main(["sample", "run", "--n", "2000", "--out", "any.npz", "--temperature", "0.5"]) == 0
     with np.load("any.npz") as file:

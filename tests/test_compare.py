@@ -19,7 +19,7 @@ from genfuse import plugins
 from genfuse._files import locked, plain
 from genfuse.cli import main
 from genfuse.comparison import Budget, compare_runs, markdown
-from genfuse.comparison._measures import MEASURES, training_seconds
+from genfuse.comparison._columns import COLUMNS, training_seconds
 from genfuse.data import Dataset, Split
 from genfuse.errors import PluginError, RunError, SettingsError
 from genfuse.training import Run, Trainer
@@ -178,7 +178,7 @@ def test_the_metrics_of_samples_are_those_of_evaluate(compared, data):
 
 
 def test_smoothness_is_1_for_a_straight_line_and_small_for_a_jump(data):
-    from genfuse.comparison._measures import STEPS, _smoothness
+    from genfuse.comparison._columns import STEPS, _smoothness
     from genfuse.metrics import Extractor
 
     class Model(torch.nn.Linear):
@@ -203,7 +203,7 @@ def test_smoothness_is_1_for_a_straight_line_and_small_for_a_jump(data):
 
 
 def test_memory_is_what_was_taken_at_the_most():
-    from genfuse.comparison._measures import peak_memory
+    from genfuse.comparison._columns import peak_memory
 
     with peak_memory("cpu") as peak:
         block = torch.ones(25_000_000)  # 100 MB
@@ -522,7 +522,7 @@ def test_the_page_holds_everything_and_loads_nothing(compared):
     assert page.count("<polyline") == sum(players) >= 2 * (1 + 2 + 1)
     assert all(
         f">{measure.about}<" in html.unescape(page)
-        for measure in MEASURES
+        for measure in COLUMNS
         if measure.key in row(result, "flow")["mean"]
     )
     assert "not &lt;these&gt; examples" in page

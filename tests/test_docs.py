@@ -21,6 +21,7 @@ import pytest
 import yaml
 from distributions import write_distribution
 
+import genfuse
 from benchmarks.__main__ import _parser
 from genfuse import ops, plugins
 from genfuse.cli import main
@@ -178,7 +179,7 @@ def shortened(args, folder):
 
 def small_settings(model):
     """Of networks and samplers that take long, where a model has them: as `--set` takes them."""
-    fields = {field.name: field.default for field in dataclasses.fields(plugins.load("models", model).Config)}
+    fields = {field.name: field.default for field in dataclasses.fields(genfuse.models.load(model).Config)}
     small = {"timesteps": "20", "channels": "[8]" if isinstance(fields.get("channels"), tuple) else "8"}
     return {name: value for name, value in small.items() if name in fields}
 
@@ -238,7 +239,7 @@ def shown(value):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_page_of_a_model_has_its_settings_with_their_defaults(model):
     missing = []
-    for field in dataclasses.fields(plugins.load("models", model).Config):
+    for field in dataclasses.fields(genfuse.models.load(model).Config):
         defaults = [
             f" {each}"  # such as "wgan-gp 5" in "1; `wgan-gp` 5"
             for setting, default, *rest in rows(page_of(model))

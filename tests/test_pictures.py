@@ -9,9 +9,10 @@ from scipy.stats import multivariate_normal
 from torch.distributions import MultivariateNormal
 
 import genfuse
-from genfuse import pictures
+from genfuse import plots
 from genfuse.data import Dataset, Scaling, Split
 from genfuse.models import GenerativeModel
+from genfuse.training import gallery
 
 
 def opened(path):
@@ -22,7 +23,7 @@ def opened(path):
 @pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (7, 2, 4), (64, 8, 8)])
 def test_a_grid_shows_every_image_enlarged_in_blocks(n, rows, columns, tmp_path):
     images = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
-    pictures.sample_grid(images, tmp_path / "grid.png")
+    plots.sample_grid(images, tmp_path / "grid.png")
     grid = opened(tmp_path / "grid.png")
     line = 2  # 8 x 8 pixels are shown as 64 x 64
     assert grid.shape == (rows * 64 + (rows + 1) * line, columns * 64 + (columns + 1) * line)
@@ -34,14 +35,14 @@ def test_a_grid_shows_every_image_enlarged_in_blocks(n, rows, columns, tmp_path)
 
 def test_colours_stay_and_values_outside_the_range_are_clamped(tmp_path):
     images = torch.tensor([-1.0, 0.5, 2.0]).view(1, 3, 1, 1).expand(4, 3, 100, 100)
-    pictures.sample_grid(images, tmp_path / "grid.png")
+    plots.sample_grid(images, tmp_path / "grid.png")
     assert opened(tmp_path / "grid.png")[50, 50].tolist() == [0, 128, 255]
 
 
 def test_reconstructions_stand_under_their_originals(tmp_path):
     originals = torch.zeros(11, 1, 28, 28)
     originals[3] = 1
-    pictures.reconstructions(originals, 1 - originals, tmp_path / "pairs.png")
+    plots.reconstructions(originals, 1 - originals, tmp_path / "pairs.png")
     picture = opened(tmp_path / "pairs.png")[..., 0]
     labels = picture.shape[1] * 1.2 / (1.2 + 8 * 0.8)
     x = round(labels + (picture.shape[1] - labels) * 3.5 / 8)
@@ -54,7 +55,7 @@ def test_principal_components_are_those_of_scikit_learn():
 
     points = np.random.default_rng(0).normal(size=(200, 5)) @ np.random.default_rng(1).normal(size=(5, 5))
     oracle = PCA(2).fit(points)
-    found, shares = pictures.principal_components(points)
+    found, shares = plots.principal_components(points)
     assert shares == pytest.approx(oracle.explained_variance_ratio_)
     assert np.abs(found) == pytest.approx(np.abs(oracle.transform(points)))
 
@@ -63,14 +64,14 @@ def test_principal_components_are_those_of_scikit_learn():
 @pytest.mark.filterwarnings("error")
 def test_latent_spaces_of_any_size_and_number_of_labels(dimensions, classes, tmp_path):
     labels = None if classes is None else torch.arange(300) % classes
-    pictures.latent_space(torch.randn(300, dimensions), labels, tmp_path / "latent.png")
+    plots.latent_space(torch.randn(300, dimensions), labels, tmp_path / "latent.png")
     colours = np.unique(opened(tmp_path / "latent.png").reshape(-1, 4), axis=0)
     assert len(colours) > 10
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_collapsed_latent_space_is_drawn(tmp_path):
-    pictures.latent_space(torch.zeros(10, 5), None, tmp_path / "latent.png")
+    plots.latent_space(torch.zeros(10, 5), None, tmp_path / "latent.png")
     assert opened(tmp_path / "latent.png").size
 
 
@@ -82,7 +83,7 @@ def test_curves_of_several_players_and_terms(tmp_path):
         for split in ("train", "test")
         for player in ("critic", "generator")
     ]
-    pictures.curves([*metrics, {"step": 50, "epoch": 1, "split": "epoch", "seconds": 1.0}], tmp_path / "curves.png")
+    plots.curves([*metrics, {"step": 50, "epoch": 1, "split": "epoch", "seconds": 1.0}], tmp_path / "curves.png")
     tall, wide, _ = opened(tmp_path / "curves.png").shape
     assert (tall, wide) == (2 * 480, 3 * 630)  # four panels in two rows of three
 
@@ -91,7 +92,7 @@ def test_curves_of_several_players_and_terms(tmp_path):
 def test_real_and_fake_share_a_panel_of_the_curves(tmp_path, figures):
     entry = {"epoch": 1, "player": "critic", "loss": 1.0, "real": 0.7, "fake": 0.3, "gradient_norm": 2.0}
     metrics = [{"step": step, "split": split, **entry} for step in (1, 2) for split in ("train", "test")]
-    pictures.curves([*metrics, {"step": 2, "split": "warning", "message": "no"}], tmp_path / "curves.png")
+    plots.curves([*metrics, {"step": 2, "split": "warning", "message": "no"}], tmp_path / "curves.png")
     panels = {axes.get_title(): axes for axes in figures["curves.png"].axes}
     assert panels.keys() == {"loss", "real, fake", "gradient norm"}
     lines = {line.get_label(): line for line in panels["real, fake"].get_lines()}
@@ -105,7 +106,7 @@ def test_curves_have_the_unit_of_the_models_loss(unit, tmp_path, figures, monkey
     monkeypatch.setattr(Affine, "loss_unit", unit)
     data = Dataset("two", {part: Split(torch.randn(20, 2)) for part in ("train", "test")})
     metrics = [{"step": step, "split": "train", "player": "model", "loss": 1.0} for step in (1, 2)]
-    pictures.draw(tmp_path, Affine(AffineConfig()), data, metrics)
+    gallery.draw(tmp_path, Affine(AffineConfig()), data, metrics)
     assert figures["curves.png"].axes[0].get_ylabel() == unit
 
 
@@ -113,7 +114,7 @@ def test_curves_have_the_unit_of_the_models_loss(unit, tmp_path, figures, monkey
 def test_progress_shows_first_and_last_and_some_between(moments, tmp_path, figures):
     points = {100 * k: torch.full((5, 2), float(k)) for k in range(moments)}
     data = Dataset("two", {part: Split(torch.randn(20, 2)) for part in ("train", "test")})
-    drawn = pictures.draw(tmp_path, Affine(AffineConfig()), data, [], points)
+    drawn = gallery.draw(tmp_path, Affine(AffineConfig()), data, [], points)
     assert tmp_path / "progress.png" in drawn
     titles = [axes.get_title() for axes in figures["progress.png"].axes]
     assert len(titles) == min(moments, 9)
@@ -126,7 +127,7 @@ def test_tables_are_shown_in_original_units(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, values, *a, **k: drawn.append(values))
     scaling = Scaling(mean=(100.0,) * 8, std=(10.0,) * 8, names=tuple("abcdefgh"))
     x, samples = torch.randn(500, 8), torch.randn(500, 8)
-    pictures.histograms(x, samples, tmp_path / "table.png", scaling)
+    plots.histograms(x, samples, tmp_path / "table.png", scaling)
     assert len(drawn) == 2 * 6  # the first six columns
     assert drawn[0] == pytest.approx(x[:, 0].double().numpy() * 10 + 100)
     assert drawn[11] == pytest.approx(samples[:, 5].double().numpy() * 10 + 100)
@@ -186,7 +187,7 @@ def test_a_density_is_that_of_scipy_in_original_units(tmp_path, figures):
     scaling = Scaling(mean=(100.0, -3.0), std=(10.0, 0.2), names=("height", "share"))
     model = Affine(AffineConfig())
     x = model.sample(4000)
-    pictures.density(model.log_prob, x, x[:1000], tmp_path / "density.png", scaling)
+    plots.density(model.log_prob, x, x[:1000], tmp_path / "density.png", scaling)
     heat, data, samples, _ = figures["density.png"].axes
     image = heat.images[0]
     left, right, bottom, top = image.get_extent()
@@ -209,7 +210,7 @@ def test_a_density_is_that_of_scipy_in_original_units(tmp_path, figures):
 )
 def test_a_flow_is_shown_from_the_base_to_the_data(steps, shown, tmp_path, figures):
     trajectory = Affine(AffineConfig(steps=steps)).trajectory(torch.randn(200, 2))
-    pictures.flow(trajectory, tmp_path / "flow.png")
+    plots.flow(trajectory, tmp_path / "flow.png")
     panels = figures["flow.png"].axes
     titles = ["base", *(f"after {k} of {steps}" for k in shown[1:-1]), "data space"]
     assert [axes.get_title() for axes in panels] == titles
@@ -227,7 +228,7 @@ def test_flows_in_two_dimensions_are_drawn_with_the_labels_of_the_data(condition
     y = torch.arange(300) % 3 // 2  # a third of the labels is 1
     x = Affine(AffineConfig(conditional=True)).sample(300, y=y)
     data = Dataset("gaussians", {part: Split(x, y) for part in ("train", "test")})
-    drawn = pictures.draw(tmp_path, Affine(AffineConfig(conditional=conditional)), data, [])
+    drawn = gallery.draw(tmp_path, Affine(AffineConfig(conditional=conditional)), data, [])
     assert [path.name for path in drawn] == ["samples.png", "density.png", "flow.png", "latent.png"]
     samples = np.asarray(figures["samples.png"].axes[1].collections[0].get_offsets())
     flowed = np.asarray(figures["flow.png"].axes[-1].collections[0].get_offsets())
@@ -242,7 +243,7 @@ def test_flows_in_two_dimensions_are_drawn_with_the_labels_of_the_data(condition
 
 
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
-    pictures.sample_grid(torch.rand(4, 1, 8, 8), tmp_path / "grid.png")
+    plots.sample_grid(torch.rand(4, 1, 8, 8), tmp_path / "grid.png")
     before = (tmp_path / "grid.png").read_bytes()
 
     def fail(self, file, format=None):
@@ -251,7 +252,7 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        pictures.sample_grid(torch.rand(4, 1, 8, 8), tmp_path / "grid.png")
+        plots.sample_grid(torch.rand(4, 1, 8, 8), tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -267,11 +268,11 @@ def test_what_is_drawn_follows_from_verbs_and_data_and_is_the_same_each_time(nam
     data = genfuse.load_data(name)
     model = genfuse.create("vae", data, hidden=(8,), latent_dim=2, **settings).eval()
     state = torch.get_rng_state()
-    first = pictures.draw(tmp_path / "a", model, data, [])
+    first = gallery.draw(tmp_path / "a", model, data, [])
     torch.rand(1)
-    second = pictures.draw(tmp_path / "b", model, data, [])
+    second = gallery.draw(tmp_path / "b", model, data, [])
     torch.set_rng_state(state)
     assert [path.name for path in first] == expected
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-    pictures.draw(tmp_path / "c", model, data, [])
+    gallery.draw(tmp_path / "c", model, data, [])
     assert torch.equal(torch.get_rng_state(), state)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from distributions import write_distribution
 
-from genfuse import plugins
+import genfuse
+from genfuse import doctor, plugins
 from genfuse.errors import PluginError
 
 GOOD = """
@@ -44,7 +45,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
 def test_an_installed_model_is_found_and_loaded(install):
     install("acme-flows", "models", {"flow": "acme_good:Model"}, {"acme_good": GOOD})
     assert plugins.find("models", "flow") == plugins.Plugin("models", "flow", "acme-flows", "1.0", "acme_good:Model")
-    assert plugins.load("models", "flow").__name__ == "Model"
+    assert genfuse.models.load("flow").__name__ == "Model"
 
 
 def test_the_built_in_ones_are_found_the_same_way():
@@ -74,8 +75,8 @@ def test_a_name_claimed_twice_is_an_error_that_names_both(install):
 def test_the_distribution_before_a_colon_decides_between_claims(install):
     install("acme", "models", {"flow": "acme_good:Model"}, {"acme_good": GOOD})
     install("zeta", "models", {"flow": "zeta_good:Model"}, {"zeta_good": GOOD})
-    assert plugins.load("models", "zeta:flow").__module__ == "zeta_good"
-    assert plugins.load("models", "acme:flow").__module__ == "acme_good"
+    assert genfuse.models.load("zeta:flow").__module__ == "zeta_good"
+    assert genfuse.models.load("acme:flow").__module__ == "acme_good"
 
 
 def test_a_built_in_name_cannot_be_taken(install):
@@ -89,7 +90,7 @@ def test_a_broken_import_names_the_distribution_and_chains_the_cause(install):
     with pytest.raises(
         PluginError, match=r"model 'flow' from acme 1\.0 \(acme_broken:Model\) failed to import: Module"
     ) as caught:
-        plugins.load("models", "flow")
+        genfuse.models.load("flow")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
@@ -97,20 +98,20 @@ def test_a_broken_import_names_the_distribution_and_chains_the_cause(install):
 def test_a_module_that_exits_when_imported_does_not_take_the_program_with_it(install, source):
     install("acme", "models", {"flow": "acme_exits:Model"}, {"acme_exits": source})
     with pytest.raises(PluginError, match=r"acme 1\.0"):
-        plugins.load("models", "flow")
+        genfuse.models.load("flow")
 
 
 def test_ctrl_c_during_an_import_is_not_swallowed(install):
     install("acme", "models", {"flow": "acme_slow:Model"}, {"acme_slow": "raise KeyboardInterrupt"})
     with pytest.raises(KeyboardInterrupt):
-        plugins.load("models", "flow")
+        genfuse.models.load("flow")
 
 
 @pytest.mark.parametrize("target", ["acme_good:Absent", "acme_good:", "not a module:Model", "acme-good:Model"])
 def test_a_target_that_leads_nowhere_is_a_plugin_error(install, target):
     install("acme", "models", {"flow": target}, {"acme_good": GOOD})
     with pytest.raises(PluginError, match=r"acme 1\.0"):
-        plugins.load("models", "flow")
+        genfuse.models.load("flow")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_target_that_leads_nowhere_is_a_plugin_error(install, target):
 def test_a_model_for_another_api_is_refused(install, source, said):
     install("acme", "models", {"flow": "acme_old:Model"}, {"acme_old": source})
     with pytest.raises(PluginError, match=said):
-        plugins.load("models", "flow")
+        genfuse.models.load("flow")
 
 
 def test_a_data_set_that_is_not_callable_is_refused(install):
@@ -144,7 +145,7 @@ def test_plugins_can_be_switched_off(install, monkeypatch):
 def test_describe_reports_each_error_beside_the_plugins_that_work(install):
     install("acme", "models", {"flow": "acme_good:Model"}, {"acme_good": GOOD})
     install("zeta", "datasets", {"cats": "zeta_broken:cats"}, {"zeta_broken": "1 / 0"})
-    errors = {p.name: error for p, _, error in plugins.describe()}
+    errors = {p.name: error for p, _, error in doctor.describe()}
     assert errors["flow"] is None
     assert "ZeroDivisionError" in str(errors["cats"])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from distributions import write_distribution
 
+import genfuse
 from genfuse import plugins
 from genfuse.errors import SettingsError
 from genfuse.testing import ContractError, check_dataset, check_model
@@ -85,13 +86,13 @@ def installed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [p.name for p in plugins.discover("models") if p.distribution == "genfuse"])
 def test_every_built_in_model_keeps_the_contract(name):
-    clauses = check_model(plugins.load("models", name), **CHEAP.get(name, {}))
+    clauses = check_model(genfuse.models.load(name), **CHEAP.get(name, {}))
     assert len(clauses) >= 15
 
 
 @pytest.mark.parametrize("name", ["gan", "realnvp", "edm"])
 def test_conditional_models_keep_it_too(name):
-    check_model(plugins.load("models", name), conditional=True, **CHEAP.get(name, {}))
+    check_model(genfuse.models.load(name), conditional=True, **CHEAP.get(name, {}))
 
 
 @pytest.mark.parametrize(("name", "argument"), [("digits", None), ("toy", "moons"), ("toy", "eight-gaussians")])
@@ -231,7 +232,7 @@ def test_a_model_that_fails_on_a_shape_is_told_to_refuse_it(installed):
 
 
 def test_a_class_that_is_not_installed_is_told_so():
-    class Mine(plugins.load("models", "vae")):
+    class Mine(genfuse.models.load("vae")):
         pass
 
     with pytest.raises(ContractError, match=r'entry point of the group "genfuse.models"[\s\S]*not registered'):
@@ -240,7 +241,7 @@ def test_a_class_that_is_not_installed_is_told_so():
 
 def test_settings_that_fit_no_data_are_an_error_that_says_why():
     with pytest.raises(SettingsError, match="GAN takes no data that it could be tried on: digits: latent"):
-        check_model(plugins.load("models", "gan"), latent_dim=0)
+        check_model(genfuse.models.load("gan"), latent_dim=0)
 
 
 BROKEN_DATA = {

@@ -7,6 +7,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from genfuse._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from genfuse.comparison import compare as compare
     from genfuse.data import load_data as load_data
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from genfuse.training import Run as Run
     from genfuse.training import Trainer as Trainer
 
-__version__ = "0.1.0"
 __all__ = ["Run", "Trainer", "compare", "create", "load_data"]
 
 _HOME = {

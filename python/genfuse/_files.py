@@ -22,6 +22,7 @@ from genfuse.errors import DataError, RunError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 try:
     import fcntl
@@ -367,3 +368,60 @@ def read_array(path: Path) -> "np.ndarray":
 def plain(text: object) -> str:
     """Text in which nothing has a meaning to a terminal: control characters and marks of direction as escapes."""
     return "".join(c if c.isprintable() or c in "\n\t " else repr(c)[1:-1] for c in str(text))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """The tensors of a safetensors file, on the CPU, and what `write_tensors` was told about them.
+
+    Raises RunError where it is damaged: where anything is other than when it was written.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        facts = tensor_facts(path)
+        was = facts.pop("sha256", None)
+        if was is not None and was != digest(facts, *_tensor_parts(tensors)):
+            raise ValueError("its checksum is not that of its content: it is damaged")
+        return tensors, facts
+    except RunError:
+        raise
+    except Exception as error:  # damaged files raise all kinds of errors
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def tensor_facts(path: Path) -> dict[str, Any]:
+    """What `write_tensors` was told, unchecked: the tensors are not read."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["genfuse"])
+        if not isinstance(facts, dict):
+            raise TypeError(f"its facts are no object: {facts!r:.60}")
+    except Exception as error:
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    return facts
+
+
+def write_tensors(path: Path, tensors: dict[str, "Tensor"], facts: dict[str, Any]) -> None:
+    """Write tensors and JSON-able facts, with a checksum of all of it.
+
+    The facts are one entry, as safetensors writes several in any order.
+    """
+    from safetensors.torch import save
+
+    sealed = {**facts, "sha256": digest(facts, *_tensor_parts(tensors))}
+    with writing(path) as file:
+        file.write(save(tensors, {"genfuse": json.dumps(sealed)}))
+
+
+def _tensor_parts(tensors: dict[str, "Tensor"]) -> Iterator[Any]:
+    """Names, types, shapes and bytes of tensors, as a checksum takes them."""
+    import torch
+
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

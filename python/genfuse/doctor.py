@@ -4,13 +4,15 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import genfuse
 from genfuse import plugins
-from genfuse.errors import DataError
+from genfuse._version import __version__
+from genfuse.errors import DataError, PluginError
 
 SWITCHES = ("GENFUSE_IMPL", "GENFUSE_DISABLE_PLUGINS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -41,7 +43,7 @@ def _section(title: str, facts: Iterable[tuple[str, str]]) -> Iterator[str]:
 def _versions() -> Iterator[tuple[str, str]]:
     import torch
 
-    yield "genfuse", f"{genfuse.__version__}, {Path(genfuse.__file__).parent}"
+    yield "genfuse", f"{__version__}, {Path(__file__).parent}"
     yield "python", f"{platform.python_version()}, {sys.executable}"
     yield "torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
     try:
@@ -81,10 +83,33 @@ def _kernels() -> Iterator[tuple[str, str]]:
 
 
 def _plugins() -> Iterator[tuple[str, str]]:
-    states = list(plugins.describe())
+    states = list(describe())
     for kind in plugins.KINDS:
         owners = Counter(f"{p.distribution} {p.version}" for p, _, _ in states if p.kind == kind)
         yield kind, ", ".join(f"{count} of {owner}" for owner, count in owners.items()) or "none"
     for plugin, _, error in states:
         if error is not None:
             yield f"{plugins.KINDS[plugin.kind]} {plugin.name}", f"ERROR: {error}"
+
+
+class Status(NamedTuple):
+    """What came of importing a plugin."""
+
+    plugin: plugins.Plugin
+    seconds: float  # that the import took, less what was imported before
+    error: PluginError | None
+
+
+def describe(*kinds: str) -> Iterator[Status]:
+    """Import every plugin of these kinds, or of all: each with the error that this raises, if it does."""
+    import genfuse.metrics
+    import genfuse.training  # noqa: F401, with torch: no plugin's own time
+    from genfuse.models import unfit
+
+    for plugin in (plugin for kind in kinds or plugins.KINDS for plugin in plugins.discover(kind)):
+        began, failed = time.perf_counter(), None
+        try:
+            plugin.load(unfit if plugin.kind == "models" else None)
+        except PluginError as error:
+            failed = error
+        yield Status(plugin, time.perf_counter() - began, failed)

@@ -6,17 +6,24 @@ broken one fails its own user and nobody else.
 
 import importlib.metadata
 import os
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from genfuse.errors import PluginError
 
 API = 1  # what `genfuse_api` on a model class is held against
 KINDS = {"models": "model", "datasets": "data set", "metrics": "metric"}  # groups are genfuse.models and so on
 OURS = "genfuse"
+
+
+Check = Callable[[Any], str | None]  # what makes an object unfit to be a plugin of its kind, or None
+
+
+def not_callable(loaded: Any) -> str | None:
+    """What makes an object unfit to be a data set or a metric."""
+    return None if callable(loaded) else f"is not callable: it is {loaded!r}"
 
 
 @dataclass(frozen=True, order=True)
@@ -32,37 +39,18 @@ class Plugin:
     def __str__(self) -> str:
         return f"{KINDS[self.kind]} {self.name!r} from {self.distribution} {self.version} ({self.target})"
 
-    def load(self) -> Any:
-        """Import the target. Raises PluginError, with the cause chained, whatever goes wrong in it."""
+    def load(self, check: Check | None = None) -> Any:
+        """Import the target. Raises PluginError, with the cause chained, whatever goes wrong in it, and if ``check``,
+        by default whether it can be called, finds it unfit."""
         try:
             loaded = importlib.metadata.EntryPoint(self.name, self.target, f"genfuse.{self.kind}").load()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a module that calls sys.exit() is broken too
             raise PluginError(f"{self} failed to import: {type(error).__name__}: {error}") from error
-        if wrong := problem(self.kind, loaded):
+        if wrong := (check or not_callable)(loaded):
             raise PluginError(f"{self} {wrong}")
         return loaded
-
-
-def problem(kind: str, loaded: Any) -> str | None:
-    """What makes an object unfit to be a plugin of its kind."""
-    if kind != "models":
-        return None if callable(loaded) else f"is not callable: it is {loaded!r}"
-    api = getattr(loaded, "genfuse_api", None)
-    if api != API:
-        written_for = "no plugin API (it has no `genfuse_api`)" if api is None else f"plugin API {api}"
-        return f"was written for {written_for}; this genfuse has plugin API {API}"
-
-    from genfuse.models import GenerativeModel
-
-    if not (isinstance(loaded, type) and issubclass(loaded, GenerativeModel)):
-        return f"is not a subclass of genfuse.models.GenerativeModel: it is {loaded!r}"
-    if not (isinstance(config := getattr(loaded, "Config", None), type) and is_dataclass(config)):
-        return f"has no dataclass of settings as its Config; it has {config!r}"
-    if loaded.loss is GenerativeModel.loss:
-        return "lacks the verb loss(batch, player), without which it cannot be trained"
-    return None
 
 
 def _owner(entry_point: importlib.metadata.EntryPoint) -> tuple[str, str]:
@@ -114,28 +102,15 @@ def typed(plugin: Plugin) -> str:
     return plugin.name if alone else f"{plugin.distribution}:{plugin.name}"
 
 
-def load(kind: str, name: str) -> Any:
+def load(kind: str, name: str, check: Check | None = None) -> Any:
     """Import what a user means by ``name``. Raises PluginError; see `find` and `Plugin.load`."""
-    return find(kind, name).load()
+    return find(kind, name).load(check)
 
 
-class Status(NamedTuple):
-    """What came of importing a plugin."""
-
-    plugin: Plugin
-    seconds: float  # that the import took, less what was imported before
-    error: PluginError | None
-
-
-def describe(*kinds: str) -> Iterator[Status]:
-    """Import every plugin of these kinds, or of all: each with the error that this raises, if it does."""
-    import genfuse.metrics
-    import genfuse.training  # noqa: F401, with torch: no plugin's own time
-
-    for plugin in (plugin for kind in kinds or KINDS for plugin in discover(kind)):
-        began, failed = time.perf_counter(), None
-        try:
-            plugin.load()
-        except PluginError as error:
-            failed = error
-        yield Status(plugin, time.perf_counter() - began, failed)
+def table(kind: str) -> list[str]:
+    """The plugins of one kind as lines: what to type, the distribution, where it is defined. Nothing is imported."""
+    rows = [(f"{kind}:", "from", "defined in")]
+    for plugin in discover(kind):
+        rows.append((f"  {typed(plugin)}", f"{plugin.distribution} {plugin.version}", plugin.target))
+    first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
+    return [f"{a:{first}}{b:{second}}{c}" for a, b, c in rows]

@@ -24,7 +24,7 @@ from torch import Tensor
 from genfuse import plugins
 from genfuse.data import Dataset, Source, Split, load_data
 from genfuse.errors import DataError, GenfuseError, SettingsError
-from genfuse.models import FACTS, Batch, GenerativeModel, configure, create
+from genfuse.models import FACTS, Batch, GenerativeModel, configure, create, unfit
 from genfuse.training import Trainer
 from genfuse.training.run import plugin_of
 
@@ -176,7 +176,7 @@ class _Case:
 
 @_clause(_PLUGIN, "a model is a subclass of GenerativeModel for this plugin API, with the verb loss(batch, player)")
 def _(cls: type) -> None:
-    if wrong := plugins.problem("models", cls):
+    if wrong := unfit(cls):
         raise _BrokenError(f"it {wrong}")
 
 
@@ -197,7 +197,7 @@ def _(cls: type) -> None:
 
 @_clause(_MODEL, "settings are the same after a way through JSON, through a file and through the command line")
 def _(case: _Case) -> None:
-    from genfuse.cli._train import arguments_of, parse
+    from genfuse.cli.train import arguments_of, parse
 
     plain = json.loads(json.dumps(dataclasses.asdict(case.config)))
     if (again := configure(case.cls, plain)) != case.config:

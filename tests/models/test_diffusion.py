@@ -627,7 +627,7 @@ def test_a_run_resumes_bit_for_bit_and_is_measured_and_drawn(name, data, setting
     assert numbers <= found.keys()
     assert all(math.isfinite(found[number]) for number in numbers)
     if name == "ddpm":
-        genfuse.pictures.draw(tmp_path / "pictures", model, data, whole.metrics())
+        genfuse.training.gallery.draw(tmp_path / "pictures", model, data, whole.metrics())
         assert pictures <= {path.name for path in (tmp_path / "pictures").iterdir()}
     else:
         assert pictures < {path.name for path in whole.path.rglob("*.png")}

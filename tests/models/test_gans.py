@@ -17,6 +17,7 @@ from genfuse.errors import DataError, SettingsError, TrainingWarning
 from genfuse.models import Batch
 from genfuse.models._adversarial import STALLED, STARTED, diversity, slerp
 from genfuse.models.gan import OBJECTIVES
+from genfuse.training import Trainer
 
 MODELS = "gan", "wgan", "wgan-gp"
 NETWORKS = "mlp", "dcgan", "resnet"
@@ -426,7 +427,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(name, settings, digits, tmp_path):
     whole = genfuse.Trainer(steps=16, out=tmp_path / "whole", **options).fit(fresh(), digits)
     part = genfuse.Trainer(steps=9, checkpoint_every=9, out=tmp_path / "part", **options).fit(fresh(), digits)
     torch.manual_seed(99)
-    part.trainer(steps=16).fit(part.model(), digits)
+    Trainer.resuming(part, steps=16).fit(part.model(), digits)
     for file in ("model.safetensors", "state.safetensors"):
         assert (whole.path / file).read_bytes() == (part.path / file).read_bytes()
 
@@ -479,7 +480,7 @@ def test_a_critic_without_a_bound_is_noticed_once_and_the_run_remembers(digits, 
     options = {"device": "cpu", "lr": 0.05, "log_every": 5, "pictures": False}
     with pytest.warns(TrainingWarning, match=r"step \d+: the loss of the critic is -.*Try") as seen:
         run = genfuse.Trainer(steps=60, out=tmp_path / "run", **options).fit(fresh(), digits)
-    run.trainer(steps=120).fit(run.model(), digits)
+    Trainer.resuming(run, steps=120).fit(run.model(), digits)
     assert len(seen) == 1
     (kept,) = [entry for entry in run.metrics() if entry["split"] == "warning"]
     assert (kept["player"], kept["name"]) == ("critic", "divergence")

@@ -17,7 +17,7 @@ import torch
 
 import genfuse
 from genfuse.errors import NonFiniteLossError, RunError
-from genfuse.training import Run
+from genfuse.training import Run, Trainer
 from genfuse.training.run import Checkpoint, read_tensors
 
 CLOCKS = ("seconds", "examples_per_second")
@@ -222,7 +222,7 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_mixes_nothing(
     monkeypatch.undo()
     run = Run(tmp_path / "run")
     assert same_weights(run.model().state_dict(), make("tiny").state_dict())  # of step 0, whole
-    run.trainer().fit(make("tiny"), digits)
+    Trainer.resuming(run).fit(make("tiny"), digits)
     whole = trainer(out=tmp_path / "whole").fit(make("tiny"), digits)
     assert_same_run(run.path, whole.path)
 
@@ -241,7 +241,7 @@ def test_a_kill_between_the_last_two_renames_is_mended(make, digits, trainer, tm
     with pytest.raises(KeyboardInterrupt):
         trainer(out=tmp_path / "run").fit(make("tiny"), digits)
     monkeypatch.undo()
-    Run(tmp_path / "run").trainer().fit(make("tiny"), digits)
+    Trainer.resuming(Run(tmp_path / "run")).fit(make("tiny"), digits)
     assert_same_run(tmp_path / "run", whole.path)
 
 
@@ -250,7 +250,7 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for(name, make, digits, 
     whole = trainer(epochs=4, out=tmp_path / "whole").fit(make(name), digits)
     parts = trainer(epochs=2, out=tmp_path / "parts").fit(make(name), digits)
     torch.manual_seed(99)
-    parts.trainer(epochs=4).fit(parts.model(), parts.data())
+    Trainer.resuming(parts, epochs=4).fit(parts.model(), parts.data())
     assert_same_run(whole.path, parts.path)
     assert Run(parts.path).config["training"]["epochs"] == 4
 
@@ -259,11 +259,11 @@ def test_more_steps_continue_as_if_they_had_been_asked_for(make, digits, trainer
     whole = trainer(steps=40, out=tmp_path / "whole").fit(make("tiny"), digits)
     parts = trainer(steps=20, out=tmp_path / "parts").fit(make("tiny"), digits)
     assert checkpointed_step(parts.path) == 20
-    parts.trainer(steps=40).fit(parts.model(), parts.data())
+    Trainer.resuming(parts, steps=40).fit(parts.model(), parts.data())
     for name in ("model.safetensors", "state.safetensors"):
         assert (whole.path / name).read_bytes() == (parts.path / name).read_bytes()
     with pytest.raises(RunError, match="has trained 40 steps, more than the 35: resume it with more steps"):
-        whole.trainer(steps=35).fit(make("tiny"), digits)
+        Trainer.resuming(whole, steps=35).fit(make("tiny"), digits)
 
 
 def test_a_run_that_is_older_than_an_option_is_resumed(make, digits, trainer, tmp_path):
@@ -273,7 +273,7 @@ def test_a_run_that_is_older_than_an_option_is_resumed(make, digits, trainer, tm
     for option in ("keep", "steps"):
         del config["training"][option]
     path.write_text(json.dumps(config))
-    Run(run.path).trainer(epochs=3).fit(make("tiny"), digits)
+    Trainer.resuming(Run(run.path), epochs=3).fit(make("tiny"), digits)
     assert checkpointed_step(run.path) == 45
 
 
@@ -281,7 +281,7 @@ def test_resuming_a_finished_run_changes_nothing(make, digits, trainer, tmp_path
     run = trainer(out=tmp_path / "run").fit(make("tiny"), digits)
     before = (run.path / "state.safetensors").read_bytes(), run.metrics()
     model = make("tiny")
-    run.trainer().fit(model, digits)
+    Trainer.resuming(run).fit(model, digits)
     assert ((run.path / "state.safetensors").read_bytes(), run.metrics()) == before
     assert torch.equal(model.net[0].weight, run.model().net[0].weight)
 
@@ -293,7 +293,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_cut(make, digits, trainer,
         file.write(
             json.dumps({"step": 31, "epoch": 3, "split": "train", "player": "model", "loss": 1e9}) + "\n" + '{"st'
         )
-    run.trainer().fit(make("tiny"), digits)
+    Trainer.resuming(run).fit(make("tiny"), digits)
     assert run.metrics() == lines
 
 
@@ -320,16 +320,16 @@ def test_every_difference_that_breaks_the_promise_is_named(make, digits, trainer
 def test_a_cosine_schedule_is_bound_to_its_number_of_epochs(make, digits, trainer, tmp_path):
     run = trainer(schedule="cosine", out=tmp_path / "run").fit(make("tiny"), digits)
     with pytest.raises(RunError, match="training epochs: was 2, now 3"):
-        run.trainer(epochs=3).fit(make("tiny"), digits)
+        Trainer.resuming(run, epochs=3).fit(make("tiny"), digits)
     with pytest.raises(RunError, match="training steps: was None, now 60"):
-        run.trainer(steps=60).fit(make("tiny"), digits)
+        Trainer.resuming(run, steps=60).fit(make("tiny"), digits)
 
 
 def test_fewer_epochs_than_were_trained_are_refused(make, digits, trainer, tmp_path):
     run = trainer(out=tmp_path / "run").fit(make("tiny"), digits)
     before = (run.path / "config.json").read_text()
     with pytest.raises(RunError, match="has trained 30 steps, more than the 15 of 1 epochs"):
-        run.trainer(epochs=1).fit(make("tiny"), digits)
+        Trainer.resuming(run, epochs=1).fit(make("tiny"), digits)
     assert (run.path / "config.json").read_text() == before
 
 
@@ -361,4 +361,4 @@ def test_two_processes_train_one_model(name, make, digits, trainer, tmp_path):
         trainer(batch_size=64, keep="best").fit(model, data)
         assert torch.allclose(ranks[0]["mean"], model.mean, atol=1e-5)
     with pytest.raises(RunError, match="number of processes: was 2, now 1"):
-        Run(tmp_path / "whole").trainer(epochs=3).fit(make(name), data)
+        Trainer.resuming(Run(tmp_path / "whole"), epochs=3).fit(make(name), data)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import genfuse
 from genfuse._files import locked
 from genfuse.errors import PluginError, RunError, RunWarning, SettingsError
-from genfuse.training import Run
+from genfuse.training import Run, Trainer
 from genfuse.training.run import Checkpoint
 
 
@@ -187,7 +187,7 @@ def test_pictures_are_drawn_by_what_the_model_can(make, digits, trainer, tmp_pat
 
 
 def resume(run, make, digits, **changes):
-    return Run(run.path).trainer(**changes).fit(make("tiny"), digits)
+    return Trainer.resuming(Run(run.path), **changes).fit(make("tiny"), digits)
 
 
 def rewrite(path, change):
@@ -324,7 +324,7 @@ def test_every_split_is_in_the_fingerprint_and_what_changed_is_said(tmp_path, tr
         with pytest.raises(RunError, match=rf"the {part} split has changed; the train split is the same"):
             run.data()
         with pytest.raises(RunError, match=rf"the {part} split has changed"):
-            run.trainer(epochs=2).fit(make(), genfuse.load_data(f"npy:{tmp_path}"))
+            Trainer.resuming(run, epochs=2).fit(make(), genfuse.load_data(f"npy:{tmp_path}"))
         np.save(tmp_path / part, tables[part])
     for part in tables:  # in other units: the same once they are standardized
         np.save(tmp_path / part, tables[part] * 1024)
@@ -540,7 +540,7 @@ def test_a_link_in_a_run_folder_is_refused_and_nothing_is_written_through_it(nam
     else:
         path.unlink(missing_ok=True)
         path.symlink_to(target)
-    for act in (lambda: Run(run.path), lambda: run.trainer(epochs=3).fit(make("tiny"), digits)):
+    for act in (lambda: Run(run.path), lambda: Trainer.resuming(run, epochs=3).fit(make("tiny"), digits)):
         with pytest.raises(RunError, match=f"{path} is a symbolic link, which a run folder must not hold: remove it"):
             act()
     assert [each.name for each in victim.iterdir()] == ["precious"]
@@ -554,7 +554,7 @@ def test_the_folder_itself_may_be_a_link(there, make, digits, trainer, tmp_path)
         real.mkdir()
     out.symlink_to(real)
     run = trainer(epochs=1, out=out).fit(make("tiny"), digits)
-    run = run.trainer(epochs=2).fit(make("tiny"), digits)
+    run = Trainer.resuming(run, epochs=2).fit(make("tiny"), digits)
     trainer(epochs=1, out=out, overwrite=True).fit(make("tiny"), digits)
     assert out.is_symlink()
     assert (real / "config.json").is_file()

@@ -8,7 +8,6 @@ import torch
 from tiny_models import Config, Plain, Tiny, validated
 
 import genfuse
-from genfuse import plugins
 from genfuse.data import Dataset, Split
 from genfuse.errors import NonFiniteLossError, SettingsError, TrainingWarning
 from genfuse.training import Trainer
@@ -140,7 +139,7 @@ def test_clipping_with_a_gradient_scaler_sees_the_true_gradients(make, digits, t
     run = trainer(epochs=1, batch_size=2000, grad_clip=0.5, out=tmp_path / "run").fit(model, digits)
     assert model.mean.norm().item() == pytest.approx(0.05, rel=1e-3)
     again = make("plain")
-    run.trainer(epochs=2).fit(again, digits)
+    Trainer.resuming(run, epochs=2).fit(again, digits)
     assert again.mean.norm().item() == pytest.approx(0.1, rel=0.01)
 
 
@@ -184,7 +183,7 @@ def test_samples_from_the_same_noise_are_kept_at_moments_and_disturb_nothing(
 
 def test_a_resumed_run_keeps_the_samples_that_it_has(make, digits, trainer, tmp_path):
     run = trainer(steps=8, out=tmp_path / "run", pictures=True).fit(make("duel"), digits)
-    run.trainer(steps=24).fit(run.model(), digits)
+    Trainer.resuming(run, steps=24).fit(run.model(), digits)
     assert list(run.progress()) == [*range(9), 9, 12, 15, 18, 21, 24]
     assert (run.path / "pictures/progress.png").is_file()
 
@@ -245,7 +244,7 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(folder, digits, tr
     assert lines[1]["loss"] == pytest.approx((x - 0.3).square().sum(1).mean().item(), rel=1e-5)
     again = Wandering(Config())
     again.plugin = "plain"
-    run.trainer().fit(again, data)
+    Trainer.resuming(run).fit(again, data)
     assert torch.equal(again.mean, model.mean)
 
 
@@ -329,7 +328,7 @@ def test_a_class_that_is_no_plugin_is_refused_with_a_folder_before_training(digi
 def test_a_model_made_from_its_registered_class_is_found(digits, trainer, tmp_path):
     run = trainer(epochs=1, out=tmp_path / "run").fit(Tiny(Config()), digits)
     assert run.config["model"]["name"] == "tiny"
-    assert isinstance(run.model(), plugins.load("models", "tiny"))
+    assert isinstance(run.model(), genfuse.models.load("tiny"))
 
 
 def test_bf16_mixed_rounds_no_data_and_no_weights(make, digits, trainer):

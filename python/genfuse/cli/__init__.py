@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import genfuse
 from genfuse import plugins
 from genfuse._files import plain
+from genfuse._version import __version__
 from genfuse.errors import DataWarning, GenfuseError, RunWarning, SettingsError, TrainingWarning
 
 USAGE = """\
@@ -95,13 +95,13 @@ def _dispatch(args: list[str]) -> int:
         print(USAGE, file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name == "--version":
-        print(f"genfuse {genfuse.__version__}")
+        print(f"genfuse {__version__}")
         return 0
     if name == "train":
         if not rest or rest[0] in ("-h", "--help"):
-            print(TRAIN_USAGE, *map(plain, lines("models")), sep="\n", file=sys.stdout if rest else sys.stderr)
+            print(TRAIN_USAGE, *map(plain, plugins.table("models")), sep="\n", file=sys.stdout if rest else sys.stderr)
             return 0 if rest else 2
-        from genfuse.cli._train import train
+        from genfuse.cli.train import train
 
         return train(rest)
 
@@ -113,12 +113,3 @@ def _dispatch(args: list[str]) -> int:
     import tyro
 
     return tyro.cli(COMMANDS[name], prog=f"genfuse {name}", args=rest)
-
-
-def lines(kind: str) -> list[str]:
-    """The plugins of one kind as a table: what to type, the distribution, where it is defined."""
-    rows = [(f"{kind}:", "from", "defined in")]
-    for plugin in plugins.discover(kind):
-        rows.append((f"  {plugins.typed(plugin)}", f"{plugin.distribution} {plugin.version}", plugin.target))
-    first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
-    return [f"{a:{first}}{b:{second}}{c}" for a, b, c in rows]

@@ -14,7 +14,6 @@ from tyro.conf import arg
 
 from genfuse import plugins
 from genfuse._files import plain
-from genfuse.cli import lines
 from genfuse.cli._compare import compare
 from genfuse.cli._device import find_device
 from genfuse.errors import SettingsError
@@ -44,7 +43,7 @@ def list_(kind: Kind = "all", /) -> int:
     Args:
         kind: what to show
     """
-    print(plain("\n\n".join("\n".join(lines(group)) for group in _groups(kind))))
+    print(plain("\n\n".join("\n".join(plugins.table(group)) for group in _groups(kind))))
     return 0
 
 
@@ -60,7 +59,9 @@ def plugins_(kind: Kind = "all", /) -> int:
     Args:
         kind: what to show
     """
-    states = list(plugins.describe(*_groups(kind)))
+    from genfuse.doctor import describe
+
+    states = list(describe(*_groups(kind)))
     rows = []
     for plugin, seconds, error in states:
         state = "BROKEN" if error else "ok" if seconds < SLOW else f"ok, but its import takes {seconds:.1f} s"
@@ -88,6 +89,9 @@ def sample(
     out: Annotated[Path, arg(metavar="FILE")],
     n: int = 64,
     label: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: drawn for each example)")] = None,
+    condition: Annotated[
+        str | None, arg(metavar="A=1,B=2", help_behavior_hint="(default: of the test examples)")
+    ] = None,
     temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
     sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None,
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
@@ -111,6 +115,7 @@ def sample(
         out: file to write: .png, .npy or .npz
         n: number of examples
         label: conditional models: the label of all examples, a class's name or number
+        condition: models of p(x | columns): a value of each of these columns, in their units, for all examples
         temperature: models that take one, such as flows: above 0; below 1 for samples nearer to the modes
         sampler: diffusion models: ancestral, ddim, heun, heun-stochastic, langevin or dpm-solver++
         steps: diffusion models: steps of the sampler
@@ -131,7 +136,7 @@ def sample(
     import numpy as np
     import torch
 
-    from genfuse import pictures
+    from genfuse import plots
     from genfuse._files import writing
     from genfuse.models import sample_in_parts
     from genfuse.training import Run
@@ -152,22 +157,38 @@ def sample(
         if name not in inspect.signature(model.sample).parameters:
             raise SettingsError(f"--{name}: the model of {run}, a {type(model).__name__}, takes none: leave it out")
     # Labels are of a generator of their own, so that the noise does not depend on how many there are.
-    y = _labels(trained, model, n, label, torch.Generator(model.device).manual_seed(seed_of(seed, 1)))
+    numbers = torch.Generator(model.device).manual_seed(seed_of(seed, 1))
+    if trained.config["data"].get("options", {}).get("condition"):
+        if label is not None:
+            raise SettingsError(f"--label: the model of {run} is given columns, no labels: use --condition")
+        y: torch.Tensor | None = _contexts(trained, n, condition, data, numbers).to(model.device)
+    elif condition is not None:
+        raise SettingsError(f"--condition: the model of {run} was trained without --data.condition: leave it out")
+    else:
+        y = _labels(trained, model, n, label, numbers)
     x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling
     if out.suffix == ".png" and len(shape) == 3:
-        pictures.sample_grid(x, out)
+        plots.sample_grid(x, out)
     elif out.suffix == ".png":
         test = trained.data(name=data).batch("test", slice(None))
-        alike = None if label is None or test.y is None or y is None else test.y == y[0].cpu()
+        alike = None
+        if test.y is not None and y is not None and label is not None:
+            alike = test.y == y[0].cpu()
+        elif test.y is not None and y is not None and condition is not None:  # the tenth that is nearest
+            off = (test.y - y[0].cpu()).norm(dim=1)
+            alike = off <= off.quantile(0.1)
         points = test.x if alike is None or not alike.any() else test.x[alike]
-        pictures.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
+        plots.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
     else:
         array = (x if scaling is None else scaling.restore(x)).numpy()
         more: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
         if y is not None:
-            more["y"] = y.cpu().numpy()
+            given = trained.condition_scaling
+            more["y"] = y.cpu().numpy() if given is None else given.restore(y.cpu()).numpy()
+            if given is not None and given.names:
+                more["y_names"] = np.array(given.names)
             if trained.class_names:
                 more["class_names"] = np.array(trained.class_names)
         with writing(out) as file:
@@ -409,6 +430,29 @@ def _labels(
     if number not in labels:
         raise SettingsError(f"--label {label}: no training example of {run.path} has this label")
     return torch.full((n,), number, device=model.device)
+
+
+def _contexts(
+    run: "Run", n: int, condition: str | None, data: str | None, generator: "torch.Generator"
+) -> "torch.Tensor":
+    """The contexts (n, C) that a model is to be given: all as typed, or those of test examples drawn by chance."""
+    import torch
+
+    if condition is None:
+        y = run.data(name=data).splits["test"].y
+        assert y is not None
+        return y[torch.randint(len(y), (n,), generator=generator, device=generator.device).cpu()]
+    columns = run.config["data"]["options"]["condition"].split(",")
+    values = dict(each.split("=", 1) for each in condition.split(",") if "=" in each)
+    try:
+        typed = [float(values.pop(column)) for column in columns]
+    except (KeyError, ValueError):
+        typed = []
+    if not typed or values or not all(map(math.isfinite, typed)):
+        wanted = ",".join(f"{column}=NUMBER" for column in columns)
+        raise SettingsError(f"--condition must be {wanted}, with a finite number for each; got {condition}")
+    y = torch.tensor([typed])
+    return (y if run.condition_scaling is None else run.condition_scaling.apply(y)).expand(n, -1)
 
 
 def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:

@@ -42,6 +42,7 @@ def compare(
     ] = None,
     delimiter: Annotated[str | None, arg(name="data.delimiter", metavar="MARK", help_behavior_hint="")] = None,
     decimal: Annotated[str | None, arg(name="data.decimal", metavar="MARK", help_behavior_hint="")] = None,
+    condition: Annotated[str | None, arg(name="data.condition", metavar="A,B", help_behavior_hint="")] = None,
     device: str = "auto",
 ) -> int:
     """Train several models equally long on the same data, measure them alike, and put them into one table.
@@ -74,6 +75,7 @@ def compare(
         header: of a csv, as of `genfuse train`
         delimiter: of a csv, as of `genfuse train`
         decimal: of a csv, as of `genfuse train`
+        condition: of a table, as of `genfuse train`
         device: auto, cpu, cuda, mps, or one of several: cuda:1
     """
     if not models:
@@ -84,12 +86,12 @@ def compare(
     if runs and len(runs) < len(models):
         others = ", ".join(each for each in models if Path(each) not in runs)
         raise SettingsError(f"{runs[0]} is a run and {others} is not: compare models or runs, not both")
-    from genfuse.comparison import _report, compare, compare_runs
+    from genfuse.comparison import compare, compare_runs, show
     from genfuse.data import load_data
     from genfuse.training import Trainer
 
     where = str(find_device(device))
-    reading = {"header": header, "delimiter": delimiter, "decimal": decimal}
+    reading = {"header": header, "delimiter": delimiter, "decimal": decimal, "condition": condition}
     measuring: dict[str, Any] = {
         "out": out,
         "features": features,
@@ -128,7 +130,7 @@ def compare(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"; the same command goes on with what is in {out}") from None
-    _report.show(result)
+    show(result)
     for file in ("report.html", "table.md", "comparison.json"):
         print(plain(f"written: {out / file}"))
     return 0

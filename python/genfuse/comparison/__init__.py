@@ -4,3 +4,4 @@ from genfuse.comparison._compare import Budget as Budget
 from genfuse.comparison._compare import compare as compare
 from genfuse.comparison._compare import compare_runs as compare_runs
 from genfuse.comparison._report import markdown as markdown
+from genfuse.comparison._report import show as show

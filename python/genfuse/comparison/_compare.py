@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from genfuse import __version__, plugins
+from genfuse import plugins
 from genfuse._files import (
     demand,
     intact,
@@ -30,8 +30,10 @@ from genfuse._files import (
     write_json,
     writing,
 )
+from genfuse._version import __version__
 from genfuse.comparison import _report
-from genfuse.comparison._measures import draw, measure, peak_memory, training_seconds
+from genfuse.comparison._columns import draw, measure, peak_memory, training_seconds
+from genfuse.data import Dataset
 from genfuse.errors import (
     GenfuseError,
     NonFiniteLossError,
@@ -41,12 +43,9 @@ from genfuse.errors import (
     TrainingWarning,
 )
 from genfuse.metrics import extractor
-from genfuse.models import configure, create
+from genfuse.models import configure, create, load
 from genfuse.training import Run, Trainer
 from genfuse.training.run import FREE, describe_data
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
 
 RESULT, REPORT, TABLE, PICTURES = "comparison.json", "report.html", "table.md", "pictures"
 VERSION = 1
@@ -117,7 +116,7 @@ class Entry:
 
 def compare(
     models: Sequence[str],
-    data: "Dataset",
+    data: Dataset,
     *,
     out: str | Path,
     budget: str | Budget = "5m",
@@ -230,7 +229,7 @@ def compare_runs(
     inception_weights: str | Path | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure runs that exist, each a row; the rest is as for `compare`. The runs themselves are left as they are.
+    """Column runs that exist, each a row; the rest is as for `compare`. The runs themselves are left as they are.
 
     Raises RunError, which names both, for runs on different data.
     """
@@ -289,7 +288,7 @@ def _same_content(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return train[0] == train[1]
 
 
-def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: "Dataset") -> list[Entry]:
+def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: Dataset) -> list[Entry]:
     """Raises SettingsError and PluginError for what is wrong with the names and the settings as they were given."""
     if not models:
         raise SettingsError("there is nothing to compare: name models, as `genfuse list models` shows them, or runs")
@@ -309,7 +308,7 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
     for entry in entries:
         if entry.settings:  # the defaults may be wrong for the data: that is for its row to say, as is a failing import
             with suppress(PluginError):
-                configure(plugins.load("models", entry.model), entry.settings, data)
+                configure(load(entry.model), entry.settings, data)
     return entries
 
 
@@ -429,7 +428,7 @@ def _begin(options: dict[str, Any], device: str) -> dict[str, Any]:
     return {"version": VERSION, "machine": machine, "options": options, "real": {}, "plugins": {}, "rows": []}
 
 
-def _steps(budget: Budget, entry: Entry, data: "Dataset", trainer: Trainer, say: Say) -> int:
+def _steps(budget: Budget, entry: Entry, data: Dataset, trainer: Trainer, say: Say) -> int:
     """Updates that the budget buys. Of a time: at the speed of the last part of a trial, past all warming up.
 
     There is a trial of an update where examples are counted, too: what is loaded in it is no part of a run's memory.
@@ -454,17 +453,17 @@ def _steps(budget: Budget, entry: Entry, data: "Dataset", trainer: Trainer, say:
             if seconds >= min(budget.seconds / 20, 10):
                 return max(1, round(budget.seconds * (steps - done) / seconds))
             done, steps = steps, 2 * steps
-            trainer = run.trainer(steps=steps)
+            trainer = Trainer.resuming(run, steps=steps)
 
 
-def _trained(trainer: Trainer, entry: Entry, data: "Dataset", run: dict[str, Any], say: Say) -> Run:
+def _trained(trainer: Trainer, entry: Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
     """The run of ``trainer``, from its last checkpoint on where it has one; finished ones are left as they are."""
     path = Path(trainer.out or "")
     if (path / "config.json").is_file():
         there = Run(path)
         if there.step == trainer.steps:
             return there
-        trainer = there.trainer(device=trainer.device)
+        trainer = Trainer.resuming(there, device=trainer.device)
     say(f"{entry.label}, seed {trainer.seed}: {'resuming' if trainer.resume else 'training'}, {trainer.steps:,} steps")
     with peak_memory(trainer.device) as peak:
         torch.manual_seed(trainer.seed)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genfuse._files import plain
-from genfuse.comparison._measures import MEASURES, Measure
+from genfuse.comparison._columns import COLUMNS, Column
 
 # The table is too wide for a terminal or a page of text, so it is shown there in parts.
 PARTS = (("quality", "diversity"), ("plugins",), ("stability",), ("latent space", "likelihood"), ("cost",))
 TEXTS = (
-    Measure("outcome", "runs", "stability", "", "how many seeds were trained to the end; of the others why not"),
-    Measure("bound", "bound", "likelihood", "", "what the log-likelihood is"),
+    Column("outcome", "runs", "stability", "", "how many seeds were trained to the end; of the others why not"),
+    Column("bound", "bound", "likelihood", "", "what the log-likelihood is"),
 )
 WIDTH, HEIGHT = 300, 110  # of a loss curve
 ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    columns: list[Measure]
+    columns: list[Column]
     rows: list[Row]
     real: Row  # the same measures of real examples
 
@@ -43,15 +43,15 @@ class Table(NamedTuple):
         return Table([self.columns[i] for i in kept], rows[:-1], rows[-1])
 
 
-def measures(result: dict[str, Any]) -> list[Measure]:
-    """All that there are columns for: `MEASURES`, and what metrics of other packages make, before the stability."""
-    known = {measure.key for measure in MEASURES}
-    others = [Measure.of_plugin(*each) for each in result.get("plugins", {}).items() if each[0] not in known]
-    first = next(i for i, measure in enumerate(MEASURES) if measure.group == "stability")
-    return [*MEASURES[:first], *others, *MEASURES[first:]]
+def measures(result: dict[str, Any]) -> list[Column]:
+    """All that there are columns for: `COLUMNS`, and what metrics of other packages make, before the stability."""
+    known = {measure.key for measure in COLUMNS}
+    others = [Column.of_plugin(*each) for each in result.get("plugins", {}).items() if each[0] not in known]
+    first = next(i for i, measure in enumerate(COLUMNS) if measure.group == "stability")
+    return [*COLUMNS[:first], *others, *COLUMNS[first:]]
 
 
-def summary(runs: list[dict[str, Any]], measures: Sequence[Measure]) -> dict[str, Any]:
+def summary(runs: list[dict[str, Any]], measures: Sequence[Column]) -> dict[str, Any]:
     """Mean and standard deviation over the runs of a row that have figures, and what became of the others."""
     done = [run["figures"] for run in runs if "figures" in run]
     mean, std = {}, {}
@@ -80,7 +80,7 @@ def table(result: dict[str, Any]) -> Table:
         at = next((i for i, m in enumerate(columns) if m.group == text.group), len(columns))
         columns.insert(at, text)
 
-    def cell(row: dict[str, Any], measure: Measure) -> Cell:
+    def cell(row: dict[str, Any], measure: Column) -> Cell:
         if measure in TEXTS:
             return Cell(row[measure.key])
         value, std = row["mean"].get(measure.key), row["std"].get(measure.key)
@@ -89,7 +89,7 @@ def table(result: dict[str, Any]) -> Table:
         spread = f" ± {std:.2g}" if std and measure.group != "cost" else ""
         return Cell(measure.show(value) + spread, value)
 
-    def real(measure: Measure) -> Cell:
+    def real(measure: Column) -> Cell:
         value = result["real"].get(measure.key)
         return Cell("–") if value is None else Cell(measure.show(value), value)
 
@@ -164,7 +164,7 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
             "curves": list(_curves(row["runs"])),
             "seeds": len(row["runs"]),
             "distance": next(
-                (c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == MEASURES[0].key), ""
+                (c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == COLUMNS[0].key), ""
             ),
         }
         for row, (_, cells) in zip(result["rows"], whole.rows, strict=True)
@@ -217,7 +217,7 @@ def _parts(whole: Table) -> list[Table]:
     return [part for groups in PARTS if (part := whole.part(groups)).columns]
 
 
-def _title(column: Measure) -> str:
+def _title(column: Column) -> str:
     return column.title + ARROWS[column.better]
 
 

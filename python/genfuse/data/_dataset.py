@@ -98,6 +98,7 @@ class Dataset:
     seed: int = 0  # that `load_data` made it with
     mixture: Mixture | None = None  # toys: what they were drawn from, where that is a mixture of Gaussians
     options: dict[str, str] = field(default_factory=dict)  # by which `load_data` had its files read
+    condition_scaling: Scaling | None = None  # of the columns that are given as the context y
     source: str | None = None  # the name with an absolute path in it, where it is that of a file or folder
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
 
@@ -238,6 +239,42 @@ class Dataset:
         splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
         return replace(self, binarize="static", levels=2, splits=splits)
 
+    def conditioned(self, columns: Sequence[str]) -> "Dataset":
+        """A table whose ``columns`` are given, and no longer modelled: batches hold them as the context y (N, C).
+
+        Columns are called by name, or by number from 1 if they have none. Raises DataError for data that is no table of
+        real numbers, that has labels, or that has no such column, and if no column were left.
+        """
+
+        def refuse(problem: str) -> DataError:
+            return DataError(f"data set {self.name!r}, condition {','.join(columns)}: {problem}")
+
+        if self.levels is not None or len(self.shape) != 1:
+            raise refuse("only columns of a table of real numbers can be given")
+        if self.splits["train"].y is not None:
+            raise refuse("the data has labels, or a condition, already: use one or the other")
+        names = self.scaling.names if self.scaling else None
+        known = names or tuple(str(i + 1) for i in range(self.shape[0]))
+        for column in columns:
+            if known.count(column) != 1:
+                which = "is the name of several columns" if column in known else "is none of"
+                raise refuse(f"{column!r} {which} {', '.join(known)}")
+        if len(set(columns)) < len(columns):
+            raise refuse("each column can be given once")
+        given = [known.index(column) for column in columns]
+        rest = [i for i in range(len(known)) if i not in given]
+        if not rest:
+            raise refuse("all columns are given: at least one must be left to be modelled")
+
+        def of(indices: list[int]) -> Scaling | None:
+            if self.scaling is None:
+                return None
+            mean, std = (tuple(values[i] for i in indices) for values in (self.scaling.mean, self.scaling.std))
+            return Scaling(mean, std, names and tuple(names[i] for i in indices))
+
+        splits = {part: Split(split.x[:, rest], split.x[:, given].contiguous()) for part, split in self.splits.items()}
+        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None)
+
     def fingerprint(self, split: str | None = None) -> str:
         """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
         digest = hashlib.sha256(repr((self.shape, self.levels, self.stored_levels)).encode())
@@ -327,6 +364,7 @@ def load_data(
     header: Header = "auto",
     delimiter: str = ",",
     decimal: str = ".",
+    condition: str | Sequence[str] = (),
 ) -> Dataset:
     """Load the data set that ``name`` stands for, wholly into memory.
 
@@ -334,6 +372,7 @@ def load_data(
     another one has as well, DISTRIBUTION:NAME or DISTRIBUTION:NAME:ARGUMENT. Files of data sets by name are looked for
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
+    ``condition`` names columns of a table, "a,b" or a sequence, that are given and not modelled (`Dataset.conditioned`).
 
     Raises DataError where the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.
@@ -369,4 +408,6 @@ def load_data(
         raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
+    if columns := [*filter(None, map(str.strip, condition.split(",") if isinstance(condition, str) else condition))]:
+        data, options = data.conditioned(columns), {**options, "condition": ",".join(columns)}
     return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]

@@ -4,17 +4,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from genfuse.data import Dataset
 from genfuse.errors import SettingsError
 from genfuse.models import GenerativeModel
 from genfuse.ops import kl_per_dimension
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
 
 ACTIVE = 0.01  # a latent dimension is active where Var_x E[z | x] is above this: arXiv 1509.00519, section 5.2
 
@@ -22,7 +20,7 @@ ACTIVE = 0.01  # a latent dimension is active where Var_x E[z | x] is above this
 @torch.no_grad()
 def evaluate(
     model: GenerativeModel,
-    data: "Dataset",
+    data: Dataset,
     *,
     samples: int = 50,
     limit: int | None = None,
@@ -75,7 +73,7 @@ def undisturbed(model: GenerativeModel) -> Iterator[None]:
 
 
 def _evaluate_split(
-    model: GenerativeModel, data: "Dataset", split: str, samples: int, limit: int | None, seed: int
+    model: GenerativeModel, data: Dataset, split: str, samples: int, limit: int | None, seed: int
 ) -> dict[str, float | int | list[float]]:
     examples = min(len(data.splits[split]), limit or math.inf)
     rows = max(1, min(500, 2**21 // math.prod(data.shape)))

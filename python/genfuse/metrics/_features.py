@@ -7,19 +7,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from genfuse import __version__
-from genfuse._files import demand
+from genfuse._files import demand, read_tensors, write_tensors
+from genfuse._version import __version__
+from genfuse.data import Dataset
 from genfuse.errors import DataError, SettingsError
 from genfuse.models import check_range
 from genfuse.nn import conv_encoder, mlp
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
 
 FEATURES = ("auto", "columns", "pixels", "random-conv", "classifier", "inception")
 WIDTH = 64  # features of the networks here, few enough for a covariance of a few hundred examples
@@ -50,7 +47,7 @@ class Extractor:
 
 def extractor(
     name: str,
-    data: "Dataset",
+    data: Dataset,
     *,
     device: torch.device | str = "cpu",
     inception_weights: str | Path | None = None,
@@ -70,9 +67,7 @@ def extractor(
     return replace(_extractor(name, data, device, inception_weights), levels=data.levels)
 
 
-def _extractor(
-    name: str, data: "Dataset", device: torch.device | str, inception_weights: str | Path | None
-) -> Extractor:
+def _extractor(name: str, data: Dataset, device: torch.device | str, inception_weights: str | Path | None) -> Extractor:
     if name not in FEATURES:
         raise SettingsError(f"features must be one of {', '.join(FEATURES)}; got {name!r}")
     if name == "auto":
@@ -101,7 +96,7 @@ def _extractor(
     return Extractor(name, f"TorchScript module {inception_weights}", _inception(inception_weights, data, device))
 
 
-def classifier_path(data: "Dataset") -> Path:
+def classifier_path(data: Dataset) -> Path:
     """Where the classifier of a data set is kept: in ``$GENFUSE_CACHE/features``, by default of ~/.cache/genfuse.
 
     Its file is named by the content of the training split, so that data that has changed has another one.
@@ -112,7 +107,7 @@ def classifier_path(data: "Dataset") -> Path:
 
 
 def train_features(
-    data: "Dataset",
+    data: Dataset,
     *,
     steps: int = 2000,
     batch_size: int = 128,
@@ -128,7 +123,6 @@ def train_features(
     and SettingsError where the file exists, unless ``overwrite``.
     """
     from genfuse.training.progress import Progress
-    from genfuse.training.run import write_tensors
 
     if steps < 1 or batch_size < 1:
         raise SettingsError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
@@ -180,7 +174,7 @@ def train_features(
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, data: "Dataset", device: torch.device | str) -> float:
+def _accuracy(network: nn.Module, data: Dataset, device: torch.device | str) -> float:
     right = 0
     for start in range(0, len(data.splits["test"]), BATCH):
         x, y = (part.to(device) for part in data.batch("test", slice(start, start + BATCH)) if part is not None)
@@ -216,9 +210,7 @@ def _channels(shape: tuple[int, ...]) -> list[int]:
     return [32 * 2**stage for stage in range(min(5, max(1, side.bit_length() - 2)))]
 
 
-def _load_classifier(data: "Dataset") -> tuple[nn.Module, float]:
-    from genfuse.training.run import read_tensors
-
+def _load_classifier(data: Dataset) -> tuple[nn.Module, float]:
     path = classifier_path(data)
     if not path.is_file():
         command = ["genfuse", "train-features", data.name]
@@ -253,7 +245,7 @@ def _random_network(shape: tuple[int, ...]) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _inception(path: str | Path | None, data: "Dataset", device: torch.device | str) -> Callable[[Tensor], Tensor]:
+def _inception(path: str | Path | None, data: Dataset, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """The module of a file, called as the metrics of StyleGAN2-ADA call theirs: uint8 RGB in, features out."""
     wanted = (
         "a TorchScript InceptionV3 that takes uint8 RGB images (N, 3, H, W) of any size and returns features (N, D), "

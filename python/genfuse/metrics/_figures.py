@@ -3,19 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from genfuse import plugins
+from genfuse.data import Dataset
 from genfuse.errors import PluginError
 from genfuse.metrics import _distances
 from genfuse.metrics._distances import TooFewSamplesError
 from genfuse.metrics._modes import mode_coverage
 from genfuse.metrics._neighbours import prdc
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +28,7 @@ class Samples:
     reference: Tensor  # (N, *shape), of the test split
     features: Tensor  # (N, D), of x
     reference_features: Tensor  # (N, D)
-    data: "Dataset"
+    data: Dataset
     seed: int  # of what a metric draws
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from genfuse import pictures, plugins
+from genfuse import plots, plugins
+from genfuse.data import Dataset
 from genfuse.errors import SettingsError
 from genfuse.metrics._distances import TooFewSamplesError
 from genfuse.metrics._evaluate import undisturbed
@@ -16,9 +17,6 @@ from genfuse.metrics._figures import Samples, described, measured, registered
 from genfuse.metrics._neighbours import nearest
 from genfuse.models import GenerativeModel, sample_in_parts
 
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
-
 MOST = 10_000  # examples that are compared unless asked for otherwise
 SEARCHED = 1000  # of the samples, those whose nearest training example is looked for
 SHOWN, NEIGHBOURS = 8, 7  # rows of a picture, and training examples in each
@@ -26,7 +24,7 @@ SHOWN, NEIGHBOURS = 8, 7  # rows of a picture, and training examples in each
 
 def evaluate_samples(
     model: GenerativeModel,
-    data: "Dataset",
+    data: Dataset,
     *,
     features: str = "auto",
     n: int | None = None,
@@ -111,7 +109,7 @@ def evaluate_samples(
         if picture is not None and data.is_image:
             neighbours = data.batch("train", index[:SHOWN].flatten().cpu()).x
             Path(picture).parent.mkdir(parents=True, exist_ok=True)
-            pictures.neighbours(shown[:SHOWN], neighbours.unflatten(0, (-1, index.shape[1])), picture)
+            plots.neighbours(shown[:SHOWN], neighbours.unflatten(0, (-1, index.shape[1])), picture)
     return {
         "features": extract.name,
         "about": extract.about,
@@ -123,6 +121,6 @@ def evaluate_samples(
     }
 
 
-def _features(extract: Extractor, data: "Dataset", split: str, rows: Tensor, device: torch.device) -> Tensor:
+def _features(extract: Extractor, data: Dataset, split: str, rows: Tensor, device: torch.device) -> Tensor:
     """Of some examples of a split, (N, D)."""
     return torch.cat([extract(data.batch(split, part).x.to(device)) for part in rows.split(BATCH)])

@@ -15,4 +15,6 @@ from genfuse.models._base import adam as adam
 from genfuse.models._base import check_range as check_range
 from genfuse.models._base import configure as configure
 from genfuse.models._base import create as create
+from genfuse.models._base import load as load
 from genfuse.models._base import sample_in_parts as sample_in_parts
+from genfuse.models._base import unfit as unfit

@@ -20,6 +20,7 @@ from genfuse.nn import (
     mlp_generator,
     resnet_critic,
     resnet_generator,
+    slerp,
 )
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import gradient_penalty
@@ -238,14 +239,6 @@ def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:
         near.append(distances.fill_diagonal_(math.inf).amin(1).mean())
     tiny = torch.finfo(near[0].dtype).tiny
     return (near[0] + tiny) / (near[1] + tiny)
-
-
-def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Points (steps, N, D) on the arcs from a to b, (N, D) each, at ``weights`` (steps,) from 0 to 1."""
-    cosine = torch.cosine_similarity(a, b, dim=-1).clamp(-1, 1)
-    angle, t = torch.acos(cosine)[:, None], weights[:, None, None]
-    arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-    return torch.where(torch.sin(angle).abs() < 1e-4, torch.lerp(a, b, t), arc)
 
 
 def _generator(config: AdversarialConfig) -> nn.Module:

@@ -300,7 +300,7 @@ class GenerativeModel(nn.Module):
         labels = isinstance(self.embedding, OneHot)
         if y is None:
             if labels:
-                wanted = f"of p(x | label): give labels y, ({n},), each in 0..{self.embedding.classes - 1}"  # type: ignore[union-attr, operator]
+                wanted = f"of p(x | label): give labels y, ({n},), each in 0..{self.embedding.classes - 1}"  # type: ignore[operator]
             else:
                 features = f", {self.embedding.features}" if isinstance(self.embedding, Features) else ", C"
                 wanted = f"conditional: give a context y, ({n}{features})"
@@ -331,6 +331,15 @@ class GenerativeModel(nn.Module):
         y = torch.as_tensor(y, device=self.device)
         one = y.dim() == 0 or (y.dim() == 1 and y.dtype.is_floating_point)
         return y.expand(n, *y.shape) if one else y
+
+    def some_given(self, data: Dataset, n: int) -> dict[str, Tensor]:
+        """What `sample` and others are given to draw n examples that stand for all of ``data``: as ``y`` each label in
+        turn, or the contexts of the first test examples; nothing if the model is not conditional."""
+        if not self.conditional:
+            return {}
+        y = data.splits["test"].y if data.condition else self.drawn_labels
+        assert y is not None  # `check_data` saw to it
+        return {"y": y[torch.arange(n, device=y.device) % len(y)].to(self.device)}
 
     def check_data(self, data: Dataset) -> None:
         """Raise SettingsError if the model was made for other examples, or for labels that ``data`` does not have.
@@ -459,6 +468,27 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
     return config
 
 
+def unfit(loaded: Any) -> str | None:
+    """What makes an object unfit to be a model that a package brings, or None."""
+    api = getattr(loaded, "genfuse_api", None)
+    if api != plugins.API:
+        written_for = "no plugin API (it has no `genfuse_api`)" if api is None else f"plugin API {api}"
+        return f"was written for {written_for}; this genfuse has plugin API {plugins.API}"
+    if not (isinstance(loaded, type) and issubclass(loaded, GenerativeModel)):
+        return f"is not a subclass of genfuse.models.GenerativeModel: it is {loaded!r}"
+    if not (isinstance(config := getattr(loaded, "Config", None), type) and dataclasses.is_dataclass(config)):
+        return f"has no dataclass of settings as its Config; it has {config!r}"
+    if loaded.loss is GenerativeModel.loss:
+        return "lacks the verb loss(batch, player), without which it cannot be trained"
+    return None
+
+
+def load(name: str) -> type[GenerativeModel]:
+    """The class that ``name`` stands for. Raises PluginError for an unknown or broken model."""
+    cls: type[GenerativeModel] = plugins.load("models", name, unfit)
+    return cls
+
+
 def create(name: str, data: Dataset | None = None, **settings: Any) -> GenerativeModel:
     """Make the model that ``name`` stands for, with the given settings.
 
@@ -468,7 +498,7 @@ def create(name: str, data: Dataset | None = None, **settings: Any) -> Generativ
 
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
-    cls = plugins.load("models", name)
+    cls = load(name)
     model: GenerativeModel = cls.from_config(configure(cls, settings, data))
     model.plugin = name
     return model

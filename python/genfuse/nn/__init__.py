@@ -33,6 +33,7 @@ from genfuse.nn._image import Flatten as Flatten
 from genfuse.nn._image import Logit as Logit
 from genfuse.nn._image import Split as Split
 from genfuse.nn._image import Squeeze as Squeeze
+from genfuse.nn._latents import slerp as slerp
 from genfuse.nn._linear import ActNorm as ActNorm
 from genfuse.nn._linear import LULinear as LULinear
 from genfuse.nn._linear import Permutation as Permutation

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfuse.data import Dataset
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import Batch, GenerativeModel, Player
+from genfuse.training.options import Options
 from genfuse.training.progress import Progress
 from genfuse.training.run import STATE, Checkpoint, Recorder, differences, essentials
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from genfuse.data import Dataset
-    from genfuse.training.trainer import Trainer
 
 ORDER, NOISE, TEST = range(3)  # what a random stream is for
 TEST_EXAMPLES = 10_000  # at most so many of the test split, by chance, are looked at after each epoch
@@ -98,7 +98,7 @@ class Loop:
     """
 
     def __init__(
-        self, trainer: "Trainer", fabric: "Fabric", model: GenerativeModel, players: list[Player], data: "Dataset"
+        self, trainer: Options, fabric: "Fabric", model: GenerativeModel, players: list[Player], data: Dataset
     ) -> None:
         self.trainer, self.fabric, self.model, self.players = trainer, fabric, model, players
         self.data = data.to(fabric.device)
@@ -304,15 +304,12 @@ class Loop:
         assert self.recorder
         began = time.perf_counter()
         n = IMAGES if self.data.is_image else POINTS
-        y = {}
-        if self.model.conditional:
-            labels = self.model.drawn_labels.to(self.model.device)
-            y["y"] = labels[torch.arange(n, device=self.model.device) % len(labels)]
+        given = self.model.some_given(self.data, n)
         self.model.eval()
         with forked_rng(self.fabric.device), torch.no_grad():
             torch.manual_seed(seed_of(self.trainer.seed, TEST))
             generator = torch.Generator(self.model.device).manual_seed(self.trainer.seed)
-            self.recorder.keep(self.step, self.model.sample(n, generator=generator, **y))
+            self.recorder.keep(self.step, self.model.sample(n, generator=generator, **given))
         self.model.train()
         self.clock += time.perf_counter() - began  # it is no part of the training's speed
 

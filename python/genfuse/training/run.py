@@ -18,39 +18,39 @@ import threading
 import typing
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse import __version__, plugins
+from genfuse import models, plugins
 from genfuse._files import (
     demand,
-    digest,
     intact,
     keep_as,
     named,
     occupied,
     read_array,
     read_json,
+    read_tensors,
     refuse_links,
     shown,
     staging,
     sweep,
     sync_folder,
+    tensor_facts,
     write_json,
+    write_tensors,
     writing,
 )
+from genfuse._version import __version__
+from genfuse.data import Dataset, Scaling, load_data
 from genfuse.errors import DataError, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel, configure
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset, Scaling
-    from genfuse.training.trainer import Trainer
+from genfuse.training.options import Options
 
 VERSION = 1
 CONFIG, WEIGHTS, STATE, METRICS = "config.json", "model.safetensors", "state.safetensors", "metrics.jsonl"
@@ -100,7 +100,7 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = _read_config(self.path)
+        self.config: dict[str, Any] = read_config(self.path)
         if not (self.path / WEIGHTS).is_file():
             raise RunError(f"the run folder {self.path} is half there: it has {CONFIG}, but no {WEIGHTS}")
         if "sha256" not in self.config:
@@ -112,12 +112,17 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @property
-    def scaling(self) -> "Scaling | None":
+    def scaling(self) -> Scaling | None:
         """For a table: the means and standard deviations that it was standardized by. Else None."""
-        from genfuse.data import Scaling
-
         self._check("data")
         scaling = self.config["data"]["scaling"]
+        return scaling and Scaling(**scaling)
+
+    @property
+    def condition_scaling(self) -> Scaling | None:
+        """`scaling` of the columns that were given as the context, if there were any. Else None."""
+        self._check("data")
+        scaling = self.config["data"].get("condition_scaling")
         return scaling and Scaling(**scaling)
 
     @property
@@ -129,13 +134,13 @@ class Run:
     @property
     def step(self) -> int:
         """Updates behind the weights."""
-        step: int = demand(_facts(self.path / WEIGHTS), {"step": int}, self.path / WEIGHTS)["step"]
+        step: int = demand(tensor_facts(self.path / WEIGHTS), {"step": int}, self.path / WEIGHTS)["step"]
         return step
 
     def model(self, device: str | torch.device = "cpu") -> GenerativeModel:
         """The trained model in evaluation mode, in float32. Raises PluginError where its plugin is not installed."""
         named, file = self.config["model"], self.path / CONFIG
-        cls = plugins.load("models", named["name"])
+        cls = models.load(named["name"])
         weights, facts = read_tensors(self.path / WEIGHTS)
         self._check("model", facts)
         try:
@@ -154,14 +159,12 @@ class Run:
             raise RunError(f"{self.path / WEIGHTS} does not fit the model that {CONFIG} names: {error}") from None
         return model.to(device).eval()
 
-    def data(self, root: str | Path | None = None, name: str | None = None) -> "Dataset":
+    def data(self, root: str | Path | None = None, name: str | None = None) -> Dataset:
         """The data set that the run was trained on, from where it was then, or from ``root``.
 
         ``name`` is for data that has moved: "csv:NEW/PATH". Raises DataError if it is not found, RunError, which says
         what is other in it, if it has changed.
         """
-        from genfuse.data import load_data
-
         was = self.config["data"]
         try:
             data = load_data(
@@ -205,15 +208,9 @@ class Run:
                     raise RunError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
         return dict(sorted(found.items()))
 
-    def trainer(self, **changes: Any) -> "Trainer":
-        """The trainer that continues this run, with some options changed: ``run.trainer(epochs=40)``."""
-        from genfuse.training.trainer import Trainer
-
-        return Trainer(**{**self.config["training"], "out": self.path, "resume": True, **changes})
-
     def _check(self, section: str, facts: dict[str, Any] | None = None) -> None:
         """Raise RunError where a section of config.json is not the one that the weights were trained by."""
-        facts = _facts(self.path / WEIGHTS) if facts is None else facts
+        facts = tensor_facts(self.path / WEIGHTS) if facts is None else facts
         if "config" not in facts:  # which is younger than the run
             return
         demand(facts, {f"config.{section}": dict[str, Any]}, self.path / WEIGHTS)
@@ -225,7 +222,7 @@ class Run:
             )
 
 
-def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) -> dict[str, Any]:
+def describe(model: GenerativeModel, data: Dataset, training: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json. Raises SettingsError where `Run.model` could not rebuild the model from it."""
     name = model.plugin or plugin_of(type(model))
     settings = dataclasses.asdict(model.config)
@@ -250,9 +247,12 @@ def describe(model: GenerativeModel, data: "Dataset", training: dict[str, Any]) 
     }
 
 
-def describe_data(data: "Dataset") -> dict[str, Any]:
+def describe_data(data: Dataset) -> dict[str, Any]:
     """What config.json says of a data set: where it is found from any folder, and what is in it."""
-    scaling = data.scaling and json.loads(json.dumps(dataclasses.asdict(data.scaling)))  # which has no tuples
+    scaling, given = (
+        of and json.loads(json.dumps(dataclasses.asdict(of)))  # which has no tuples
+        for of in (data.scaling, data.condition_scaling)
+    )
     return {
         "name": data.source or data.name,
         "root": data.root,
@@ -262,6 +262,7 @@ def describe_data(data: "Dataset") -> dict[str, Any]:
         "splits": {part: data.fingerprint(part) for part in data.splits},
         "shape": list(data.shape),
         "scaling": scaling,
+        "condition_scaling": given,
         "options": dict(data.options),
         "class_names": data.class_names and list(data.class_names),
     }
@@ -299,21 +300,32 @@ def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
     return {
         "model": {"name": config["model"]["name"], **config["model"]["settings"]},
-        "data": {key: config["data"][key] for key in ("shape", "binarize", "fingerprint", "scaling")},
+        "data": {
+            **{key: config["data"][key] for key in ("shape", "binarize", "fingerprint", "scaling")},
+            **{
+                key: config["data"][key] for key in ("condition_scaling",) if config["data"].get(key)
+            },  # a run may be older
+        },
         "training": {key: value for key, value in config["training"].items() if key not in free},
     }
 
 
 def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
     """What is other in the sections of ``new`` than in ``old``. Both are what `essentials` returns, or parts of it."""
-    from genfuse.training.trainer import Trainer
-
     found = []
     for section in new:
-        # Of options that are younger than the run.
-        defaults = dataclasses.asdict(Trainer()) if section == "training" else {}
-        for key in sorted(old[section].keys() | new[section].keys()):
-            was, now = (of[section].get(key, defaults.get(key)) for of in (old, new))
+        was_all, defaults = old[section], {}  # of what is younger than the run
+        if section == "training":
+            defaults = dataclasses.asdict(Options())
+        elif section == "model":
+            cls = models.load(new[section]["name"])
+            fields = dataclasses.fields(cls.Config)
+            was_all = cls.current(was_all)
+            defaults = json.loads(
+                json.dumps({f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
+            )
+        for key in sorted(was_all.keys() | new[section].keys()):
+            was, now = (of.get(key, defaults.get(key)) for of in (was_all, new[section]))
             if was != now:
                 found.append(f"{section} {key}: was {was!r}, now {now!r}")
     return found
@@ -336,7 +348,7 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
     if resume:
         if not path.exists():
             raise RunError(f"there is no run folder {path} to resume")
-        _read_config(path)
+        read_config(path)
         if not (path / STATE).is_file():
             older = "".join(f"; {each.name}, the checkpoint before, is there" for each in _before(path)[:1])
             raise RunError(f"the run folder {path} cannot be resumed: it has no {STATE}{older}")
@@ -344,7 +356,7 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
         raise RunError(f"{path} exists and is not a folder")
     elif occupied(path) and not _half_begun(path):
         try:
-            _read_config(path)
+            read_config(path)
         except RunError as error:
             raise RunError(f"{path} is taken, and by something that will not be overwritten: {error}") from None
         if not overwrite:
@@ -352,82 +364,6 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
                 f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite "
                 "(in Python: resume=True, overwrite=True)"
             )
-
-
-def check_same(path: Path, config: dict[str, Any]) -> None:
-    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``.
-
-    A RunWarning tells where versions or threads are others, since then its promise of the same bits does not hold.
-    """
-    was = _read_config(path)
-    old, new = essentials(was), essentials(config)
-    if "splits" not in was["data"] and not differences_of_data(was["data"], config["data"]):
-        old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
-    if found := differences(old, new):
-        found += differences_of_data(was["data"], config["data"])
-        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
-    around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
-              if key in was and was[key] != config[key]]  # fmt: skip
-    if around:
-        _warn(
-            f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
-            "if it had never stopped"
-        )
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, on the CPU, and what `write_tensors` was told about them.
-
-    Raises RunError where it is damaged: where anything is other than when it was written.
-    """
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        facts = _facts(path)
-        was = facts.pop("sha256", None)
-        if was is not None and was != digest(facts, *_parts(tensors)):
-            raise ValueError("its checksum is not that of its content: it is damaged")
-        return tensors, facts
-    except RunError:
-        raise
-    except Exception as error:  # damaged files raise all kinds of errors
-        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What `write_tensors` was told, unchecked: the tensors are not read."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["genfuse"])
-        if not isinstance(facts, dict):
-            raise TypeError(f"its facts are no object: {facts!r:.60}")
-    except Exception as error:
-        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-    return facts
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON-able facts, with a checksum of all of it.
-
-    The facts are one entry, as safetensors writes several in any order.
-    """
-    from safetensors.torch import save
-
-    sealed = {**facts, "sha256": digest(facts, *_parts(tensors))}
-    with writing(path) as file:
-        file.write(save(tensors, {"genfuse": json.dumps(sealed)}))
-
-
-def _parts(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """Names, types, shapes and bytes of tensors, as a checksum takes them."""
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -646,7 +582,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, RunWarning, stacklevel=3)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """config.json of a run folder. Raises RunError where there is none, or it is not ours."""
     file = path / CONFIG
     if not path.exists():
@@ -679,28 +615,30 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
 def _check_data(data: dict[str, Any], where: str) -> None:
     if not 0 <= data["seed"] < 2**63:
         raise RunError(f"{where}: 'data.seed' is {data['seed']}")
-    if (scaling := data["scaling"]) is None:
-        return
-    if unknown := scaling.keys() - FORMAT_OF_SCALING.keys():
-        raise RunError(f"{where}: 'data.scaling' has {', '.join(sorted(unknown))}, which are unknown")
-    demand({"data": data}, {f"data.scaling.{key}": kind for key, kind in FORMAT_OF_SCALING.items()}, where)
-    for key in ("mean", "std", "names"):
-        column = scaling[key]
-        if column is not None and [len(column)] != data["shape"]:
-            raise RunError(f"{where}: 'data.scaling.{key}' has {len(column)} columns, but the shape is {data['shape']}")
-    if not (all(map(math.isfinite, scaling["mean"])) and all(0 < std < math.inf for std in scaling["std"])):
-        raise RunError(f"{where}: 'data.scaling' has a mean that is not finite, or a std that is not positive")
+    for section in ("scaling", "condition_scaling"):
+        if (scaling := data.get(section)) is None:
+            continue
+        named = f"data.{section}"
+        demand({"data": data}, {named: dict[str, Any]}, where)
+        if unknown := scaling.keys() - FORMAT_OF_SCALING.keys():
+            raise RunError(f"{where}: '{named}' has {', '.join(sorted(unknown))}, which are unknown")
+        demand({"data": data}, {f"{named}.{key}": kind for key, kind in FORMAT_OF_SCALING.items()}, where)
+        shape = data["shape"] if section == "scaling" else [len(scaling["mean"])]
+        for key in ("mean", "std", "names"):
+            column = scaling[key]
+            if column is not None and [len(column)] != shape:
+                raise RunError(f"{where}: '{named}.{key}' has {len(column)} columns, but the shape is {shape}")
+        if not (all(map(math.isfinite, scaling["mean"])) and all(0 < std < math.inf for std in scaling["std"])):
+            raise RunError(f"{where}: '{named}' has a mean that is not finite, or a std that is not positive")
 
 
 def _check_training(training: dict[str, Any], where: str) -> None:
-    from genfuse.training.trainer import Trainer
-
-    kinds = typing.get_type_hints(Trainer)
+    kinds = typing.get_type_hints(Options)
     for key in training:
         if key not in kinds:
             raise RunError(f"{where}: 'training.{key}' is no option of the training that genfuse {__version__} knows")
     demand({"training": training}, {f"training.{key}": kinds[key] for key in training}, where)
     try:
-        Trainer(**training)
+        Options(**training)
     except SettingsError as error:
         raise RunError(f"{where}: training: {error}") from None

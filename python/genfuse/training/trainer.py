@@ -1,24 +1,23 @@
-"""`Trainer`: the options of a training, and what is checked before it starts."""
+"""`Trainer`: what is checked before a training starts, and whether a run may go on."""
 
 import atexit
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from genfuse import pictures
 from genfuse._files import locked
 from genfuse.errors import RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel
-from genfuse.training import run
+from genfuse.training import gallery, run
 from genfuse.training.loop import Loop, forked_rng
+from genfuse.training.options import Options
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -27,73 +26,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Trainer(Options):
     """How a model is trained. `fit` does it.
 
     Raises SettingsError for an option out of its range.
     """
 
-    epochs: int = 20
-    """Passes over the training split."""
-    steps: int | None = None
-    """Updates in all; given, it takes the place of `epochs`, and the last pass may be cut short."""
-    batch_size: int = 128
-    """Examples per step, over all devices together."""
-    lr: float | None = None
-    """Learning rate of every player; left out, each player's own."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate over the steps: as it is, or falling to 0 at the last step along half a cosine."""
-    grad_clip: float | None = None
-    """Largest norm of a player's gradient; a larger one is scaled down to it."""
-    keep: Literal["last", "best"] = "last"
-    """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch."""
-    seed: int = 0
-    """Decides the order of the examples and the noise of the training; for the command the first weights too."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, or one of several: cuda:1."""
-    devices: int = 1
-    """Number of devices that share each batch; under torchrun it is the number of its processes."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    """Number format: 16-mixed needs CUDA; mixed keeps weights and data in float32."""
-    checkpoint_every: int | None = None
-    """Steps between two checkpoints; left out, one at the end of each epoch."""
-    keep_checkpoints: int = 2
-    """Checkpoints that the run folder holds: the last one and those before it, which stand in for a damaged one."""
-    log_every: int = 50
-    """Steps between two looks at the loss, each of which waits for the device; the end of an epoch is one too."""
-    pictures: bool = True
-    """Draw pictures into the run folder at the end, for which samples are kept on the way."""
-    out: str | Path | None = None
-    """Run folder to write; left out, nothing is written."""
-    resume: bool = False
-    """Continue the run in `out`: on the CPU to the same weights, bit for bit, as if it had never stopped."""
-    overwrite: bool = False
-    """Replace the run in `out`."""
+    @classmethod
+    def resuming(cls, finished: run.Run, **changes: Any) -> "Trainer":
+        """The trainer that continues a run, with some options changed: ``Trainer.resuming(run, epochs=40)``."""
+        return cls(**{**finished.config["training"], "out": finished.path, "resume": True, **changes})
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "devices", "checkpoint_every", "keep_checkpoints", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} must be at least 1, got {value}")
-        for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise SettingsError(f"{name} must be a positive number, got {value}")
-        for name, choices in (
-            ("schedule", ("constant", "cosine")),
-            ("keep", ("last", "best")),
-            ("precision", ("32-true", "bf16-mixed", "16-mixed", "64-true")),
-        ):
-            if getattr(self, name) not in choices:
-                raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.seed < 0:
-            raise SettingsError(f"seed must be at least 0, got {self.seed}")
-        if self.resume and self.overwrite:
-            raise SettingsError("resume and overwrite exclude each other")
-        if self.resume and self.out is None:
-            raise SettingsError("resume needs `out`, the run folder to continue")
-
-    def fit(self, model: GenerativeModel, data: "Dataset") -> run.Run | None:
+    def fit(self, model: GenerativeModel, data: Dataset) -> run.Run | None:
         """Train ``model`` on the training split of ``data``; returns the run folder where ``out`` is given, else None.
 
         The model is trained in place, and left on its device in evaluation mode with the weights that ``keep`` names.
@@ -127,7 +71,7 @@ class Trainer:
             config = run.describe(model, data, self._options())
             run.claim(out, self.resume, self.overwrite)
             if self.resume:
-                run.check_same(out, config)
+                check_same(out, config)
         fabric.launch()
         if fabric.world_size > 1:
             atexit.register(_leave_group)
@@ -140,7 +84,7 @@ class Trainer:
                 stack.enter_context(locked(out))
                 run.claim(out, self.resume, self.overwrite)  # again: from here on nobody else writes
                 if self.resume and config is not None:
-                    run.check_same(out, config)
+                    check_same(out, config)
             stack.enter_context(forked_rng(fabric.device))
             Loop(self, fabric, model, players, data).run(out, config)
             if out is None:
@@ -152,17 +96,13 @@ class Trainer:
         return finished
 
     @staticmethod
-    def _draw(finished: run.Run, data: "Dataset", device: torch.device) -> None:
+    def _draw(finished: run.Run, data: Dataset, device: torch.device) -> None:
         try:
             progress = finished.progress()
         except RunError as error:  # which is no reason to go without the other pictures
             warnings.warn(f"progress.png is not drawn: {error}", RunWarning, stacklevel=2)
             progress = {}
-        pictures.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
-
-    def factor(self, step: int, total: int) -> float:
-        """What the learning rate is multiplied by in the update after ``step`` updates of ``total``."""
-        return 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / total))
+        gallery.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
 
     def _options(self) -> dict[str, Any]:
         options = dataclasses.asdict(self)
@@ -203,6 +143,29 @@ class Trainer:
             # Only one player's parameters take part in a step.
             strategy=DDPStrategy(find_unused_parameters=players > 1) if several else "auto",
             precision=self.precision,
+        )
+
+
+def check_same(path: Path, config: dict[str, Any]) -> None:
+    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``.
+
+    A RunWarning tells where versions or threads are others, since then its promise of the same bits does not hold.
+    """
+    was = run.read_config(path)
+    old, new = run.essentials(was), run.essentials(config)
+    if "splits" not in was["data"] and not run.differences_of_data(was["data"], config["data"]):
+        old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
+    if found := run.differences(old, new):
+        found += run.differences_of_data(was["data"], config["data"])
+        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
+    around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
+              if key in was and was[key] != config[key]]  # fmt: skip
+    if around:
+        warnings.warn(
+            f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
+            "if it had never stopped",
+            RunWarning,
+            stacklevel=3,
         )
 
 

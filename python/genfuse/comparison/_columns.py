@@ -10,25 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from genfuse import pictures
+from genfuse import plots
+from genfuse.data import Dataset
 from genfuse.metrics import Extractor, evaluate, evaluate_samples
-from genfuse.models import GenerativeModel, sample_in_parts
-from genfuse.models._adversarial import slerp
+from genfuse.models import Decodes, DrawsLatents, Encodes, GenerativeModel, HasTrajectory, sample_in_parts
+from genfuse.nn import slerp
 from genfuse.training import Run
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
 
 PATHS, STEPS = 64, 16  # interpolations, and the steps of each
 RETURNED = 1e-3  # real-valued cells that come back so near are counted as the same
 
 
-class Measure(NamedTuple):
+class Column(NamedTuple):
     """A column of the table."""
 
     key: str
@@ -39,7 +36,7 @@ class Measure(NamedTuple):
     show: Callable[[float], str] = lambda value: f"{value:.3g}"
 
     @classmethod
-    def of_plugin(cls, key: str, described: dict[str, str]) -> "Measure":
+    def of_plugin(cls, key: str, described: dict[str, str]) -> "Column":
         """The column of a figure that another package's metric makes."""
         about = f"{described['about'] or key}; by the {described['from']}"
         return cls(key, key.replace("_", " "), "plugins", described["better"], about)  # type: ignore[arg-type]
@@ -49,63 +46,63 @@ def _thousands(value: float) -> str:
     return f"{value:,.0f}"
 
 
-MEASURES = (
-    Measure(
+COLUMNS = (
+    Column(
         "frechet_distance", "Fréchet distance", "quality", "lower",
         "between Gaussians fitted to the features of samples and of test examples; FID where these are Inception's",
     ),
-    Measure("precision", "precision", "quality", "higher", "share of samples that lie among the test examples"),
-    Measure(
+    Column("precision", "precision", "quality", "higher", "share of samples that lie among the test examples"),
+    Column(
         "density", "density", "quality", "higher",
         "how densely test examples lie around samples; precision that stray test examples do not lift",
     ),
-    Measure("high_quality", "high quality", "quality", "higher", "share of samples within 3 std of a mode"),
-    Measure(
+    Column("high_quality", "high quality", "quality", "higher", "share of samples within 3 std of a mode"),
+    Column(
         "nearest_training", "nearest training", "quality", "",
         "mean distance of a sample to its nearest training example; far below that of real examples: copies",
     ),
-    Measure("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
-    Measure("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
-    Measure("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
-    Measure(
+    Column("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
+    Column("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
+    Column("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
+    Column(
         "spread", "spread", "stability", "lower",
         "standard deviation of the Fréchet distance over the seeds, as a share of its mean",
         lambda value: f"{value:.1%}",
     ),
-    Measure(
+    Column(
         "warnings", "warnings", "stability", "lower", "of all runs: a critic that runs away, samples that repeat",
         _thousands,
     ),
-    Measure(
+    Column(
         "reconstruction_error", "reconstruction error", "latent space", "lower",
         "mean squared error of a cell of a test example that was encoded and decoded; VAEs: at the posterior mean",
         lambda value: f"{value:.2g}",
     ),
-    Measure(
+    Column(
         "inverted", "inverted", "latent space", "higher",
         "share of test examples that decode(encode(x)) returns in every cell, to half a level of discrete data and "
         f"{RETURNED:g} of real-valued data",
     ),
-    Measure(
+    Column(
         "smoothness", "smoothness", "latent space", "higher",
         f"of {PATHS} arcs between two latents drawn from the prior, each in {STEPS} equal steps: mean change of the "
         f"features in a step over the largest one. 1: all steps change as much; 1/{STEPS}: one jump",
     ),
-    Measure(
+    Column(
         "log_likelihood", "log-likelihood", "likelihood", "higher",
         "nats per test example, in the units that the model saw; the column `bound` says whether it is log_prob itself "
         "or a lower bound of it. A Bernoulli decoder has none for values between 0 and 1, and a GAN has none at all",
         lambda value: f"{value:.4g}",
     ),
-    Measure("bits_per_dim", "bits/dim", "likelihood", "lower", "the same, of discrete data, in bits per cell"),
-    Measure("training_seconds", "training, s", "cost", "", "seconds of updates; evaluation on the way does not count"),
-    Measure("steps", "steps", "cost", "", "updates, of all players together", _thousands),
-    Measure(
+    Column("bits_per_dim", "bits/dim", "likelihood", "lower", "the same, of discrete data, in bits per cell"),
+    Column("training_seconds", "training, s", "cost", "", "seconds of updates; evaluation on the way does not count"),
+    Column("steps", "steps", "cost", "", "updates, of all players together", _thousands),
+    Column(
         "sampling_seconds", "sampling, s", "cost", "lower",
         "seconds for 1,000 samples, the fastest of 3 times; where it is slow, ten times that for 100",
     ),
-    Measure("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
-    Measure(
+    Column("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
+    Column(
         "peak_memory", "memory, MB", "cost", "lower",
         "the most that making and training the model took beyond what was held before", _thousands,
     ),
@@ -114,7 +111,7 @@ MEASURES = (
 
 def measure(
     run: Run,
-    data: "Dataset",
+    data: Dataset,
     extract: Extractor,
     device: str,
     *,
@@ -123,7 +120,7 @@ def measure(
     inception_weights: str | Path | None = None,
     picture: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is measured of the model of ``run`` by the verbs that it has, by the keys of `MEASURES`, and what
+    """What is measured of the model of ``run`` by the verbs that it has, by the keys of `COLUMNS`, and what
     `evaluate_samples` returned for it.
 
     ``n`` is as there; ``limit`` examples of the test split, chosen once
@@ -137,7 +134,7 @@ def measure(
         **samples["samples"],
         "training_seconds": training_seconds(run, data),
         "steps": run.step,
-        "sampling_seconds": _sampling_seconds(model),
+        "sampling_seconds": _sampling_seconds(model, data),
         "parameters": sum(weights.numel() for player in model.players() for weights in player.parameters),
     }
     test = data.splits["test"]
@@ -152,7 +149,7 @@ def measure(
     return usable, samples
 
 
-def training_seconds(run: Run, data: "Dataset", since: int = 0) -> float:
+def training_seconds(run: Run, data: Dataset, since: int = 0) -> float:
     """Seconds that the updates of a run took, from the speeds that it logged; those after ``since`` alone."""
     batch = run.config["training"]["batch_size"]
     examples = len(data.splits["train"])
@@ -166,12 +163,13 @@ def training_seconds(run: Run, data: "Dataset", since: int = 0) -> float:
     return sum((seen(b) - seen(a)) / rates[b] for a, b in pairwise(steps) if a >= since)
 
 
-def _sampling_seconds(model: GenerativeModel) -> float:
+def _sampling_seconds(model: GenerativeModel, data: Dataset) -> float:
     """For 1,000 samples, on their way to the CPU: the fastest of three times. Where they are slow, by the first 100."""
 
     def seconds(n: int) -> float:
         began = time.perf_counter()
-        for part in sample_in_parts(model, n, generator=torch.Generator(model.device).manual_seed(0)):
+        y = model.some_given(data, n).get("y")
+        for part in sample_in_parts(model, n, y, torch.Generator(model.device).manual_seed(0)):
             part.cpu()
         return time.perf_counter() - began
 
@@ -179,10 +177,8 @@ def _sampling_seconds(model: GenerativeModel) -> float:
     return 10 * first if first > 1 else min(seconds(1000) for _ in range(3))
 
 
-def _likelihood(model: GenerativeModel, data: "Dataset") -> dict[str, Any]:
+def _likelihood(model: GenerativeModel, data: Dataset) -> dict[str, Any]:
     """The log-likelihood, or its tightest bound, and what it is."""
-    if getattr(model.config, "decoder", None) == "bernoulli" and data.levels != 2:
-        return {"bound": "none (Bernoulli on grey)"}
     found = evaluate(model, data, splits=["test"])["test"]
     for name, value in reversed(found.items()):  # an IWAE bound comes after the ELBO, and is tighter
         if (name in ("log_prob", "elbo") or name.startswith("iwae_bound")) and isinstance(value, float):
@@ -192,38 +188,36 @@ def _likelihood(model: GenerativeModel, data: "Dataset") -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _latent_space(model: Any, data: "Dataset", extract: Extractor) -> dict[str, float]:
+def _latent_space(model: Any, data: Dataset, extract: Extractor) -> dict[str, float]:
     found = {}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        if hasattr(model, "encode") and hasattr(model, "decode"):
+        if isinstance(model, Encodes) and isinstance(model, Decodes):
             errors, returned = [], []
             tolerance = RETURNED if data.levels is None else 0.5 / (data.levels - 1)
             for start in range(0, len(data.splits["test"]), 500):
                 x, y = data.batch("test", slice(start, start + 500))
                 given = {"y": y} if model.conditional else {}
-                z = model.encode(x, **given)
-                off = (model.decode(z if isinstance(z, Tensor) else z[0], **given) - x).flatten(1)
+                off = (model.decode(model.encode(x, **given), **given) - x).flatten(1)
                 errors.append(off.square().mean(1))
                 returned.append((off.abs() <= tolerance).all(1))
             found["reconstruction_error"] = torch.cat(errors).double().mean().item()
             found["inverted"] = torch.cat(returned).double().mean().item()
-        if hasattr(model, "decode") or hasattr(model, "trajectory"):
+        if isinstance(model, Decodes | HasTrajectory):
             found["smoothness"] = _smoothness(model, data, extract)
     return found
 
 
-def _smoothness(model: Any, data: "Dataset", extract: Extractor) -> float:
-    """Of ways from prior draw to prior draw, see `MEASURES`. Arcs, as most of a normal's mass is at one radius."""
+def _smoothness(model: Any, data: Dataset, extract: Extractor) -> float:
+    """Of ways from prior draw to prior draw, see `COLUMNS`. Arcs, as most of a normal's mass is at one radius."""
     generator = torch.Generator(model.device).manual_seed(0)
-    dimensions = model.config.latent_dim if hasattr(model.config, "latent_dim") else math.prod(data.shape)
-    start, end = torch.randn(2, PATHS, dimensions, generator=generator, device=model.device)
+    if isinstance(model, DrawsLatents):
+        start, end = (model.latents(PATHS, generator=generator) for _ in range(2))
+    else:
+        start, end = torch.randn(2, PATHS, math.prod(data.shape), generator=generator, device=model.device)
     weights = torch.linspace(0, 1, STEPS + 1, device=model.device)
-    given = {}
-    if model.conditional:
-        labels = model.drawn_labels.to(model.device)
-        given["y"] = labels[torch.arange(PATHS, device=model.device) % len(labels)]
-    decode = model.decode if hasattr(model, "decode") else lambda z, **y: model.trajectory(z, **y)[-1]
+    given = model.some_given(data, PATHS)
+    decode = model.decode if isinstance(model, Decodes) else lambda z, **y: model.trajectory(z, **y)[-1]
     features = torch.stack([extract.of_samples(decode(z, **given)) for z in slerp(start, end, weights)])
     changes = features.diff(dim=0).norm(dim=2)  # (STEPS, PATHS)
     largest = changes.amax(0)
@@ -232,11 +226,11 @@ def _smoothness(model: Any, data: "Dataset", extract: Extractor) -> float:
 
 
 @torch.no_grad()
-def draw(model: GenerativeModel | None, data: "Dataset", path: Path) -> None:
+def draw(model: GenerativeModel | None, data: Dataset, path: Path) -> None:
     """Draw samples of ``model``, or where it is None real examples, as `pictures` shows such data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = data.is_image
-    count = min(pictures.SAMPLES if images else pictures.POINTS, len(data.splits["test"]))
+    count = min(plots.SAMPLES if images else plots.POINTS, len(data.splits["test"]))
     chosen = torch.randperm(len(data.splits["test"]), generator=torch.Generator().manual_seed(0))[:count]
     test = data.batch("test", chosen.to(data.splits["test"].x.device))
     if model is None:
@@ -247,9 +241,9 @@ def draw(model: GenerativeModel | None, data: "Dataset", path: Path) -> None:
             torch.manual_seed(0)
             drawn = torch.cat(list(sample_in_parts(model, count, y, torch.Generator(model.device).manual_seed(0))))
     if images:
-        pictures.sample_grid(drawn, path)
+        plots.sample_grid(drawn, path)
     elif len(data.shape) == 1:
-        (pictures.scatter if data.shape == (2,) else pictures.histograms)(test.x, drawn, path, data.scaling)
+        (plots.scatter if data.shape == (2,) else plots.histograms)(test.x, drawn, path, data.scaling)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pictures of a trained model: which ones follows from the verbs that it has.
+"""Pictures of tensors; no model is asked.
 
 Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is written beside its place and renamed.
 """
@@ -6,8 +6,6 @@ Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is wr
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,22 +14,17 @@ import torch
 from torch import Tensor
 
 from genfuse._files import replacing
-from genfuse.models import GenerativeModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from genfuse.data import Dataset
 
 SAMPLES = 64  # in a grid
-PAIRS = 16  # of originals and reconstructions
 POINTS = 4000  # in a scatter plot or a histogram
 COLUMNS = 6  # of a table
 GRID = 200  # cells along each side of a density
 PANELS = 8  # of a flow
-ROWS, STEPS = 8, 10  # of interpolations
-MOMENTS = 9  # of a training, its start and its end among them
 TOGETHER = {"real": "real, fake", "fake": "real, fake"}  # loss terms that one panel of the curves compares
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
 DATA, MODEL = "#3b6ea5", "#d1495b"
@@ -47,71 +40,6 @@ CONTEXT: Any = {  # for every figure
     "font.size": 10,
     "figure.dpi": 150,
 }
-
-
-@torch.no_grad()
-def draw(
-    folder: str | Path,
-    model: GenerativeModel,
-    data: "Dataset",
-    metrics: list[dict[str, Any]],
-    progress: dict[int, Tensor] | None = None,
-) -> list[Path]:
-    """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
-
-    Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``. Tables:
-    samples.png, two columns as points beside the data's, more as histograms over them. Two columns: density.png with
-    ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png where there are ``metrics``,
-    and progress.png of images and of two columns where ``progress`` has samples (N, *shape) of several steps. A
-    conditional model is given labels drawn from the test split. Draws from a fixed seed, and leaves torch's global
-    generators alone; the model should be in evaluation mode.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-
-    def at(name: str) -> Path:
-        drawn.append(folder / name)
-        return drawn[-1]
-
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        # Not the first ones: the test split may be sorted by label.
-        chosen = torch.randperm(len(data.splits["test"]))[:POINTS].to(model.device)
-        test = data.batch("test", chosen)
-        generator = torch.Generator(model.device).manual_seed(0)
-        labels = test.y if model.conditional else None
-        if data.is_image:
-            images = model.sample(SAMPLES, generator=generator, **_given(_repeated(labels, SAMPLES)))
-            sample_grid(images, at("samples.png"))
-        elif len(data.shape) == 1:
-            samples = model.sample(len(test.x), generator=generator, **_given(labels))
-            (scatter if data.shape == (2,) else histograms)(test.x, samples, at("samples.png"), data.scaling)
-        if data.shape == (2,) and "log_prob" in model.likelihoods:
-            density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
-        if data.shape == (2,) and hasattr(model, "trajectory"):
-            z = torch.randn(POINTS, 2, generator=generator, device=model.device)
-            flow(model.trajectory(z, **_given(_repeated(labels, POINTS))), at("flow.png"))  # type: ignore[operator]
-        if data.is_image and hasattr(model, "reconstruct"):
-            originals = test.x[:PAIRS]
-            given = _given(_repeated(labels, len(originals)))
-            reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))  # type: ignore[operator]
-        if data.is_image and hasattr(model, "latents"):
-            a, b = (model.latents(ROWS, generator=generator) for _ in range(2))  # type: ignore[operator]
-            between = model.interpolate(a, b, STEPS, **_given(_repeated(labels, ROWS)))  # type: ignore[operator]
-            sample_grid(between.transpose(0, 1).flatten(0, 1), at("interpolation.png"), STEPS)
-        if hasattr(model, "encode"):
-            points, title = _latents(model, test.x, labels)
-            latent_space(points, test.y, at("latent.png"), title)
-    if any(entry["split"] == "train" for entry in metrics):
-        curves(metrics, at("curves.png"), model.loss_unit)
-    if progress and len(progress) > 1:
-        kept = dict(_evenly(list(progress.items()), MOMENTS))
-        if data.is_image:
-            rows(kept.values(), [f"step {step:,}" for step in kept], at("progress.png"))
-        else:
-            points_over_time(kept, test.x, at("progress.png"), data.scaling)
-    return drawn
 
 
 def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
@@ -291,7 +219,7 @@ def flow(trajectory: Sequence[Tensor], path: str | Path) -> None:
     panel has a scale of its own.
     """
     last = len(trajectory) - 1
-    chosen = _evenly(list(range(last + 1)), PANELS)
+    chosen = evenly(list(range(last + 1)), PANELS)
     colours = _by_place(trajectory[0].double().cpu().numpy())
     with _figure(path, (2.3 * len(chosen), 2.6)) as figure:
         for axes, k in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
@@ -325,38 +253,10 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
                 axes.legend()
 
 
-def _evenly(items: list[Any], most: int) -> list[Any]:
+def evenly(items: list[Any], most: int) -> list[Any]:
     """The first, the last and others evenly between them, ``most`` at most."""
     last = len(items) - 1
     return [items[k] for k in np.linspace(0, last, min(most, last + 1)).round().astype(int)]
-
-
-def _given(labels: Tensor | None) -> dict[str, Any]:
-    """What the verbs of a model take beside the examples."""
-    return {} if labels is None else {"y": labels}
-
-
-def _repeated(labels: Tensor | None, n: int) -> Tensor | None:
-    """The first n labels, from the start again where there are fewer."""
-    return None if labels is None else labels[torch.arange(n, device=labels.device) % len(labels)]
-
-
-def _log_prob(model: Any, labels: Tensor | None, x: Tensor) -> Tensor:
-    """log p(x), (N,), for x (N, ...); of a conditional model that of the mixture over its labels as often as given."""
-    if labels is None:
-        return model.log_prob(x)
-    classes, counts = labels.unique(return_counts=True)
-    each = [model.log_prob(x, y=label.expand(len(x))) for label in classes]
-    return torch.logsumexp(torch.stack(each, 1) + (counts / len(labels)).log(), 1)
-
-
-def _latents(model: Any, x: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
-    """What ``encode`` makes of x, (N, D), and what to call it: posterior means, where it gives the pair of a VAE."""
-    parts = zip(x.split(500), repeat(None) if labels is None else labels.split(500), strict=False)
-    encoded = [model.encode(part, **_given(y)) for part, y in parts]
-    exact = isinstance(encoded[0], Tensor)
-    latents = torch.cat([each if exact else each[0] for each in encoded]).flatten(1)
-    return latents, "the test split, encoded" if exact else "posterior means"
 
 
 def _box(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

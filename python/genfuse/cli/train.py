@@ -15,10 +15,10 @@ import tyro
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-import genfuse
-from genfuse import pictures, plugins
+from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
 from genfuse.cli._yaml import read_yaml
+from genfuse.data import load_data
 from genfuse.errors import SettingsError
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
@@ -34,6 +34,7 @@ class DataOptions:
     header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
     delimiter: str = ","  # csv: what stands between cells, such as ; or tab
     decimal: str = "."  # csv: the mark before decimals: . or ,
+    condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ def train(args: list[str]) -> int:
         raise SettingsError(f"--resume {out} continues in that folder: leave out --out {job.out}")
 
     trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
-    data = genfuse.load_data(job.data, root=job.data_root, **asdict(job.data_options))
+    data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
     torch.manual_seed(trainer.seed)  # of the first weights
-    model = genfuse.create(name, data, **job.model)
+    model = models.create(name, data, **job.model)
     try:
         run = trainer.fit(model, data)
     except KeyboardInterrupt:
@@ -96,7 +97,7 @@ def train(args: list[str]) -> int:
 
 def parse(model: str, args: list[str]) -> Job:
     """Read the options of ``genfuse train MODEL``. Raises SystemExit, after help or an error was printed."""
-    config_class = plugins.load("models", model).Config
+    config_class = models.load(model).Config
     left_out = {Trainer: LEFT_OUT, config_class: FACTS}
     registry = ConstructorRegistry()
 
@@ -186,7 +187,7 @@ def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[
         return {prefix + f.name: hints[f.name] for f in fields(cls) if f.name not in but}
 
     known = {"data.name": str, "data_root": Path, "out": Path, **types(Trainer, LEFT_OUT)}
-    known |= types(DataOptions, prefix="data.") | types(plugins.load("models", model).Config, FACTS, "model.")
+    known |= types(DataOptions, prefix="data.") | types(models.load(model).Config, FACTS, "model.")
     flat = {key: value for key, value in settings.items() if key not in ("model", "data")}
     flat |= {f"{section}.{key}": value for section in ("model", "data") for key, value in settings[section].items()}
     for key, value in flat.items():
@@ -216,7 +217,7 @@ def _summarize(run: Run) -> None:
 
 def _summary(run: Run) -> Iterator[str]:
     metrics = run.metrics()
-    last = {(each["split"], each["player"]): each for each in metrics if each["split"] in pictures.SPLITS}
+    last = {(each["split"], each["player"]): each for each in metrics if each["split"] in plots.SPLITS}
     end = max(last.values(), key=lambda entry: entry["step"], default={"epoch": 0, "step": run.step})
     yield f"run: {run.path}: {end['epoch']} epochs, {end['step']} steps"
     for (split, player), entry in last.items():

@@ -1,0 +1,116 @@
+"""The pictures of a trained model: which ones follows from the verbs that it has."""
+
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genfuse import plots
+from genfuse.data import Dataset
+from genfuse.models import DrawsLatents, Encodes, GenerativeModel, HasPosterior, HasTrajectory, Reconstructs
+
+PAIRS = 16  # of originals and reconstructions
+ROWS, STEPS = 8, 10  # of interpolations
+MOMENTS = 9  # of a training, its start and its end among them
+CONTEXTS = 16  # that the density of a model of p(x | context) is averaged over
+
+
+@torch.no_grad()
+def draw(
+    folder: str | Path,
+    model: GenerativeModel,
+    data: Dataset,
+    metrics: list[dict[str, Any]],
+    progress: dict[int, Tensor] | None = None,
+) -> list[Path]:
+    """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
+
+    Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``. Tables:
+    samples.png, two columns as points beside the data's, more as histograms over them. Two columns: density.png with
+    ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png where there are ``metrics``,
+    and progress.png of images and of two columns where ``progress`` has samples (N, *shape) of several steps. A
+    conditional model is given labels drawn from the test split. Draws from a fixed seed, and leaves torch's global
+    generators alone; the model should be in evaluation mode.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+
+    def at(name: str) -> Path:
+        drawn.append(folder / name)
+        return drawn[-1]
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        # Not the first ones: the test split may be sorted by label.
+        chosen = torch.randperm(len(data.splits["test"]))[: plots.POINTS].to(model.device)
+        test = data.batch("test", chosen)
+        generator = torch.Generator(model.device).manual_seed(0)
+        labels = test.y if model.conditional else None
+        if data.is_image:
+            images = model.sample(plots.SAMPLES, generator=generator, **_given(_repeated(labels, plots.SAMPLES)))
+            plots.sample_grid(images, at("samples.png"))
+        elif len(data.shape) == 1:
+            samples = model.sample(len(test.x), generator=generator, **_given(labels))
+            (plots.scatter if data.shape == (2,) else plots.histograms)(
+                test.x, samples, at("samples.png"), data.scaling
+            )
+        if data.shape == (2,) and "log_prob" in model.likelihoods:
+            plots.density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
+        if data.shape == (2,) and isinstance(model, HasTrajectory):
+            z = torch.randn(plots.POINTS, 2, generator=generator, device=model.device)
+            plots.flow(model.trajectory(z, **_given(_repeated(labels, plots.POINTS))), at("flow.png"))
+        if data.is_image and isinstance(model, Reconstructs):
+            originals = test.x[:PAIRS]
+            given = _given(_repeated(labels, len(originals)))
+            plots.reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))
+        if data.is_image and isinstance(model, DrawsLatents):
+            a, b = (model.latents(ROWS, generator=generator) for _ in range(2))
+            between = model.interpolate_latents(a, b, STEPS, **_given(_repeated(labels, ROWS)))
+            plots.sample_grid(between.transpose(0, 1).flatten(0, 1), at("interpolation.png"), STEPS)
+        if isinstance(model, Encodes):
+            points, title = _latents(model, test.x, labels)
+            plots.latent_space(points, None if data.condition else test.y, at("latent.png"), title)
+    if any(entry["split"] == "train" for entry in metrics):
+        plots.curves(metrics, at("curves.png"), model.loss_unit)
+    if progress and len(progress) > 1:
+        kept = dict(plots.evenly(list(progress.items()), MOMENTS))
+        if data.is_image:
+            plots.rows(kept.values(), [f"step {step:,}" for step in kept], at("progress.png"))
+        else:
+            plots.points_over_time(kept, test.x, at("progress.png"), data.scaling)
+    return drawn
+
+
+def _given(labels: Tensor | None) -> dict[str, Any]:
+    """What the verbs of a model take beside the examples."""
+    return {} if labels is None else {"y": labels}
+
+
+def _repeated(labels: Tensor | None, n: int) -> Tensor | None:
+    """The first n labels, from the start again where there are fewer."""
+    return None if labels is None else labels[torch.arange(n, device=labels.device) % len(labels)]
+
+
+def _log_prob(model: Any, y: Tensor | None, x: Tensor) -> Tensor:
+    """log p(x), (N,), for x (N, ...); of a conditional model that of the mixture over its labels as often as given, or
+    over some of the contexts."""
+    if y is None:
+        log_prob: Tensor = model.log_prob(x)
+        return log_prob
+    if y.dim() > 1:
+        given, counts = y[:CONTEXTS], torch.ones(len(y[:CONTEXTS]), device=y.device)
+    else:
+        given, counts = y.unique(return_counts=True)
+    each = [model.log_prob(x, y=row.expand(len(x), *row.shape)) for row in given]
+    return torch.logsumexp(torch.stack(each, 1) + (counts / counts.sum()).log(), 1)
+
+
+def _latents(model: Encodes, x: Tensor, y: Tensor | None) -> tuple[Tensor, str]:
+    """What ``encode`` makes of x, (N, D), and what to call it."""
+    parts = zip(x.split(500), repeat(None) if y is None else y.split(500), strict=False)
+    latents = torch.cat([model.encode(part, **_given(given)) for part, given in parts]).flatten(1)
+    return latents, "posterior means" if isinstance(model, HasPosterior) else "the test split, encoded"
