@@ -89,9 +89,7 @@ def sample(
     out: Annotated[Path, arg(metavar="FILE")],
     n: int = 64,
     label: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: drawn for each example)")] = None,
-    condition: Annotated[
-        str | None, arg(metavar="A=1,B=2", help_behavior_hint="(default: of the test examples)")
-    ] = None,
+    condition: Annotated[str | None, arg(metavar="A=1,B=2", help_behavior_hint="(default: test examples')")] = None,
     temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
     sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None,
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,

@@ -188,17 +188,18 @@ def _likelihood(model: GenerativeModel, data: Dataset) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _latent_space(model: Any, data: Dataset, extract: Extractor) -> dict[str, float]:
+def _latent_space(model: GenerativeModel, data: Dataset, extract: Extractor) -> dict[str, float]:
     found = {}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
+        code: Any = model
         if isinstance(model, Encodes) and isinstance(model, Decodes):
             errors, returned = [], []
             tolerance = RETURNED if data.levels is None else 0.5 / (data.levels - 1)
             for start in range(0, len(data.splits["test"]), 500):
                 x, y = data.batch("test", slice(start, start + 500))
                 given = {"y": y} if model.conditional else {}
-                off = (model.decode(model.encode(x, **given), **given) - x).flatten(1)
+                off = (code.decode(code.encode(x, **given), **given) - x).flatten(1)
                 errors.append(off.square().mean(1))
                 returned.append((off.abs() <= tolerance).all(1))
             found["reconstruction_error"] = torch.cat(errors).double().mean().item()

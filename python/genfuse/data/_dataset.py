@@ -372,7 +372,7 @@ def load_data(
     another one has as well, DISTRIBUTION:NAME or DISTRIBUTION:NAME:ARGUMENT. Files of data sets by name are looked for
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
-    ``condition`` names columns of a table, "a,b" or a sequence, that are given and not modelled (`Dataset.conditioned`).
+    ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
 
     Raises DataError where the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genfuse._files import locked
+from genfuse.data import Dataset
 from genfuse.errors import RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel
 from genfuse.training import gallery, run
@@ -21,8 +22,6 @@ from genfuse.training.options import Options
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-    from genfuse.data import Dataset
 
 
 @dataclass(frozen=True)

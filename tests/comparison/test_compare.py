@@ -521,9 +521,7 @@ def test_the_page_holds_everything_and_loads_nothing(compared):
     players = [len(run["losses"]) for row in result["rows"] for run in row["runs"]]
     assert page.count("<polyline") == sum(players) >= 2 * (1 + 2 + 1)
     assert all(
-        f">{measure.about}<" in html.unescape(page)
-        for measure in COLUMNS
-        if measure.key in row(result, "flow")["mean"]
+        f">{measure.about}<" in html.unescape(page) for measure in COLUMNS if measure.key in row(result, "flow")["mean"]
     )
     assert "not &lt;these&gt; examples" in page
     assert '<meta name="viewport" content="width=device-width' in page

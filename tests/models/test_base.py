@@ -1,0 +1,105 @@
+"""What all models share: own training loops, copies, the loss as `forward`."""
+
+import copy
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import genfuse
+from genfuse.models import Batch, GenerativeModel, ModelConfig, Player, adam
+
+
+@dataclass(frozen=True)
+class CounterConfig(ModelConfig):
+    shape: tuple[int, ...] = (2,)
+    levels: int | None = None
+
+
+class Counter(GenerativeModel):
+    """Two players; it counts their updates."""
+
+    Config = CounterConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.register_buffer("counts", torch.zeros(2))
+
+    def players(self):
+        return [Player("a", self.a.parameters(), adam()), Player("b", self.b.parameters(), adam())]
+
+    def loss(self, batch, player):
+        self.settle()
+        return getattr(self, player)(batch.x).square().mean(), {}
+
+    def after_step(self, player):
+        self.counts["ab".index(player)] += 1
+
+
+X = torch.ones(4, 2)
+
+
+def step(model, player, optimizer):
+    for _ in range(2):  # gradients of two batches are added up
+        model(X, player=player).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_an_own_loop_counts_each_update_of_each_player_once(make):
+    torch.manual_seed(0)
+    model = Counter(CounterConfig())
+    optimizers = {player: make(getattr(model, player).parameters(), lr=0.01) for player in "ab"}
+    for player in "aababbb":
+        step(model, player, optimizers[player])
+    model.settle()
+    model.settle()
+    assert model.counts.tolist() == [3, 4]
+
+
+def test_what_the_trainer_counts_is_not_counted_again():
+    model = Counter(CounterConfig())
+    optimizer = torch.optim.SGD(model.a.parameters(), 0.1)
+    step(model, "a", optimizer)
+    model.stepped("a")
+    model.settle()
+    assert model.counts.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double(), lambda m: m.load_state_dict(m.state_dict()) and m],
+)  # fmt: skip
+def test_copying_moving_and_loading_weights_is_no_update(copied):
+    model = Counter(CounterConfig())
+    step(model, "a", torch.optim.SGD(model.a.parameters(), 0.1))
+    model.settle()
+    other = copied(model)
+    other.settle()
+    assert other.counts.tolist() == [1, 0]
+    with torch.no_grad():
+        other.a.weight.add_(1)
+    other.settle()
+    assert other.counts.tolist() == [2, 0]
+
+
+MODELS = ["vae", "gan", "wgan", "wgan-gp", "planar", "realnvp", "maf", "nsf", "nsf-ar", "glow", "ddpm", "edm", "score",
+          "flow-matching"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_called_model_is_its_loss_and_copies_are_alike(name):
+    settings = {"decoder": "gaussian"} if name == "vae" else {}
+    model = genfuse.create(name, shape=(2,), levels=None, **settings)
+    x = torch.randn(8, 2)
+    first = model.players()[0].name
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.manual_seed(0)
+        loss = other(x)
+        torch.manual_seed(0)
+        assert loss.shape == ()
+        assert torch.equal(loss, model.loss(Batch(x), first)[0])
