@@ -72,8 +72,13 @@ def test_what_the_trainer_counts_is_not_counted_again():
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double(), lambda m: m.load_state_dict(m.state_dict()) and m],
-)  # fmt: skip
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.double(),
+        lambda model: model.load_state_dict(model.state_dict()) and model,
+    ],
+)
 def test_copying_moving_and_loading_weights_is_no_update(copied):
     model = Counter(CounterConfig())
     step(model, "a", torch.optim.SGD(model.a.parameters(), 0.1))

@@ -10,7 +10,7 @@ from distributions import write_distribution
 import genfuse
 from genfuse import plugins
 from genfuse.errors import SettingsError
-from genfuse.testing import ContractError, check_dataset, check_model
+from genfuse.testing import ContractError, check_dataset, check_model, model_clauses
 
 DENOISER = {"channels": (8, 8), "hidden": 32, "layers": 1}
 CHEAP = {
@@ -191,6 +191,19 @@ class Mine(Bell):
         loss, terms = super().loss(batch, player)
         return loss * (1 + self.steps % 3), terms
 """,
+    "a loop that never calls after_step ends in the same state.*different after 3 updates.*: steps": """
+class Mine(Bell):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("steps", torch.zeros(()))
+    def after_step(self, player): self.steps += 1
+""",
+    "a copy, by copy.deepcopy or pickle, draws the same samples.*lambda": """
+class Mine(Bell):
+    def __init__(self, config):
+        super().__init__(config)
+        self.power = lambda: 1
+""",
     "moves whole.*offset stays behind": """
 class Mine(Bell):
     def __init__(self, config):
@@ -282,3 +295,23 @@ def test_a_data_set_that_breaks_a_clause_is_told_which_one(installed, said):
 
 def test_the_data_set_of_another_package_keeps_it(installed):
     assert check_dataset(installed(BELL, "datasets", "rows"))
+
+
+@pytest.mark.parametrize("clause", model_clauses(genfuse.models.load("realnvp"), layers=2, hidden=(8,)))
+def test_each_clause_is_a_test_of_its_own(clause):
+    clause()
+
+
+def test_a_known_exception_is_expected_to_fail_and_must(installed):
+    broken = installed(BELL + BROKEN["data of another shape is refused"])
+    moons = genfuse.load_data("toy:moons")
+    clauses = {each.id: each for each in model_clauses(broken, moons, exceptions={"other-data": "takes any"})}
+    assert {"api", "toy:moons-loss", "toy:moons-other-data", "toy:moons-own-loop"} <= clauses.keys()
+    [mark] = clauses["toy:moons-other-data"].marks
+    assert (mark.kwargs["reason"], mark.kwargs["strict"]) == ("takes any", True)
+    with pytest.raises(ContractError, match="breaks 1 of 1 clauses of its contract on toy:moons"):
+        clauses["toy:moons-other-data"].values[0]()
+    clauses["toy:moons-loss"].values[0]()
+    assert "data of another shape" not in " ".join(check_model(broken, moons, exceptions={"other-data": "takes any"}))
+    with pytest.raises(SettingsError, match="there is no clause 'odd'"):
+        check_model(broken, exceptions={"odd": ""})
