@@ -34,6 +34,7 @@ from genfuse.data import Dataset, Split
 from genfuse.errors import GenfuseError
 from genfuse.training import Run, Trainer
 from genfuse.training.loop import Loop
+from genfuse.training.trainer import check_same
 
 # Values
 
@@ -219,7 +220,7 @@ def read_run(folder: Path, more: Any) -> None:
 
     config = module.describe(model, data, trainer._options())
     module.claim(folder, True, False)
-    module.check_same(folder, config)
+    check_same(folder, config)
     loop = Loop(trainer, fabric, model, list(model.players()), data)
     loop.essentials = module.essentials(config)
     loop._load(folder)

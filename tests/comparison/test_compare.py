@@ -281,8 +281,8 @@ def test_what_is_done_is_not_done_again_and_seeds_can_be_added(compared, data, t
 
 
 def test_a_run_that_was_stopped_is_resumed_to_the_same_weights(compared, data, tmp_path, monkeypatch):
+    from genfuse._files import read_tensors
     from genfuse.training.loop import Loop
-    from genfuse.training.run import read_tensors
 
     out = tmp_path / "c"
     options = {"out": out, "budget": "1280examples", "seeds": 1, "settings": {"vae": SMALL["vae"]}, "limit": 50}

@@ -16,9 +16,10 @@ import tiny_models
 import torch
 
 import genfuse
+from genfuse._files import read_tensors
 from genfuse.errors import NonFiniteLossError, RunError
 from genfuse.training import Run, Trainer
-from genfuse.training.run import Checkpoint, read_tensors
+from genfuse.training.checkpoint import Checkpoint
 
 CLOCKS = ("seconds", "examples_per_second")
 
@@ -209,7 +210,7 @@ def test_a_signal_that_is_ignored_stays_so(handled, digits, trainer, tmp_path):
 def test_a_kill_between_the_two_renames_of_a_checkpoint_mixes_nothing(
     make, digits, trainer, tmp_path, same_weights, monkeypatch
 ):
-    from genfuse.training import run as module
+    from genfuse.training import checkpoint as module
 
     def fail_on_weights(path, tensors, facts, write=module.write_tensors):
         if path.name == "model.safetensors" and facts["step"] == 15:
@@ -228,7 +229,7 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_mixes_nothing(
 
 
 def test_a_kill_between_the_last_two_renames_is_mended(make, digits, trainer, tmp_path, monkeypatch):
-    from genfuse.training import run as module
+    from genfuse.training import checkpoint as module
 
     whole = trainer(out=tmp_path / "whole").fit(make("tiny"), digits)
 

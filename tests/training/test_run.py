@@ -16,7 +16,7 @@ import genfuse
 from genfuse._files import locked
 from genfuse.errors import PluginError, RunError, RunWarning, SettingsError
 from genfuse.training import Run, Trainer
-from genfuse.training.run import Checkpoint
+from genfuse.training.checkpoint import Checkpoint
 
 
 @pytest.fixture

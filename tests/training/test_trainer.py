@@ -11,7 +11,7 @@ import genfuse
 from genfuse.data import Dataset, Split
 from genfuse.errors import NonFiniteLossError, SettingsError, TrainingWarning
 from genfuse.training import Trainer
-from genfuse.training.loop import NOISE, seed_of
+from genfuse.training.process import NOISE, seed_of
 
 
 def train_lines(run, player="model"):

@@ -138,7 +138,7 @@ def sample(
     from genfuse._files import writing
     from genfuse.models import sample_in_parts
     from genfuse.training import Run
-    from genfuse.training.loop import seed_of
+    from genfuse.training.process import seed_of
 
     trained = Run(run)
     shape = tuple(trained.config["data"]["shape"])

@@ -94,9 +94,7 @@ def _installed(cls: type) -> None:
     plugin_of(cls)
 
 
-@clause(
-    MODEL, "settings", "settings are the same after a way through JSON, a file and the command line"
-)
+@clause(MODEL, "settings", "settings are the same after a way through JSON, a file and the command line")
 def _settings(case: ModelCase) -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(case.config)))
     if (again := configure(case.cls, plain)) != case.config:

@@ -2,93 +2,42 @@
 
 import math
 import signal
-import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from genfuse.data import Dataset
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import Batch, GenerativeModel, Player
+from genfuse.training.checkpoint import STATE, Checkpoint, load_optimizers, optimizer_tensors
 from genfuse.training.options import Options
+from genfuse.training.process import (
+    NOISE,
+    ORDER,
+    TEST,
+    deferred_interrupts,
+    forked_rng,
+    generators,
+    keep_freed_memory,
+    seed_of,
+)
 from genfuse.training.progress import Progress
-from genfuse.training.run import STATE, Checkpoint, Recorder, differences, essentials
+from genfuse.training.run import Recorder, differences, essentials
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-ORDER, NOISE, TEST = range(3)  # what a random stream is for
 TEST_EXAMPLES = 10_000  # at most so many of the test split, by chance, are looked at after each epoch
 MOMENTS = 8  # of a training, evenly spread, at which samples from the same noise are kept, beside those before it
 IMAGES, POINTS = 8, 1000  # that are then drawn
-
-
-def seed_of(*key: int) -> int:
-    """A seed from several integers. Mixed, since torch's CPU generator uses the low 32 bits of a seed alone."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def generators(device: torch.device) -> dict[str, Any]:
-    """Where torch's global generators are read and set: the CPU's, and the device's own."""
-    return {"cpu": torch.random, **({} if device.type == "cpu" else {device.type: torch.get_device_module(device)})}
-
-
-def keep_freed_memory() -> None:
-    """Keep glibc from giving the memory of each step's temporaries back to the system, to be faulted in again.
-
-    It gives back what is free beyond twice the largest mapped block that was ever freed, up to 32 MB; so free one. No
-    page of it is touched. On the CPU this is some 5% of a small model's step.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-@contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
-    """Put torch's global generators back in the end. (torch.random.fork_rng does not know mps.)"""
-    before = {kind: generator.get_rng_state() for kind, generator in generators(device).items()}
-    try:
-        yield
-    finally:
-        for kind, generator in generators(device).items():
-            generator.set_rng_state(before[kind])
-
-
-@contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], int]]:
-    """Hold the first SIGINT, SIGTERM or SIGHUP back; yields a function that gives its number, or 0 so far.
-
-    The second one has the effect that it had before. One that is ignored, as under nohup, stays so.
-    """
-    caught = 0
-    before: dict[int, Any] = {}
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def catch(number: int, frame: Any) -> None:
-        nonlocal caught
-        caught = number
-        put_back()
-
-    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {
-            number: signal.signal(number, catch) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
-        }
-    try:
-        yield lambda: caught
-    finally:
-        put_back()
 
 
 class Loop:
@@ -122,15 +71,15 @@ class Loop:
         self.examples = len(data.splits["train"]) // fabric.world_size * fabric.world_size
         self.steps_per_epoch = math.ceil(self.examples / trainer.batch_size)
         self.total = trainer.steps or trainer.epochs * self.steps_per_epoch
-        self.cycle = [i for i, player in enumerate(players) for _ in range(player.steps)]
+        self.turns = [i for i, player in enumerate(players) for _ in range(player.steps)]
         self.step = 0
         self.checkpointed: int | None = None  # the step of the last checkpoint
         self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.recorder: Recorder | None = None
         self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
-        self.unseen: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
-        self.moments: set[int] = set()  # steps after which samples are kept
+        self.pending: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
+        self.snapshot_steps: set[int] = set()  # steps after which samples are kept
         self.warned: set[str] = set()  # what `GenerativeModel.watch` has found
 
     def run(self, out: Path | None, config: dict[str, Any] | None) -> None:
@@ -157,7 +106,7 @@ class Loop:
 
     def _run(self) -> None:
         if self.recorder and self.trainer.pictures and (self.data.is_image or self.data.shape == (2,)):
-            self.moments = {round(self.total * k / MOMENTS) for k in range(MOMENTS + 1)}
+            self.snapshot_steps = {round(self.total * k / MOMENTS) for k in range(MOMENTS + 1)}
         interrupt = lambda: 0  # noqa: E731
         try:
             with deferred_interrupts() as interrupt, Progress(self.total, self.step) as self.progress:
@@ -191,7 +140,7 @@ class Loop:
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
             seconds = 0.0
             for index in order.to(self.fabric.device).split(batch_size)[first:]:
-                player = self.cycle[self.step % len(self.cycle)]
+                player = self.turns[self.step % len(self.turns)]
                 if player != active:
                     self._activate(active := player)
                 self._update(player, index if world == 1 else index[rank::world])
@@ -202,8 +151,8 @@ class Loop:
 
                 epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total
                 due = epoch_ends or self.step % checkpoint_every == 0
-                if due or len(self.unseen) >= trainer.log_every or (world == 1 and interrupt()):
-                    seconds += self._look()
+                if due or len(self.pending) >= trainer.log_every or (world == 1 and interrupt()):
+                    seconds += self._flush_log()
                     stop = interrupt() if world == 1 else self._agreed(interrupt())
                     if epoch_ends:
                         self._end_epoch(seconds)
@@ -234,7 +183,7 @@ class Loop:
         optimizer.zero_grad()
         with torch.no_grad():
             self.model.stepped(name)
-        self.unseen.append((self.step + 1, name, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}))
+        self.pending.append((self.step + 1, name, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}))
 
     def _loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
         with self.precision.forward_context():
@@ -252,16 +201,16 @@ class Loop:
     def _restart_clock(self) -> None:
         self.seen, self.clock = 0, time.perf_counter()
 
-    def _look(self) -> float:
+    def _flush_log(self) -> float:
         """Fetch and log the loss terms since the last look: the one place that waits for the device.
 
         Returns the seconds since the clock was started. Raises NonFiniteLossError.
         """
-        fetched = torch.stack([term.float() for _, _, terms in self.unseen for term in terms.values()])
+        fetched = torch.stack([term.float() for _, _, terms in self.pending for term in terms.values()])
         values = iter(self._reduced(fetched, "mean").tolist())
         seconds = time.perf_counter() - self.clock
-        losses = [(step, player, {name: next(values) for name in terms}) for step, player, terms in self.unseen]
-        self.unseen = []
+        losses = [(step, player, {name: next(values) for name in terms}) for step, player, terms in self.pending]
+        self.pending = []
         for step, name, terms in losses:
             bad = [term for term, value in terms.items() if not math.isfinite(value)]
             if bad:
@@ -299,7 +248,7 @@ class Loop:
 
     def _keep_samples(self) -> None:
         """Put samples from the same noise each time into the run folder, for a picture of how they came about."""
-        if self.step not in self.moments:
+        if self.step not in self.snapshot_steps:
             return
         assert self.recorder
         began = time.perf_counter()
@@ -320,14 +269,14 @@ class Loop:
             if self.fabric.device.type == "cuda":
                 facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
             self._log("epoch", facts)
-            for player, means in self._measure("test"):
+            for player, means in self._evaluate_split("test"):
                 self._log("test", {"player": player, **means})
         if self.trainer.keep == "best":
             self._validate()
 
     def _validate(self) -> None:
         """Log the loss on the whole validation split, and remember the weights if none had a lower one."""
-        for player, means in self._measure("validation"):
+        for player, means in self._evaluate_split("validation"):
             self._log("validation", {"player": player, **means})
             loss = float(self._reduced(torch.tensor(means["loss"], device=self.fabric.device), "mean"))
             if loss < self.lowest:  # which NaN is not
@@ -335,7 +284,7 @@ class Loop:
                 self.best = self.step, {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
-    def _measure(self, split: str) -> Iterator[tuple[str, dict[str, float]]]:
+    def _evaluate_split(self, split: str) -> Iterator[tuple[str, dict[str, float]]]:
         """The mean loss terms of each player on a split that is held out, with the same noise every time."""
         count = len(self.data.splits[split])
         chosen = torch.arange(count)
@@ -450,16 +399,7 @@ class Loop:
     def _checkpoint(self) -> Checkpoint:
         """All that `_load` needs. Raises NonFiniteLossError where a weight is NaN or infinite."""
         self._check_weights()
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, Any] = {}
-        for name, optimizer in self.optimizers.items():
-            for index, state in optimizer.state_dict()["state"].items():
-                for key, value in state.items():
-                    where = f"optimizer.{name}.{index}.{key}"
-                    if isinstance(value, Tensor):
-                        tensors[where] = value
-                    else:
-                        scalars[where] = value
+        tensors, scalars = optimizer_tensors(self.optimizers)
         for kind, generator in generators(self.fabric.device).items():
             state = generator.get_rng_state()
             rows = torch.zeros(self.fabric.world_size, len(state), dtype=state.dtype, device=self.fabric.device)
@@ -515,32 +455,8 @@ class Loop:
         if checkpoint.best:
             best = checkpoint.facts["best"]
             self.best, self.lowest = (best["step"], checkpoint.best), best["loss"]
-        states: dict[str, dict[int, dict[str, Any]]] = {name: defaultdict(dict) for name in self.optimizers}
-        for where, value in {**checkpoint.others, **checkpoint.facts["scalars"]}.items():
-            kind, _, rest = where.partition(".")
-            if kind == "optimizer":
-                name, index, key = rest.rsplit(".", 2)
-                states[name][int(index)][key] = value
-        for name, optimizer in self.optimizers.items():
-            self._check_state(name, states[name])
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": states[name]})
+        load_optimizers(self.optimizers, self.trained, checkpoint)
         for kind, generator in generators(self.fabric.device).items():
             if f"generator.{kind}" in checkpoint.others:  # a run may go on on another device
                 row = checkpoint.others[f"generator.{kind}"][self.fabric.global_rank]
                 generator.set_rng_state(row.clone())  # of a view, torch reads the wrong bytes
-
-    def _check_state(self, player: str, states: dict[int, dict[str, Any]]) -> None:
-        """Raise RunError for an optimizer's state that its kernels would read past the end of, or miss a part of."""
-        weights = self.trained[player]
-        keys = set().union(*(state.keys() for state in states.values()))
-        for index, state in states.items():
-            if not 0 <= index < len(weights):
-                raise RunError(f"{STATE}: optimizer.{player}.{index}: the player has {len(weights)} weights")
-            if missing := sorted(keys - state.keys()):
-                raise RunError(f"{STATE}: it has no optimizer.{player}.{index}.{missing[0]}")
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != weights[index].shape:
-                    raise RunError(
-                        f"{STATE}: optimizer.{player}.{index}.{key} has shape {tuple(value.shape)}, its weight "
-                        f"{tuple(weights[index].shape)}"
-                    )

@@ -18,7 +18,6 @@ import threading
 import typing
 import warnings
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from genfuse import models, plugins
 from genfuse._files import (
     demand,
     intact,
-    keep_as,
     named,
     occupied,
     read_array,
@@ -43,19 +41,18 @@ from genfuse._files import (
     sync_folder,
     tensor_facts,
     write_json,
-    write_tensors,
     writing,
 )
 from genfuse._version import __version__
 from genfuse.data import Dataset, Scaling, load_data
 from genfuse.errors import DataError, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel, configure
+from genfuse.training.checkpoint import BEFORE, STATE, WEIGHTS, Checkpoint, before
 from genfuse.training.options import Options
 
 VERSION = 1
-CONFIG, WEIGHTS, STATE, METRICS = "config.json", "model.safetensors", "state.safetensors", "metrics.jsonl"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
 PICTURES, TENSORBOARD, PROGRESS, EVALUATION = "pictures", "tensorboard", "progress", "evaluation.json"
-BEFORE = re.compile(r"state-([1-9][0-9]*)\.safetensors")  # the checkpoints before the last one
 
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
 FREE = {
@@ -87,7 +84,6 @@ FORMAT: dict[str, Any] = {
     "training.seed": int,
 }
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}
-FORMAT_OF_STATE = {"step": int, "processes": int, "scalars": dict[str, Any], "scaler": dict[str, Any]}
 
 
 class Run:
@@ -350,7 +346,7 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
             raise RunError(f"there is no run folder {path} to resume")
         read_config(path)
         if not (path / STATE).is_file():
-            older = "".join(f"; {each.name}, the checkpoint before, is there" for each in _before(path)[:1])
+            older = "".join(f"; {each.name}, the checkpoint before, is there" for each in before(path)[:1])
             raise RunError(f"the run folder {path} cannot be resumed: it has no {STATE}{older}")
     elif path.exists() and not path.is_dir():
         raise RunError(f"{path} exists and is not a folder")
@@ -364,85 +360,6 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
                 f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite "
                 "(in Python: resume=True, overwrite=True)"
             )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a training needs to go on from a step: the weights, other tensors (optimizers, generators), plain facts.
-
-    ``best`` holds the weights that the run is to be left with, where these are not the last; else nothing.
-    """
-
-    weights: dict[str, Tensor]
-    others: dict[str, Tensor]
-    facts: dict[str, Any]
-    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    def write(self, path: Path, keep: int | None = None) -> None:
-        """Write it into a folder. Of those that are there, ``keep`` - 1 stay as the ones before; None: all that are."""
-        if keep is not None:
-            self._move_on(path, keep)
-        # Copies, since safetensors refuses tensors that share memory, as tied weights do.
-        weights, others, best = (
-            {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-            for tensors in (self.weights, self.others, self.best)
-        )
-        prefixed = {f"{kind}.{key}": t for kind, of in (("model", weights), ("best", best)) for key, t in of.items()}
-        write_tensors(path / STATE, {**prefixed, **others}, self.facts)
-        facts = {"step": (self.facts["best"] if best else self.facts)["step"]}
-        facts |= {key: self.facts[key] for key in ("config",) if key in self.facts}
-        write_tensors(path / WEIGHTS, best or weights, facts)
-
-    @staticmethod
-    def _move_on(path: Path, keep: int) -> None:
-        """Make the last checkpoint the one before, that one the one before it, and so on. A kill loses none."""
-        for older in reversed(_before(path)):
-            number = int(BEFORE.fullmatch(older.name)[1]) + 1  # type: ignore[index]
-            if number >= keep:
-                older.unlink()
-            else:
-                os.replace(older, path / f"state-{number}.safetensors")
-        if keep > 1 and (path / STATE).is_file():
-            keep_as(path / STATE, "state-1.safetensors")
-
-    @classmethod
-    def read(cls, path: Path, name: str = STATE) -> "Checkpoint":
-        """That of a run folder. Raises RunError, which names file and key, where it is damaged."""
-        tensors, facts = read_tensors(path / name)
-        demand(facts, FORMAT_OF_STATE, path / name)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "": {}}
-        for where, tensor in tensors.items():
-            kind, _, key = where.partition(".")
-            part, key = (kind, key) if kind in parts else ("", where)
-            parts[part][key] = tensor
-        if parts["best"]:
-            demand(facts, {"best.step": int, "best.loss": float}, path / name)
-        return cls(parts["model"], parts[""], facts, parts["best"])
-
-    @classmethod
-    def newest(cls, path: Path) -> "Checkpoint":
-        """The last one of a run folder, or where that is damaged the one before. A RunWarning says what was lost."""
-        try:
-            return cls.read(path)
-        except RunError as error:
-            damage = error
-        for older in _before(path):
-            try:
-                found = cls.read(path, older.name)
-            except RunError:
-                continue
-            _warn(
-                f"{damage}; going on from {older.name}, the checkpoint before, of step {found.facts['step']}: what was "
-                "trained after that is lost, and is trained again"
-            )
-            return found
-        raise damage
-
-
-def _before(path: Path) -> list[Path]:
-    """The checkpoints before the last one, the youngest first."""
-    found = {int(match[1]): each for each in path.iterdir() if (match := BEFORE.fullmatch(each.name))}
-    return [found[number] for number in sorted(found)]
 
 
 class Recorder:

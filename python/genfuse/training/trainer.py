@@ -17,8 +17,9 @@ from genfuse.data import Dataset
 from genfuse.errors import RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel
 from genfuse.training import gallery, run
-from genfuse.training.loop import Loop, forked_rng
+from genfuse.training.loop import Loop
 from genfuse.training.options import Options
+from genfuse.training.process import forked_rng
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
