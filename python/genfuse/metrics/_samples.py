@@ -13,8 +13,8 @@ from genfuse.errors import SettingsError
 from genfuse.metrics._distances import TooFewSamplesError
 from genfuse.metrics._evaluate import undisturbed
 from genfuse.metrics._features import BATCH, Extractor, extractor
-from genfuse.metrics._figures import Samples, described, measured, registered
 from genfuse.metrics._neighbours import nearest
+from genfuse.metrics.scores import Samples, compute, describe, select
 from genfuse.models import GenerativeModel, sample_in_parts
 
 MOST = 10_000  # examples that are compared unless asked for otherwise
@@ -60,7 +60,7 @@ def evaluate_samples(
     count = min(most, MOST) if n is None else n
     if not 1 <= count <= most:
         raise SettingsError(f"n must be in 1..{most}, the examples of the smaller of train and test split; got {n}")
-    chosen = registered(metrics)
+    chosen = select(metrics)
     others = [metric for metric in chosen if metric.distribution != plugins.OURS]
     whole = bool(others or data.mixture)
     extract = extractor(features, data, device=model.device, inception_weights=inception_weights)
@@ -81,7 +81,7 @@ def evaluate_samples(
             data,
             seed,
         )
-        floor = measured(chosen, real)
+        floor = compute(chosen, real)
         few = [str(error) for error in floor.failed.values() if isinstance(error, TooFewSamplesError)]
         if n is not None and few:  # before anything is drawn, which may take long
             raise TooFewSamplesError("; ".join(few))
@@ -97,7 +97,7 @@ def evaluate_samples(
         samples, shown = torch.cat(drawn), torch.cat(kept)
         if bad := int((~samples.isfinite()).any(1).sum()):
             raise SettingsError(f"{bad} of {count} samples are NaN or infinite: the model has diverged")
-        ours = measured(chosen, Samples(shown, held_out, samples, reference, data, seed))
+        ours = compute(chosen, Samples(shown, held_out, samples, reference, data, seed))
         found = {"samples": ours.values, "real": floor.values}
 
         everything = torch.arange(len(data.splits["train"]))
@@ -116,7 +116,7 @@ def evaluate_samples(
         "dimensions": samples.shape[1],
         "n": count,
         **found,
-        "plugins": {name: described(metric) for name, metric in ours.made_by.items() if metric in others},
+        "plugins": {name: describe(metric) for name, metric in ours.made_by.items() if metric in others},
         "left_out": {name: str(error) for name, error in {**floor.failed, **ours.failed}.items()},
     }
 

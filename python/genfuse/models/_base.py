@@ -453,6 +453,8 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
     for name, value in given.items():
         if isinstance(value, list):  # JSON has no tuples
             given[name] = value = tuple(value)
+        elif type(value) is int and hints[name] == tuple[int, ...]:  # one width of one layer
+            given[name] = value = (value,)
         try:
             typeguard.check_type(value, hints[name])
         except typeguard.TypeCheckError as error:

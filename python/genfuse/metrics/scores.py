@@ -1,4 +1,4 @@
-"""The metrics of samples, registered as plugins like anybody's: each makes figures, by name, of `Samples`."""
+"""The metrics of samples, registered as plugins like anybody's: each makes scores, by name, of `Samples`."""
 
 import math
 from collections.abc import Sequence
@@ -55,14 +55,14 @@ def modes(samples: Samples) -> dict[str, float]:
     return {} if mixture is None else mode_coverage(samples.x, mixture)._asdict()
 
 
-def registered(names: Sequence[str] | None) -> list[plugins.Plugin]:
+def select(names: Sequence[str] | None) -> list[plugins.Plugin]:
     """The metrics that a user means by these names; all that are installed, ours first, where there are none."""
     if names is not None:
         return [plugins.find("metrics", name) for name in names]
     return sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)
 
 
-class Figures(NamedTuple):
+class Scores(NamedTuple):
     """What metrics made of samples."""
 
     values: dict[str, float]
@@ -70,7 +70,7 @@ class Figures(NamedTuple):
     failed: dict[str, Exception]  # by the names of the metrics that made none
 
 
-def measured(metrics: Sequence[plugins.Plugin], samples: Samples) -> Figures:
+def compute(metrics: Sequence[plugins.Plugin], samples: Samples) -> Scores:
     """What metrics make of ``samples``. Whatever one of another package does, the others are measured."""
     values: dict[str, float] = {}
     made_by: dict[str, plugins.Plugin] = {}
@@ -78,9 +78,9 @@ def measured(metrics: Sequence[plugins.Plugin], samples: Samples) -> Figures:
     for metric in metrics:
         name = plugins.typed(metric)
         try:
-            figures = metric.load()(samples)
+            scores = metric.load()(samples)
             if metric.distribution != plugins.OURS:
-                _check(figures, values)
+                _check(scores, values)
         except (TooFewSamplesError, PluginError) as error:
             failed[name] = error
         except Exception as error:
@@ -88,23 +88,23 @@ def measured(metrics: Sequence[plugins.Plugin], samples: Samples) -> Figures:
                 raise
             failed[name] = PluginError(f"{metric} failed: {type(error).__name__}: {error}")
         else:
-            values |= figures
-            made_by |= dict.fromkeys(figures, metric)
-    return Figures(values, made_by, failed)
+            values |= scores
+            made_by |= dict.fromkeys(scores, metric)
+    return Scores(values, made_by, failed)
 
 
-def _check(figures: Any, found: dict[str, float]) -> None:
-    """Raise TypeError or ValueError unless these are figures, of names that are not ``found`` yet."""
-    if not (isinstance(figures, dict) and all(isinstance(v, (int, float)) for v in figures.values())):
-        raise TypeError(f"a metric must return a dict of numbers by name; it returned {figures!r:.100}")
-    if odd := [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]:
+def _check(scores: Any, found: dict[str, float]) -> None:
+    """Raise TypeError or ValueError unless these are scores, of names that are not ``found`` yet."""
+    if not (isinstance(scores, dict) and all(isinstance(v, (int, float)) for v in scores.values())):
+        raise TypeError(f"a metric must return a dict of numbers by name; it returned {scores!r:.100}")
+    if odd := [f"{name} = {value}" for name, value in scores.items() if not math.isfinite(value)]:
         raise ValueError(f"not finite: {', '.join(odd)}")
-    if taken := sorted(figures.keys() & {*found, "nearest_training"}):
-        raise ValueError(f"another metric has figures of these names: {', '.join(taken)}")
+    if taken := sorted(scores.keys() & {*found, "nearest_training"}):
+        raise ValueError(f"another metric has scores of these names: {', '.join(taken)}")
 
 
-def described(metric: plugins.Plugin) -> dict[str, str]:
-    """What a table says of the figures of a metric: which are better, lower or higher ones, and what they are."""
+def describe(metric: plugins.Plugin) -> dict[str, str]:
+    """What a table says of the scores of a metric: which are better, lower or higher ones, and what they are."""
     loaded = metric.load()
     about = (loaded.__doc__ or "").strip().partition("\n")[0]
     better = getattr(loaded, "better", "")
