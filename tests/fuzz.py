@@ -29,7 +29,7 @@ import torch
 import genfuse
 from genfuse._files import digest
 from genfuse.cli.train import arguments_of
-from genfuse.comparison import _compare, _report
+from genfuse.comparison import _report, _store
 from genfuse.data import Dataset, Split
 from genfuse.errors import GenfuseError
 from genfuse.training import Run, Trainer
@@ -236,17 +236,17 @@ def make_comparison(folder: Path) -> Any:
     for path in folder.iterdir():
         if path.name != "comparison.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return result["options"], [_compare.Entry("a", "vae", small["a"])]
+    return result["options"], [_store.Entry("a", "vae", small["a"])]
 
 
 def read_comparison(folder: Path, more: Any) -> None:
     options, entries = more
-    was = _compare._claim(folder, json.loads(json.dumps(options)), entries)
+    was = _store.claim(folder, json.loads(json.dumps(options)), entries)
     if was:
         for row in was["rows"]:
             row |= _report.summary(row["runs"], _report.measures(was))
-        _report.markdown({**was, "machine": _compare._begin(options, "cpu")["machine"]})
-        _report.html({**was, "machine": _compare._begin(options, "cpu")["machine"]}, folder / "pictures", str)
+        _report.markdown({**was, "machine": _store.begin(options, "cpu")["machine"]})
+        _report.html({**was, "machine": _store.begin(options, "cpu")["machine"]}, folder / "pictures", str)
 
 
 def make_options(folder: Path) -> None:

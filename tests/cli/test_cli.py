@@ -820,7 +820,7 @@ def test_evaluate_takes_data_that_has_moved(capsys, table, tmp_path, monkeypatch
 
 
 def test_names_in_tables_are_shown_as_they_are(capsys):
-    from genfuse.cli._commands import _print_evaluation, _print_samples
+    from genfuse.cli._evaluate import _print_evaluation, _print_samples
 
     _print_evaluation({"[/x]": {"[/y]": 0.5, "[bold]z": 3, "per [/a]": [0.5, 1.0]}})
     figures = {"n": 3, "features": "[/f]", "about": "\x1b[2J", "samples": {"[/m]": 0.25}, "real": {}}

@@ -319,7 +319,7 @@ def test_a_comparison_that_was_stopped_in_its_first_trial_goes_on(data, tmp_path
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for where in ("_steps", "draw"):
+    for where in ("steps_of", "draw"):
         with monkeypatch.context() as patch:
             patch.setattr(f"genfuse.comparison._compare.{where}", stopped)
             with pytest.raises(KeyboardInterrupt):

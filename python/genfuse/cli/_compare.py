@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from genfuse._files import plain
-from genfuse.cli._device import find_device
+from genfuse.cli._arguments import find_device
 from genfuse.cli._yaml import read_yaml
 from genfuse.errors import SettingsError
 

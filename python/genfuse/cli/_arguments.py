@@ -1,5 +1,6 @@
-"""The option ``--device``."""
+"""What arguments of several commands mean."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genfuse.errors import SettingsError
@@ -21,3 +22,9 @@ def find_device(name: str) -> "torch.device":
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
     raise SettingsError(f"--device must be auto, cpu, cuda, cuda:N or mps; got {name}: {reason}")
+
+
+def refuse_existing(file: Path, overwrite: bool) -> None:
+    """Raise SettingsError if a file is there that may not be replaced."""
+    if file.exists() and not overwrite:
+        raise SettingsError(f"{file} exists: name another file, or pass --overwrite")

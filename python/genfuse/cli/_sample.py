@@ -1,0 +1,184 @@
+"""``genfuse sample``."""
+
+import inspect
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from genfuse._files import plain
+from genfuse.cli._arguments import find_device, refuse_existing
+from genfuse.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from genfuse.models import GenerativeModel
+    from genfuse.training import Run
+
+
+def sample(
+    run: Annotated[Path, arg(metavar="RUN")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="FILE")],
+    n: int = 64,
+    label: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: drawn for each example)")] = None,
+    condition: Annotated[str | None, arg(metavar="A=1,B=2", help_behavior_hint="(default: test examples')")] = None,
+    temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
+    sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None,
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
+    guidance: Annotated[float | None, arg(metavar="W", help_behavior_hint="(default: the model's)")] = None,
+    seed: int = 0,
+    data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: where it was)")] = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Draw from the model of a run: a picture, or the numbers.
+
+    A .png is a grid of images, or points in 2 dimensions beside those of the data. A .npy is the array (n, *shape); a
+    .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model. Tables are in their
+    original units; discrete data, such as images, is in [0, 1].
+
+    example:
+      genfuse sample runs/vae --n 64 --out grid.png
+
+    Args:
+        run: run folder
+        out: file to write: .png, .npy or .npz
+        n: number of examples
+        label: conditional models: the label of all examples, a class's name or number
+        condition: models of p(x | columns): a value of each of these columns, in their units, for all examples
+        temperature: models that take one, such as flows: above 0; below 1 for samples nearer to the modes
+        sampler: diffusion models: ancestral, ddim, heun, heun-stochastic, langevin or dpm-solver++
+        steps: diffusion models: steps of the sampler
+        guidance: conditional diffusion models: above 1 for samples more typical of their label
+        seed: of the draws
+        data: for points beside those of the data: the data set of the run, where it has moved, as csv:NEW/PATH
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing file
+    """
+    if out.suffix not in (".png", ".npy", ".npz"):
+        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}")
+    if n < 1:
+        raise SettingsError(f"--n must be at least 1; got {n}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise SettingsError(f"--temperature must be above 0 and finite; got {temperature}")
+    refuse_existing(out, overwrite)
+
+    import numpy as np
+    import torch
+
+    from genfuse import plots
+    from genfuse._files import writing
+    from genfuse.models import sample_in_parts
+    from genfuse.training import Run
+    from genfuse.training.process import seed_of
+
+    trained = Run(run)
+    shape = tuple(trained.config["data"]["shape"])
+    if out.suffix == ".png" and len(shape) != 3 and shape != (2,):
+        raise SettingsError(
+            f"a .png shows images or points in 2 dimensions, but {run} has examples of shape {shape}: "
+            f"use --out {out.with_suffix('.npy')} or .npz"
+        )
+    model = trained.model(find_device(device))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    given_options = {"temperature": temperature, "sampler": sampler, "steps": steps, "guidance": guidance}
+    options = {name: value for name, value in given_options.items() if value is not None}
+    for name in options:
+        if name not in inspect.signature(model.sample).parameters:
+            raise SettingsError(f"--{name}: the model of {run}, a {type(model).__name__}, takes none: leave it out")
+    # Labels are of a generator of their own, so that the noise does not depend on how many there are.
+    numbers = torch.Generator(model.device).manual_seed(seed_of(seed, 1))
+    if trained.config["data"].get("options", {}).get("condition"):
+        if label is not None:
+            raise SettingsError(f"--label: the model of {run} is given columns, no labels: use --condition")
+        y: torch.Tensor | None = _contexts(trained, n, condition, data, numbers).to(model.device)
+    elif condition is not None:
+        raise SettingsError(f"--condition: the model of {run} was trained without --data.condition: leave it out")
+    else:
+        y = _labels(trained, model, n, label, numbers)
+    x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scaling = trained.scaling
+    if out.suffix == ".png" and len(shape) == 3:
+        plots.sample_grid(x, out)
+    elif out.suffix == ".png":
+        test = trained.data(name=data).batch("test", slice(None))
+        alike = None
+        if test.y is not None and y is not None and label is not None:
+            alike = test.y == y[0].cpu()
+        elif test.y is not None and y is not None and condition is not None:  # the tenth that is nearest
+            off = (test.y - y[0].cpu()).norm(dim=1)
+            alike = off <= off.quantile(0.1)
+        points = test.x if alike is None or not alike.any() else test.x[alike]
+        plots.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
+    else:
+        array = (x if scaling is None else scaling.restore(x)).numpy()
+        more: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
+        if y is not None:
+            given = trained.condition_scaling
+            more["y"] = y.cpu().numpy() if given is None else given.restore(y.cpu()).numpy()
+            if given is not None and given.names:
+                more["y_names"] = np.array(given.names)
+            if trained.class_names:
+                more["class_names"] = np.array(trained.class_names)
+        with writing(out) as file:
+            if out.suffix == ".npy":
+                np.save(file, array)
+            else:
+                np.savez(file, x=array, **more)
+    print(plain(out))
+    return 0
+
+
+def _labels(
+    run: "Run", model: "GenerativeModel", n: int, label: str | None, generator: "torch.Generator"
+) -> "torch.Tensor | None":
+    """The labels (n,) that a model is to be given: all the same, or drawn evenly; None where it takes none."""
+    import torch
+
+    if not model.conditional:
+        if label is not None:
+            raise SettingsError(
+                f"--label: the model of {run.path}, a {type(model).__name__}, was trained without labels: leave it "
+                "out, or sample from a conditional one"
+            )
+        return None
+    labels = model.drawn_labels.to(model.device)
+    if label is None:
+        return labels[torch.randint(len(labels), (n,), generator=generator, device=model.device)]
+    names = run.class_names or ()
+    number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
+    # A number that is no name may only be meant as a label if no name is a number.
+    if not 0 <= number < model.config.classes or (label not in names and any(name.isdecimal() for name in names)):
+        known = ", ".join(names) if names else f"0..{model.config.classes - 1}"
+        raise SettingsError(f"--label must be one of {known}; got {label}")
+    if number not in labels:
+        raise SettingsError(f"--label {label}: no training example of {run.path} has this label")
+    return torch.full((n,), number, device=model.device)
+
+
+def _contexts(
+    run: "Run", n: int, condition: str | None, data: str | None, generator: "torch.Generator"
+) -> "torch.Tensor":
+    """The contexts (n, C) that a model is to be given: all as typed, or those of test examples drawn by chance."""
+    import torch
+
+    if condition is None:
+        y = run.data(name=data).splits["test"].y
+        assert y is not None
+        return y[torch.randint(len(y), (n,), generator=generator, device=generator.device).cpu()]
+    columns = run.config["data"]["options"]["condition"].split(",")
+    values = dict(each.split("=", 1) for each in condition.split(",") if "=" in each)
+    try:
+        typed = [float(values.pop(column)) for column in columns]
+    except (KeyError, ValueError):
+        typed = []
+    if not typed or values or not all(map(math.isfinite, typed)):
+        wanted = ",".join(f"{column}=NUMBER" for column in columns)
+        raise SettingsError(f"--condition must be {wanted}, with a finite number for each; got {condition}")
+    y = torch.tensor([typed])
+    return (y if run.condition_scaling is None else run.condition_scaling.apply(y)).expand(n, -1)
