@@ -155,10 +155,10 @@ def refuse_links(folder: Path, *within: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only writer of ``folder``, which is made where it is absent; it goes again if nothing was written to it.
+    """Be the only writer of ``folder``, which is made if it is absent; it goes again if nothing was written to it.
 
     The system lets go of the lock when the process ends, however it ends. Raises RunError, which names host, process
-    and since when, where another one has it. On a file system without locks the name of a process that is no more on
+    and since when, if another one has it. On a file system without locks the name of a process that is no more on
     this host is no obstacle, and one on another host is.
     """
     made = not folder.exists()
@@ -240,7 +240,7 @@ def _alive(owner: dict[str, Any] | None) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError where it is none, whatever is wrong with it."""
+    """What a JSON file holds. Raises ValueError if it is none, whatever is wrong with it."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except RecursionError:
@@ -268,7 +268,7 @@ def intact(content: dict[str, Any]) -> bool:
 
 
 def demand(content: Any, wanted: dict[str, Any], where: object) -> Any:
-    """``content``, or RunError, which names ``where`` and the key, where a key is absent or of the wrong type.
+    """``content``, or RunError, which names ``where`` and the key, if a key is absent or of the wrong type.
 
     ``wanted`` has the type of each key; a dot leads into an object.
     """
@@ -299,7 +299,7 @@ def shown(value: object) -> str:
 
 
 def check_unpacked(path: Path, packed: int, unpacked: int, what: str = "it") -> None:
-    """Raise DataError where a file of ``packed`` bytes would unpack to more than is allowed."""
+    """Raise DataError if a file of ``packed`` bytes would unpack to more than is allowed."""
     given = os.environ.get(UNPACKED)
     try:
         most = max(UNPACKED_BYTES, UNPACKED_RATIO * packed) if given is None else int(float(given))
@@ -327,7 +327,7 @@ def gunzip(path: Path) -> bytes:
 
 
 def check_zip(path: Path) -> None:
-    """Raise DataError where the arrays of an npz file are too large, zipfile.BadZipFile and others if it is damaged."""
+    """Raise DataError if the arrays of an npz file are too large, zipfile.BadZipFile and others if it is damaged."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         check_unpacked(path, path.stat().st_size, sum(member.file_size for member in members))
@@ -338,7 +338,7 @@ def check_zip(path: Path) -> None:
 
 
 def check_array(file: IO[bytes], size: int) -> None:
-    """Raise ValueError where an npy of ``size`` bytes announces more than it holds, and so would take more memory."""
+    """Raise ValueError if an npy of ``size`` bytes announces more than it holds, and so would take more memory."""
     from numpy.lib import format as npy
 
     version = npy.read_magic(file)
@@ -352,7 +352,7 @@ def check_array(file: IO[bytes], size: int) -> None:
 
 
 def read_array(path: Path) -> "np.ndarray":
-    """The array of an npy file. Raises ValueError, OSError or EOFError where it is damaged."""
+    """The array of an npy file. Raises ValueError, OSError or EOFError if it is damaged."""
     import numpy as np
 
     with path.open("rb") as file:
@@ -373,7 +373,7 @@ def plain(text: object) -> str:
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """The tensors of a safetensors file, on the CPU, and what `write_tensors` was told about them.
 
-    Raises RunError where it is damaged: where anything is other than when it was written.
+    Raises RunError if it is damaged: where anything is other than when it was written.
     """
     import safetensors
 

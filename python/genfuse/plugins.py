@@ -94,7 +94,7 @@ def find(kind: str, name: str) -> Plugin:
 
 
 def typed(plugin: Plugin) -> str:
-    """What a user types to mean just this plugin: its name, or DISTRIBUTION:NAME where the name is another's too."""
+    """What a user types to mean just this plugin: its name, or DISTRIBUTION:NAME if the name is another's too."""
     try:
         alone = find(plugin.kind, plugin.name) == plugin
     except PluginError:  # claimed by several

@@ -180,18 +180,20 @@ def test_the_metrics_of_samples_are_those_of_evaluate(compared, data):
 def test_smoothness_is_1_for_a_straight_line_and_small_for_a_jump(data):
     from genfuse.comparison._columns import STEPS, _smoothness
     from genfuse.metrics import Extractor
+    from genfuse.models import GenerativeModel
 
-    class Model(torch.nn.Linear):
-        conditional = False
-        device = torch.device("cpu")
-
-        class config:  # noqa: N801
-            latent_dim = 2
-
-        def decode(self, z):
+    class Model(GenerativeModel):
+        def decode(self, z, y=None):
             return self.to_x(z)
 
-    flat, model = Extractor("flat", "", lambda x: x), Model(1, 1)
+        def latents(self, n, *, generator=None):
+            return torch.randn(n, 2, generator=generator)
+
+        def interpolate_latents(self, a, b, steps, y=None):
+            raise NotImplementedError  # which is not asked for
+
+    flat, model = Extractor("flat", "", lambda x: x), Model()
+    model.weight = torch.nn.Parameter(torch.zeros(1))
     model.to_x = lambda z: z.atan2(z.flip(1))[:, :1] * 0 + 1  # nothing changes
     assert _smoothness(model, data, flat) == 1
     model.to_x = lambda z: (z[:, :1] > 0).float()  # changes at once, or not at all

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str) -> "torch.device":
-    """The device that a user means. Raises SettingsError where this machine or this PyTorch does not have it."""
+    """The device that a user means. Raises SettingsError if this machine or this PyTorch does not have it."""
     import torch
 
     if name == "auto":

@@ -65,7 +65,7 @@ def evaluate(
         inception_weights: for --features inception: a TorchScript file
         pictures: folder for neighbours.png
         json: also write the numbers to this file
-        data: the data set of the run, where it has moved, as csv:NEW/PATH
+        data: the data set of the run, if it has moved, as csv:NEW/PATH
         data_root: folder with the data sets that are read from files
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing --json file

@@ -55,7 +55,7 @@ def sample(
         steps: diffusion models: steps of the sampler
         guidance: conditional diffusion models: above 1 for samples more typical of their label
         seed: of the draws
-        data: for points beside those of the data: the data set of the run, where it has moved, as csv:NEW/PATH
+        data: for points beside those of the data: the data set of the run, if it has moved, as csv:NEW/PATH
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
     """
@@ -137,7 +137,7 @@ def sample(
 def _labels(
     run: "Run", model: "GenerativeModel", n: int, label: str | None, generator: "torch.Generator"
 ) -> "torch.Tensor | None":
-    """The labels (n,) that a model is to be given: all the same, or drawn evenly; None where it takes none."""
+    """The labels (n,) that a model is to be given: all the same, or drawn evenly; None if it takes none."""
     import torch
 
     if not model.conditional:

@@ -29,6 +29,8 @@ LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has 
 
 @dataclass(frozen=True)
 class DataOptions:
+    """How `load_data` reads what --data names."""
+
     binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
     seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
     header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number

@@ -74,7 +74,7 @@ def steps_of(budget: Budget, entry: Entry, data: Dataset, trainer: Trainer, say:
 
 
 def trained(trainer: Trainer, entry: Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
-    """The run of ``trainer``, from its last checkpoint on where it has one; finished ones are left as they are."""
+    """The run of ``trainer``, from its last checkpoint on if it has one; finished ones are left as they are."""
     path = Path(trainer.out or "")
     if (path / "config.json").is_file():
         there = Run(path)

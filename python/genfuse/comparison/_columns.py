@@ -49,7 +49,7 @@ def _thousands(value: float) -> str:
 COLUMNS = (
     Column(
         "frechet_distance", "Fréchet distance", "quality", "lower",
-        "between Gaussians fitted to the features of samples and of test examples; FID where these are Inception's",
+        "between Gaussians fitted to the features of samples and of test examples; FID if these are Inception's",
     ),
     Column("precision", "precision", "quality", "higher", "share of samples that lie among the test examples"),
     Column(
@@ -99,7 +99,7 @@ COLUMNS = (
     Column("steps", "steps", "cost", "", "updates, of all players together", _thousands),
     Column(
         "sampling_seconds", "sampling, s", "cost", "lower",
-        "seconds for 1,000 samples, the fastest of 3 times; where it is slow, ten times that for 100",
+        "seconds for 1,000 samples, the fastest of 3 times; if it is slow, ten times that for 100",
     ),
     Column("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
     Column(
@@ -210,7 +210,7 @@ def _latent_space(model: GenerativeModel, data: Dataset, extract: Extractor) -> 
 
 
 def _smoothness(model: Any, data: Dataset, extract: Extractor) -> float:
-    """Of ways from prior draw to prior draw, see `COLUMNS`. Arcs, as most of a normal's mass is at one radius."""
+    """How even the changes between draws of the prior are. On arcs, as most of a normal's mass is at one radius."""
     generator = torch.Generator(model.device).manual_seed(0)
     if isinstance(model, DrawsLatents):
         start, end = (model.latents(PATHS, generator=generator) for _ in range(2))
@@ -228,7 +228,7 @@ def _smoothness(model: Any, data: Dataset, extract: Extractor) -> float:
 
 @torch.no_grad()
 def draw(model: GenerativeModel | None, data: Dataset, path: Path) -> None:
-    """Draw samples of ``model``, or where it is None real examples, as `pictures` shows such data."""
+    """Draw samples of ``model``, or if it is None real examples, as `pictures` shows such data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = data.is_image
     count = min(plots.SAMPLES if images else plots.POINTS, len(data.splits["test"]))

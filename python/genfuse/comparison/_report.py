@@ -37,7 +37,7 @@ class Table(NamedTuple):
     real: Row  # the same measures of real examples
 
     def part(self, groups: Sequence[str]) -> "Table":
-        """The columns of some groups. Real examples are left out where nothing is measured of them."""
+        """The columns of some groups. Real examples are left out if nothing is measured of them."""
         kept = [i for i, column in enumerate(self.columns) if column.group in groups]
         rows = [Row(row.label, [row.cells[i] for i in kept]) for row in (*self.rows, self.real)]
         return Table([self.columns[i] for i in kept], rows[:-1], rows[-1])

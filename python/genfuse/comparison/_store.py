@@ -20,7 +20,7 @@ from genfuse.training import Run
 RESULT, REPORT, TABLE, PICTURES = "comparison.json", "report.html", "table.md", "pictures"
 VERSION = 1
 DATA = ("name", "binarize", "seed", "fingerprint", "splits")  # what is kept of a description of data
-# Keys of comparison.json that are read, and what they must be; of its rows, and of their runs where they have them.
+# Keys of comparison.json that are read, and what they must be; of its rows, and of their runs if they have them.
 FORMAT: dict[str, Any] = {
     "options": dict[str, Any],
     "machine": dict[str, Any],
@@ -57,7 +57,7 @@ class Entry:
 
 
 def same_content(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two descriptions are of the same data; where one is older than their splits, by the training split."""
+    """Whether two descriptions are of the same data; if one is older than their splits, by the training split."""
     if "splits" in a and "splits" in b:
         same: bool = a["fingerprint"] == b["fingerprint"]
         return same
@@ -89,7 +89,7 @@ def place_of(label: str, seed: int) -> str:
 
 
 def claim(out: Path, options: dict[str, Any], entries: Sequence[Entry] = ()) -> dict[str, Any]:
-    """The comparison that is in ``out``, or nothing. Raises RunError where it is another one, or something else."""
+    """The comparison that is in ``out``, or nothing. Raises RunError if it is another one, or something else."""
     file = out / RESULT
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} exists and is not a folder")
@@ -132,7 +132,7 @@ def claim(out: Path, options: dict[str, Any], entries: Sequence[Entry] = ()) -> 
 
 
 def read(file: Path) -> dict[str, Any]:
-    """comparison.json. Raises RunError, which names file and key, where it is none, or damaged or edited."""
+    """comparison.json. Raises RunError, which names file and key, if it is none, or damaged or edited."""
     where = f"{file} is no comparison"
     try:
         was: dict[str, Any] = read_json(file)

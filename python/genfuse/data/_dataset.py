@@ -38,7 +38,7 @@ class Scaling:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    names: tuple[str, ...] | None = None  # of the columns, where the table has a header
+    names: tuple[str, ...] | None = None  # of the columns, if the table has a header
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "names"):  # JSON has no tuples
@@ -82,24 +82,24 @@ class Split:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Named splits of examples of one shape: ``train``, ``test`` and, where there is one, ``validation``.
+    """Named splits of examples of one shape: ``train``, ``test`` and, if there is one, ``validation``.
 
-    Raises DataError where a split is missing or empty, or its tensors are not what is written beside the fields here.
+    Raises DataError if a split is missing or empty, or its tensors are not what is written beside the fields here.
     """
 
     name: str  # as the user typed it
     splits: dict[str, Split]
     levels: int | None = None  # discrete data: batches hold k / (levels - 1), k = 0..levels-1; None: real-valued data
     classes: int | None = None  # labels are 0..classes-1; taken from the names or the labels unless given
-    class_names: tuple[str, ...] | None = None  # of labels 0, 1, ..., where they have names
+    class_names: tuple[str, ...] | None = None  # of labels 0, 1, ..., if they have names
     binarize: str = "none"  # how levels became 2: "none" | "static" | "dynamic"
     scaling: Scaling | None = None  # tables: the way back to original units
     stored_levels: int | None = None  # with binarize="dynamic": the levels of the intensities that x holds
     seed: int = 0  # that `load_data` made it with
-    mixture: Mixture | None = None  # toys: what they were drawn from, where that is a mixture of Gaussians
+    mixture: Mixture | None = None  # toys: what they were drawn from, if that is a mixture of Gaussians
     options: dict[str, str] = field(default_factory=dict)  # by which `load_data` had its files read
     condition_scaling: Scaling | None = None  # of the columns that are given as the context y
-    source: str | None = None  # the name with an absolute path in it, where it is that of a file or folder
+    source: str | None = None  # the name with an absolute path in it, if it is that of a file or folder
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example: (C, H, W) for images, (D,) for rows of a table."""
+        """The shape of one example: (C, H, W) for images, (D,) for rows of a table."""
         return tuple(self.splits["train"].x.shape[1:])
 
     @property
@@ -181,7 +181,7 @@ class Dataset:
 
     @property
     def seen_labels(self) -> tuple[int, ...] | None:
-        """The labels that training examples have, where these are not all of 0..classes-1; else None."""
+        """The labels that training examples have, if these are not all of 0..classes-1; else None."""
         y = self.splits["train"].y
         seen = None if y is None or y.dim() > 1 else tuple(y.unique().tolist())
         return None if seen is None or len(seen) == self.classes else seen
@@ -300,13 +300,13 @@ class Source:
     found: dict[str, str] = field(default_factory=dict)  # where the data was: its absolute "source", or its "root"
 
     def no_options(self) -> None:
-        """Raise SettingsError where the user gave options of tables of text."""
+        """Raise SettingsError if the user gave options of tables of text."""
         if self.options:
             given = ", ".join(self.options)
             raise SettingsError(f"data set {self.name!r}: {given} are for csv:PATH; leave them out")
 
     def no_argument(self) -> None:
-        """Raise DataError where the user gave an argument."""
+        """Raise DataError if the user gave an argument."""
         if self.argument is not None:
             raise DataError(f"data set {self.name!r}: it takes no argument; got {self.argument!r}")
 
@@ -324,7 +324,7 @@ class Source:
         """One path for each of ``wanted``, which lists the names that a file may have.
 
         All come from the first of ``folders`` ("" for the root itself) that has any of them, so that two data sets in
-        one root are never mixed. Raises DataError that says what was looked for, where, and what to do.
+        one root are never mixed. Raises DataError that says what was looked for, if, and what to do.
         """
         places = [self.root / folder for folder in folders] if self.root else []
         found: dict[Path, dict[int, Path]] = {
@@ -347,7 +347,7 @@ class Source:
     def hold_out(self, count: int, what: str = "rows") -> dict[str, Tensor]:
         """Which of ``count`` examples are for training and which, one in five by chance, for testing.
 
-        Returns the indices of "train" and "test", in rising order. Raises DataError where there are fewer than five.
+        Returns the indices of "train" and "test", in rising order. Raises DataError if there are fewer than five.
         """
         if count < 5:
             raise DataError(f"data set {self.name!r}: {count} {what} are too few: 5 or more, one in five is held out")
@@ -374,7 +374,7 @@ def load_data(
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
     ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
 
-    Raises DataError where the data is absent, damaged or not of the kind that the name promises, and PluginError where
+    Raises DataError if the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.
 
     >>> data = load_data("digits")

@@ -75,7 +75,7 @@ def folder(source: Source) -> Dataset:
     """Pictures of one size, 8-bit grey (1, H, W) or RGB (3, H, W), 256 levels; or an npy or npz file of images.
 
     Pictures in sub-folders are labelled by them, whose names are the classes'; numbers are in the order of numbers.
-    Folders ``train`` and ``test`` (and ``validation``, ``valid`` or ``val``) are the splits where they exist, in any
+    Folders ``train`` and ``test`` (and ``validation``, ``valid`` or ``val``) are the splits if they exist, in any
     case; without ``test`` one training picture in five is held out. Links are followed. Pictures are turned as their
     EXIF data says. What is not read is warned of.
     """
@@ -141,7 +141,7 @@ def _files(top: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _parts(root: Path, found: list[Path]) -> tuple[dict[str, list[Path]], dict[str, Path]]:
-    """The pictures of each split and the folder that it is; "all" where there are no folders of splits."""
+    """The pictures of each split and the folder that it is; "all" if there are no folders of splits."""
 
     def below(top: Path) -> set[str]:
         return {path.relative_to(top).parts[0] for path in found if path.parent != top}

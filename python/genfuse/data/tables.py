@@ -72,6 +72,7 @@ class Reading:
         return float(cell)
 
     def is_number(self, cell: str) -> bool:
+        """Whether `number` reads it."""
         try:
             self.number(cell)
         except ValueError:
@@ -121,7 +122,7 @@ def _of_arrays(source: Source, path: Path) -> Dataset:
 def find_arrays(source: Source, path: Path) -> Arrays:
     """The examples and labels in an npy or npz file or a folder of npy files, by what the arrays are called.
 
-    What is not used is warned of. Raises DataError where it is not clear which array is what.
+    What is not used is warned of. Raises DataError if it is not clear which array is what.
     """
     kind = source.name.partition(":")[0]
     arrays: dict[str, np.ndarray]
@@ -193,7 +194,7 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _labels(origin: str, array: np.ndarray, count: int) -> np.ndarray | None:
-    """Labels (count,) of whole numbers or words, also from one-hot rows; None where they are measurements."""
+    """Labels (count,) of whole numbers or words, also from one-hot rows; None if they are measurements."""
     if len(array.shape) == 0 or len(array) != count:
         raise DataError(f"{origin} has shape {array.shape}, but there are {count} examples to be labelled")
     if array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind in "biuf":
@@ -219,7 +220,7 @@ def _labels(origin: str, array: np.ndarray, count: int) -> np.ndarray | None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file by name. Raises DataError where it is damaged or holds pickled objects."""
+    """The arrays of an npz file by name. Raises DataError if it is damaged or holds pickled objects."""
     found = _load(path)
     if isinstance(found, np.ndarray):
         raise DataError(f"{path} holds a single array, not named ones; write npy:{path}")
@@ -292,7 +293,7 @@ def _dataset(source: Source, tables: dict[str, Table], arrays: Arrays | None = N
 
 
 def _in_columns_of(first: Table, table: Table) -> Table:
-    """The table with its columns in the order of the first one. Raises DataError where they are others."""
+    """The table with its columns in the order of the first one. Raises DataError if they are others."""
     if table.values.shape[1] != first.values.shape[1]:
         raise DataError(
             f"{table.origin} has {table.values.shape[1]} columns, but {first.origin} has {first.values.shape[1]}"

@@ -33,7 +33,7 @@ class Moments:
             self.update(batch)
 
     def update(self, batch: Tensor) -> None:
-        """Add features (N, D). Raises SettingsError where they are not finite or of another shape."""
+        """Add features (N, D). Raises SettingsError if they are not finite or of another shape."""
         x = _checked(batch)
         if not len(x):
             return
@@ -125,7 +125,7 @@ def sliced_wasserstein_distance(
     Wasserstein barycenters of measures*, 2015), in the units of the features; 0 and more; lower is better.
 
     W_p in one dimension is exact, also of sets of different sizes: the integral over the quantile functions. Raises
-    TooFewSamplesError where a set is empty.
+    TooFewSamplesError if a set is empty.
     """
     if p < 1 or projections < 1:
         raise SettingsError(f"p and projections must be at least 1, got p={p} and projections={projections}")
@@ -146,13 +146,13 @@ def sliced_wasserstein_distance(
 
 
 def require(metric: str, count: int, needed: int, what: str, why: str = "") -> None:
-    """Raise TooFewSamplesError where there are fewer than ``needed``."""
+    """Raise TooFewSamplesError if there are fewer than ``needed``."""
     if count < needed:
         raise TooFewSamplesError(f"{metric}: at least {needed} {what} are needed{why}; there are {count}")
 
 
 def pair(samples: Features, reference: Features) -> tuple[Tensor, Tensor]:
-    """Both sets whole, (N, D) and (M, D), in float64. Raises SettingsError where they are not finite or not alike."""
+    """Both sets whole, (N, D) and (M, D), in float64. Raises SettingsError if they are not finite or not alike."""
     found = []
     for name, features in (("samples", samples), ("reference examples", reference)):
         parts = [_checked(batch) for batch in batches(features)]

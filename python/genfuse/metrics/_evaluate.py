@@ -30,7 +30,7 @@ def evaluate(
     """Measure ``model`` on those of ``splits`` that ``data`` has: a dict of plain numbers per split.
 
     ``examples`` is how many were used: all, or ``limit`` of each split, by chance and always the same. The rest are
-    means over them, each given where the model has the verb for it:
+    means over them, each given if the model has the verb for it:
 
     - what ``model.likelihoods`` names: ``log_prob`` (exact) and ``elbo`` in nats per example, ``bits_per_dim``;
     - ``log_prob_original_units``: of a table's rows before they were standardized, log p(x) - sum log std, which can be
@@ -41,7 +41,7 @@ def evaluate(
     - ``active_units``: how many latent dimensions have Var_x E[z | x] above 0.01 (arXiv 1509.00519, section 5.2).
 
     A conditional model is given the labels. The same seed gives the same numbers; torch's global generators and the
-    model's mode are left as they were. Memory does not grow with the number of examples. Raises SettingsError where
+    model's mode are left as they were. Memory does not grow with the number of examples. Raises SettingsError if
     samples or limit is below 1, and what ``model.check_data`` raises.
     """
     if samples < 1 or (limit is not None and limit < 1):

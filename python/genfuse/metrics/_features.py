@@ -59,7 +59,7 @@ def extractor(
     - ``random-conv``: 64 features of a convolution network with random weights, always the same ones;
     - ``classifier``: the 64 features before the last layer of the network that `train_features` trained on ``data``;
     - ``inception``: what the TorchScript module in the file ``inception_weights`` makes of uint8 RGB images;
-    - ``auto``: the classifier where there is one, else random-conv for images and columns for all else.
+    - ``auto``: the classifier if there is one, else random-conv for images and columns for all else.
 
     Raises SettingsError for a name that is unknown or has no meaning for the data, for a classifier that is yet to be
     trained, and for a file of weights that is missing or not what is wanted.
@@ -76,7 +76,7 @@ def _extractor(name: str, data: Dataset, device: torch.device | str, inception_w
     if name in ("pixels", "random-conv", "inception") and not data.is_image:
         raise SettingsError(
             f"features {name!r} are of images, but the data set {data.name!r} has examples of shape {data.shape}: "
-            "use columns, or classifier where there are labels"
+            "use columns, or classifier if there are labels"
         )
     if name == "columns" and data.is_image:
         raise SettingsError(f"features 'columns' are of tables, but the data set {data.name!r} has images: use pixels")
@@ -120,7 +120,7 @@ def train_features(
     A small convolution network for images, an MLP for all else, trained on the training split by Adam with a learning
     rate that falls from 1e-3 to 0. The file is safetensors, with the facts of the training as JSON in its header.
     Torch's global generators are left as they were. Raises DataError for data without labels of two classes or more,
-    and SettingsError where the file exists, unless ``overwrite``.
+    and SettingsError if the file exists, unless ``overwrite``.
     """
     from genfuse.training.progress import Progress
 

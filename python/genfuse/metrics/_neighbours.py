@@ -55,7 +55,7 @@ def prdc(samples: Features, reference: Features, *, k: int = 3, k_density: int =
 def nearest(queries: Tensor, points: Features, k: int = 1) -> tuple[Tensor, Tensor]:
     """Euclidean distances (N, k), rising, of ``queries`` (N, D) to the nearest of ``points``, and their indices (N, k).
 
-    Points (M, D) may come in batches, of which one at a time is held. Raises TooFewSamplesError where M < k.
+    Points (M, D) may come in batches, of which one at a time is held. Raises TooFewSamplesError if M < k.
     """
     best = queries.new_zeros((len(queries), 0), dtype=torch.float64)
     index = queries.new_zeros((len(queries), 0), dtype=torch.int64)

@@ -122,5 +122,5 @@ def evaluate_samples(
 
 
 def _features(extract: Extractor, data: Dataset, split: str, rows: Tensor, device: torch.device) -> Tensor:
-    """Of some examples of a split, (N, D)."""
+    """The features (N, D) of some examples of a split."""
     return torch.cat([extract(data.batch(split, part).x.to(device)) for part in rows.split(BATCH)])

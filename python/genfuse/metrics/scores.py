@@ -33,30 +33,35 @@ class Samples:
 
 
 def frechet_distance(samples: Samples) -> dict[str, float]:
+    """Fréchet distance of Gaussians fitted to the features of samples and of test examples (arXiv 1706.08500)."""
     return {"frechet_distance": _distances.frechet_distance(samples.features, samples.reference_features)}
 
 
 def kernel_distance(samples: Samples) -> dict[str, float]:
+    """Squared maximum mean discrepancy of the features by a cubic kernel, and its spread (arXiv 1801.01401)."""
     found = _distances.kernel_distance(samples.features, samples.reference_features, seed=samples.seed)
     return {"kernel_distance": found.value, **({} if found.std is None else {"kernel_distance_std": found.std})}
 
 
 def precision_recall(samples: Samples) -> dict[str, float]:
+    """Shares by nearest neighbours: precision, recall (arXiv 1904.06991), density and coverage (2002.09797)."""
     return prdc(samples.features, samples.reference_features)._asdict()
 
 
 def sliced_wasserstein(samples: Samples) -> dict[str, float]:
+    """Wasserstein distance of the features in the mean over random directions."""
     of = samples.features, samples.reference_features
     return {"sliced_wasserstein": _distances.sliced_wasserstein_distance(*of, seed=samples.seed)}
 
 
 def modes(samples: Samples) -> dict[str, float]:
+    """How many Gaussians of a known mixture have samples, and the share of samples within 3 std of one."""
     mixture = samples.data.mixture
     return {} if mixture is None else mode_coverage(samples.x, mixture)._asdict()
 
 
 def select(names: Sequence[str] | None) -> list[plugins.Plugin]:
-    """The metrics that a user means by these names; all that are installed, ours first, where there are none."""
+    """The metrics that a user means by these names; all that are installed, ours first, if there are none."""
     if names is not None:
         return [plugins.find("metrics", name) for name in names]
     return sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)

@@ -24,7 +24,7 @@ FORMAT_OF_STATE = {"step": int, "processes": int, "scalars": dict[str, Any], "sc
 class Checkpoint:
     """What a training needs to go on from a step: the weights, other tensors (optimizers, generators), plain facts.
 
-    ``best`` holds the weights that the run is to be left with, where these are not the last; else nothing.
+    ``best`` holds the weights that the run is to be left with, if these are not the last; else nothing.
     """
 
     weights: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path, name: str = STATE) -> "Checkpoint":
-        """That of a run folder. Raises RunError, which names file and key, where it is damaged."""
+        """That of a run folder. Raises RunError, which names file and key, if it is damaged."""
         tensors, facts = read_tensors(path / name)
         demand(facts, FORMAT_OF_STATE, path / name)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "": {}}
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @classmethod
     def newest(cls, path: Path) -> "Checkpoint":
-        """The last one of a run folder, or where that is damaged the one before. A RunWarning says what was lost."""
+        """The last one of a run folder, or if that is damaged the one before. A RunWarning says what was lost."""
         try:
             return cls.read(path)
         except RunError as error:

@@ -30,7 +30,7 @@ def draw(
 
     Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``. Tables:
     samples.png, two columns as points beside the data's, more as histograms over them. Two columns: density.png with
-    ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png where there are ``metrics``,
+    ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png if there are ``metrics``,
     and progress.png of images and of two columns where ``progress`` has samples (N, *shape) of several steps. A
     conditional model is given labels drawn from the test split. Draws from a fixed seed, and leaves torch's global
     generators alone; the model should be in evaluation mode.
@@ -91,7 +91,7 @@ def _given(labels: Tensor | None) -> dict[str, Any]:
 
 
 def _repeated(labels: Tensor | None, n: int) -> Tensor | None:
-    """The first n labels, from the start again where there are fewer."""
+    """The first n labels, from the start again if there are fewer."""
     return None if labels is None else labels[torch.arange(n, device=labels.device) % len(labels)]
 
 

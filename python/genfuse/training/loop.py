@@ -83,7 +83,7 @@ class Loop:
         self.warned: set[str] = set()  # what `GenerativeModel.watch` has found
 
     def run(self, out: Path | None, config: dict[str, Any] | None) -> None:
-        """Train to the end, from the last checkpoint in ``out`` where the trainer resumes."""
+        """Train to the end, from the last checkpoint in ``out`` if the trainer resumes."""
         torch.manual_seed(seed_of(self.trainer.seed, NOISE, self.fabric.global_rank))
         keep_freed_memory()
         self.model.train()
@@ -190,7 +190,7 @@ class Loop:
             return self.model.loss(self.precision.convert_input(batch), player)
 
     def _activate(self, player: int) -> None:
-        """Gradients for one player alone, where there are several."""
+        """Gradients for one player alone, if there are several."""
         if len(self.players) > 1:
             for weights in self.trained.values():
                 for weight in weights:
@@ -364,7 +364,7 @@ class Loop:
         return "; ".join(found)
 
     def _check_weights(self) -> None:
-        """Raise NonFiniteLossError where a weight is NaN or infinite."""
+        """Raise NonFiniteLossError if a weight is NaN or infinite."""
         if not all(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).tolist()):
             names = ", ".join(name for name, w in self.model.named_parameters() if not w.isfinite().all())
             raise NonFiniteLossError(
@@ -397,7 +397,7 @@ class Loop:
         self.checkpointed = self.step
 
     def _checkpoint(self) -> Checkpoint:
-        """All that `_load` needs. Raises NonFiniteLossError where a weight is NaN or infinite."""
+        """All that `_load` needs. Raises NonFiniteLossError if a weight is NaN or infinite."""
         self._check_weights()
         tensors, scalars = optimizer_tensors(self.optimizers)
         for kind, generator in generators(self.fabric.device).items():

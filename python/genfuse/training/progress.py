@@ -1,4 +1,4 @@
-"""The progress bar: on standard error, and only where that is a terminal."""
+"""The progress bar: on standard error, and only if that is a terminal."""
 
 import time
 from types import TracebackType
@@ -47,5 +47,6 @@ class Progress:
         self._bar.update(self._task, completed=self._done, epoch=self._epoch)
 
     def terms(self, terms: dict[str, float], rate: float) -> None:
+        """Show loss terms, and the speed in examples per second."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
         self._bar.update(self._task, terms=shown, rate=f"{rate:,.0f} examples/s")

@@ -89,8 +89,8 @@ FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str]
 class Run:
     """An existing run folder. Nothing is written to it.
 
-    Raises RunError, which names file and key, where ``path`` is not a run folder, is half there, damaged, of another
-    version, or holds a link. A RunWarning tells of a config.json that was changed by hand: where that has a say in
+    Raises RunError, which names file and key, if ``path`` is not a run folder, is half there, damaged, of another
+    version, or holds a link. A RunWarning tells of a config.json that was changed by hand: if that has a say in
     what is asked for, `model`, `scaling` and `data` raise RunError.
     """
 
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of labels 0, 1, ..., where the data has them. Else None."""
+        """The names of labels 0, 1, ..., if the data has them. Else None."""
         names = self.config["data"].get("class_names")
         return names and tuple(names)
 
@@ -134,7 +134,7 @@ class Run:
         return step
 
     def model(self, device: str | torch.device = "cpu") -> GenerativeModel:
-        """The trained model in evaluation mode, in float32. Raises PluginError where its plugin is not installed."""
+        """The trained model in evaluation mode, in float32. Raises PluginError if its plugin is not installed."""
         named, file = self.config["model"], self.path / CONFIG
         cls = models.load(named["name"])
         weights, facts = read_tensors(self.path / WEIGHTS)
@@ -205,7 +205,7 @@ class Run:
         return dict(sorted(found.items()))
 
     def _check(self, section: str, facts: dict[str, Any] | None = None) -> None:
-        """Raise RunError where a section of config.json is not the one that the weights were trained by."""
+        """Raise RunError if a section of config.json is not the one that the weights were trained by."""
         facts = tensor_facts(self.path / WEIGHTS) if facts is None else facts
         if "config" not in facts:  # which is younger than the run
             return
@@ -219,7 +219,7 @@ class Run:
 
 
 def describe(model: GenerativeModel, data: Dataset, training: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json. Raises SettingsError where `Run.model` could not rebuild the model from it."""
+    """The content of config.json. Raises SettingsError if `Run.model` could not rebuild the model from it."""
     name = model.plugin or plugin_of(type(model))
     settings = dataclasses.asdict(model.config)
     try:
@@ -435,6 +435,7 @@ class Recorder:
         checkpoint.write(self.path, self._keep_checkpoints)
 
     def close(self) -> None:
+        """Close the files; what could not be written is an OSError."""
         threading.excepthook = self._hook
         try:
             with named(self.path / METRICS):
@@ -500,7 +501,7 @@ def _warn(message: str) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a run folder. Raises RunError where there is none, or it is not ours."""
+    """config.json of a run folder. Raises RunError if there is none, or it is not ours."""
     file = path / CONFIG
     if not path.exists():
         raise RunError(f"there is no run folder {path}")
@@ -515,7 +516,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(config: Any, file: Path) -> dict[str, Any]:
-    """The content of the config.json of a run, where it is that. Raises RunError, which names file and key, if not."""
+    """The content of the config.json of a run, if it is that. Raises RunError, which names file and key, if not."""
     where = f"{file} is not the {CONFIG} of a run"
     version = demand(config, {"version": Any}, where)["version"]
     if version != VERSION:

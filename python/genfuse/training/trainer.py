@@ -46,7 +46,7 @@ class Trainer(Options):
 
         Raises SettingsError, DataError or RunError before anything is written: also where another process is writing
         to the folder; NonFiniteLossError, with the step, the term and the last checkpoint, at a loss that is NaN or
-        infinite; and RunError, with the last checkpoint, where the folder cannot be written to, as on a full disk.
+        infinite; and RunError, with the last checkpoint, if the folder cannot be written to, as on a full disk.
         """
         model.check_data(data)
         players = list(model.players())
