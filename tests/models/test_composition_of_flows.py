@@ -12,7 +12,7 @@ SMALL = {
     "realnvp": {"layers": 2, "hidden": (8,)},
     "maf": {"layers": 2, "hidden": (8,)},
     "iaf": {"layers": 2, "hidden": (8,)},
-    "nsf": {"layers": 2, "hidden": 8, "bins": 4},
+    "nsf": {"layers": 2, "hidden": (8, 8), "bins": 4},
     "nsf-ar": {"layers": 2, "hidden": (8,), "bins": 4},
     "planar": {"layers": 3},
     "radial": {"layers": 3},

@@ -13,8 +13,8 @@ import genfuse
 from benchmarks._measure import Side, peak_memory
 from genfuse.errors import DataError, SettingsError
 from genfuse.metrics import evaluate
-from genfuse.models import Batch, configure
-from genfuse.models._flow import FlowConfig, FlowModel
+from genfuse.flows import Flow, StandardNormal
+from genfuse.models import Batch, FlowModel, configure
 from genfuse.nn import Flatten, Transform
 
 SMALL = {
@@ -22,14 +22,14 @@ SMALL = {
     "glow": {"steps": 3, "hidden": (16,)},
     "maf": {"layers": 3, "hidden": (16,)},
     "iaf": {"layers": 3, "hidden": (16,)},
-    "nsf": {"layers": 2, "bins": 4, "hidden": 16, "blocks": 1},
+    "nsf": {"layers": 2, "bins": 4, "hidden": (16,)},
     "nsf-ar": {"layers": 2, "bins": 4, "hidden": (16,)},
     "planar": {"layers": 5},
     "radial": {"layers": 5},
 }
 IMAGES = {
-    "realnvp-images": {"shape": (1, 4, 4), "channels": 4, "blocks": 1},
-    "glow-images": {"shape": (2, 4, 4), "channels": 4, "steps": 2},
+    "realnvp-images": {"shape": (1, 4, 4), "channels": (4,)},
+    "glow-images": {"shape": (2, 4, 4), "channels": (4,), "steps": 2},
 }
 every_model = pytest.mark.parametrize("name", SMALL)
 every_model_and_images = pytest.mark.parametrize("name", [*SMALL, *IMAGES])
@@ -89,7 +89,7 @@ def test_decode_undoes_encode(name, dtype, tolerance):
     *_, last = steps = model.trajectory(z, y)
     torch.testing.assert_close(last, model.decode(z, y))
     assert torch.equal(steps[0], z)
-    assert len(steps) == 1 + len(model.flow.transforms)
+    assert len(steps) == 1 + len(model.flow.transform.transforms)
 
 
 CELLS, FINE = 24, 35  # cells along each side, and points along each side of a cell
@@ -109,7 +109,7 @@ def grid():
             low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
             n = CELLS * FINE
             at = low + (torch.arange(n).double()[:, None] + 0.5) / n * (high - low)
-            z, logdet = model.flow(torch.cartesian_prod(at[:, 0], at[:, 1]))
+            z, logdet = model.flow.transform(torch.cartesian_prod(at[:, 0], at[:, 1]))
             made[name] = model, low, high, z, logdet
         return made[name]
 
@@ -148,7 +148,7 @@ def test_sample_and_log_prob_agree_with_sample_and_log_prob(name, temperature):
     y = torch.arange(50) % 3
     x, log_prob = model.sample_and_log_prob(50, y=y, temperature=temperature, generator=seeded())
     torch.testing.assert_close(x, model.sample(50, y=y, temperature=temperature, generator=seeded()))
-    z, logdet = model.flow(x, torch.nn.functional.one_hot(y, 3).double())
+    z, logdet = model.flow.transform(x, torch.nn.functional.one_hot(y, 3).double())
     torch.testing.assert_close(
         log_prob,
         Normal(0, torch.tensor(temperature, dtype=torch.float64)).log_prob(z).sum(1) + logdet,
@@ -234,14 +234,14 @@ def test_a_hundred_layers_stay_finite(name):
 def test_reversible_gradients_are_the_ordinary_ones(name, conditional, dtype, tolerance):
     plain = scrambled(name, (4,), dtype, size=0.05, **conditional)
     config = dataclasses.replace(plain.config, reversible=True)
-    memory_free = type(plain)(config).to(dtype).eval()
+    memory_free = type(plain).from_config(config).to(dtype).eval()
     memory_free.load_state_dict(plain.state_dict())
     x = points(plain, 30, dtype)
     context = torch.randn(30, 3, dtype=dtype) if conditional else None
     found = []
     for model in (plain, memory_free):
         leaves = [t.clone().requires_grad_() for t in (x, context) if t is not None]
-        z, logdet = model.flow(*leaves)
+        z, logdet = model.flow.transform(*leaves)
         (z.square().sum() / 2 - logdet.sum()).backward()
         found.append([t.grad for t in (*leaves, *model.parameters())])
     for a, b in zip(*found, strict=True):
@@ -269,20 +269,16 @@ class Probit(Transform):
         return z, -Normal(0, 1).log_prob(z).sum(1)
 
 
-class Uniform(FlowModel):
+def uniform(levels):
     """The density of v is 1 on [0, 1]^D."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.nothing = torch.nn.Parameter(torch.zeros(()))
-
-    def layers(self):
-        return [Flatten(self.config.shape), Probit()]
+    probit = Probit()
+    probit.nothing = torch.nn.Parameter(torch.zeros(()))
+    return FlowModel(Flow([Flatten((1, 3, 4)), probit], StandardNormal(12)), levels=levels, logit=0.0)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 256])
 def test_a_uniform_density_costs_the_bits_of_the_levels(levels):
-    model = Uniform(FlowConfig(shape=(1, 3, 4), levels=levels, logit=0.0))
+    model = uniform(levels)
     x = torch.randint(levels, (20, 1, 3, 4)).double() / (levels - 1)
     torch.testing.assert_close(model.bits_per_dim(x), torch.full((20,), math.log2(levels)).double())
     torch.testing.assert_close(model.elbo(x), torch.full((20,), -12 * math.log(levels)).double())
@@ -428,7 +424,7 @@ def test_shape_levels_and_classes_come_from_the_data():
     [
         ("nsf", "toy:pinwheel", SMALL["nsf"], {"log_prob"}, {"samples.png", "density.png", "flow.png"}),
         ("maf", "toy:moons", {**SMALL["maf"], "conditional": True, "reversible": True}, {"log_prob"}, {"density.png"}),
-        ("glow", "digits", {"steps": 2, "channels": 8}, {"elbo", "bits_per_dim"}, {"samples.png"}),
+        ("glow", "digits", {"steps": 2, "channels": (8,)}, {"elbo", "bits_per_dim"}, {"samples.png"}),
     ],
     ids=["nsf", "maf", "glow"],
 )

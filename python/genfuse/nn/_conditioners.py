@@ -102,12 +102,7 @@ class ConvConditioner(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        context: int = 0,
-        channels: Sequence[int] = (64,),
-        residual: bool = False,
+        self, inputs: int, outputs: int, context: int = 0, channels: Sequence[int] = (64,), *, residual: bool = False
     ) -> None:
         super().__init__()
         width = _one_width("channels", channels)
