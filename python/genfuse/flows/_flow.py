@@ -1,7 +1,7 @@
 """A flow: transforms and a base that make a `torch.distributions.Distribution` of a context."""
 
-import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,8 +40,8 @@ class _Fixed(nn.Module):
     def _keep(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
             raise ValueError(
-                f"base: {name} of {type(self.distribution).__name__} requires a gradient, which a fixed base cannot "
-                "have: give a module that makes the distribution of its parameters"
+                f"base: the distribution's {name.rpartition('.')[2]} requires a gradient, and would not be trained: give "
+                "a module that makes the distribution of its parameters"
             )
         self.register_buffer(name.replace(".", "_"), tensor.clone())
         return tensor
@@ -50,18 +50,23 @@ class _Fixed(nn.Module):
         return _with_tensors(self.distribution, lambda name, tensor: self.get_buffer(name.replace(".", "_")))
 
 
-def _with_tensors(value: Any, replace: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
-    """A copy of a distribution, and of those that it is made of, with each tensor replaced, given its path."""
-    if isinstance(value, Tensor):
-        return replace(name, value)
-    if isinstance(value, list | tuple) and type(value) is not Size:
-        return type(value)(_with_tensors(each, replace, f"{name}.{i}") for i, each in enumerate(value))
-    if isinstance(value, Distribution | Transform):
-        made = copy.copy(value)
-        for key, each in vars(value).items():
-            made.__dict__[key] = _with_tensors(each, replace, f"{name}.{key}" if name else key)
-        return made
-    return value
+def _with_tensors(distribution: Distribution, replace: Callable[[str, Tensor], Tensor]) -> Distribution:
+    """A copy of a distribution, and of all that it is made of, with each tensor replaced, given its path."""
+    made: dict[int, Any] = {}  # a transform and its inverse hold each other
+
+    def copied(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            return replace(name, value)
+        if isinstance(value, list | tuple) and not isinstance(value, Size):
+            return type(value)(copied(each, f"{name}.{i}") for i, each in enumerate(value))
+        if not isinstance(value, Distribution | Transform):
+            return None if isinstance(value, weakref.ref) else value
+        if id(value) not in made:
+            made[id(value)] = new = object.__new__(type(value))
+            new.__dict__.update({key: copied(each, f"{name}.{key}".lstrip(".")) for key, each in vars(value).items()})
+        return made[id(value)]
+
+    return copied(distribution, "")
 
 
 class Flow(nn.Module):
@@ -194,7 +199,7 @@ class FlowDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
+        if self._validate_args and value.numel():  # constraints cannot check nothing
             self._validate_sample(value)
         lead = value.shape[: value.dim() - len(self.event_shape)]
         shape = torch.broadcast_shapes(lead, self.batch_shape)

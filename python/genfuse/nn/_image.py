@@ -26,10 +26,10 @@ class Squeeze(Transform):
         return squares.reshape(n, c // 4, 2 * h, 2 * w), y.new_zeros(n)
 
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return (4 * shape[0], shape[1] // 2, shape[2] // 2) if shape and len(shape) == 3 else None
+        return (4 * shape[0], shape[1] // 2, shape[2] // 2) if shape and len(shape) == 3 else shape
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[0] // 4, 2 * shape[1], 2 * shape[2]
+        return (shape[0] // 4, 2 * shape[1], 2 * shape[2]) if len(shape) == 3 else shape
 
 
 class Flatten(Transform):
