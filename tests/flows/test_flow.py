@@ -358,7 +358,7 @@ def test_any_distribution_is_a_base_whose_tensors_move_with_the_flow(kind, conte
 
 
 def test_a_base_that_would_not_be_trained_is_refused():
-    with pytest.raises(ValueError, match="base: the distribution's loc requires a gradient.*give a module"):
+    with pytest.raises(ValueError, match=r"base: the distribution's loc requires a gradient.*give a module"):
         Flow([ActNorm(2)], Normal(nn.Parameter(torch.zeros(2)), 1.0))
     with pytest.raises(ValueError, match=r"give base=StandardNormal\(features\)"):
         Flow([Logit(0.1)])

@@ -40,8 +40,8 @@ class _Fixed(nn.Module):
     def _keep(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
             raise ValueError(
-                f"base: the distribution's {name.rpartition('.')[2]} requires a gradient, and would not be trained: give "
-                "a module that makes the distribution of its parameters"
+                f"base: the distribution's {name.rpartition('.')[2]} requires a gradient, which would not reach it: "
+                "give a module that makes the distribution of its parameters"
             )
         self.register_buffer(name.replace(".", "_"), tensor.clone())
         return tensor
