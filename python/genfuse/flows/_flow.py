@@ -181,7 +181,7 @@ class FlowDistribution(Distribution):
         super().__init__(batch_shape, Size(shape), validate_args)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         return constraints.independent(self.flow.transform.domain, len(self.event_shape))
 
     @property

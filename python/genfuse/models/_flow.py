@@ -57,11 +57,12 @@ class FlowConfig(ModelConfig):
 
 
 def one_per_block(settings: dict[str, Any], name: str, width: int, blocks: int) -> dict[str, Any]:
-    """Settings of former versions, in which ``name`` was one width, by default this, and ``blocks`` said how many."""
+    """Settings of former versions, in which ``name`` was one width, by default this, and ``blocks`` said how many, as
+    JSON has those of now."""
     if not isinstance(settings.get(name, width), int) or not {name, "blocks"} & settings.keys():
         return settings
     others = {key: value for key, value in settings.items() if key != "blocks"}
-    return {**others, name: (settings.get(name, width),) * settings.get("blocks", blocks)}
+    return {**others, name: [settings.get(name, width)] * settings.get("blocks", blocks)}
 
 
 class FlowModel(GenerativeModel):
