@@ -28,14 +28,17 @@ from genfuse.errors import SettingsError
 from genfuse.flows import IAF, MAF, NSF, NSFAR, Flow, Glow, Planar, Radial, RealNVP, StandardNormal
 from genfuse.nn import (
     ActNorm,
+    AdditiveCoupling,
     AffineCoupling,
     AutoregressiveSpline,
+    Composite,
     ConvConditioner,
     Flatten,
     Inverse,
     Logit,
     LULinear,
     MLPConditioner,
+    SplineCoupling,
     Squeeze,
     Transform,
 )
@@ -409,6 +412,7 @@ def test_a_bounded_base_is_held_to_its_bounds():
         ([AffineCoupling(MLPConditioner(2, 6), split=-2), Logit(0.1)], (5,)),
         ([AffineCoupling(MLPConditioner(3, 6), mask=torch.tensor([True, False, True]))], (3,)),
         ([Inverse(LULinear(4))], (4,)),
+        (Composite([Inverse(Composite([ActNorm(4), Inverse(LULinear(4))]))]), (4,)),
         ([Flatten((2, 3))], (2, 3)),
         ([Squeeze(), ActNorm(4), Flatten((4, 2, 3))], (1, 4, 6)),
         ([Squeeze(), ActNorm(8), Inverse(Squeeze()), ActNorm(2), Flatten((2, 4, 6))], (2, 4, 6)),
@@ -483,14 +487,24 @@ class Sequential(nn.Sequential):
         return super().forward(x)
 
 
-def test_networks_of_residual_blocks_have_one_width():
-    for call in (lambda: NSF(4, hidden=(8, 9)), lambda: NSF(4, hidden=())):
-        with pytest.raises(SettingsError, match="hidden of a residual network must be one positive width"):
+@pytest.mark.parametrize("coupling", [AffineCoupling, AdditiveCoupling, SplineCoupling])
+def test_a_network_of_the_wrong_size_is_refused(coupling):
+    with pytest.raises(ValueError, match=r"the conditioner must return \(N, \d+\), got \(7, 5\)"):
+        coupling(Sequential(nn.Linear(2, 5)), split=2)(torch.randn(7, 4))
+
+
+def test_networks_that_cannot_be_made_are_refused():
+    for call in (lambda: NSF(4, hidden=(8, 9)), lambda: NSF(4, hidden=()), lambda: NSF(4, hidden=8)):
+        with pytest.raises(SettingsError, match="hidden must be one positive width for each block"):
             call()
     with pytest.raises(SettingsError, match="channels must be one width unless the network is residual"):
         Glow((1, 4, 4), channels=(8, 8))
     with pytest.raises(SettingsError, match="coupling must be one of affine, additive"):
         Glow(4, coupling="spline")
+    with pytest.raises(SettingsError, match="scales must be at least 1, got 0"):
+        RealNVP((1, 4, 4), scales=0)
+    with pytest.raises(SettingsError, match="hidden must be at least one positive width"):
+        MAF(3, hidden=())
     with pytest.raises(ValueError, match="either split= or mask="):
         AffineCoupling(MLPConditioner(2, 4))
 

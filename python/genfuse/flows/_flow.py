@@ -90,7 +90,7 @@ class Flow(nn.Module):
 
     def __init__(
         self,
-        transforms: Iterable[FlowTransform],
+        transforms: FlowTransform | Iterable[FlowTransform],
         base: Distribution | nn.Module | None = None,
         *,
         context: int | None = None,
@@ -98,7 +98,8 @@ class Flow(nn.Module):
         reversible: bool = False,
     ) -> None:
         super().__init__()
-        self.transform = Composite([*transforms], reversible=reversible)
+        transforms = [transforms] if isinstance(transforms, FlowTransform) else [*transforms]
+        self.transform = Composite(transforms, reversible=reversible)
         self.context, self.embedding = context, embedding
         shape = self.transform.forward_shape(None)
         if isinstance(base, Distribution):

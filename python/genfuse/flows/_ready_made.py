@@ -233,9 +233,11 @@ class Radial(Planar):
     layer = RadialLayer
 
 
-def _as_image(features: Shape, halvings: int) -> tuple[int, int, int]:
+def _as_image(features: Shape, scales: int, halvings: int) -> tuple[int, int, int]:
     """The shape of images whose height and width can be halved so often."""
     shape = _shape(features)
+    if scales < 1:
+        raise SettingsError(f"scales must be at least 1, got {scales}")
     if len(shape) != 3:
         raise SettingsError(f"several scales need images, shape (C, H, W), got {shape}")
     if any(side % 2**halvings for side in shape[1:]):
@@ -322,7 +324,11 @@ class RealNVP(_ReadyMade):
             squeezed = (4 * channels, height // 2, width // 2)
             yield from _leave(squeezed, make_prior, context, "tanh", at_scale, scales, options)
 
-        layers = at_scale(_as_image(features, scales - 1), scales) if images else vectors(math.prod(_shape(features)))
+        layers = (
+            at_scale(_as_image(features, scales, scales - 1), scales)
+            if images
+            else vectors(math.prod(_shape(features)))
+        )
         super().__init__(features, context, layers, options, images=images)
 
 
@@ -389,7 +395,7 @@ class Glow(_ReadyMade):
             else:
                 yield from _leave(squeezed, make, context, "exp", at_scale, scales, options)
 
-        layers = at_scale(_as_image(features, scales), scales) if images else steps(math.prod(_shape(features)))
+        layers = at_scale(_as_image(features, scales, scales), scales) if images else steps(math.prod(_shape(features)))
         super().__init__(features, context, layers, options, images=images)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from genfuse.errors import SettingsError
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, SplineSettings, affine_coupling, autoregressive_inverse, rational_quadratic_spline
 
@@ -25,7 +26,7 @@ class MADE(nn.Module):
     With ``residual``, hidden layers after the first are in pairs, which make blocks h + W2 relu(W1 relu(h) + b1) + b2,
     without ReLU after the last one, as in nflows.
 
-    Raises ValueError for no features, no hidden layer, widths that are not positive, or blocks that do not fit.
+    Raises SettingsError for no features, no hidden layer, widths that are not positive, or blocks that do not fit.
     """
 
     def __init__(
@@ -40,11 +41,11 @@ class MADE(nn.Module):
     ) -> None:
         super().__init__()
         if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
+            raise SettingsError(f"features must be at least 1, got {features}")
         if not hidden or min(hidden) < 1:
-            raise ValueError(f"hidden must be at least one positive width, got {tuple(hidden)}")
+            raise SettingsError(f"hidden must be at least one positive width, got {tuple(hidden)}")
         if residual and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
-            raise ValueError(
+            raise SettingsError(
                 "hidden of a residual network must be one width and pairs of widths, of which the second is the first "
                 f"width again; got {tuple(hidden)}"
             )

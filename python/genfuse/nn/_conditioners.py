@@ -29,9 +29,9 @@ def last_layer(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
 
 def _one_width(name: str, widths: Sequence[int]) -> int:
     """The width of residual blocks, which are as many as ``widths``."""
-    if not widths or len(set(widths)) > 1 or widths[0] < 1:
+    if not isinstance(widths, Sequence) or len(set(widths)) != 1 or widths[0] < 1:
         raise SettingsError(
-            f"{name} of a residual network must be one positive width for each block, all the same; got {tuple(widths)}"
+            f"{name} must be one positive width for each block, all the same, as (64, 64); got {widths}"
         )
     return widths[0]
 
@@ -107,7 +107,7 @@ class ConvConditioner(nn.Module):
         super().__init__()
         width = _one_width("channels", channels)
         if not residual and len(channels) > 1:
-            raise SettingsError(f"channels must be one width unless the network is residual; got {tuple(channels)}")
+            raise SettingsError(f"channels must be one width unless the network is residual; got {channels}")
         self.first = nn.Conv2d(inputs, width, 3, padding=1)
         self.context = nn.Conv2d(context, width, 1, bias=False) if context else None
         self.blocks = nn.ModuleList(

@@ -69,7 +69,12 @@ class Coupling(Transform):
             if self.mask.dim() >= x.dim() or any(size not in (1, of_x) for size, of_x in sizes):
                 raise ValueError(f"mask of shape {tuple(self.mask.shape)} does not go with x of {tuple(x.shape)}")
         kept = self.halves(x)[0] if self.mask is None else x * self.mask
-        return self.conditioner(kept, context).to(x.dtype)
+        raw: Tensor = self.conditioner(kept, context)
+        wanted = self.parameters_each * (x.shape[1] - abs(self.split))
+        if raw.dim() != x.dim() or raw.shape[1] != wanted:
+            cells = ", H, W" if x.dim() > 2 else ""
+            raise ValueError(f"the conditioner must return (N, {wanted}{cells}), got {tuple(raw.shape)}")
+        return raw.to(x.dtype)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """The moved features transformed, or with ``inverse`` put back, and the log-determinant (N,)."""

@@ -58,7 +58,8 @@ class Inverse(Transform):
         return self.transform(y, context)
 
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return super().forward_shape(None) if shape is None else self.transform.inverse_shape(shape)
+        shape = self.transform.forward_shape(None) if shape is None else shape
+        return None if shape is None else self.transform.inverse_shape(shape)
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.transform.forward_shape(shape) or shape
