@@ -325,9 +325,9 @@ BASES = {
     "transformed": TransformedDistribution(
         Independent(Gamma(torch.full((3,), 2.0), torch.ones(3)), 1), [AffineTransform(torch.randn(3), torch.ones(3))]
     ),
-    "inverted": TransformedDistribution(
+    "composed": TransformedDistribution(
         Independent(Normal(torch.zeros(3), 1.0), 1),
-        [ComposeTransform([AffineTransform(torch.randn(3), torch.tensor([2.0, 0.5, 1.0])).inv, TanhTransform()])],
+        [ComposeTransform([AffineTransform(torch.randn(3), torch.tensor([2.0, 0.5, 1.0])), TanhTransform()])],
     ),
 }
 
@@ -358,6 +358,15 @@ def test_any_distribution_is_a_base_whose_tensors_move_with_the_flow(kind, conte
     else:
         with pytest.raises(NotImplementedError):
             flow(*c).rsample()
+
+
+def test_a_base_may_be_made_of_inverses_and_be_used_elsewhere():
+    normal = Independent(Normal(torch.zeros(3), 1.0), 1)
+    base = TransformedDistribution(normal, [AffineTransform(torch.randn(3), torch.rand(3) + 1).inv])
+    before, x = Flow([ActNorm(3)], base), torch.randn(6, 3)
+    wanted = base.log_prob(x)
+    for flow in (before, Flow([ActNorm(3)], base)):
+        torch.testing.assert_close(flow.double().eval()().log_prob(x.double()), wanted.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_base_that_would_not_be_trained_is_refused():

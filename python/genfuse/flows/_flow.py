@@ -1,7 +1,6 @@
 """A flow: transforms and a base that make a `torch.distributions.Distribution` of a context."""
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -34,8 +33,7 @@ class _Fixed(nn.Module):
         super().__init__()
         if count := len(distribution.batch_shape):
             distribution = Independent(distribution, count)
-        self.distribution = distribution
-        _with_tensors(distribution, self._keep)
+        self.distribution = _with_tensors(distribution, self._keep)  # a copy, which no use of the original changes
 
     def _keep(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
@@ -50,23 +48,20 @@ class _Fixed(nn.Module):
         return _with_tensors(self.distribution, lambda name, tensor: self.get_buffer(name.replace(".", "_")))
 
 
-def _with_tensors(distribution: Distribution, replace: Callable[[str, Tensor], Tensor]) -> Distribution:
+def _with_tensors(value: Any, replace: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
     """A copy of a distribution, and of all that it is made of, with each tensor replaced, given its path."""
-    made: dict[int, Any] = {}  # a transform and its inverse hold each other
-
-    def copied(value: Any, name: str) -> Any:
-        if isinstance(value, Tensor):
-            return replace(name, value)
-        if isinstance(value, list | tuple) and not isinstance(value, Size):
-            return type(value)(copied(each, f"{name}.{i}") for i, each in enumerate(value))
-        if not isinstance(value, Distribution | Transform):
-            return None if isinstance(value, weakref.ref) else value
-        if id(value) not in made:
-            made[id(value)] = new = object.__new__(type(value))
-            new.__dict__.update({key: copied(each, f"{name}.{key}".lstrip(".")) for key, each in vars(value).items()})
-        return made[id(value)]
-
-    return copied(distribution, "")
+    if isinstance(value, Tensor):
+        return replace(name, value)
+    if isinstance(value, list | tuple) and not isinstance(value, Size):
+        return type(value)(_with_tensors(each, replace, f"{name}.{i}") for i, each in enumerate(value))
+    if not isinstance(value, Distribution | Transform):
+        return value
+    made = object.__new__(type(value))
+    for key, each in vars(value).items():
+        if key == "_inv" and type(value).__name__ != "_InverseTransform":
+            each = None  # the inverse, which a transform keeps once it was asked for
+        made.__dict__[key] = _with_tensors(each, replace, f"{name}.{key}".lstrip("."))
+    return made
 
 
 class Flow(nn.Module):
