@@ -182,6 +182,13 @@ def test_a_draw_comes_with_its_own_density(name):
     assert not p.sample().requires_grad
 
 
+@every_flow
+def test_a_draw_in_training_comes_with_its_own_density(name):
+    flow, (c,) = FLOWS[name][1](5), given(5, dtype=torch.float32)
+    x, density = flow(c).rsample_and_log_prob((6,))
+    torch.testing.assert_close(density, flow(c).log_prob(x), rtol=1e-4, atol=1e-3)
+
+
 # Shapes of contexts, of examples, and of what `expand` makes.
 
 

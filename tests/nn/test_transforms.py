@@ -368,6 +368,18 @@ def test_activation_normalisation_starts_once_and_in_training_alone():
         assert all(torch.equal(state[name], t) for name, t in again.state_dict().items())
 
 
+def test_a_normalisation_that_is_trained_by_its_inverse_is_not_started_by_data_later():
+    norm = ActNorm(3)
+    norm.inverse(torch.randn(5, 3))
+    norm(9 + torch.randn(20, 3))
+    assert not norm.shift.any()
+    looked_at = ActNorm(3)
+    with torch.no_grad():
+        looked_at.inverse(torch.randn(5, 3))
+    looked_at(9 + torch.randn(20, 3))
+    assert looked_at.shift.all()
+
+
 # Conditioners.
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from genfuse.errors import SettingsError
+from genfuse.nn._conditioners import Tails, spline_settings
 from genfuse.nn._transform import Transform
-from genfuse.ops import Scale, SplineSettings, affine_coupling, autoregressive_inverse, rational_quadratic_spline
-
-Tails = Literal["linear", "none", "circular"]
+from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
 
 
 class MADE(nn.Module):
@@ -166,12 +165,7 @@ class AutoregressiveSpline(Transform):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        if tails not in get_args(Tails):
-            raise ValueError(f"tails must be one of {', '.join(get_args(Tails))}, got {tails!r}")
-        settings = SplineSettings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
-        # Settings that make no spline are refused here.
-        none = torch.zeros(0, 1, max(0, settings.params))
-        rational_quadratic_spline(torch.zeros(0, 1), none, bins=bins, bound=settings.bound, tails=tails)
+        settings = spline_settings(bins, bound, tails)
         self.features, self.parameters_each = features, settings.params
         if tails == "none":
             self.domain = self.codomain = constraints.interval(-float(bound), float(bound))

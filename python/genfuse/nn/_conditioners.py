@@ -6,6 +6,7 @@ last layer of each starts near 0, so that a flow starts near the identity.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from genfuse.errors import SettingsError
 from genfuse.nn._mlp import mlp
-from genfuse.ops import SplineSettings
+from genfuse.ops import SplineSettings, rational_quadratic_spline
 
+Tails = Literal["linear", "none", "circular"]
 START = 1e-3  # largest weight that a last layer starts with
 
 
@@ -137,6 +139,16 @@ def output_layer(network: nn.Module, multiple: int) -> nn.Linear | nn.Conv2d | N
     if not layers or layers[-1].bias is None or is_lazy(layers[-1].bias) or len(layers[-1].bias) % multiple:
         return None
     return layers[-1]
+
+
+def spline_settings(bins: int, bound: float, tails: Tails = "linear") -> SplineSettings:
+    """The settings of splines as flows have them. Raises ValueError for settings that make no spline."""
+    if tails not in get_args(Tails):
+        raise ValueError(f"tails must be one of {', '.join(get_args(Tails))}, got {tails!r}")
+    settings = SplineSettings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
+    params = torch.zeros(0, 1, max(0, settings.params))
+    rational_quadratic_spline(torch.zeros(0, 1), params, bins=bins, bound=float(bound), tails=tails)  # refuses them
+    return settings
 
 
 def start_spline(network: nn.Module, settings: SplineSettings) -> float:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import output_layer, start_spline
+from genfuse.nn._conditioners import output_layer, spline_settings, start_spline
 from genfuse.nn._transform import Transform
-from genfuse.ops import Scale, SplineSettings, affine_coupling, rational_quadratic_spline
+from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
 
 
 def split_size(features: int) -> int:
@@ -132,9 +132,9 @@ class SplineCoupling(Coupling):
     """
 
     def __init__(self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0) -> None:
-        self.parameters_each = 3 * bins - 1
+        settings = spline_settings(bins, bound)
+        self.parameters_each = settings.params  # 3 bins - 1
         super().__init__(conditioner, split=split)
-        settings = SplineSettings(bins, float(bound), "linear", False, 1e-3, 1e-3, 1e-3)
         self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": start_spline(conditioner, settings)}
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:

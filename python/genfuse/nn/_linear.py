@@ -111,6 +111,7 @@ class ActNorm(Transform):
 
     s and t are parameters; the first batch in training mode sets them so that its features have mean 0 and variance 1.
     A feature that is constant in that batch is only shifted. With several processes the batch is that of all of them.
+    A layer that is trained by its inverse first, as by reverse KL, starts as the identity.
     """
 
     started: Tensor
@@ -131,6 +132,9 @@ class ActNorm(Transform):
         return actnorm(x, self.log_scale, self.shift)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training and not self._asked and len(y) and torch.is_grad_enabled():
+            self.started.fill_(True)  # data that comes later must not change what was trained
+            self._asked = True
         return actnorm(y, self.log_scale, self.shift, inverse=True)
 
     @torch.no_grad()
