@@ -354,6 +354,8 @@ def test_any_distribution_is_a_base_whose_tensors_move_with_the_flow(kind, conte
     draws = double(*c).sample((4000,))
     assert draws.dtype is torch.float64
     torch.testing.assert_close(double.float()(*c).log_prob(x), wanted)
+    elsewhere = copy.deepcopy(flow).to("meta").base().sample((2,))  # fails if any tensor stayed behind
+    assert elsewhere.device.type == "meta"
     spread = base.sample((4000,)).std(0)
     torch.testing.assert_close(draws.flatten(0, -2).std(0).float(), spread, rtol=0.15, atol=0)
     assert flow.state_dict().keys() == double.state_dict().keys()
