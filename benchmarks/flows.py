@@ -235,9 +235,9 @@ def memory(part: Part) -> None:
         start = genfuse.create("nsf", shape=(features,), levels=None, layers=count).to(part.args.device)
         model = _moved(start, 0.005)
         gradients = {}
-        for model.flow.reversible, kind in kinds.items():
+        for model.flow.transform.reversible, kind in kinds.items():
             gradients[kind] = _gradients(model, x)
-        model.flow.reversible = False
+        model.flow.transform.reversible = False
         gradients["float64"] = _gradients(copy.deepcopy(model).double(), x.double())
         for pair in (("reversible", "ordinary"), ("ordinary", "float64")):
             found, wanted = (gradients[kind] for kind in pair)
@@ -248,9 +248,9 @@ def memory(part: Part) -> None:
         size = sum(gradient.nbytes for gradient in gradients["ordinary"])
         del gradients, found, wanted
         update = _step(Flow(model, model.log_prob, model.sample), x[None])
-        for model.flow.reversible, kind in kinds.items():
-            held[model.flow.reversible].append(peak_memory(update, part.args.device) - size)
-            part.row(f"{what}, a step, {kind}", memory=held[model.flow.reversible][-1])
+        for model.flow.transform.reversible, kind in kinds.items():
+            held[model.flow.transform.reversible].append(peak_memory(update, part.args.device) - size)
+            part.row(f"{what}, a step, {kind}", memory=held[model.flow.transform.reversible][-1])
     what = f"nsf ({rows}, {features}), reversible, memory of {layers[-1]} layers / {layers[0]}"
     part.bars.append(Bar(what, held[True][-1] / held[True][0], MEMORY_GROWTH, "x", at_most=True))
 
@@ -320,8 +320,8 @@ def tables(part: Part) -> None:
 
 
 IMAGES = {  # settings, steps, and what was published
-    "realnvp": ({"channels": 16, "blocks": 1}, 1200, 1.06),
-    "glow": ({"channels": 32, "steps": 8}, 1200, 1.05),
+    "realnvp": ({"channels": (16,)}, 1200, 1.06),
+    "glow": ({"channels": (32,), "steps": 8}, 1200, 1.05),
 }
 
 

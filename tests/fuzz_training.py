@@ -26,7 +26,7 @@ MODELS = {
     "realnvp": {**MLP, "layers": 2},
     "maf": {**MLP, "layers": 2},
     "iaf": {**MLP, "layers": 2},
-    "nsf": {"hidden": 8, "layers": 2},
+    "nsf": {"hidden": (8, 8), "layers": 2},
     "nsf-ar": {**MLP, "layers": 2},
     "planar": {"layers": 2},
     "radial": {"layers": 2},

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-import genfuse.models._flow
+import genfuse.flows._flow
 from benchmarks import _measure, _peers, _record, examples, flows, gans, ops
 from benchmarks.__main__ import main
 from benchmarks.operators import OPERATORS
@@ -267,9 +267,9 @@ def test_memory_is_measured_with_and_without_reversible(tmp_path):
 
 def test_a_flow_whose_density_is_wrong_gets_no_time(tmp_path, monkeypatch, capsys):
     all_absent(monkeypatch)
-    right = genfuse.models._flow.standard_normal_log_prob
+    right = genfuse.flows._flow.standard_normal_log_prob
     monkeypatch.setattr(
-        genfuse.models._flow,
+        genfuse.flows._flow,
         "standard_normal_log_prob",
         lambda z, logdet: right(z, logdet) * (1.001 if z.dtype is torch.float32 else 1),
     )

@@ -12,7 +12,7 @@ SMALL = {
     "realnvp": {"layers": 2, "hidden": (8,)},
     "maf": {"layers": 2, "hidden": (8,)},
     "iaf": {"layers": 2, "hidden": (8,)},
-    "nsf": {"layers": 2, "hidden": 8, "bins": 4},
+    "nsf": {"layers": 2, "hidden": (8, 8), "bins": 4},
     "nsf-ar": {"layers": 2, "hidden": (8,), "bins": 4},
     "planar": {"layers": 3},
     "radial": {"layers": 3},
@@ -82,3 +82,10 @@ def test_tangents_jacobians_and_curvature_agree_with_reverse_mode(model, x):
     curvature = torch.autograd.grad((gradient * v).sum(), leaf)[0]
     ours = hessian(lambda x: model.log_prob(x).sum())(x)
     torch.testing.assert_close(torch.einsum("ijkl,ij->kl", ours, v), curvature, rtol=1e-6, atol=1e-8)
+
+
+def test_a_density_is_exported_and_compiled_as_it_is(model, x):
+    wanted = model.log_prob(x)
+    torch.testing.assert_close(torch.export.export(Scored(model), (x,)).module()(x), wanted)
+    torch.testing.assert_close(torch.compile(model.log_prob, backend="aot_eager", fullgraph=True)(x), wanted)
+    torch._dynamo.reset()

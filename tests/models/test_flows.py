@@ -1,35 +1,40 @@
 """Flows as models: exact densities, samples that follow them, discrete data, labels, odd input, and whole runs."""
 
+import copy
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 
 import genfuse
 from benchmarks._measure import Side, peak_memory
+from genfuse import flows, plugins
+from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, SettingsError
+from genfuse.flows import Flow, StandardNormal
 from genfuse.metrics import evaluate
-from genfuse.models import Batch, configure
-from genfuse.models._flow import FlowConfig, FlowModel
-from genfuse.nn import Flatten, Transform
+from genfuse.models import Batch, FlowModel, configure
+from genfuse.nn import Flatten, LULinear, Planar, Transform
+from genfuse.training.run import differences
 
 SMALL = {
     "realnvp": {"layers": 4, "hidden": (16, 16)},
     "glow": {"steps": 3, "hidden": (16,)},
     "maf": {"layers": 3, "hidden": (16,)},
     "iaf": {"layers": 3, "hidden": (16,)},
-    "nsf": {"layers": 2, "bins": 4, "hidden": 16, "blocks": 1},
+    "nsf": {"layers": 2, "bins": 4, "hidden": (16,)},
     "nsf-ar": {"layers": 2, "bins": 4, "hidden": (16,)},
     "planar": {"layers": 5},
     "radial": {"layers": 5},
 }
 IMAGES = {
-    "realnvp-images": {"shape": (1, 4, 4), "channels": 4, "blocks": 1},
-    "glow-images": {"shape": (2, 4, 4), "channels": 4, "steps": 2},
+    "realnvp-images": {"shape": (1, 4, 4), "channels": (4,)},
+    "glow-images": {"shape": (2, 4, 4), "channels": (4,), "steps": 2},
 }
 every_model = pytest.mark.parametrize("name", SMALL)
 every_model_and_images = pytest.mark.parametrize("name", [*SMALL, *IMAGES])
@@ -89,7 +94,7 @@ def test_decode_undoes_encode(name, dtype, tolerance):
     *_, last = steps = model.trajectory(z, y)
     torch.testing.assert_close(last, model.decode(z, y))
     assert torch.equal(steps[0], z)
-    assert len(steps) == 1 + len(model.flow.transforms)
+    assert len(steps) == 1 + len(model.flow.transform.transforms)
 
 
 CELLS, FINE = 24, 35  # cells along each side, and points along each side of a cell
@@ -109,7 +114,7 @@ def grid():
             low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
             n = CELLS * FINE
             at = low + (torch.arange(n).double()[:, None] + 0.5) / n * (high - low)
-            z, logdet = model.flow(torch.cartesian_prod(at[:, 0], at[:, 1]))
+            z, logdet = model.flow.transform(torch.cartesian_prod(at[:, 0], at[:, 1]))
             made[name] = model, low, high, z, logdet
         return made[name]
 
@@ -148,7 +153,7 @@ def test_sample_and_log_prob_agree_with_sample_and_log_prob(name, temperature):
     y = torch.arange(50) % 3
     x, log_prob = model.sample_and_log_prob(50, y=y, temperature=temperature, generator=seeded())
     torch.testing.assert_close(x, model.sample(50, y=y, temperature=temperature, generator=seeded()))
-    z, logdet = model.flow(x, torch.nn.functional.one_hot(y, 3).double())
+    z, logdet = model.flow.transform(x, torch.nn.functional.one_hot(y, 3).double())
     torch.testing.assert_close(
         log_prob,
         Normal(0, torch.tensor(temperature, dtype=torch.float64)).log_prob(z).sum(1) + logdet,
@@ -234,14 +239,14 @@ def test_a_hundred_layers_stay_finite(name):
 def test_reversible_gradients_are_the_ordinary_ones(name, conditional, dtype, tolerance):
     plain = scrambled(name, (4,), dtype, size=0.05, **conditional)
     config = dataclasses.replace(plain.config, reversible=True)
-    memory_free = type(plain)(config).to(dtype).eval()
+    memory_free = type(plain).from_config(config).to(dtype).eval()
     memory_free.load_state_dict(plain.state_dict())
     x = points(plain, 30, dtype)
     context = torch.randn(30, 3, dtype=dtype) if conditional else None
     found = []
     for model in (plain, memory_free):
         leaves = [t.clone().requires_grad_() for t in (x, context) if t is not None]
-        z, logdet = model.flow(*leaves)
+        z, logdet = model.flow.transform(*leaves)
         (z.square().sum() / 2 - logdet.sum()).backward()
         found.append([t.grad for t in (*leaves, *model.parameters())])
     for a, b in zip(*found, strict=True):
@@ -269,20 +274,16 @@ class Probit(Transform):
         return z, -Normal(0, 1).log_prob(z).sum(1)
 
 
-class Uniform(FlowModel):
+def uniform(levels):
     """The density of v is 1 on [0, 1]^D."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.nothing = torch.nn.Parameter(torch.zeros(()))
-
-    def layers(self):
-        return [Flatten(self.config.shape), Probit()]
+    probit = Probit()
+    probit.nothing = torch.nn.Parameter(torch.zeros(()))
+    return FlowModel(Flow([Flatten((1, 3, 4)), probit], StandardNormal(12)), levels=levels, logit=0.0)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 256])
 def test_a_uniform_density_costs_the_bits_of_the_levels(levels):
-    model = Uniform(FlowConfig(shape=(1, 3, 4), levels=levels, logit=0.0))
+    model = uniform(levels)
     x = torch.randint(levels, (20, 1, 3, 4)).double() / (levels - 1)
     torch.testing.assert_close(model.bits_per_dim(x), torch.full((20,), math.log2(levels)).double())
     torch.testing.assert_close(model.elbo(x), torch.full((20,), -12 * math.log(levels)).double())
@@ -428,7 +429,7 @@ def test_shape_levels_and_classes_come_from_the_data():
     [
         ("nsf", "toy:pinwheel", SMALL["nsf"], {"log_prob"}, {"samples.png", "density.png", "flow.png"}),
         ("maf", "toy:moons", {**SMALL["maf"], "conditional": True, "reversible": True}, {"log_prob"}, {"density.png"}),
-        ("glow", "digits", {"steps": 2, "channels": 8}, {"elbo", "bits_per_dim"}, {"samples.png"}),
+        ("glow", "digits", {"steps": 2, "channels": (8,)}, {"elbo", "bits_per_dim"}, {"samples.png"}),
     ],
     ids=["nsf", "maf", "glow"],
 )
@@ -454,3 +455,137 @@ def test_a_run_resumes_bit_for_bit_and_is_measured_and_drawn(name, data, setting
     assert all(math.isfinite(found[number]) for number in numbers)
     if "bits_per_dim" in numbers:
         assert found["bits_per_dim"] == pytest.approx(-found["elbo"] / (64 * math.log(2)), rel=1e-5)
+
+
+# Flows of the user's own as models.
+
+
+def rings(conditional=False):
+    """Points, and with each the radius that it was drawn with."""
+    generator = seeded(7)
+    radius = 1 + torch.rand(1200, 1, generator=generator)
+    angle = 2 * math.pi * torch.rand(1200, generator=generator)
+    x = radius * torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(1200, 2, generator=generator)
+    y = radius if conditional else None
+    parts = {"train": slice(0, 1000), "test": slice(1000, None)}
+    return Dataset("rings", {part: Split(x[rows], y if y is None else y[rows]) for part, rows in parts.items()})
+
+
+class Features(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+    def forward(self, y):
+        return self.layers(y)
+
+
+@pytest.mark.parametrize(
+    ("make", "conditional"),
+    [
+        (lambda: flows.NSF(2, transforms=2, hidden=(32,)), False),
+        (lambda: flows.NSF(2, 1, transforms=2, hidden=(32,)), True),
+        (lambda: flows.NSF(2, 4, transforms=2, hidden=(32,), embedding=Features()), True),
+        (lambda: Flow([LULinear(2), Planar(2)], MultivariateNormal(2 * torch.ones(2), torch.eye(2))), False),
+    ],
+    ids=["plain", "context", "embedding", "own base"],
+)
+def test_a_flow_of_ones_own_is_a_model_that_is_trained_in_memory(make, conditional):
+    data = rings(conditional)
+    torch.manual_seed(0)
+    model = FlowModel(make())
+    assert (model.config, model.shape, model.levels, model.conditional) == (None, (2,), None, conditional)
+    x, y = data.batch("test", slice(None))
+    before = model.log_prob(x, y).mean()
+    genfuse.Trainer(steps=60, lr=5e-3, device="cpu").fit(model, data)
+    after = model.log_prob(x, y)
+    assert after.mean() > before + 0.1
+    assert math.isfinite(evaluate(model, data, limit=100)["test"]["log_prob"])
+    assert torch.equal(after, model.flow.log_prob(x, y))
+    torch.testing.assert_close(after, model.flow(y).log_prob(x))
+    given = {"y": y[:50]} if conditional else {}
+    new, density = model.sample_and_log_prob(50, generator=seeded(), **given)
+    assert torch.equal(new, model.sample(50, generator=seeded(), **given))
+    torch.testing.assert_close(density, model.log_prob(new, **given), rtol=0, atol=1e-3)
+    torch.testing.assert_close(model.decode(model.encode(x, y), y), x, rtol=0, atol=1e-3)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.log_prob(x, y), after)
+    with pytest.raises(SettingsError, match="has examples of shape"):
+        model.check_data(genfuse.load_data("digits"))
+
+
+def test_a_flow_of_images_of_ones_own_is_a_model_of_their_levels():
+    digits = genfuse.load_data("digits")
+    torch.manual_seed(0)
+    labels = torch.nn.Embedding(10, 4)
+    model = FlowModel(flows.Glow((1, 8, 8), 4, transforms=1, channels=(8,), embedding=labels), levels=17, logit=0.0)
+    genfuse.Trainer(steps=60, lr=5e-3, device="cpu").fit(model, digits)
+    x, y = digits.batch("test", slice(0, 50))
+    assert model.bits_per_dim(x, y, generator=seeded()).mean() < math.log2(17)
+    assert torch.equal(model.decode(model.encode(x, y), y), x)
+    assert model.sample(3, y=torch.tensor([1, 2, 3])).shape == (3, 1, 8, 8)
+
+
+def test_temperature_is_for_a_standard_normal_base():
+    base = MultivariateNormal(torch.ones(2), torch.eye(2))
+    model = FlowModel(Flow([LULinear(2)], base))
+    assert torch.equal(model.sample(3, generator=seeded()), model.sample(3, generator=seeded()))
+    with pytest.raises(SettingsError, match=r"temperature is for flows whose base is N\(0, I\); got 0.5"):
+        model.sample(3, temperature=0.5)
+
+
+def test_the_flow_of_a_conditional_model_takes_labels():
+    model = scrambled("nsf", **CLASSES)
+    x, y = points(model, 3), torch.tensor([0, 2, 1])
+    torch.testing.assert_close(model.flow(y).log_prob(x), model.log_prob(x, y))
+
+
+# Runs of former versions: {plugin: (settings as they were, some of the tensors' names as they were)}.
+
+FORMER = {
+    "nsf": (
+        {"shape": [5], "levels": None, "layers": 2, "bins": 4, "hidden": 16, "blocks": 1},
+        ["flow.transforms.0.triangles", "flow.transforms.3.conditioner.blocks.0.1.weight"],
+    ),
+    "maf": (
+        {"shape": [5], "levels": 7, "layers": 2, "hidden": [16]},
+        ["flow.transforms.1.made.layers.0.weight", "flow.transforms.4.made.layers.1.bias"],
+    ),
+    "realnvp": (
+        {"shape": [1, 4, 4], "levels": 7, "channels": 4, "blocks": 2},
+        ["flow.transforms.1.log_scale", "flow.transforms.2.conditioner.blocks.1.3.weight"],
+    ),
+    "glow": (
+        {"shape": [2, 4, 4], "levels": 7, "steps": 2, "channels": 4, "dequantization": "variational"},
+        ["flow.transforms.2.started", "flow.transforms.8.rest.transforms.3.conditioner.middle.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_settings_and_weights_of_former_versions_are_read(name):
+    settings, names = FORMER[name]
+    cls = plugins.load("models", name)
+    now = json.loads(json.dumps(cls.current(settings)))
+    assert differences({"model": {"name": name, **settings}}, {"model": {"name": name, **now}}) == []
+    assert differences({"model": {"name": name, **now}}, {"model": {"name": name, **settings}}) == []
+    made, other = (cls.from_config(configure(cls, now)).eval() for _ in range(2))
+    first = int(settings["levels"] is not None)
+    former = {}
+    for key, value in made.state_dict().items():
+        if key.startswith("flow.transform.transforms."):
+            index, _, rest = key.removeprefix("flow.transform.transforms.").partition(".")
+            key = f"flow.transforms.{int(index) + first}.{rest}"
+        former[key] = value
+    assert set(names) < former.keys()
+    other.load_state_dict(former)
+    x = torch.rand(3, *settings["shape"])
+    assert torch.equal(other.log_prob(x), made.log_prob(x))
+
+
+def test_a_width_without_a_number_of_blocks_means_as_many_as_there_were():
+    assert plugins.load("models", "nsf").current({"hidden": 64})["hidden"] == [64, 64]
+    assert plugins.load("models", "realnvp").current({"blocks": 3})["channels"] == [64] * 3
+    assert plugins.load("models", "glow").current({"channels": 32})["channels"] == [32]
+    assert plugins.load("models", "nsf").current({"hidden": [64]}) == {"hidden": [64]}
+    assert plugins.load("models", "nsf").current({"bins": 4}) == {"bins": 4}

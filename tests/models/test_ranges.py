@@ -11,9 +11,9 @@ from genfuse.metrics import extractor
 IMAGES = {
     "vae": {"hidden": (8,), "latent_dim": 2},
     "realnvp": {"hidden": (8,), "layers": 2},
-    "glow": {"channels": 8, "steps": 1},
+    "glow": {"channels": (8,), "steps": 1},
     "maf": {"hidden": (8,), "layers": 1},
-    "nsf": {"hidden": 8, "layers": 1},
+    "nsf": {"hidden": (8, 8), "layers": 1},
     "ddpm": {"channels": (8,)},
     "edm": {"channels": (8,)},
     "score": {"channels": (8,)},

@@ -23,16 +23,16 @@ from genfuse.nn import (
     Logit,
     LULinear,
     MLPConditioner,
+    MultiscaleSplit,
     Permutation,
     Planar,
     Radial,
     ResidualMLP,
     SplineCoupling,
-    Split,
     Squeeze,
     Transform,
     checkerboard,
-    half,
+    split_size,
 )
 
 VECTOR, CHANNELS, BOARD = (5,), (3, 2, 2), (2, 3, 2)
@@ -40,38 +40,38 @@ MASK = torch.tensor([True, False, False, True, False])
 
 
 def split(context: int) -> Transform:
-    prior = AffineCoupling(ConvConditioner(2, 4, 4, context=context), 2, "exp")
-    rest = [AffineCoupling(ConvConditioner(1, 2, 4, context=context), 1), Flatten((2, 2, 2))]
-    return Split(prior, Composite(rest), (4, 2, 2))
+    prior = AffineCoupling(ConvConditioner(2, 4, context, (4,)), split=2, scale="exp")
+    rest = [AffineCoupling(ConvConditioner(1, 2, context, (4,)), split=1), Flatten((2, 2, 2))]
+    return MultiscaleSplit(prior, Composite(rest), (4, 2, 2))
 
 
 def stack(context: int) -> Transform:
-    coupling = AffineCoupling(MLPConditioner(2, 6, (8,), context), 2)
+    coupling = AffineCoupling(MLPConditioner(2, 6, context, (8,)), split=2)
     return Composite([ActNorm(5), LULinear(5), coupling, Permutation.reversed(5), Inverse(Planar(5, context))])
 
 
 LAYERS = {  # shape of an example, and what makes the layer for a context of so many features
-    "affine-tanh": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, (8,), c), 2, "tanh")),
-    "affine-exp": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, (8, 8), c), 2, "exp")),
-    "affine-sigmoid": (VECTOR, lambda c: AffineCoupling(ResidualMLP(2, 6, 8, 2, c), 2, "sigmoid")),
-    "affine-last": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, (8,), c), -2)),
-    "additive-last": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(2, 3, (8,), c), -2)),
-    "spline-last": (VECTOR, lambda c: SplineCoupling(ResidualMLP(2, 3 * 14, 8, 1, c), -2, bins=5, bound=2.0)),
-    "affine-mask": (VECTOR, lambda c: AffineCoupling(MLPConditioner(5, 10, (8,), c), MASK)),
-    "affine-channels": (CHANNELS, lambda c: AffineCoupling(ConvConditioner(1, 4, 4, 1, c), 1)),
+    "affine-tanh": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, c, (8,)), split=2, scale="tanh")),
+    "affine-exp": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, c, (8, 8)), split=2, scale="exp")),
+    "affine-sigmoid": (VECTOR, lambda c: AffineCoupling(ResidualMLP(2, 6, c, (8, 8)), split=2, scale="sigmoid")),
+    "affine-last": (VECTOR, lambda c: AffineCoupling(MLPConditioner(2, 6, c, (8,)), split=-2)),
+    "additive-last": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(2, 3, c, (8,)), split=-2)),
+    "spline-last": (VECTOR, lambda c: SplineCoupling(ResidualMLP(2, 3 * 14, c, (8,)), split=-2, bins=5, bound=2.0)),
+    "affine-mask": (VECTOR, lambda c: AffineCoupling(MLPConditioner(5, 10, c, (8,)), mask=MASK)),
+    "affine-channels": (CHANNELS, lambda c: AffineCoupling(ConvConditioner(1, 4, c, (4,), residual=True), split=1)),
     "affine-checkerboard": (
         BOARD,
-        lambda c: AffineCoupling(ConvConditioner(2, 4, 4, 0, c), checkerboard(3, 2, True)),
+        lambda c: AffineCoupling(ConvConditioner(2, 4, c, (4,)), mask=checkerboard(3, 2, True)),
     ),
-    "additive": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(2, 3, (8,), c), 2)),
-    "additive-mask": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(5, 5, (8,), c), MASK)),
-    "additive-channels": (CHANNELS, lambda c: AdditiveCoupling(ConvConditioner(1, 2, 4, 0, c), 1)),
+    "additive": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(2, 3, c, (8,)), split=2)),
+    "additive-mask": (VECTOR, lambda c: AdditiveCoupling(MLPConditioner(5, 5, c, (8,)), mask=MASK)),
+    "additive-channels": (CHANNELS, lambda c: AdditiveCoupling(ConvConditioner(1, 2, c, (4,)), split=1)),
     "additive-checkerboard": (
         BOARD,
-        lambda c: AdditiveCoupling(ConvConditioner(2, 2, 4, 1, c), checkerboard(3, 2, False)),
+        lambda c: AdditiveCoupling(ConvConditioner(2, 2, c, (4,), residual=True), mask=checkerboard(3, 2, False)),
     ),
-    "spline": (VECTOR, lambda c: SplineCoupling(ResidualMLP(2, 3 * 14, 8, 1, c), 2, bins=5, bound=2.0)),
-    "spline-channels": (CHANNELS, lambda c: SplineCoupling(ConvConditioner(1, 2 * 11, 4, 0, c), 1, bins=4)),
+    "spline": (VECTOR, lambda c: SplineCoupling(ResidualMLP(2, 3 * 14, c, (8,)), split=2, bins=5, bound=2.0)),
+    "spline-channels": (CHANNELS, lambda c: SplineCoupling(ConvConditioner(1, 2 * 11, c, (4,)), split=1, bins=4)),
     "autoregressive-affine": (VECTOR, lambda c: AutoregressiveAffine(5, (8,), context=c)),
     "autoregressive-spline": (VECTOR, lambda c: AutoregressiveSpline(5, (8,), context=c, bins=5)),
     "permutation": (VECTOR, lambda c: Permutation.random(5)),
@@ -89,7 +89,7 @@ LAYERS = {  # shape of an example, and what makes the layer for a context of so 
     "planar-1": ((1,), lambda c: Planar(1, c)),
     "radial": (VECTOR, lambda c: Radial(5, c)),
     "radial-1": ((1,), lambda c: Radial(1, c)),
-    "inverse": (VECTOR, lambda c: Inverse(AffineCoupling(MLPConditioner(2, 6, (8,), c), 2))),
+    "inverse": (VECTOR, lambda c: Inverse(AffineCoupling(MLPConditioner(2, 6, c, (8,)), split=2))),
     "composite": (VECTOR, stack),
     "nothing": (VECTOR, lambda c: Composite([])),
 }
@@ -281,7 +281,7 @@ def test_reversible_memory_does_not_grow_with_depth():
     x = torch.randn(4096, 4)
 
     def peak(depth, reversible):
-        layers = [AffineCoupling(MLPConditioner(2, 4, (16,)), 2) for _ in range(depth)]
+        layers = [AffineCoupling(MLPConditioner(2, 4, hidden=(16,)), split=2) for _ in range(depth)]
         flow = Composite(layers, reversible=reversible)
         return peak_memory(Side(lambda: flow(x)[1].sum().backward()), "cpu")
 
@@ -368,17 +368,29 @@ def test_activation_normalisation_starts_once_and_in_training_alone():
         assert all(torch.equal(state[name], t) for name, t in again.state_dict().items())
 
 
+def test_a_normalisation_that_is_trained_by_its_inverse_is_not_started_by_data_later():
+    norm = ActNorm(3)
+    norm.inverse(torch.randn(5, 3))
+    norm(9 + torch.randn(20, 3))
+    assert not norm.shift.any()
+    looked_at = ActNorm(3)
+    with torch.no_grad():
+        looked_at.inverse(torch.randn(5, 3))
+    looked_at(9 + torch.randn(20, 3))
+    assert looked_at.shift.all()
+
+
 # Conditioners.
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda c: MLPConditioner(4, 6, (16, 8), c),
-        lambda c: MLPConditioner(4, 6, (), c),
-        lambda c: ResidualMLP(4, 6, 16, 2, c),
-        lambda c: ConvConditioner(4, 6, 8, 0, c),
-        lambda c: ConvConditioner(4, 6, 8, 2, c),
+        lambda c: MLPConditioner(4, 6, c, (16, 8)),
+        lambda c: MLPConditioner(4, 6, c, ()),
+        lambda c: ResidualMLP(4, 6, c, (16, 16)),
+        lambda c: ConvConditioner(4, 6, c, (8,)),
+        lambda c: ConvConditioner(4, 6, c, (8, 8), residual=True),
     ],
     ids=["mlp", "linear", "residual", "convolutional", "residual-convolutional"],
 )
@@ -396,9 +408,9 @@ def test_a_conditioner_starts_near_zero_and_depends_on_all_that_it_is_shown(make
         assert not g[1].any()
 
 
-@pytest.mark.parametrize("blocks", [0, 1])
-def test_the_context_of_images_may_be_an_image(blocks):
-    network = scrambled(ConvConditioner(1, 2, 4, blocks, context=3))
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_context_of_images_may_be_an_image(residual):
+    network = scrambled(ConvConditioner(1, 2, 3, (4,), residual=residual))
     x, context = torch.randn(2, 1, 4, 5).double(), torch.randn(2, 3).double()
     everywhere = context[:, :, None, None].expand(2, 3, 4, 5).clone()
     torch.testing.assert_close(network(x, everywhere), network(x, context))
@@ -410,7 +422,7 @@ def test_the_context_of_images_may_be_an_image(blocks):
 
 
 def test_dropout_is_for_training_alone():
-    network = scrambled(ResidualMLP(2, 3, 64, 2, dropout=0.5), torch.float32)
+    network = scrambled(ResidualMLP(2, 3, hidden=(64, 64), dropout=0.5), torch.float32)
     x = torch.randn(4, 2)
     assert torch.equal(network(x), network(x))
     network.train()
@@ -551,8 +563,8 @@ def test_weights_average_to_the_probability_of_the_bin(kind, monkeypatch):
     weight = torch.full_like(gaussian, 1 / n**2) if kind == "uniform" else gaussian
     draw = {"uniform": "rand", "variational": "randn"}[kind]
     monkeypatch.setattr(torch, draw, lambda *_, **__: noise.repeat(9, 1).view(-1, 1, 1, 2))
-    networks = [ConvConditioner(1, 2, 8, context=1) for _ in range(2)]
-    flow = Composite([AffineCoupling(net, checkerboard(1, 2, i == 0)) for i, net in enumerate(networks)])
+    networks = [ConvConditioner(1, 2, 1, (8,)) for _ in range(2)]
+    flow = Composite([AffineCoupling(net, mask=checkerboard(1, 2, i == 0)) for i, net in enumerate(networks)])
     dequantizer = scrambled(Dequantize(levels, flow if kind == "variational" else None), size=0.2)
     k = torch.cartesian_prod(torch.arange(levels), torch.arange(levels)).double()
     x = (k / (levels - 1)).view(-1, 1, 1, 2)
@@ -592,15 +604,15 @@ def test_variational_noise_is_weighted_by_its_density():
 
 def test_settings_that_make_no_layer_are_refused():
     with pytest.raises(SettingsError, match="a coupling needs at least 2 features, or channels, got 1"):
-        half(1)
+        split_size(1)
     for a in (0.0, 0.5, -1.0):
         with pytest.raises(SettingsError, match=f"the logit's margin must be between 0 and 0.5, got {a}"):
             Logit(a)
-    wrong = AffineCoupling(MLPConditioner(5, 10, (8,)), torch.tensor([True, False, True]))
+    wrong = AffineCoupling(MLPConditioner(5, 10, hidden=(8,)), mask=torch.tensor([True, False, True]))
     with pytest.raises(ValueError, match="mask"):
         wrong(torch.randn(2, 5))
     with pytest.raises(ValueError, match="scale"):
-        AffineCoupling(MLPConditioner(2, 6), 2, "softplus")(torch.randn(2, 5))
+        AffineCoupling(MLPConditioner(2, 6), split=2, scale="softplus")(torch.randn(2, 5))
 
 
 def test_a_layer_says_which_way_it_does_not_have():

@@ -18,7 +18,7 @@ CHEAP = {
     "score": {"ladder": 20, **DENOISER},
     "edm": DENOISER,
     "flow-matching": DENOISER,
-    "glow": {"steps": 2, "channels": 8, "hidden": (16,)},
+    "glow": {"steps": 2, "channels": (8,), "hidden": (16,)},
 }
 
 BELL = """

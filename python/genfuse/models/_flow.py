@@ -1,29 +1,31 @@
 """What all normalizing flows share: the density, sampling, and the way from data to the flow and back."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from genfuse.data import Batch, Dataset
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig
+from genfuse.flows import Flow, StandardNormal
+from genfuse.models._base import GenerativeModel, ModelConfig
 from genfuse.nn import (
     AffineCoupling,
+    Centre,
     Composite,
     ConvConditioner,
     Dequantize,
+    Features,
     Logit,
+    OneHot,
     Transform,
     checkerboard,
 )
-from genfuse.ops import standard_normal_log_prob
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
 
 Dequantization = Literal["uniform", "variational"]
 
@@ -47,36 +49,82 @@ class FlowConfig(ModelConfig):
             )
         self.check_choices(dequantization=Dequantization)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every flow of `genfuse.flows` takes beside its shape and own options."""
+        embedding = OneHot(self.context) if self.context and not self.condition else None
+        return {"context": self.context, "embedding": embedding, "reversible": self.reversible}
+
+
+def one_per_block(settings: dict[str, Any], name: str, width: int, blocks: int) -> dict[str, Any]:
+    """Settings of former versions, in which ``name`` was one width, by default this, and ``blocks`` said how many, as
+    JSON has those of now."""
+    if not isinstance(settings.get(name, width), int) or not {name, "blocks"} & settings.keys():
+        return settings
+    others = {key: value for key, value in settings.items() if key != "blocks"}
+    return {**others, name: [settings.get(name, width)] * settings.get("blocks", blocks)}
+
 
 class FlowModel(GenerativeModel):
-    """A normalizing flow: x = f^-1(z) of z ~ N(0, I), with an invertible f. A subclass gives `layers`.
+    """A normalizing flow as a model: x = f^-1(z) of z drawn from the flow's base.
 
     Real-valued examples x are (N, *shape), with exact densities in nats. Discrete ones, x = k / (levels - 1), are
     dequantised: `elbo` is a lower bound of log P(x), and `bits_per_dim` the same in bits per cell. Latents z are
-    (N, D), as many as an example has cells. Labels y, (N,), are for conditional models, and for them alone.
+    (N, D), as many as an example has cells. What is given, y, is a context (N, C), labels (N,), or what else the flow's
+    ``embedding`` takes.
+
+    >>> model = FlowModel(genfuse.flows.NSF(2))
+
+    A subclass for the commands has settings, ``Config``, and says in `flow_of` which flow they make.
+
+    Args:
+        flow: any, from examples (N, *shape) to latents (N, D).
+        shape: of an example, if the flow does not know it.
+        levels: of discrete data; None for real-valued data.
+        logit: discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a, or with 0 v - 1/2.
+        noise: discrete data: a transform that makes the dequantisation noise, as in `genfuse.nn.Dequantize`; uniform
+            noise if it is left out.
+        config: the settings that the flow was made of.
     """
 
-    config: FlowConfig
+    Config: ClassVar[type] = FlowConfig
 
-    def __init__(self, config: FlowConfig) -> None:
-        super().__init__(config)
-        self.dequantize: Dequantize | None = None
-        reals: list[Transform] = []
-        if config.levels is not None:
-            noise = _variational_noise(config.shape) if config.dequantization == "variational" else None
-            self.dequantize = Dequantize(config.levels, noise)
-            reals = [Logit(config.logit) if config.logit else _Centre()]
-        self.flow = Composite([*reals, *self.layers()], reversible=config.reversible)
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        shape: tuple[int, ...] | None = None,
+        levels: int | None = None,
+        logit: float = 0.05,
+        noise: Transform | None = None,
+        config: FlowConfig | None = None,
+    ) -> None:
+        embedding = Features(flow.context) if flow.embedding is None and flow.context else flow.embedding
+        super().__init__(config, shape=shape or flow.event_shape, levels=levels, embedding=embedding)
+        self.dequantize = None if levels is None else Dequantize(levels, noise)
+        self.reals: Transform | None = None if levels is None else Logit(logit) if logit else Centre()
+        self.flow = flow
+        first = 0 if levels is None else 1  # where the way to real numbers was the flow's first layer
+        self.moved = {  # type: ignore[misc]
+            f"flow.transforms.{first + i}.": f"flow.transform.transforms.{i}."
+            for i in range(len(flow.transform.transforms))
+        }
 
-    def layers(self) -> Iterable[Transform]:
-        """The layers of f, from examples (N, *shape) to latents (N, D)."""
-        raise NotImplementedError(f"{type(self).__name__} has no layers")
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        noise = _variational_noise(config.shape) if config.dequantization == "variational" else None
+        return cls(cls.flow_of(config), levels=config.levels, logit=config.logit, noise=noise, config=config)
+
+    @classmethod
+    def flow_of(cls, config: Any) -> Flow:
+        """The flow that the settings make."""
+        raise NotImplementedError(f"{cls.__name__} has no flow_of")
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
 
-    def check_data(self, data: "Dataset") -> None:
+    def check_data(self, data: Dataset) -> None:
         super().check_data(data)
         self.check_levels(data)
 
@@ -87,9 +135,18 @@ class FlowModel(GenerativeModel):
         return nll, {} if self.dequantize is None else {"bits_per_dim": nll.detach() / self._nats_per_bit}
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p(x), exact, (N,) nats. Where the data is discrete, x are dequantised values in [0, 1)."""
-        z, logdet = self.flow(self.checked(x), self.context_of(y, len(x)))
-        return standard_normal_log_prob(z, logdet)
+        """log p(x), exact, (N,) nats. If the data is discrete, x are dequantised values in [0, 1)."""
+        context = self.context_of(y, len(x))
+        z, logdet = self._to_base(self.checked(x), context)
+        return self.flow.base_log_prob(z, logdet, context)
+
+    def _to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z, and the log-determinant (N,)."""
+        if self.reals is None:
+            return self.flow.transform(x, context)
+        real, logdet = self.reals(x)
+        z, more = self.flow.transform(real, context)
+        return z, logdet + more
 
     def elbo(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """A lower bound of log P(x) of discrete x, (N,) nats, with one draw of the dequantisation noise.
@@ -108,40 +165,41 @@ class FlowModel(GenerativeModel):
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """z = f(x), (N, D); of discrete x at the middle of its bins."""
         x = self.checked(x)
-        if (levels := self.config.levels) is not None:
-            x = ((x * (levels - 1)).round() + 0.5) / levels
-        return self.flow(x, self.context_of(y, len(x)))[0]
+        if self.levels is not None:
+            x = ((x * (self.levels - 1)).round() + 0.5) / self.levels
+        return self._to_base(x, self.context_of(y, len(x)))[0]
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """x = f^-1(z), (N, *shape), for latents (N, D); discrete x are on their levels."""
         return self._decode(z, self.context_of(y, len(z)))
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
-        x, _ = self.flow.inverse(z, context)
-        return x if self.dequantize is None else self.dequantize.inverse(x)
+        x, _ = self.flow.transform.inverse(z, context)
+        return x if self.reals is None or self.dequantize is None else self.dequantize.inverse(self.reals.inverse(x)[0])
 
     def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """z (N, D), and what each layer makes of it on the way to the data; the last is in the data's space."""
         steps, context = [z], self.context_of(y, len(z))
-        for transform in reversed(self.flow.transforms):
+        for transform in reversed(self.flow.transform.transforms):
             steps.append(transform.inverse(steps[-1], context)[0])  # type: ignore[operator]
-        return steps
+        return steps if self.reals is None else [*steps, self.reals.inverse(steps[-1])[0]]
 
     @torch.no_grad()
     def sample(
         self,
         n: int,
         *,
-        y: Tensor | int | None = None,
+        y: Tensor | Sequence[float] | int | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n draws, (n, *shape), of latents with standard deviation ``temperature``; 1 is the model itself.
 
-        ``y`` are the labels of a conditional model, (n,), or one for all; left out, they are drawn uniformly.
+        ``y`` are the labels of a conditional model, (n,), or contexts (n, C), or one of them for all; labels that are
+        left out are drawn uniformly.
         """
         z, context = self._draw(n, y, temperature, generator)
-        rows = max(1, 2**22 // self.config.dimensions)
+        rows = max(1, 2**22 // z[0].numel()) if n else 1
         contexts = repeat(None) if context is None else context.split(rows)
         return torch.cat([self._decode(*part) for part in zip(z.split(rows), contexts, strict=False)])
 
@@ -150,45 +208,44 @@ class FlowModel(GenerativeModel):
         self,
         n: int,
         *,
-        y: Tensor | int | None = None,
+        y: Tensor | Sequence[float] | int | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws as of `sample`, and the log-density of what they were drawn from, (n,) nats, in the same pass.
+        """Draws as `sample` makes them, and the log-density of what they were drawn from, (n,) nats, in the same pass.
 
-        Raises SettingsError for discrete data, of whose log-probability there are only bounds: use sample and elbo.
+        Raises SettingsError for discrete data, whose log-probability has only bounds: use sample and elbo.
         """
         if self.dequantize is not None:
             raise SettingsError("sample_and_log_prob is for real-valued data; of discrete data use sample, then elbo")
         z, context = self._draw(n, y, temperature, generator)
-        x, logdet = self.flow.inverse(z, context)
-        scaled = standard_normal_log_prob(z / temperature, -logdet)
-        return x, scaled - self.config.dimensions * math.log(temperature)
+        x, logdet = self.flow.transform.inverse(z, context)
+        scaled = self.flow.base_log_prob(z / temperature, -logdet, context)
+        return x, scaled - z[0].numel() * math.log(temperature) if n else scaled
 
     def _draw(
-        self, n: int, y: Tensor | int | None, temperature: float, generator: torch.Generator | None
+        self, n: int, y: Tensor | Sequence[float] | int | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents and the context."""
+        """Latents, and the context."""
         if not 0 < temperature < math.inf:
             raise SettingsError(f"temperature must be above 0 and finite, got {temperature}")
         context = self.draw_context(n, y, generator)
         where = torch.device("cpu") if generator is None else generator.device
-        z = torch.randn(n, self.config.dimensions, device=where, generator=generator) * temperature
-        return z.to(next(self.parameters())), context
+        weight = next(self.parameters())
+        if isinstance(self.flow.base, StandardNormal):
+            z = torch.randn(n, *self.flow.base.zeros.shape, device=where, generator=generator) * temperature
+            return z.to(weight), context
+        if temperature != 1:
+            raise SettingsError(f"temperature is for flows whose base is N(0, I); got {temperature}: leave it out")
+        base = self.flow.base_of(context)
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else [], enabled=generator is not None):
+            if generator is not None:  # distributions draw from the global one alone
+                torch.manual_seed(int(torch.randint(2**62, (), device=where, generator=generator)))
+            return base.sample(() if base.batch_shape else (n,)), context
 
     @property
     def _nats_per_bit(self) -> float:
-        return self.config.dimensions * math.log(2)
-
-
-class _Centre(Transform):
-    """y = x - 1/2."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x - 0.5, x.new_zeros(len(x))
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y + 0.5, y.new_zeros(len(y))
+        return math.prod(self.shape or ()) * math.log(2)
 
 
 def _variational_noise(shape: tuple[int, ...]) -> Transform:
@@ -196,7 +253,8 @@ def _variational_noise(shape: tuple[int, ...]) -> Transform:
     return Composite(
         [
             AffineCoupling(
-                ConvConditioner(channels, 2 * channels, 32, context=channels), checkerboard(height, width, bool(i % 2))
+                ConvConditioner(channels, 2 * channels, channels, channels=(32,)),
+                mask=checkerboard(height, width, bool(i % 2)),
             )
             for i in range(4)
         ]

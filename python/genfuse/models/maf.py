@@ -1,11 +1,10 @@
 """Masked autoregressive flow (arXiv 1705.07057) and inverse autoregressive flow (arXiv 1606.04934)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from genfuse import flows
 from genfuse.models._flow import FlowConfig, FlowModel
-from genfuse.models.realnvp import Scale
-from genfuse.nn import ActNorm, AutoregressiveAffine, Flatten, Inverse, Permutation, Transform
+from genfuse.ops import Scale
 
 
 @dataclass(frozen=True)
@@ -24,31 +23,20 @@ class MAFConfig(FlowConfig):
 
 
 class MAF(FlowModel):
-    """Masked autoregressive flow: coordinate by coordinate, z_i = x_i exp(s_i) + t_i with s_i and t_i made of the
-    coordinates of x before i. The density takes one pass; so does sampling, by one sweep over the hidden units."""
+    """The flow `genfuse.flows.MAF`: the density takes one pass, and sampling one sweep over the hidden units."""
 
     Config = MAFConfig
-    config: MAFConfig
+    flow_class: type[flows.MAF] = flows.MAF
 
-    def layers(self) -> Iterator[Transform]:
-        c = self.config
-        if len(c.shape) > 1:
-            yield Flatten(c.shape)
-        for i in range(c.layers):
-            if i:
-                yield Permutation.reversed(c.dimensions)
-            if i and c.actnorm:
-                yield ActNorm(c.dimensions)
-            yield self.autoregressive()
-
-    def autoregressive(self) -> Transform:
-        c = self.config
-        return AutoregressiveAffine(c.dimensions, c.hidden, context=c.context, scale=c.scale)
+    @classmethod
+    def flow_of(cls, config: MAFConfig) -> flows.Flow:
+        c = config
+        return cls.flow_class(
+            c.shape, transforms=c.layers, hidden=c.hidden, scale=c.scale, actnorm=c.actnorm, **c.options
+        )
 
 
 class IAF(MAF):
-    """Inverse autoregressive flow: MAF with data and noise exchanged in each layer. Sampling is the direct pass; the
-    density, with its gradients, takes the sweep."""
+    """The flow `genfuse.flows.IAF`: sampling is the direct pass, and the density takes the sweep."""
 
-    def autoregressive(self) -> Transform:
-        return Inverse(super().autoregressive())
+    flow_class = flows.IAF

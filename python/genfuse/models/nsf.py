@@ -1,12 +1,11 @@
 """Neural spline flows (arXiv 1906.04032): rational-quadratic splines, in couplings or autoregressive."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
+from genfuse import flows
 from genfuse.errors import SettingsError
-from genfuse.models._flow import FlowConfig, FlowModel
-from genfuse.nn import AutoregressiveSpline, Flatten, LULinear, ResidualMLP, SplineCoupling, Transform, half
+from genfuse.models._flow import FlowConfig, FlowModel, one_per_block
 
 
 @dataclass(frozen=True)
@@ -26,18 +25,14 @@ class _SplineConfig(FlowConfig):
 class NSFConfig(_SplineConfig):
     """Settings of a coupling spline flow, RQ-NSF (C). Raises SettingsError for values outside their range."""
 
-    hidden: int = 128  # width of each coupling's residual network
-    blocks: int = 2  # of each coupling's residual network
+    hidden: tuple[int, ...] = (128, 128)  # width of each residual block of a coupling's network, all the same
     dropout: float = 0.0  # in each block
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("hidden", "blocks")
-        half(self.dimensions)
+        self.check_positive("hidden")
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.dropout and self.reversible:
-            raise SettingsError("reversible computes each layer twice, and dropout would differ: set dropout to 0")
 
 
 @dataclass(frozen=True)
@@ -52,36 +47,34 @@ class NSFARConfig(_SplineConfig):
 
 
 class NSF(FlowModel):
-    """Neural spline flow with couplings: half of the coordinates decide on the splines of the others; between them
-    linear layers by LU, which start as random permutations."""
+    """The flow `genfuse.flows.NSF`: splines in couplings, and linear layers by LU between them."""
 
-    Config: ClassVar[type] = NSFConfig
+    Config = NSFConfig
 
-    def layers(self) -> Iterator[Transform]:
-        c = self.config
-        assert isinstance(c, _SplineConfig)
-        if len(c.shape) > 1:
-            yield Flatten(c.shape)
-        for _ in range(c.layers):
-            yield LULinear(c.dimensions)
-            yield self.spline()
-        yield LULinear(c.dimensions)
+    @classmethod
+    def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return one_per_block(super().current(settings), "hidden", 128, 2)
 
-    def spline(self) -> Transform:
-        c = self.config
-        assert isinstance(c, NSFConfig)
-        d, kept = c.dimensions, half(c.dimensions)
-        network = ResidualMLP(kept, (d - kept) * (3 * c.bins - 1), c.hidden, c.blocks, c.context, c.dropout)
-        return SplineCoupling(network, kept, c.bins, c.bound)
+    @classmethod
+    def flow_of(cls, config: NSFConfig) -> flows.Flow:
+        c = config
+        return flows.NSF(
+            c.shape,
+            transforms=c.layers,
+            bins=c.bins,
+            bound=c.bound,
+            hidden=c.hidden,
+            dropout=c.dropout,
+            **c.options,
+        )
 
 
-class NSFAR(NSF):
-    """Autoregressive neural spline flow: each coordinate's spline is decided by the coordinates before it. The density
-    takes one pass; so does sampling, by one sweep over the hidden units."""
+class NSFAR(FlowModel):
+    """The flow `genfuse.flows.NSFAR`: each coordinate's spline is decided by the coordinates before it."""
 
-    Config: ClassVar[type] = NSFARConfig
+    Config = NSFARConfig
 
-    def spline(self) -> Transform:
-        c = self.config
-        assert isinstance(c, NSFARConfig)
-        return AutoregressiveSpline(c.dimensions, c.hidden, context=c.context, bins=c.bins, bound=c.bound)
+    @classmethod
+    def flow_of(cls, config: NSFARConfig) -> flows.Flow:
+        c = config
+        return flows.NSFAR(c.shape, transforms=c.layers, bins=c.bins, bound=c.bound, hidden=c.hidden, **c.options)

@@ -1,10 +1,9 @@
 """Planar and radial flows (arXiv 1505.05770)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from genfuse import flows
 from genfuse.models._flow import FlowConfig, FlowModel
-from genfuse.nn import Flatten, Planar, Radial, Transform
 
 
 @dataclass(frozen=True)
@@ -19,21 +18,17 @@ class PlanarConfig(FlowConfig):
 
 
 class PlanarFlow(FlowModel):
-    """Planar layers from the data to the base: the density is one pass, and sampling solves for one number a layer."""
+    """The flow `genfuse.flows.Planar`: the density is one pass, and sampling solves for one number a layer."""
 
     Config = PlanarConfig
-    config: PlanarConfig
-    layer: type[Planar | Radial] = Planar
+    flow_class: type[flows.Planar] = flows.Planar
 
-    def layers(self) -> Iterator[Transform]:
-        c = self.config
-        if len(c.shape) > 1:
-            yield Flatten(c.shape)
-        for _ in range(c.layers):
-            yield self.layer(c.dimensions, c.context)
+    @classmethod
+    def flow_of(cls, config: PlanarConfig) -> flows.Flow:
+        return cls.flow_class(config.shape, transforms=config.layers, **config.options)
 
 
 class RadialFlow(PlanarFlow):
-    """Radial layers from the data to the base, inverted in closed form."""
+    """The flow `genfuse.flows.Radial`: radial layers, inverted in closed form."""
 
-    layer = Radial
+    flow_class = flows.Radial

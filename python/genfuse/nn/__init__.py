@@ -15,7 +15,7 @@ from genfuse.nn._coupling import AffineCoupling as AffineCoupling
 from genfuse.nn._coupling import Coupling as Coupling
 from genfuse.nn._coupling import SplineCoupling as SplineCoupling
 from genfuse.nn._coupling import checkerboard as checkerboard
-from genfuse.nn._coupling import half as half
+from genfuse.nn._coupling import split_size as split_size
 from genfuse.nn._denoisers import DenoisingMLP as DenoisingMLP
 from genfuse.nn._denoisers import NoiseEmbedding as NoiseEmbedding
 from genfuse.nn._denoisers import UNet as UNet
@@ -28,10 +28,11 @@ from genfuse.nn._gan import mlp_critic as mlp_critic
 from genfuse.nn._gan import mlp_generator as mlp_generator
 from genfuse.nn._gan import resnet_critic as resnet_critic
 from genfuse.nn._gan import resnet_generator as resnet_generator
+from genfuse.nn._image import Centre as Centre
 from genfuse.nn._image import Dequantize as Dequantize
 from genfuse.nn._image import Flatten as Flatten
 from genfuse.nn._image import Logit as Logit
-from genfuse.nn._image import Split as Split
+from genfuse.nn._image import MultiscaleSplit as MultiscaleSplit
 from genfuse.nn._image import Squeeze as Squeeze
 from genfuse.nn._latents import slerp as slerp
 from genfuse.nn._linear import ActNorm as ActNorm

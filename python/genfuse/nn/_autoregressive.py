@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import constraints
 
+from genfuse.errors import SettingsError
+from genfuse.nn._conditioners import Tails, spline_settings
 from genfuse.nn._transform import Transform
-from genfuse.ops import affine_coupling, autoregressive_inverse, rational_quadratic_spline
-from genfuse.ops._affine_coupling import SCALES, Scale
-from genfuse.ops._rational_quadratic_spline import Settings, complain_unless_valid
+from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
 
 
 class MADE(nn.Module):
@@ -24,7 +25,7 @@ class MADE(nn.Module):
     With ``residual``, hidden layers after the first are in pairs, which make blocks h + W2 relu(W1 relu(h) + b1) + b2,
     without ReLU after the last one, as in nflows.
 
-    Raises ValueError for no features, no hidden layer, widths that are not positive, or blocks that do not fit.
+    Raises SettingsError for no features, no hidden layer, widths that are not positive, or blocks that do not fit.
     """
 
     def __init__(
@@ -39,11 +40,11 @@ class MADE(nn.Module):
     ) -> None:
         super().__init__()
         if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
+            raise SettingsError(f"features must be at least 1, got {features}")
         if not hidden or min(hidden) < 1:
-            raise ValueError(f"hidden must be at least one positive width, got {tuple(hidden)}")
+            raise SettingsError(f"hidden must be at least one positive width, got {tuple(hidden)}")
         if residual and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
-            raise ValueError(
+            raise SettingsError(
                 "hidden of a residual network must be one width and pairs of widths, of which the second is the first "
                 f"width again; got {tuple(hidden)}"
             )
@@ -63,10 +64,11 @@ class MADE(nn.Module):
             self.register_buffer(f"mask{i}", (own[:, None] >= of).float(), persistent=False)
 
     def weights(self) -> list[Tensor]:
-        """Of each layer, masked; so whatever an optimizer does to entries outside the mask has no effect."""
+        """Weights of the layers, masked, so that what an optimizer does to entries outside the mask has no effect."""
         return [layer.weight * self.get_buffer(f"mask{i}") for i, layer in enumerate(self.layers)]  # type: ignore[operator]
 
     def biases(self) -> list[Tensor]:
+        """The bias of each layer."""
         return [layer.bias for layer in self.layers]  # type: ignore[misc]
 
     def project(self, context: Tensor | None) -> Tensor | None:
@@ -100,6 +102,8 @@ class AutoregressiveAffine(Transform):
     MAF (arXiv 1705.07057) with its density in one pass; `Inverse` of it is a layer of IAF (arXiv 1606.04934), which
     samples in one. The other way costs one sweep, about as much: see `genfuse.ops.autoregressive_inverse`.
 
+    Raises ValueError for settings that make no layer, as `MADE` does too.
+
     Args:
         features: D; x is (N, D).
         hidden: widths of MADE's hidden layers.
@@ -118,8 +122,9 @@ class AutoregressiveAffine(Transform):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        if scale not in get_args(Scale):
+            raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}")
+        self.features = features
         self.scale: Scale = scale
         self.made = MADE(features, hidden, 2, context=context, by_feature=False, residual=residual)
         _start_near_zero(self.made)
@@ -135,6 +140,8 @@ class AutoregressiveSpline(Transform):
     r"""Autoregressive neural spline layer: y_i is a rational-quadratic spline of x_i, made of :math:`x_{<i}` by `MADE`.
 
     RQ-NSF (AR) of arXiv 1906.04032. The inverse costs one sweep: see `genfuse.ops.autoregressive_inverse`.
+
+    Raises ValueError for settings that make no layer, as `MADE` does too.
 
     Args:
         features: D; x is (N, D).
@@ -154,12 +161,14 @@ class AutoregressiveSpline(Transform):
         context: int = 0,
         bins: int = 8,
         bound: float = 3.0,
-        tails: str = "linear",
+        tails: Tails = "linear",
         residual: bool = False,
     ) -> None:
         super().__init__()
-        settings = Settings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
-        complain_unless_valid(settings)
+        settings = spline_settings(bins, bound, tails)
+        self.features, self.parameters_each = features, settings.params
+        if tails == "none":
+            self.domain = self.codomain = constraints.interval(-float(bound), float(bound))
         self.made = MADE(features, hidden, settings.params, context=context, residual=residual)
         # As in `SplineCoupling`.
         damping = self.made.weights()[-1].shape[1] ** -0.5
@@ -169,8 +178,8 @@ class AutoregressiveSpline(Transform):
             self.made.biases()[-1].view(features, -1)[:, 2 * bins :] = settings.unit_derivative
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        params = self.made(x, context).to(x.dtype)
-        return rational_quadratic_spline(x, params.unflatten(1, (x.shape[1], -1)), **self.settings)
+        params = self.made(x, context).to(x.dtype).unflatten(1, (self.features, self.parameters_each))  # (N, D, P)
+        return rational_quadratic_spline(x, params, **self.settings)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _inverse(self.made, y, context, **self.settings)

@@ -1,18 +1,23 @@
-"""Networks that make a layer's raw parameters of what they are shown: (inputs, context) -> raw parameters.
+"""Networks that make a layer's raw parameters of what they are shown: (x, context) -> raw parameters.
 
 Vectors are (N, D) and their context (N, C); images are (N, C, H, W), and their context is (N, C) or an image of the
-same height and width. The last layer of each starts near 0, so that a flow starts near the identity.
+same height and width. All are made by (inputs, outputs, context, ...), which are numbers of features or channels. The
+last layer of each starts near 0, so that a flow starts near the identity.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from genfuse.errors import SettingsError
 from genfuse.nn._mlp import mlp
-from genfuse.ops._rational_quadratic_spline import Settings
+from genfuse.ops import SplineSettings, rational_quadratic_spline
 
+Tails = Literal["linear", "none", "circular"]
 START = 1e-3  # largest weight that a last layer starts with
 
 
@@ -24,10 +29,19 @@ def last_layer(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-class MLPConditioner(nn.Module):
-    """Linear layers with ReLU between them; the context is a part of the input."""
+def _one_width(name: str, widths: Sequence[int]) -> int:
+    """The width of residual blocks, which are as many as ``widths``."""
+    if not isinstance(widths, Sequence) or len(set(widths)) != 1 or widths[0] < 1:
+        raise SettingsError(
+            f"{name} must be one positive width for each block, all the same, as (64, 64); got {widths}"
+        )
+    return widths[0]
 
-    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (256, 256), context: int = 0) -> None:
+
+class MLPConditioner(nn.Module):
+    """Linear layers with ReLU between them, of widths ``hidden``; the context is a part of the input."""
+
+    def __init__(self, inputs: int, outputs: int, context: int = 0, hidden: Sequence[int] = (256, 256)) -> None:
         super().__init__()
         widths = [inputs + context, *hidden]
         self.layers = nn.Sequential(mlp(widths), nn.ReLU(inplace=True)) if hidden else nn.Identity()
@@ -40,30 +54,34 @@ class MLPConditioner(nn.Module):
 class ResidualMLP(nn.Module):
     """Residual blocks of two linear layers, activation first (arXiv 1603.05027), as neural spline flows use them.
 
-    The context is a part of the input, and gates each block (arXiv 1906.04032, appendix B).
+    ``hidden`` is the width of each block, all the same; ``dropout`` the share of units that each block drops while it
+    is trained. The context is a part of the input, and gates each block (arXiv 1906.04032, appendix B).
+
+    Raises SettingsError for no blocks, or blocks of several widths.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, hidden: int = 128, blocks: int = 2, context: int = 0, dropout: float = 0.0
+        self, inputs: int, outputs: int, context: int = 0, hidden: Sequence[int] = (128, 128), dropout: float = 0.0
     ) -> None:
         super().__init__()
+        width = _one_width("hidden", hidden)
         self.dropout = dropout
-        self.first = nn.Linear(inputs + context, hidden)
+        self.first = nn.Linear(inputs + context, width)
         self.blocks = nn.ModuleList()
         self.gates = nn.ModuleList()
-        for _ in range(blocks):
-            second = nn.Linear(hidden, hidden)
+        for _ in hidden:
+            second = nn.Linear(width, width)
             nn.init.uniform_(second.weight, -START, START)
             nn.init.uniform_(second.bias, -START, START)
-            self.blocks.append(nn.ModuleList([nn.Linear(hidden, hidden), second]))
+            self.blocks.append(nn.ModuleList([nn.Linear(width, width), second]))
             if context:
-                self.gates.append(nn.Linear(context, hidden))
-        self.last = last_layer(nn.Linear(hidden, outputs))
+                self.gates.append(nn.Linear(context, width))
+        self.last = last_layer(nn.Linear(width, outputs))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None:
             context = context.to(x.dtype)
-        h = self.first(x if context is None else torch.cat([x, context], -1))
+        h = self.first(x if context is None else torch.cat([x, context], -1))  # (N, width)
         for i, block in enumerate(self.blocks):
             inner = F.relu(block[0](F.relu(h)), inplace=True)  # type: ignore[index]
             if self.dropout:
@@ -76,27 +94,35 @@ class ResidualMLP(nn.Module):
 
 
 class ConvConditioner(nn.Module):
-    """Convolutions of stride 1: one of 3x3, then as many residual blocks, then one of 3x3.
+    """Convolutions of stride 1 between one of 3x3 at the start and one of 3x3 at the end.
 
-    A block is 3x3, ReLU, 3x3 (RealNVP's residual network, arXiv 1605.08803, without its batch normalisation); with no
-    blocks there is one 1x1 convolution in their place (Glow's network, arXiv 1807.03039).
+    Between them stands one of 1x1, of one width ``channels`` (Glow's network, arXiv 1807.03039); or, if it is
+    ``residual``, a block of 3x3, ReLU and 3x3 for each of ``channels``, all the same (RealNVP's residual network, arXiv
+    1605.08803, without its batch normalisation).
+
+    Raises SettingsError for no channels, several widths, or several layers of 1x1.
     """
 
-    def __init__(self, inputs: int, outputs: int, width: int = 64, blocks: int = 0, context: int = 0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, context: int = 0, channels: Sequence[int] = (64,), *, residual: bool = False
+    ) -> None:
         super().__init__()
+        width = _one_width("channels", channels)
+        if not residual and len(channels) > 1:
+            raise SettingsError(f"channels must be one width unless the network is residual; got {channels}")
         self.first = nn.Conv2d(inputs, width, 3, padding=1)
         self.context = nn.Conv2d(context, width, 1, bias=False) if context else None
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
             )
-            for _ in range(blocks)
+            for _ in (channels if residual else ())
         )
-        self.middle = None if blocks else nn.Conv2d(width, width, 1)
+        self.middle = None if residual else nn.Conv2d(width, width, 1)
         self.last = last_layer(nn.Conv2d(width, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.first(x)
+        h = self.first(x)  # (N, width, H, W)
         if context is not None:
             assert self.context is not None
             h = h + self.context((context if context.dim() == 4 else context[:, :, None, None]).to(x.dtype))
@@ -107,12 +133,39 @@ class ConvConditioner(nn.Module):
         return self.last(F.relu(h))
 
 
-def start_spline(last: nn.Linear | nn.Conv2d, settings: Settings) -> None:
-    """Start a last layer whose outputs are, coordinate by coordinate, a spline's raw parameters: biases that make the
-    identity, bins of one size and derivatives of 1; and PyTorch's usual weights."""
-    assert last.bias is not None
-    last.reset_parameters()
+def output_layer(network: nn.Module, multiple: int) -> nn.Linear | nn.Conv2d | None:
+    """The network's last linear or convolutional layer; None unless it has a bias of a multiple of so many numbers."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not layers or layers[-1].bias is None or is_lazy(layers[-1].bias) or len(layers[-1].bias) % multiple:
+        return None
+    return layers[-1]
+
+
+def spline_settings(bins: int, bound: float, tails: Tails = "linear") -> SplineSettings:
+    """The settings of splines as flows have them. Raises ValueError for settings that make no spline."""
+    if tails not in get_args(Tails):
+        raise ValueError(f"tails must be one of {', '.join(get_args(Tails))}, got {tails!r}")
+    settings = SplineSettings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
+    params = torch.zeros(0, 1, max(0, settings.params))
+    rational_quadratic_spline(torch.zeros(0, 1), params, bins=bins, bound=float(bound), tails=tails)  # refuses them
+    return settings
+
+
+def start_spline(network: nn.Module, settings: SplineSettings) -> float:
+    """Start a network whose outputs are, coordinate by coordinate, a spline's raw parameters: the biases of its output
+    layer make the identity, bins of one size and slopes of 1; and its weights are PyTorch's usual ones, if it is one of
+    ours.
+
+    Returns the damping of raw widths and heights, by the square root of the layer's inputs, as the paper's code
+    has it; 1 if there is no such layer, and the network stays as it is.
+    """
+    last = output_layer(network, settings.params)
+    if last is None:
+        return 1.0
+    if isinstance(network, MLPConditioner | ResidualMLP | ConvConditioner):
+        last.reset_parameters()
     with torch.no_grad():
-        bias = last.bias.view(-1, settings.params)
+        bias = last.bias.view(-1, settings.params)  # type: ignore[union-attr]
         bias[:, : 2 * settings.bins] = 0
         bias[:, 2 * settings.bins :] = settings.unit_derivative
+    return last.weight[0].numel() ** -0.5

@@ -1,17 +1,17 @@
 """Coupling layers: some coordinates pass through and decide what is done to the others."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import start_spline
+from genfuse.nn._conditioners import output_layer, spline_settings, start_spline
 from genfuse.nn._transform import Transform
-from genfuse.ops import affine_coupling, rational_quadratic_spline
-from genfuse.ops._affine_coupling import Scale
-from genfuse.ops._rational_quadratic_spline import Settings
+from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
 
 
-def half(features: int) -> int:
+def split_size(features: int) -> int:
     """How many of the features pass through a coupling: half of them, rounded down.
 
     Raises SettingsError for fewer than two, of which none would be left to decide what is done to the other.
@@ -22,25 +22,35 @@ def half(features: int) -> int:
 
 
 def checkerboard(height: int, width: int, first: bool) -> Tensor:
-    """Mask (H, W) of every other cell, the top left one included where ``first`` is true; True passes through."""
+    """Mask (H, W) of every other cell, the top left one included if ``first`` is true; True passes through."""
     return (torch.arange(height)[:, None] + torch.arange(width)).remainder(2).bool() != first
 
 
 class Coupling(Transform):
-    """Base: the first ``split`` features (channels, of images) pass through, or of a negative split the last, or those
-    where a mask is True.
+    """Base: some coordinates of x, vectors (N, D) or images (N, C, H, W), pass through and decide about the others.
 
-    ``conditioner(kept, context)`` makes the raw parameters of the moved features; with a mask it is shown all
-    coordinates, the moved ones set to 0, and makes parameters for all.
+    ``split`` features (channels, of images) pass through, the first ones, or if it is negative the last ones; or those
+    coordinates where the bool ``mask``, of the shape of an example or one that expands to it, is True.
+    ``conditioner(kept, context)``, any module, makes the raw parameters of the features that move; with a mask it is
+    shown all coordinates, the moved ones set to 0, and makes parameters for all.
+
+    Raises ValueError unless one of ``split`` and ``mask`` is given.
     """
 
+    parameters_each = 1  # raw parameters of a coordinate that moves
     mask: Tensor | None
 
-    def __init__(self, conditioner: nn.Module, mask_or_split: Tensor | int) -> None:
+    def __init__(self, conditioner: nn.Module, *, split: int | None = None, mask: Tensor | None = None) -> None:
         super().__init__()
+        if (split is None) == (mask is None):
+            raise ValueError(f"a coupling takes either split= or mask=; got {split} and {mask}")
         self.conditioner = conditioner
-        mask, self.split = (mask_or_split, 0) if isinstance(mask_or_split, Tensor) else (None, mask_or_split)
+        self.split = split or 0
         self.register_buffer("mask", mask, persistent=False)
+        if mask is not None:
+            self.features = len(mask) if mask.dim() == 1 else None
+        elif last := output_layer(conditioner, self.parameters_each):
+            self.features = abs(self.split) + len(last.weight) // self.parameters_each
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What a split keeps of x, and what it moves."""
@@ -59,10 +69,15 @@ class Coupling(Transform):
             if self.mask.dim() >= x.dim() or any(size not in (1, of_x) for size, of_x in sizes):
                 raise ValueError(f"mask of shape {tuple(self.mask.shape)} does not go with x of {tuple(x.shape)}")
         kept = self.halves(x)[0] if self.mask is None else x * self.mask
-        return self.conditioner(kept, context).to(x.dtype)
+        raw: Tensor = self.conditioner(kept, context)
+        wanted = self.parameters_each * (x.shape[1] - abs(self.split))
+        if raw.dim() != x.dim() or raw.shape[1] != wanted:
+            cells = ", H, W" if x.dim() > 2 else ""
+            raise ValueError(f"the conditioner must return (N, {wanted}{cells}), got {tuple(raw.shape)}")
+        return raw.to(x.dtype)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        """The moved features transformed, or with ``inverse`` put back, and the log-determinant."""
+        """The moved features transformed, or with ``inverse`` put back, and the log-determinant (N,)."""
         raise NotImplementedError(f"{type(self).__name__} has no couple")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -78,8 +93,12 @@ class AffineCoupling(Coupling):
     The conditioner makes 2 raw parameters per moved feature: first all log-scales, then all shifts.
     """
 
-    def __init__(self, conditioner: nn.Module, mask_or_split: Tensor | int, scale: Scale = "tanh") -> None:
-        super().__init__(conditioner, mask_or_split)
+    parameters_each = 2
+
+    def __init__(
+        self, conditioner: nn.Module, *, split: int | None = None, mask: Tensor | None = None, scale: Scale = "tanh"
+    ) -> None:
+        super().__init__(conditioner, split=split, mask=mask)
         self.scale: Scale = scale
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -103,22 +122,23 @@ class AdditiveCoupling(Coupling):
 
 
 class SplineCoupling(Coupling):
-    """A rational-quadratic spline per moved feature (arXiv 1906.04032); of vectors, or of images by channels.
+    """A rational-quadratic spline per moved feature (arXiv 1906.04032) of vectors, or of images by channels.
 
     The conditioner makes 3 ``bins`` - 1 raw parameters per moved feature, those of a feature beside each other. Outside
     [-bound, bound] the spline is the identity. Raw widths and heights are divided by the square root of the last
     layer's inputs, as the paper's code does: without it bins move faster than the rest, and small data is overfitted.
+    The last linear or convolutional layer of the conditioner, if its size fits, starts with biases that make the
+    identity; a conditioner without one stays as it is, and nothing is divided.
     """
 
-    def __init__(self, conditioner: nn.Module, split: int, bins: int = 8, bound: float = 3.0) -> None:
-        super().__init__(conditioner, split)
-        last = conditioner.last
-        assert isinstance(last, nn.Linear | nn.Conv2d)
-        start_spline(last, Settings(bins, float(bound), "linear", False, 1e-3, 1e-3, 1e-3))
-        self.settings = {"bins": bins, "bound": bound, "damping": last.weight[0].numel() ** -0.5}
+    def __init__(self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0) -> None:
+        settings = spline_settings(bins, bound)
+        self.parameters_each = settings.params  # 3 bins - 1
+        super().__init__(conditioner, split=split)
+        self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": start_spline(conditioner, settings)}
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         kept, moved = self.halves(x)
-        raw = self.raw(x, context).unflatten(1, (moved.shape[1], -1)).movedim(2, -1)  # (N, C, ..., P)
+        raw = self.raw(x, context).unflatten(1, (moved.shape[1], self.parameters_each)).movedim(2, -1)  # (N, C, ..., P)
         y, logdet = rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)
         return self.together(kept, y), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet

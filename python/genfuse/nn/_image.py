@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from genfuse.errors import SettingsError
 from genfuse.nn._transform import Transform
@@ -24,9 +25,15 @@ class Squeeze(Transform):
         squares = y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
         return squares.reshape(n, c // 4, 2 * h, 2 * w), y.new_zeros(n)
 
+    def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return (4 * shape[0], shape[1] // 2, shape[2] // 2) if shape and len(shape) == 3 else shape
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] // 4, 2 * shape[1], 2 * shape[2]) if len(shape) == 3 else shape
+
 
 class Flatten(Transform):
-    """Examples of ``shape`` become vectors."""
+    """Examples of ``shape``, (N, *shape), become vectors (N, D)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -38,10 +45,16 @@ class Flatten(Transform):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y.unflatten(1, self.shape), y.new_zeros(len(y))
 
+    def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+        return (math.prod(self.shape),)
 
-class Split(Transform):
-    """The multi-scale step (arXiv 1605.08803, section 3.6): half of the channels leave, the others go on through
-    ``rest``; the result is a vector of both.
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.shape
+
+
+class MultiscaleSplit(Transform):
+    """The multi-scale step (arXiv 1605.08803, section 3.6) of images (N, *shape): half of the channels leave, the
+    others go on through ``rest``, which makes vectors of them; the result is a vector (N, D) of both.
 
     What leaves is first normalised by ``prior``, a coupling that lets the channels that go on pass through: to the base
     distribution it is a learned prior of the channels that leave, given those that stay.
@@ -65,9 +78,20 @@ class Split(Transform):
         x, more = self.prior.inverse(torch.cat([x, left], 1), context)
         return x, logdet + more
 
+    def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+        return (math.prod(self.shape),)
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.shape
+
 
 class Logit(Transform):
-    """y = logit(a + (1 - 2 a) x) of each coordinate x in [0, 1] (arXiv 1605.08803, section 4.1)."""
+    """y = logit(a + (1 - 2 a) x) of each coordinate x in [0, 1] (arXiv 1605.08803, section 4.1).
+
+    Raises SettingsError unless a is between 0 and 0.5.
+    """
+
+    domain = constraints.unit_interval
 
     def __init__(self, a: float = 0.05) -> None:
         super().__init__()
@@ -88,11 +112,21 @@ class Logit(Transform):
         return each.flatten(1).sum(1)
 
 
+class Centre(Transform):
+    """y = x - 1/2 of each coordinate x."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x - 0.5, x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return y + 0.5, y.new_zeros(len(y))
+
+
 class Dequantize(nn.Module):
     """Levels k = 0 ... K - 1, given as x = k / (K - 1), become real numbers v = (k + u) / K in [0, 1).
 
-    u is uniform (arXiv 1511.01844, section 3.1), or drawn by ``noise``, a transform of standard normal noise of x's
-    shape, with x - 1/2 as its context, whose result goes through a sigmoid (variational: arXiv 1902.00275).
+    u is uniform (arXiv 1511.01844, section 3.1), or made by ``noise``, a transform of standard normal noise of x's
+    shape whose context is x - 1/2, and a sigmoid after it (variational: arXiv 1902.00275).
     """
 
     def __init__(self, levels: int, noise: Transform | None = None) -> None:

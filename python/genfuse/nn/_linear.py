@@ -22,22 +22,25 @@ _reorder: Callable = fused(
 
 
 class Permutation(Transform):
-    """Features (of images: channels) in another order; feature i of the result is feature ``order[i]``."""
+    """Features (of images: channels) in another order; feature i of the result is feature ``order[i]``, (D,) int64."""
 
     order: Tensor
     back: Tensor
 
     def __init__(self, order: Tensor) -> None:
         super().__init__()
+        self.features = len(order)
         self.register_buffer("order", order)
         self.register_buffer("back", order.argsort())
 
     @classmethod
     def reversed(cls, features: int) -> "Permutation":
+        """The last feature first."""
         return cls(torch.arange(features).flip(0))
 
     @classmethod
     def random(cls, features: int) -> "Permutation":
+        """An order drawn from torch's global generator."""
         return cls(torch.randperm(features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,6 +66,7 @@ class LULinear(Transform):
 
     def __init__(self, features: int, start: Literal["permutation", "rotation"] = "permutation") -> None:
         super().__init__()
+        self.features = features
         p, lower, upper = torch.eye(features)[torch.randperm(features)], torch.eye(features), torch.eye(features)
         if start == "rotation":
             rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
@@ -78,7 +82,7 @@ class LULinear(Transform):
         self.bias = nn.Parameter(torch.zeros(features))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L, without its diagonal of ones, and U."""
+        """L, without its diagonal of ones, and U, (D, D) each."""
         return self.triangles.tril(-1), self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,16 +106,19 @@ class LULinear(Transform):
 
 
 class ActNorm(Transform):
-    """y = x exp(s) + t per feature, or per channel of images, (arXiv 1807.03039, section 3.1).
+    """y = x exp(s) + t per feature of vectors (N, D), or per channel of images (N, C, H, W): arXiv 1807.03039, section
+    3.1.
 
     s and t are parameters; the first batch in training mode sets them so that its features have mean 0 and variance 1.
     A feature that is constant in that batch is only shifted. With several processes the batch is that of all of them.
+    A layer that is trained by its inverse first, as by reverse KL, starts as the identity.
     """
 
     started: Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__()
+        self.features = features
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.shift = nn.Parameter(torch.zeros(features))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
@@ -125,6 +132,9 @@ class ActNorm(Transform):
         return actnorm(x, self.log_scale, self.shift)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training and not self._asked and len(y) and torch.is_grad_enabled():
+            self.started.fill_(True)  # data that comes later must not change what was trained
+            self._asked = True
         return actnorm(y, self.log_scale, self.shift, inverse=True)
 
     @torch.no_grad()

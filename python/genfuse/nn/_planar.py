@@ -14,8 +14,9 @@ BISECTIONS = 60  # halve any bracket of float64 down to its last digits
 class _Amortised(Transform):
     """Base: a few raw parameters, learned, plus (with a context) a linear map of the context."""
 
-    def __init__(self, start: Tensor, context: int) -> None:
+    def __init__(self, features: int, start: Tensor, context: int) -> None:
         super().__init__()
+        self.features = features
         self.parameters_ = nn.Parameter(start)
         self.amortised = nn.Linear(context, len(start), bias=False) if context else None
         if self.amortised is not None:
@@ -29,7 +30,8 @@ class _Amortised(Transform):
 
 
 class Planar(_Amortised):
-    """f(x) = x + u tanh(w x + b): equation 10. u is moved along w so that w u > -1: appendix A.1.
+    """f(x) = x + u tanh(w x + b) of vectors (N, D): arXiv 1505.05770, equation 10. u is moved along w so that w u > -1:
+    appendix A.1. A context (N, C) is mapped linearly to what is added to w, u and b.
 
     The inverse solves a = w y - (w u) tanh(a + b) for a = w x, which grows with a and so has one root, by bisection. It
     is ill-conditioned where w u is near -1. The inverse is differentiable to first order.
@@ -39,7 +41,7 @@ class Planar(_Amortised):
         w = torch.randn(features) / features**0.5
         # softplus(w u) = 1 here, so that it starts near the identity.
         u = math.log(math.e - 1) * w / w.square().sum() + 0.01 * torch.randn(features)
-        super().__init__(torch.cat([w, u, torch.zeros(1)]), context)
+        super().__init__(features, torch.cat([w, u, torch.zeros(1)]), context)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """w, u, b, and 1 + w u, which is above 0 though it may be lost in the rounding of w u."""
@@ -81,14 +83,15 @@ class Planar(_Amortised):
 
 
 class Radial(_Amortised):
-    """f(x) = x + b h (x - x0) with h = 1 / (a + |x - x0|): equation 14. a > 0 and b > -a: appendix A.2.
+    """f(x) = x + b h (x - x0) of vectors (N, D), with h = 1 / (a + |x - x0|): arXiv 1505.05770, equation 14. a > 0 and
+    b > -a: appendix A.2. A context (N, C) is mapped linearly to what is added to x0 and to the raw a and b.
 
     In the distance r from x0 it is r (s + r) / (a + r) with s = a + b, whose inverse is the root of a quadratic
     equation. Written with s > 0 nothing cancels where b is near -a.
     """
 
     def __init__(self, features: int, context: int = 0) -> None:
-        super().__init__(torch.cat([torch.randn(features), torch.zeros(2)]), context)
+        super().__init__(features, torch.cat([torch.randn(features), torch.zeros(2)]), context)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         raw = self.raw(context)

@@ -7,17 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributions import constraints
 
 from genfuse.ops import transformed
 
 
 class Transform(nn.Module):
-    """Base: a differentiable bijection y = f(x), applied to each example, maybe given a context.
+    """Base: a differentiable bijection y = f(x) of each example, which may depend on a context.
 
     A subclass gives `forward` and `inverse`. Both take examples (N, ...) and a context (N, C) or None, and return the
     transformed examples and the log-determinant of what was done, log |det dy/dx| or log |det dx/dy|, (N,) in nats.
     A flow is trained in the direction of `forward`, which by convention leads from the data to the base distribution.
+
+    A subclass says more if it can: ``features``, its number of features or channels, if it was made for one; where its
+    coordinates lie, ``domain`` before and ``codomain`` after it (`torch.distributions.constraints`, of one coordinate);
+    and `forward_shape` and `inverse_shape`, if it changes the shape of an example.
     """
+
+    features: int | None = None
+    domain: constraints.Constraint = constraints.real
+    codomain: constraints.Constraint = constraints.real
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -25,19 +34,35 @@ class Transform(nn.Module):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
+    def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """The shape of f(x) for an x of ``shape``, None if it is not known."""
+        return (self.features,) if shape is None and self.features is not None else shape
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the x for which f(x) has ``shape``."""
+        return shape
+
 
 class Inverse(Transform):
     """A transform the other way round."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.features = transform, transform.features
+        self.domain, self.codomain = transform.codomain, transform.domain
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse(x, context)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform(y, context)
+
+    def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        shape = self.transform.forward_shape(None) if shape is None else shape
+        return None if shape is None else self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.transform.forward_shape(shape) or shape
 
 
 class Composite(Transform):
@@ -53,6 +78,8 @@ class Composite(Transform):
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
         self.reversible = reversible
+        if transforms:
+            self.domain, self.codomain = transforms[0].domain, transforms[-1].codomain
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # A transform of torch.func keeps what it needs for itself.
@@ -74,6 +101,16 @@ class Composite(Transform):
             y, logdet = transform.inverse(y, context)  # type: ignore[operator]
             total = logdet if total is None else total + logdet
         return y, y.new_zeros(len(y)) if total is None else total
+
+    def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        for transform in self.transforms:
+            shape = transform.forward_shape(shape)  # type: ignore[operator]
+        return shape
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        for transform in reversed(self.transforms):
+            shape = transform.inverse_shape(shape)  # type: ignore[operator]
+        return shape
 
 
 class _Reversible(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Fused operators for generative models. This package needs nothing but torch."""
 
 from genfuse.ops._actnorm import actnorm as actnorm
+from genfuse.ops._affine_coupling import Scale as Scale
 from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
 from genfuse.ops._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from genfuse.ops._bernoulli import bernoulli as bernoulli
@@ -16,6 +17,7 @@ from genfuse.ops._op import include as include
 from genfuse.ops._op import info as info
 from genfuse.ops._op import transformed as transformed
 from genfuse.ops._op import use as use
+from genfuse.ops._rational_quadratic_spline import Settings as SplineSettings  # noqa: F401
 from genfuse.ops._rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
 from genfuse.ops._reparameterize_kl import kl_per_dimension as kl_per_dimension
 from genfuse.ops._reparameterize_kl import reparameterize_kl as reparameterize_kl

@@ -310,18 +310,18 @@ def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) 
     """What is other in the sections of ``new`` than in ``old``. Both are what `essentials` returns, or parts of it."""
     found = []
     for section in new:
-        was_all, defaults = old[section], {}  # of what is younger than the run
+        was_all, now_all, defaults = old[section], new[section], {}  # defaults of what is younger than the run
         if section == "training":
             defaults = dataclasses.asdict(Options())
         elif section == "model":
             cls = models.load(new[section]["name"])
             fields = dataclasses.fields(cls.Config)
-            was_all = cls.current(was_all)
+            was_all, now_all = cls.current(was_all), cls.current(now_all)
             defaults = json.loads(
                 json.dumps({f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
             )
-        for key in sorted(was_all.keys() | new[section].keys()):
-            was, now = (of.get(key, defaults.get(key)) for of in (was_all, new[section]))
+        for key in sorted(was_all.keys() | now_all.keys()):
+            was, now = (of.get(key, defaults.get(key)) for of in (was_all, now_all))
             if was != now:
                 found.append(f"{section} {key}: was {was!r}, now {now!r}")
     return found
