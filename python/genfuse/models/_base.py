@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 import typeguard
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
@@ -437,6 +438,16 @@ def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
                 f"x must be in [0, 1], as batches of data with {levels} levels are; got values from {float(low):.4g} "
                 f"to {float(high):.4g}: divide 0..255 by 255, and take (x + 1) / 2 of [-1, 1]"
             )
+
+
+def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count a change of the weights that an optimizer has stepped, by which `GenerativeModel.settle` sees it. Fused
+    optimizers, and those that write to ``weight.data``, do not do so themselves."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    torch.autograd.graph.increment_version([weight for weight in weights if weight.grad is not None])
+
+
+register_optimizer_step_post_hook(_tell_of_step)
 
 
 @torch.compiler.disable
