@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 import genfuse
 from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, SettingsError
+from genfuse.flows import NSF
 from genfuse.metrics import evaluate
 from genfuse.models import Batch
 from genfuse.models._base import configure
@@ -624,6 +625,29 @@ def test_a_prior_may_be_given_the_context():
     model(x, y).backward()
     assert model.embedding.weight.grad.any()
     assert model.sample(5, y=torch.tensor([1.0]), mean=False).shape == (5, 6)
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_a_flow_may_be_the_prior(context):
+    torch.manual_seed(0)
+    networks = nn.Linear(6, 4), nn.Linear(2, 6)
+    given, y = {}, None
+    if context:
+        networks = tuple(WithContext(nn.Linear(before + 2, after), planes=False) for before, after in ((6, 4), (2, 6)))
+        given, y = {"embedding": nn.Embedding(3, 2)}, torch.arange(50) % 3
+    model = VAE(*networks, Noise(), latent_dim=2, prior=NSF(2, context=context, hidden=(8,)), **given)
+    x = torch.randn(50, 6)
+    model(x, y).backward()
+    assert all(weight.grad is not None for weight in model.prior.parameters())
+    z = model.latents(50, y=y, generator=seeded())
+    assert torch.equal(z, model.latents(50, y=y, generator=seeded()))
+    with torch.no_grad():  # log 1/K sum p(x, z) / q(z | x) of one draw, in the words of torch.distributions
+        q, prior = model.posterior(x, y), model.prior(None if y is None else model.embedding(y))
+        torch.manual_seed(3)
+        z = reparameterize_kl(*model._encoded(x, model.context_of(y, 50))[:2])[0]
+        expected = model._log_likelihood(x, z, model.context_of(y, 50)) + prior.log_prob(z) - q.log_prob(z)
+        torch.manual_seed(3)
+        torch.testing.assert_close(model.iwae_bound(x, 1, y=y), expected)
 
 
 def test_an_own_flow_as_the_posterior_needs_no_features():
