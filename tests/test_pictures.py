@@ -260,7 +260,7 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
-        ("digits", {}, ["samples.png", "reconstructions.png", "latent.png"]),
+        ("digits", {}, ["samples.png", "reconstructions.png", "interpolation.png", "latent.png"]),
         ("toy:rings", {"decoder": "gaussian"}, ["samples.png", "latent.png"]),
     ],
 )

@@ -109,7 +109,7 @@ def test_copies_are_told_from_new_examples_by_the_nearest_training_example(digit
 
 def test_the_same_seed_gives_the_same_numbers_and_the_world_is_left_as_it_was(digits):
     torch.manual_seed(3)
-    model = VAE(VAEConfig(shape=(1, 8, 8), levels=17, hidden=(8,), latent_dim=2))
+    model = VAE.from_config(VAEConfig(shape=(1, 8, 8), levels=17, hidden=(8,), latent_dim=2))
     data = replace(digits).binarized("dynamic")
     state = torch.get_rng_state()
     first = evaluate_samples(model, data, n=100)

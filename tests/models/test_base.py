@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -49,7 +50,21 @@ def step(model, player, optimizer):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+class ByData(torch.optim.Optimizer):
+    """One that autograd does not see, as many of other packages are."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight.data.sub_(self.param_groups[0]["lr"] * weight.grad)
+
+
+FUSED = partial(torch.optim.Adam, fused=True)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, FUSED, ByData])
 def test_an_own_loop_counts_each_update_of_each_player_once(make):
     torch.manual_seed(0)
     model = Counter(CounterConfig())

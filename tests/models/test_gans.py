@@ -1,5 +1,6 @@
-import dataclasses
+import copy
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -14,14 +15,19 @@ import genfuse
 from genfuse.cli import main
 from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, SettingsError, TrainingWarning
+from genfuse.metrics import evaluate_samples
 from genfuse.models import Batch
-from genfuse.models._adversarial import STALLED, STARTED, diversity, slerp
-from genfuse.models.gan import OBJECTIVES
+from genfuse.models._adversarial import STALLED, STARTED, Objective, diversity, slerp
+from genfuse.models._base import configure
+from genfuse.models.gan import GAN, OBJECTIVES
+from genfuse.models.wgan import WGAN, WGANGP
+from genfuse.nn import OneHot, WithContext
 from genfuse.training import Trainer
+from genfuse.training.run import differences
 
 MODELS = "gan", "wgan", "wgan-gp"
 NETWORKS = "mlp", "dcgan", "resnet"
-SMALL = {"hidden": (16, 8), "channels": 4, "latent_dim": 5}
+SMALL = {"hidden": (16, 8), "channels": (4,), "latent_dim": 5}
 each_model = pytest.mark.parametrize("name", MODELS)
 each_network = pytest.mark.parametrize("network", NETWORKS)
 
@@ -215,7 +221,7 @@ def trained_critic(name, real, fake, steps, lr, penalty_weight=None, **settings)
         if penalty_weight is not None:
             # In one dimension a slope of -1 can only become 1 through 0, which is dear: signs are to be found first.
             grown = penalty_weight * min(1, 2 * step / steps)
-            model.config = dataclasses.replace(model.config, penalty_weight=grown)
+            model.penalty_weight = grown
         optimizer.zero_grad()
         model.loss(Batch(real(torch.randn(256, 1))), critic)[0].backward()
         optimizer.step()
@@ -318,14 +324,14 @@ def test_the_networks_have_the_papers_widths():
     mlp = made("wgan-gp", shape=(1, 28, 28), latent_dim=100, hidden=(256, 256))
     assert widths(mlp.generator) == [(b, a) for a, b in pairwise([100, 256, 256, 784])]
     assert widths(mlp.critic) == [(b, a) for a, b in pairwise([784, 256, 256, 1])]
-    dcgan = made("gan", shape=(3, 64, 64), network="dcgan", channels=64, latent_dim=100)
+    dcgan = made("gan", shape=(3, 64, 64), network="dcgan", channels=(64,), latent_dim=100)
     assert [shape[1] for shape in widths(dcgan.generator)[1:]] == [256, 128, 64, 3]
     assert [shape[0] for shape in widths(dcgan.critic)] == [64, 128, 256, 512, 1]
 
 
 def test_real_valued_data_are_not_bounded():
     model = made("gan", shape=(2,), levels=None)
-    nn.init.constant_(model.averaged.module[-2].bias, 7.0)
+    nn.init.constant_(model.generator[-2].bias, 7.0)
     assert (model.sample(10) > 2).all()
 
 
@@ -381,7 +387,7 @@ def test_statistics_of_batch_norm_are_averaged_and_sampling_leaves_them(digits):
 def test_an_interpolation_runs_along_arcs_between_its_ends():
     model = made("wgan-gp", latent_dim=50)
     a, b = (model.latents(4, generator=seeded(seed)) for seed in (0, 1))
-    images = model.interpolate(a, b, 7)
+    images = model.interpolate_latents(a, b, 7)
     assert images.shape == (7, 4, 2, 8, 9)
     torch.testing.assert_close(images[0], model.decode(a))
     torch.testing.assert_close(images[-1], model.decode(b))
@@ -392,7 +398,7 @@ def test_an_interpolation_runs_along_arcs_between_its_ends():
     torch.testing.assert_close(angles, angles[:1].expand(6, 4), atol=1e-4, rtol=0)
     torch.testing.assert_close(slerp(a, a, torch.linspace(0, 1, 3)), a.expand(3, 4, 50))
     with pytest.raises(SettingsError, match="at least 2 steps"):
-        model.interpolate(a, b, 1)
+        model.interpolate_latents(a, b, 1)
 
 
 def test_a_conditional_gan_learns_what_each_label_means():
@@ -404,6 +410,274 @@ def test_a_conditional_gan_learns_what_each_label_means():
     genfuse.Trainer(steps=1200, lr=2e-3, device="cpu").fit(model, data)
     for label, mean in ((0, -2.0), (1, 2.0)):
         assert model.sample(500, y=label, generator=seeded()).mean().item() == pytest.approx(mean, abs=0.5)
+
+
+# GANs of any networks, and own loops: nobody has to call `after_step`.
+
+
+class Flat(nn.Module):
+    """A critic that returns (N,)."""
+
+    def __init__(self, features=2, hidden=32):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1))
+
+    def forward(self, x):
+        return self.layers(x).squeeze(1)
+
+
+def hand_made(cls=GAN, hidden=32, **settings):
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(3, hidden), nn.ReLU(), nn.Linear(hidden, 2))
+    return cls(generator, Flat(hidden=hidden), latent_dim=3, **settings)
+
+
+def quickly(parameters):
+    return torch.optim.Adam(parameters, 4e-3, betas=(0.5, 0.99))
+
+
+def train(model, x, rounds, told=None, parts=1, optimizer=quickly, loss=None):
+    """The loop that anybody would write, on random batches of x; it calls nothing but the loss."""
+    optimizers = {player.name: optimizer(player.parameters) for player in model.players()}
+    loss = model if loss is None else loss
+    for _ in range(rounds):
+        for player in model.players():
+            for _ in range(player.steps):
+                for _ in range(parts):  # gradients of several batches may be added up
+                    batch = x[torch.randint(len(x), (64,))]
+                    loss(batch, player=player.name).backward()
+                optimizers[player.name].step()
+                model.zero_grad()
+                if told:
+                    getattr(model, told)(player.name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"penalty": "r1", "penalty_weight": 0.1, "objective": OBJECTIVES["hinge"]}])
+def test_a_gan_of_own_networks_learns_a_mixture_in_a_loop_of_its_own(settings):
+    side = torch.arange(2000) % 2 * 4.0 - 2
+    x = torch.stack([side, side / 2], 1) + 0.2 * torch.randn(2000, 2, generator=seeded())
+    model = hand_made(hidden=64, ema=0.98, **settings)
+    train(model, x, 800)
+    drawn = model.sample(2000, generator=seeded())
+    near = torch.cdist(drawn, torch.tensor([[-2.0, -1.0], [2.0, 1.0]])).min(1)
+    # The rest are on the way between the modes, which a continuous map of z cannot jump over.
+    assert (near.values < 0.8).float().mean() > 0.85
+    assert 0.35 < near.indices.float().mean() < 0.65
+    assert int(model.averaged.updates) == 800
+
+
+@pytest.mark.parametrize("cls", [GAN, WGAN, WGANGP])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_own_loop_ends_in_the_same_bits_whether_or_not_it_calls_after_step(cls, parts):
+    x, states = torch.randn(500, 2, generator=seeded()), []
+    for told in (None, "after_step", "stepped"):
+        model = hand_made(cls, hidden=8, ema=0.8)
+        torch.manual_seed(1)
+        train(model, x, 6, told, parts)
+        if told is None:
+            assert torch.equal(copy.deepcopy(model).sample(4, generator=seeded()), model.sample(4, generator=seeded()))
+        states.append(model.state_dict())
+    assert int(states[0]["averaged.updates"]) == 6
+    for state in states[1:]:
+        assert all(map(torch.equal, states[0].values(), state.values()))
+
+
+def test_a_model_takes_networks_as_they_are_and_its_average_learns_nothing_of_samples():
+    generator = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    model = GAN(generator, Flat(), latent_dim=3)
+    assert not generator.training
+    statistics = model.averaged.module[1].running_mean.clone()
+    model.train().sample(50)
+    assert generator.training
+    assert torch.equal(statistics, model.averaged.module[1].running_mean)
+    assert torch.equal(statistics, generator[1].running_mean)
+
+
+def test_clipping_is_not_forgotten_by_an_own_loop():
+    model = hand_made(WGAN, clip=0.03)
+    x = torch.randn(500, 2, generator=seeded())
+    seen = []
+    model.critic.register_forward_pre_hook(
+        lambda module, inputs: seen.append(max(weight.abs().max().item() for weight in module.parameters()))
+    )
+    model.loss(Batch(x), "critic")
+    seen.clear()
+    train(model, x, 3, optimizer=lambda weights: torch.optim.RMSprop(weights, 0.05))
+    assert max(seen[1:]) <= 0.03 + 1e-9
+    assert all(weight.abs().max() <= 0.03 + 1e-9 for weight in copy.deepcopy(model).critic.parameters())
+
+
+def test_a_loop_over_a_compiled_loss_samples_the_present_weights_and_clips():
+    model = hand_made(WGAN, hidden=8, clip=0.02)
+    x = torch.randn(500, 2, generator=seeded())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    train(model, x, 3, loss=compiled, optimizer=lambda weights: torch.optim.RMSprop(weights, 0.05))
+    assert max(weight.abs().max() for weight in model.critic.parameters()) <= 0.02 + 1e-9  # before the generator's step
+    z = model.latents(5, generator=seeded())
+    assert int(model.averaged.updates) == 0
+    assert torch.equal(model.decode(z), model.generator(z))
+
+
+def test_an_own_embedding_is_trained_by_the_generator_and_averaged_with_it():
+    def made(ema):
+        torch.manual_seed(0)
+        generator = WithContext(nn.Sequential(nn.Linear(3 + 4, 16), nn.ReLU(), nn.Linear(16, 2)), planes=False)
+        critic = WithContext(nn.Sequential(nn.Linear(2 + 4, 16), nn.ReLU(), nn.Linear(16, 1)), planes=False)
+        return GAN(generator, critic, latent_dim=3, ema=ema, embedding=nn.Embedding(3, 4))
+
+    model = made(0.5)
+    critic, generator = model.players()
+    weight = model.embedding.weight
+    assert any(each is weight for each in generator.parameters)
+    assert not any(each is weight for each in critic.parameters)
+    batch = Batch(torch.randn(30, 2), torch.arange(30) % 3)
+    model.loss(batch, "discriminator")[0].backward()
+    assert weight.grad is None
+    model.loss(batch, "generator")[0].backward()
+    assert weight.grad.abs().sum(1).gt(0).all()
+    before = weight.detach().clone()
+    quickly(generator.parameters).step()
+    model.settle()
+    average = model.averaged_embedding.module.weight
+    torch.testing.assert_close(average, before + (1 - 2 / 11) * (weight.detach() - before))
+    z, y = model.latents(3, generator=seeded()), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(model.decode(z, y), model.averaged(z, average[y]))
+    torch.testing.assert_close(model.sample(3, y=y, generator=seeded()), model.decode(z, y))
+    assert made(0.0).averaged_embedding is None
+
+
+@pytest.mark.parametrize("embedding", [nn.Embedding(10, 3), OneHot(10)])
+def test_the_trainer_and_its_measures_take_a_hand_made_conditional_gan(embedding, digits):
+    torch.manual_seed(0)
+    width = 3 if isinstance(embedding, nn.Embedding) else 10
+    generator = WithContext(nn.Sequential(nn.Linear(5 + width, 64), nn.Unflatten(1, (1, 8, 8))), planes=False)
+    critic = WithContext(nn.Linear(64 + width, 1), planes=False)
+    model = GAN(generator, critic, latent_dim=5, shape=(1, 8, 8), levels=17, embedding=embedding)
+    genfuse.Trainer(steps=4, device="cpu").fit(model, digits)
+    found = evaluate_samples(model, digits, features="pixels", n=100)
+    assert math.isfinite(found["samples"]["frechet_distance"])
+    assert model.sample(3, y=2).shape == (3, 1, 8, 8)
+    if isinstance(embedding, OneHot):
+        assert model.sample(3).shape == (3, 1, 8, 8)
+    else:
+        with pytest.raises(SettingsError, match="the model is conditional: give"):
+            model.sample(3)
+
+
+@each_model
+@each_network
+def test_a_context_of_numbers_is_given_to_both_networks(name, network):
+    model = made(name, network=network, condition=2, ema=0.0)
+    batch = batch_of(model)._replace(y=torch.randn(6, 2))
+    for player in players_of(model):
+        loss, _ = model.loss(batch, player)
+        torch.manual_seed(2)
+        first = model.loss(batch, player)[0]
+        torch.manual_seed(2)
+        assert not torch.equal(first, model.loss(batch._replace(y=-batch.y), player)[0])
+        assert loss.isfinite()
+    model.eval()
+    z = model.latents(2, generator=seeded())
+    assert not torch.allclose(model.decode(z, batch.y[:2]), model.decode(z, batch.y[2:4]))
+    row = torch.tensor([0.3, -2.0])
+    torch.testing.assert_close(
+        model.sample(2, y=row, generator=seeded()), model.decode(z, row.expand(2, 2)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_trainer_trains_hand_made_gans_of_discrete_data(digits):
+    for cls in (GAN, WGAN, WGANGP):
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 64), nn.Unflatten(1, (1, 8, 8)))
+        critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
+        model = cls(generator, critic, latent_dim=5, shape=(1, 8, 8), levels=17, n_critic=2)
+        genfuse.Trainer(steps=9, device="cpu").fit(model, digits)
+        x = model.sample(5)
+        assert x.shape == (5, 1, 8, 8)
+        assert 0 <= x.min() < x.max() <= 1
+        assert int(model.averaged.updates) == 3
+    with pytest.raises(SettingsError, match="examples of shape"):
+        genfuse.Trainer(steps=1, device="cpu").fit(model, genfuse.load_data("toy:moons"))
+
+
+@pytest.mark.parametrize("make", [hand_made, lambda: hand_made(WGANGP), lambda: made("gan", network="dcgan")])
+def test_copies_and_what_is_compiled_or_exported_are_the_same(make):
+    model = make().eval()
+    x = torch.rand(6, 2) if model.shape is None else batch_of(model).x
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.sample(3, generator=seeded()), model.sample(3, generator=seeded()))
+        assert other.objective == model.objective
+    for player in players_of(model):
+        torch.manual_seed(3)
+        loss = model(x, player=player)
+        torch.manual_seed(3)
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x, player=player), loss)
+
+    class Decoding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, z):
+            return self.model.decode(z)
+
+    z = model.latents(4, generator=seeded())
+    torch.testing.assert_close(torch.export.export(Decoding(), (z,)).module()(z), model.decode(z))
+
+
+def test_own_parts_that_do_not_fit_are_told():
+    with pytest.raises(SettingsError, match=r"objective must be an Objective or one of non-saturating, .* got 'wasser"):
+        hand_made(objective="wasserstein")
+    with pytest.raises(SettingsError, match="ema must be at least 0 and below 1"):
+        hand_made(ema=1.0)
+    with pytest.raises(SettingsError, match="penalty must be one of none, gradient, r1, got 'r2'"):
+        hand_made(penalty="r2")
+    with pytest.raises(SettingsError, match="clip must be above 0"):
+        hand_made(WGAN, clip=0.0)
+    with pytest.raises(SettingsError, match="n_critic must be at least 1 update"):
+        hand_made(WGANGP, n_critic=0)
+    model = GAN(nn.Linear(3, 2), nn.Linear(2, 5), latent_dim=3)
+    with pytest.raises(SettingsError, match=r"critic must return one number for each of 8 .* got \(8, 5\)"):
+        model(torch.randn(4, 2))
+
+
+def test_an_own_objective_is_minimised():
+    model = hand_made(objective=Objective(torch.neg, torch.abs, torch.square))
+    x = torch.randn(20, 2)
+    torch.manual_seed(1)
+    loss, terms = model.loss(Batch(x), "generator")
+    torch.manual_seed(1)
+    fake = model.generator(torch.randn(20, 3))
+    torch.testing.assert_close(loss, model.critic(fake).square().mean())
+    _, terms = model.loss(Batch(x), "discriminator")
+    torch.testing.assert_close(terms["real"], model.critic(x).mean())  # no probability, as nobody knows of one
+
+
+@pytest.mark.parametrize("network", ["dcgan", "resnet"])
+def test_each_resolution_has_a_width_of_its_own_if_so_told(network):
+    doubled = made("gan", network=network, shape=(1, 32, 32), channels=(4,))
+    count = 3 if network == "dcgan" else 4
+    named = made("gan", network=network, shape=(1, 32, 32), channels=(4, 8, 16, 32)[:count])
+    other = made("gan", network=network, shape=(1, 32, 32), channels=(5, 3, 7, 2)[:count])
+    for a, b in zip(doubled.state_dict().values(), named.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert other.critic(other.sample(2)).shape == (2, 1)
+    for wrong in ((4, 8), (4, 8, 16, 32, 64)):
+        with pytest.raises(SettingsError, match=rf"channels must be one width, or {count}: one for each resolution"):
+            made("gan", network=network, shape=(1, 32, 32), channels=wrong)
+    with pytest.raises(SettingsError, match="channels must hold at least one width"):
+        made("gan", channels=())
+
+
+@each_model
+def test_settings_of_former_versions_are_read(name):
+    cls = type(made(name))
+    former = {"channels": 16, "network": "dcgan", "latent_dim": 3}
+    assert configure(cls, cls.current(former)) == configure(cls, {**former, "channels": (16,)})
+    assert cls.current({"channels": [16, 32]}) == {"channels": [16, 32]}
+    was, now = ({"model": {"name": name, **former, "channels": channels}} for channels in (16, (16,)))
+    assert differences(was, now) == differences(now, was) == differences(was, was) == []
+    assert differences(was, {"model": {**now["model"], "channels": (8,)}}) == ["model channels: was [16], now [8]"]
 
 
 # Training

@@ -1,19 +1,27 @@
+import copy
 import itertools
 import math
+import pickle
 from dataclasses import asdict
 
 import pytest
 import sklearn.decomposition
 import torch
-from torch import distributions
+from torch import distributions, nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 import genfuse
 from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, SettingsError
+from genfuse.flows import NSF
+from genfuse.metrics import evaluate
 from genfuse.models import Batch
 from genfuse.models._base import configure
 from genfuse.models.vae import VAE, VAEConfig
+from genfuse.nn import Planar, WithContext
+from genfuse.nn.likelihoods import Bernoulli, Gaussian
 from genfuse.ops import kl_per_dimension, reparameterize_kl
+from genfuse.training.run import differences
 
 SMALL = {"shape": (2, 5, 7), "levels": 6, "hidden": (16,), "channels": (4, 8), "latent_dim": 3}
 KINDS = [
@@ -35,7 +43,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kin
 
 def vae(**settings) -> VAE:
     torch.manual_seed(0)
-    return VAE(VAEConfig(**{**SMALL, **settings}))
+    return VAE.from_config(VAEConfig(**{**SMALL, **settings}))
 
 
 def examples(n: int = 6) -> torch.Tensor:
@@ -101,12 +109,12 @@ def test_images_of_any_size(network, shape):
 
 
 def test_the_default_is_the_architecture_of_the_paper():
-    sizes = [tuple(p.shape) for p in VAE(VAEConfig()).parameters() if p.ndim == 2]
+    sizes = [tuple(p.shape) for p in VAE.from_config(VAEConfig()).parameters() if p.ndim == 2]
     assert sizes == [(256, 784), (256, 256), (40, 256), (256, 20), (256, 256), (784, 256)]
 
 
 def test_mu_and_logvar_are_views_of_one_output():
-    mu, logvar = vae().encode(examples())
+    mu, logvar, _ = vae()._encoded(examples())
     assert mu.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
     assert mu.stride() == logvar.stride() == (6, 1)
 
@@ -115,7 +123,7 @@ def test_loss_is_the_negative_elbo_of_the_textbook():
     model, x = vae(), examples()
     torch.manual_seed(3)
     total, terms = model.loss(Batch(x), "model")
-    mu, logvar = model.encode(x)
+    mu, logvar, _ = model._encoded(x)
     torch.manual_seed(3)
     z, _ = reparameterize_kl(mu, logvar)
     q, prior = distributions.Normal(mu, (logvar / 2).exp()), distributions.Normal(0, 1)
@@ -215,7 +223,7 @@ def test_beta_warms_up_linearly_with_the_updates():
     model = vae(beta=4.0, beta_warmup=8)
     weights = []
     for _ in range(11):
-        weights.append(float(model.beta()))
+        weights.append(float(model.kl_weight()))
         model.after_step("model")
     assert weights == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4, 4]
     assert model.updates.dtype == torch.int64
@@ -233,7 +241,7 @@ def test_warm_up_continues_after_loading():
         model.after_step("model")
     other = vae(beta_warmup=10)
     other.load_state_dict(model.state_dict())
-    assert float(other.beta()) == 0.5
+    assert float(other.kl_weight()) == 0.5
     assert torch.equal(other.elbo(examples(), generator=seeded()), model.elbo(examples(), generator=seeded()))
 
 
@@ -244,7 +252,7 @@ def test_free_bits_are_a_floor_per_dimension_of_the_batch_mean():
     torch.testing.assert_close(total.detach(), terms["reconstruction"] + 3 * 100)
     assert terms["kl"] < 1
     total, terms = paid.loss(Batch(x), "model")
-    per_dimension = kl_per_dimension(*paid.encode(x)).mean(0)
+    per_dimension = kl_per_dimension(*paid._encoded(x)[:2]).mean(0)
     floor = per_dimension.clamp(min=0.01).sum()
     assert (per_dimension < 0.01).any()
     torch.testing.assert_close((total - terms["reconstruction"]).detach(), floor.detach())
@@ -266,7 +274,7 @@ def test_interpolation_ends_in_the_reconstructions():
     assert path.shape == (5, 3, 2, 5, 7)
     torch.testing.assert_close(path[0], model.reconstruct(x[:3]))
     torch.testing.assert_close(path[-1], model.reconstruct(x[3:]))
-    middle = (model.encode(x[:3])[0] + model.encode(x[3:])[0]) / 2
+    middle = (model.encode(x[:3]) + model.encode(x[3:])) / 2
     torch.testing.assert_close(path[2], model.decode(middle))
     torch.testing.assert_close(model.interpolate(x[0], x[3], 5), path[:, 0])
     with pytest.raises(SettingsError, match="at least 2 steps, got 1"):
@@ -282,7 +290,7 @@ def test_anomalies_score_higher():
 def test_bfloat16_autocast_computes_densities_in_float32():
     model, x = vae(iwae_samples=4), examples()
     with torch.autocast("cpu", torch.bfloat16):
-        mu, _ = model.encode(x)
+        mu = model.encode(x)
         total, _ = model.loss(Batch(x), "model")
         bound = model.iwae_bound(x, 50, generator=seeded())
     total.backward()
@@ -310,7 +318,7 @@ def test_settings_survive_json():
         ({"network": "cnn"}, "network must be one of mlp, conv, got 'cnn'"),
         ({"decoder": "logistic"}, "decoder must be one of bernoulli, "),
         ({"variance": "learned"}, "variance must be one of fixed, shared, per-cell"),
-        ({"shape": ()}, "shape must have at least one axis"),
+        ({"shape": ()}, "shape must hold sizes of at least 1"),
         ({"shape": (12,), "network": "conv"}, "network 'conv' needs images"),
         ({"channels": (), "network": "conv"}, "at least one entry of channels"),
         ({"levels": None, "decoder": "categorical"}, "use decoder 'gaussian'"),
@@ -372,12 +380,467 @@ def test_a_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
 
 def test_samples_of_images_are_means_and_those_of_tables_are_draws():
     def spread(shape):
-        model = VAE(VAEConfig(shape=shape, levels=None, decoder="gaussian", sigma=3.0, variance="fixed", hidden=()))
+        settings = {"decoder": "gaussian", "sigma": 3.0, "variance": "fixed", "hidden": ()}
+        model = VAE.from_config(VAEConfig(shape=shape, levels=None, **settings))
         drawn, mean = (model.sample(2000, generator=torch.Generator().manual_seed(0), mean=m) for m in (None, True))
         return float((drawn - mean).std())
 
     assert spread((1, 2, 2)) == 0.0
     assert 2.8 < spread((4,)) < 3.2
+
+
+# Conditional models: p(x | y).
+
+
+GIVEN = {"labels": {"conditional": True, "classes": 3}, "context": {"condition": 2}}
+each_given = pytest.mark.parametrize("given", GIVEN)
+
+
+def ys(given, n: int = 6) -> torch.Tensor:
+    return torch.arange(n) % 3 if given == "labels" else torch.randn(n, 2, generator=seeded(2))
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+@pytest.mark.parametrize("posterior", ["gaussian", "iaf"])
+@each_given
+def test_every_verb_of_a_conditional_vae_sees_what_is_given(network, posterior, given):
+    settings = {"posterior": posterior, "posterior_hidden": (8,), "decoder": "gaussian", **GIVEN[given]}
+    model = vae(network=network, **settings).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    x, y = examples(), ys(given)
+    z = model.latents(6, generator=seeded())
+    verbs = {
+        "encode": lambda y: model.encode(x, y),
+        "decode": lambda y: model.decode(z, y),
+        "reconstruct": lambda y: model.reconstruct(x, y),
+        "posterior": lambda y: model.posterior(x, y).log_prob(z),
+        "interpolate": lambda y: model.interpolate(x, x.flip(0), 3, y),
+        "interpolate_latents": lambda y: model.interpolate_latents(z, z.flip(0), 3, y),
+        "sample": lambda y: model.sample(6, y=y, generator=seeded()),
+        "draw": lambda y: model.sample(6, y=y, generator=seeded(), mean=False),
+        "elbo": lambda y: model.elbo(x, y, generator=seeded()),
+        "iwae_bound": lambda y: model.iwae_bound(x, 3, y=y, generator=seeded()),
+        "anomaly_score": lambda y: model.anomaly_score(x, 3, y=y, generator=seeded()),
+    }
+    for name, verb in verbs.items():
+        found, other, again = verb(y), verb(y.roll(1, 0)), verb(y)
+        assert 6 in found.shape[:2], name
+        assert torch.equal(found, again), name
+        assert not torch.allclose(found, other), name
+    for name in set(verbs) - {"sample", "draw"}:
+        with pytest.raises(SettingsError, match="give labels y" if given == "labels" else "give a context y"):
+            verbs[name](None)
+    with pytest.raises(SettingsError, match="takes no labels"):
+        vae().elbo(x, torch.arange(6))
+
+
+@each_given
+def test_the_loss_of_a_conditional_vae_is_the_negative_elbo(given):
+    model, x, y = vae(**GIVEN[given]), examples(), ys(given)
+    torch.manual_seed(3)
+    loss = model(x, y)
+    torch.manual_seed(3)
+    torch.testing.assert_close(loss, -model.elbo(x, y).mean())
+    loss.backward()
+    assert all(weight.grad.any() for weight in model.parameters())
+
+
+def test_one_label_or_row_is_for_all_samples_and_for_the_ends_of_a_way():
+    model = vae(**GIVEN["labels"]).eval()
+    assert torch.equal(
+        model.sample(4, y=2, generator=seeded()), model.sample(4, y=torch.full((4,), 2), generator=seeded())
+    )
+    x = examples()
+    torch.testing.assert_close(
+        model.interpolate(x[0], x[1], 3, 2), model.interpolate(x[:1], x[1:2], 3, torch.tensor([2]))[:, 0]
+    )
+    model = vae(**GIVEN["context"]).eval()
+    row = torch.tensor([0.5, -1.0])
+    assert torch.equal(
+        model.sample(4, y=row, generator=seeded()), model.sample(4, y=row.expand(4, 2), generator=seeded())
+    )
+    with pytest.raises(SettingsError, match="give a context y"):
+        model.sample(4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13])
+def test_the_chunk_does_not_mix_what_is_given(chunk):
+    model, x, y = vae(posterior="planar", **GIVEN["labels"]), examples(), ys("labels")
+    whole = model.iwae_bound(x, 9, y=y, generator=seeded())
+    torch.testing.assert_close(model.iwae_bound(x, 9, y=y, chunk=chunk, generator=seeded()), whole)
+
+
+def test_a_conditional_vae_learns_what_a_context_means():
+    torch.manual_seed(0)
+    y = torch.rand(2000, 1) * 4 - 2
+    x = torch.cat([y + 0.3 * torch.randn(2000, 1), 0.3 * torch.randn(2000, 1) - y], 1)
+    model = VAE.from_config(
+        VAEConfig(shape=(2,), levels=None, decoder="gaussian", hidden=(16,), latent_dim=1, condition=1)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for i in range(400):
+        rows = slice(i % 10 * 200, i % 10 * 200 + 200)
+        optimizer.zero_grad()
+        model(x[rows], y[rows]).backward()
+        optimizer.step()
+    for value in (-1.5, 0.5):
+        drawn = model.sample(2000, y=torch.tensor([value]), generator=seeded())
+        torch.testing.assert_close(drawn.mean(0), torch.tensor([value, -value]), atol=0.1, rtol=0)
+        torch.testing.assert_close(drawn.std(0), torch.tensor([0.3, 0.3]), atol=0.1, rtol=0)
+
+
+# VAEs of any networks, likelihood and prior.
+
+
+class Noise:
+    """An own likelihood, no module: N(raw, 0.5^2) of each cell. It knows of no axis before that of the examples."""
+
+    def log_prob(self, raw, x):
+        assert raw.shape == x.shape
+        return Normal(raw, 0.5).log_prob(x).flatten(1).sum(1)
+
+    def mean(self, raw):
+        return raw
+
+    def sample(self, raw, generator):
+        return raw + 0.5 * torch.randn(raw.shape, generator=generator, dtype=raw.dtype)
+
+
+def pca(mean=0.0, std=1.0, likelihood=None, exact=True, **settings) -> VAE:
+    """A hand-made linear VAE in float64: z ~ N(mean, std^2), x ~ N(W z + b, 0.25). The columns of W are orthogonal, so
+    that the posterior is a diagonal Gaussian, which its q(z | x) is, or if not ``exact`` nearly is."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(6, 4).double(), nn.Linear(2, 6).double()
+    with torch.no_grad():
+        W = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64))[0] * torch.tensor([1.5, 0.7])
+        decoder.weight.copy_(W)
+        precision = (W.T @ W).diagonal() / 0.25 + std**-2
+        encoder.weight.zero_()
+        encoder.weight[:2] = (W / precision).T / 0.25
+        encoder.bias[:2] = mean * std**-2 / precision - encoder.weight[:2] @ decoder.bias
+        encoder.bias[2:] = -precision.log() + (0.0 if exact else 0.5)
+    return VAE(encoder, decoder, likelihood or Noise(), latent_dim=2, **settings).double()
+
+
+def density(model, mean=0.0, std=1.0):
+    W, b = model.decoder.weight.detach(), model.decoder.bias.detach()
+    mean = torch.full((2,), mean, dtype=torch.float64)
+    return MultivariateNormal(W @ mean + b, std**2 * W @ W.T + 0.25 * torch.eye(6))
+
+
+def diagonal(mean, std):
+    return Independent(Normal(torch.full((2,), mean).double(), torch.full((2,), std).double()), 1)
+
+
+def correlated(mean, std):  # as a class of distributions, of which torch knows no KL from an Independent
+    return MultivariateNormal(torch.full((2,), mean).double(), std**2 * torch.eye(2).double())
+
+
+def test_a_hand_made_vae_with_the_exact_posterior_has_the_exact_likelihood():
+    model = pca()
+    x = density(model).sample((20,))
+    exact = density(model).log_prob(x)
+    for samples in (1, 7):
+        torch.testing.assert_close(model.iwae_bound(x, samples), exact)
+    torch.testing.assert_close(model.iwae_bound(x, 7, chunk=3), exact)
+    many = torch.stack([model.elbo(x).detach() for _ in range(400)])
+    torch.testing.assert_close(many.mean(0), exact, atol=0.3, rtol=0)
+    loose = pca(exact=False)
+    bounds = [loose.iwae_bound(x, k, generator=seeded()).mean() for k in (1, 3, 300)]
+    assert bounds[0] < bounds[1] < bounds[2] < exact.mean() + 0.01
+    assert exact.mean() - bounds[2] < 0.01
+
+
+@pytest.mark.parametrize("make", [diagonal, correlated])
+def test_another_prior_is_in_the_bound_the_samples_and_the_kl(make):
+    model = pca(1.5, 0.6, prior=make(1.5, 0.6))
+    x = density(model, 1.5, 0.6).sample((20,))
+    exact = density(model, 1.5, 0.6).log_prob(x)
+    torch.testing.assert_close(model.iwae_bound(x, 5), exact)
+    if make is correlated:  # the KL by the draw of z cancels its noise
+        torch.testing.assert_close(model.elbo(x), exact)
+    torch.manual_seed(3)
+    _, terms = model.loss(Batch(x))
+    expected = distributions.kl_divergence(model.posterior(x), diagonal(1.5, 0.6)).mean()
+    torch.testing.assert_close(terms["kl"], expected, rtol=0, atol=1e-9 if make is diagonal else 0.5)
+    z = model.latents(20_000, generator=seeded())
+    torch.testing.assert_close(z.mean(0), torch.full((2,), 1.5).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.full((2,), 0.6).double(), atol=0.02, rtol=0)
+    drawn = model.sample(20_000, generator=seeded(), mean=False)
+    torch.testing.assert_close(drawn.T.cov(), density(model, 1.5, 0.6).covariance_matrix, atol=0.02, rtol=0)
+    halfway = model.interpolate_latents(z[:3], z[3:6], 3)[1]
+    torch.testing.assert_close(halfway, model.decode((z[:3] + z[3:6]) / 2))
+
+
+class Mixture(nn.Module):
+    """A learned prior: a mixture of Gaussians."""
+
+    def __init__(self, means):
+        super().__init__()
+        self.means = nn.Parameter(torch.tensor(means))
+        self.logits = nn.Parameter(torch.zeros(len(means)))
+
+    def forward(self):
+        parts = Independent(Normal(self.means, 0.5 * torch.ones_like(self.means)), 1)
+        return MixtureSameFamily(Categorical(logits=self.logits), parts)
+
+
+def test_a_mixture_as_the_prior_has_the_likelihood_of_a_mixture():
+    means = [[-2.0, 0.0], [2.0, 1.0]]
+    model = pca(0.0, 2.0, exact=False, prior=Mixture(means))
+    W, b = model.decoder.weight.detach(), model.decoder.bias.detach()
+    covariance = (0.25 * W @ W.T + 0.25 * torch.eye(6)).expand(2, 6, 6)
+    exact = MixtureSameFamily(
+        Categorical(torch.ones(2).double()), MultivariateNormal(torch.tensor(means).double() @ W.T + b, covariance)
+    )
+    x = exact.sample((50,))
+    bound = model.iwae_bound(x, 3000, generator=seeded())
+    torch.testing.assert_close(bound, exact.log_prob(x), atol=0.1, rtol=0)
+    assert model.elbo(x).mean() < exact.log_prob(x).mean()
+    model(x).backward()
+    assert all(weight.grad.any() for weight in model.prior.parameters())
+    z, state = model.latents(4000, generator=seeded()), torch.get_rng_state()
+    assert torch.equal(z, model.latents(4000, generator=seeded()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert abs((z[:, 0] > 0).double().mean() - 0.5) < 0.03
+    torch.testing.assert_close(z[z[:, 0] > 0].mean(0), torch.tensor(means[1]).double(), atol=0.05, rtol=0)
+
+
+def test_a_prior_may_be_given_the_context():
+    class Shifted(nn.Module):
+        def forward(self, context):
+            return Independent(Normal(3 * context, torch.ones_like(context)), 1)
+
+    torch.manual_seed(0)
+    encoder, decoder = WithContext(nn.Linear(8, 4), planes=False), WithContext(nn.Linear(4, 6), planes=False)
+    model = VAE(encoder, decoder, Noise(), latent_dim=2, prior=Shifted(), embedding=nn.Linear(1, 2))
+    y = torch.tensor([[-1.0], [1.0]]).repeat(500, 1)
+    z = model.latents(1000, y=y, generator=seeded())
+    means = torch.stack([z[::2].mean(0), z[1::2].mean(0)])
+    torch.testing.assert_close(means, 3 * model.embedding(y[:2]).detach(), atol=0.2, rtol=0)
+    x = torch.randn(1000, 6)
+    assert model.iwae_bound(x, 2, y=y).shape == model.elbo(x, y).shape == (1000,)
+    model(x, y).backward()
+    assert model.embedding.weight.grad.any()
+    assert model.sample(5, y=torch.tensor([1.0]), mean=False).shape == (5, 6)
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_a_flow_may_be_the_prior(context):
+    torch.manual_seed(0)
+    networks = nn.Linear(6, 4), nn.Linear(2, 6)
+    given, y = {}, None
+    if context:
+        networks = tuple(WithContext(nn.Linear(before + 2, after), planes=False) for before, after in ((6, 4), (2, 6)))
+        given, y = {"embedding": nn.Embedding(3, 2)}, torch.arange(50) % 3
+    model = VAE(*networks, Noise(), latent_dim=2, prior=NSF(2, context=context, hidden=(8,)), **given)
+    x = torch.randn(50, 6)
+    model(x, y).backward()
+    assert all(weight.grad is not None for weight in model.prior.parameters())
+    z = model.latents(50, y=y, generator=seeded())
+    assert torch.equal(z, model.latents(50, y=y, generator=seeded()))
+    with torch.no_grad():  # log 1/K sum p(x, z) / q(z | x) of one draw, in the words of torch.distributions
+        q, prior = model.posterior(x, y), model.prior(None if y is None else model.embedding(y))
+        torch.manual_seed(3)
+        z = reparameterize_kl(*model._encoded(x, model.context_of(y, 50))[:2])[0]
+        expected = model._log_likelihood(x, z, model.context_of(y, 50)) + prior.log_prob(z) - q.log_prob(z)
+        torch.manual_seed(3)
+        torch.testing.assert_close(model.iwae_bound(x, 1, y=y), expected)
+
+
+def test_an_own_flow_as_the_posterior_needs_no_features():
+    torch.manual_seed(0)
+    model = pca(exact=False, posterior_flow=Planar(2).double())
+    x = density(model).sample((30,))
+    torch.testing.assert_close(
+        model.iwae_bound(x, 3000, generator=seeded()), density(model).log_prob(x), atol=0.1, rtol=0
+    )
+    model(x).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("posterior", ["gaussian", "planar", "radial", "iaf"])
+def test_the_posterior_is_a_distribution_whose_draws_have_its_density(posterior):
+    model = with_posterior(posterior)
+    x = torch.randn(2, 2, dtype=torch.float64)
+    q = model.posterior(x)
+    assert (q.batch_shape, q.event_shape) == ((2,), (2,))
+    z = q.rsample((3,))
+    assert z.shape == (3, 2, 2)
+    assert z.requires_grad
+    assert not q.sample().requires_grad
+    assert torch.equal(q.log_prob(z)[1], q.log_prob(z[1]))
+    side = torch.linspace(-12, 12, 400, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)[:, None].expand(-1, 2, -1)
+    with torch.no_grad():
+        mass = q.log_prob(grid).exp() * float(side[1] - side[0]) ** 2
+        torch.testing.assert_close(mass.sum(0), torch.ones(2).double(), atol=2e-3, rtol=0)
+        mean = (mass[..., None] * grid).sum(0)
+        torch.testing.assert_close(q.sample((20_000,)).mean(0), mean, atol=0.15, rtol=0)
+        weights = torch.stack([model.iwae_bound(x, 1) for _ in range(5)])  # which are as finite as log q is
+        assert weights.isfinite().all()
+    if posterior == "gaussian":
+        torch.testing.assert_close(q.mean, model.encode(x))
+
+
+def test_latents_are_draws_of_the_prior_and_lie_on_arcs():
+    model = vae(latent_dim=8)
+    z = model.latents(2000, generator=seeded())
+    assert z.shape == (2000, 8)
+    torch.testing.assert_close(z.T.cov(), torch.eye(8), atol=0.15, rtol=0)
+    way = model.interpolate_latents(z[:2], z[2:4], 5, None)
+    assert way.shape == (5, 2, 2, 5, 7)
+    torch.testing.assert_close(way[0], model.decode(z[:2]))
+    torch.testing.assert_close(way[4], model.decode(z[2:4]))
+    ends = z[:2] / z[:2].norm(dim=1, keepdim=True), z[2:4] / z[2:4].norm(dim=1, keepdim=True)
+    middle = (ends[0] + ends[1]) / (ends[0] + ends[1]).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model.interpolate_latents(*ends, 3)[1], model.decode(middle))
+    with pytest.raises(SettingsError, match="at least 2 steps, got 1"):
+        model.interpolate_latents(z[:2], z[2:4], 1)
+
+
+def hand_made(**settings):
+    """A VAE of own networks and an own likelihood, of images that the trainer takes."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 6))
+    decoder = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 64), nn.Unflatten(1, (1, 8, 8)))
+    return VAE(encoder, decoder, Noise(), latent_dim=3, shape=(1, 8, 8), levels=17, **settings)
+
+
+def test_the_trainer_trains_a_hand_made_vae_and_evaluate_measures_it():
+    data = genfuse.load_data("digits")
+    model = hand_made(prior=Mixture([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+    before = model.elbo(data.batch("test", slice(None)).x).mean()
+    genfuse.Trainer(steps=60, lr=0.01, device="cpu").fit(model, data)
+    assert model.elbo(data.batch("test", slice(None)).x).mean() > before + 1
+    assert int(model.updates) == 60
+    found = evaluate(model, data, samples=2, limit=50)["test"]
+    assert {"elbo", "iwae_bound_2", "reconstruction_error", "active_units"} <= found.keys()
+    assert "kl_per_dimension" not in found  # of which only N(0, I) has one
+    assert "kl_per_dimension" in evaluate(hand_made(), data, samples=2, limit=50)["test"]
+
+
+@pytest.mark.parametrize("make", [hand_made, vae, lambda: hand_made(prior=Mixture([[0.0, 0.0, 1.0]]))])
+def test_copies_and_what_is_compiled_or_exported_are_the_same(make):
+    model = make().eval()
+    x = examples() if make is vae else torch.rand(6, 1, 8, 8)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.elbo(x, generator=seeded()), model.elbo(x, generator=seeded()))
+        assert torch.equal(other.sample(3, generator=seeded()), model.sample(3, generator=seeded()))
+    torch.manual_seed(3)
+    loss = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), loss)
+
+    class Reconstructing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model.reconstruct(x)
+
+    exported = torch.export.export(Reconstructing(), (x,)).module()
+    torch.testing.assert_close(exported(x), model.reconstruct(x))
+
+
+# Own loops: nobody has to call `after_step`.
+
+
+@pytest.mark.parametrize("told", [None, "after_step", "stepped"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_warm_up_counts_each_update_of_an_own_loop_once(told, compiled):
+    model, x = hand_made(beta=2.0, beta_warmup=8), torch.rand(6, 1, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    loss = torch.compile(model, backend="eager") if compiled else model
+    seen = []
+    for _ in range(6):
+        seen.append(float(model.kl_weight()))
+        for _ in range(2):  # gradients of two batches are added up
+            loss(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if told:
+            getattr(model, told)("model")
+    assert seen == [0, 0.25, 0.5, 0.75, 1, 1.25]
+    other = hand_made(beta=2.0, beta_warmup=8)
+    other.load_state_dict(model.state_dict())
+    assert float(other.kl_weight()) == 1.5
+
+
+def test_a_compiled_loop_alone_warms_up():
+    model, x = hand_made(beta=2.0, beta_warmup=4), torch.rand(6, 1, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    loss = torch.compile(model, backend="eager")
+    for _ in range(4):
+        loss(x).backward()
+        optimizer.step()
+    torch.manual_seed(0)
+    total, terms = model.loss(Batch(x))
+    torch.testing.assert_close(total.detach(), terms["reconstruction"] + 2 * terms["kl"])
+
+
+# What can go wrong with own parts, and runs of former versions.
+
+
+def test_parts_that_do_not_fit_are_told():
+    networks = nn.Linear(6, 4), nn.Linear(2, 6)
+    x = torch.randn(3, 6)
+    with pytest.raises(SettingsError, match=r"encoder must return \(N, 6\), mu and logvar of 3 latent .* got \(3, 4\)"):
+        VAE(*networks, Noise(), latent_dim=3)(x)
+    with pytest.raises(SettingsError, match=r"encoder must return \(N, 2\)"):
+        VAE(*networks, Noise(), latent_dim=1)(x)
+    per_cell = Noise()
+    per_cell.log_prob = lambda raw, x: -(raw - x).square()
+    with pytest.raises(SettingsError, match=r"one number for each of 3 examples, \(3,\); got \(3, 6\): sum over the"):
+        VAE(*networks, per_cell, latent_dim=2)(x)
+    loose = Normal(torch.zeros(2), 1.0)
+    for prior, got in ((loose, r"event shape \(\)"), (diagonal(0.0, 1.0).expand((3,)), None), (nn.Identity(), None)):
+        if got:
+            with pytest.raises(SettingsError, match=rf"prior must be a Distribution of event shape \(2,\), .* {got}"):
+                VAE(*networks, Noise(), latent_dim=2, prior=prior)
+
+    class Loose(nn.Module):
+        def forward(self):
+            return loose
+
+    with pytest.raises(SettingsError, match="prior must be a Distribution of event shape"):
+        VAE(*networks, Noise(), latent_dim=2, prior=Loose())(x)
+    for settings, message in (
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"latent_dim": 2, "beta": -1.0}, "beta must be at least 0"),
+        ({"latent_dim": 2, "free_bits": 1.0, "prior": diagonal(0.0, 1.0)}, "free_bits act on the KL of each latent"),
+        ({"latent_dim": 2, "iwae_samples": 3, "beta": 2.0}, "no KL term"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            VAE(*networks, Noise(), **settings)
+
+
+def test_a_bernoulli_has_no_likelihood_of_grey_values():
+    assert vae(decoder="bernoulli").likelihoods == ()
+    assert vae(decoder="bernoulli", levels=2).likelihoods == vae(decoder="categorical").likelihoods == ("elbo",)
+    networks = nn.Linear(6, 4), nn.Linear(2, 6)
+    assert VAE(*networks, Bernoulli(), latent_dim=2, levels=17).likelihoods == ()
+    assert VAE(*networks, Gaussian(), latent_dim=2, levels=17).likelihoods == ("elbo",)
+
+
+def test_weights_and_settings_of_former_versions_are_read():
+    model = vae(posterior="iaf", posterior_hidden=(8,))
+    old = {name.replace("posterior_flow.", "posterior."): value for name, value in model.state_dict().items()}
+    assert any(name.startswith("posterior.") for name in old)
+    other = VAE.from_config(model.config)
+    other.load_state_dict(old)
+    assert torch.equal(other.elbo(examples(), generator=seeded()), model.elbo(examples(), generator=seeded()))
+    former = asdict(model.config)
+    for name in ("classes", "conditional", "seen_labels", "condition"):
+        del former[name]
+    assert configure(VAE, VAE.current(former)) == model.config
+    now = asdict(configure(VAE, {**former, "classes": 10, "seen_labels": (0, 1)}))  # which data with labels decide
+    was, now = ({"model": {"name": "vae", **settings}} for settings in (former, now))
+    assert differences(was, now) == []
+    assert differences(was, {"model": {**now["model"], "conditional": True}}) != []
 
 
 FLOWS = ["planar", "radial", "iaf"]
@@ -403,7 +866,7 @@ def test_the_kl_of_a_flow_posterior_is_the_integral_over_its_density(posterior):
     side = torch.linspace(-12, 12, 500, dtype=torch.float64)
     z = torch.cartesian_prod(side, side)
     with torch.no_grad():
-        z0, logdet = model.posterior.inverse(z, context.expand(len(z), -1))
+        z0, logdet = model.posterior_flow.inverse(z, context.expand(len(z), -1))
         log_q = torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(z0).sum(-1) + logdet
         log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
         cell = float(side[1] - side[0]) ** 2

@@ -179,7 +179,7 @@ def test_pictures_are_drawn_by_what_the_model_can(make, digits, trainer, tmp_pat
     assert {path.name for path in (run.path / "pictures").iterdir()} == {"samples.png", "curves.png", "progress.png"}
     model = genfuse.create("vae", digits, hidden=(8,), latent_dim=3)
     run = trainer(epochs=1, out=tmp_path / "vae", pictures=True).fit(model, digits)
-    names = {"samples.png", "reconstructions.png", "latent.png", "curves.png", "progress.png"}
+    names = {"samples.png", "reconstructions.png", "interpolation.png", "latent.png", "curves.png", "progress.png"}
     assert {path.name for path in (run.path / "pictures").iterdir()} == names
 
 

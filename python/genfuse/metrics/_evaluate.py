@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
 
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
-from genfuse.models import GenerativeModel
-from genfuse.ops import kl_per_dimension
+from genfuse.models import GenerativeModel, HasPosterior
 
 ACTIVE = 0.01  # a latent dimension is active where Var_x E[z | x] is above this: arXiv 1509.00519, section 5.2
 
@@ -32,12 +32,14 @@ def evaluate(
     ``examples`` is how many were used: all, or ``limit`` of each split, by chance and always the same. The rest are
     means over them, each given if the model has the verb for it:
 
-    - what ``model.likelihoods`` names: ``log_prob`` (exact) and ``elbo`` in nats per example, ``bits_per_dim``;
+    - what ``model.likelihoods`` names: ``log_prob`` (exact) and ``elbo`` in nats per example, ``bits_per_dim``; if that
+      is nothing, ``elbo`` all the same, which is then no bound of a density, but what is trained;
     - ``log_prob_original_units``: of a table's rows before they were standardized, log p(x) - sum log std, which can be
       compared across scalings;
     - ``iwae_bound_K`` with K = ``samples``, nats per example;
     - ``reconstruction_error``: squared error of a reconstructed cell;
-    - ``kl`` and ``kl_per_dimension``: KL(q(z | x) || p(z)) in nats, where ``encode`` returns mu and logvar;
+    - ``kl`` and ``kl_per_dimension``: KL(q(z | x) || p(z)) in nats, if ``posterior`` is a diagonal Gaussian, and the
+      prior N(0, I), as it is of a model without an attribute ``prior`` that is something else;
     - ``active_units``: how many latent dimensions have Var_x E[z | x] above 0.01 (arXiv 1509.00519, section 5.2).
 
     A conditional model is given the labels. The same seed gives the same numbers; torch's global generators and the
@@ -102,15 +104,19 @@ def _measure(model: Any, x: Tensor, given: dict[str, Tensor], samples: int, seed
     """What is measured of each example: (N,), or (N, D) per latent dimension. ``given`` holds the labels, if any."""
     found = {}
     torch.manual_seed(seed)
-    for verb in model.likelihoods:
+    for verb in model.likelihoods or (("elbo",) if hasattr(model, "elbo") else ()):
         torch.manual_seed(seed)  # the same noise for each, so that bits per dimension are those of the ELBO
         found[verb] = getattr(model, verb)(x, **given)
     if hasattr(model, "iwae_bound"):
         found[f"iwae_bound_{samples}"] = model.iwae_bound(x, samples, **given)
     if hasattr(model, "reconstruct"):
         found["reconstruction_error"] = (model.reconstruct(x, **given) - x).square().flatten(1).mean(1)
-    if hasattr(model, "encode") and isinstance(posterior := model.encode(x, **given), tuple):
-        mu, logvar = posterior
-        kl = kl_per_dimension(mu, logvar)
-        found |= {"kl": kl.sum(1), "kl_per_dimension": kl, "_mu": mu.double(), "_mu_squared": mu.double().square()}
+    if isinstance(model, HasPosterior):
+        q = model.posterior(x, **given)
+        if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
+            mu = q.mean
+            found |= {"_mu": mu.double(), "_mu_squared": mu.double().square()}
+            if getattr(model, "prior", None) is None:
+                kl = kl_divergence(q.base_dist, Normal(torch.zeros_like(mu), 1.0))
+                found |= {"kl": kl.sum(1), "kl_per_dimension": kl}
     return found

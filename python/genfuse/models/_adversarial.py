@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from typing_extensions import Self
 
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
@@ -23,7 +24,7 @@ from genfuse.nn import (
     slerp,
 )
 from genfuse.nn.likelihoods import at_least_float32
-from genfuse.ops import gradient_penalty
+from genfuse.ops import gradient_penalty, transformed
 
 Network = Literal["mlp", "dcgan", "resnet"]
 Penalty = Literal["none", "gradient", "r1"]
@@ -41,7 +42,9 @@ class AdversarialConfig(ModelConfig):
     latent_dim: int = 100  # dimensions of z
     network: Network = "mlp"  # dcgan and resnet take images of at least 8 x 8
     hidden: tuple[int, ...] = (256, 256)  # mlp: widths of the generator's layers; the critic has them in reverse
-    channels: int = 64  # dcgan, resnet: width at the finest resolution; it doubles with each coarser one, up to 8 times
+    channels: tuple[int, ...] = (
+        64,
+    )  # dcgan, resnet: widths from the finest resolution; one: it doubles, up to 8 times
     n_critic: int = 1  # updates of the critic for one of the generator
     ema: float = 0.999  # samples are of the generator's weights averaged over its updates with this decay; 0: the last
     spectral_norm: bool = False  # divide the critic's weights by their largest singular value
@@ -52,10 +55,9 @@ class AdversarialConfig(ModelConfig):
         super().__post_init__()
         self.check_choices(network=Network)
         self.check_positive("latent_dim", "hidden", "channels", "bound")
-        if self.n_critic < 1:
-            raise SettingsError(f"n_critic must be at least 1 update of the critic per round, got {self.n_critic}")
-        if not 0 <= self.ema < 1:
-            raise SettingsError(f"ema must be at least 0 and below 1, got {self.ema}")
+        check_training(self)
+        if not self.channels:
+            raise SettingsError("channels must hold at least one width, got ()")
         if self.network != "mlp" and (len(self.shape) != 3 or min(self.shape[1:]) < 8):
             raise SettingsError(
                 f"network {self.network!r} makes images (C, H, W) of at least 8 x 8, and cannot make examples of shape "
@@ -73,13 +75,19 @@ class PenaltyConfig(AdversarialConfig):
     penalty_weight: float = 10.0  # lambda; r1: gamma
     one_sided: bool = False  # gradient: only norms above 1 pay
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choices(penalty=Penalty)
-        if not 0 <= self.penalty_weight < math.inf:
-            raise SettingsError(f"penalty_weight must be at least 0 and finite, got {self.penalty_weight}")
-        if self.one_sided and self.penalty != "gradient":
-            raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {self.penalty!r}: leave it out")
+
+def check_training(of: Any) -> None:
+    """Raise SettingsError unless a model, or its settings, can be trained as its attributes say."""
+    if of.n_critic < 1:
+        raise SettingsError(f"n_critic must be at least 1 update of the critic per round, got {of.n_critic}")
+    if not 0 <= of.ema < 1:
+        raise SettingsError(f"ema must be at least 0 and below 1, got {of.ema}")
+    if (penalty := getattr(of, "penalty", "none")) not in get_args(Penalty):
+        raise SettingsError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
+    if not 0 <= (weight := getattr(of, "penalty_weight", 0)) < math.inf:
+        raise SettingsError(f"penalty_weight must be at least 0 and finite, got {weight}")
+    if getattr(of, "one_sided", False) and penalty != "gradient":
+        raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {penalty!r}: leave it out")
 
 
 class Objective(NamedTuple):
@@ -93,94 +101,150 @@ class Objective(NamedTuple):
 class AdversarialModel(GenerativeModel):
     """A generator x = G(z), z ~ N(0, I), and a critic D that tells its samples from real examples.
 
-    Examples x are (N, *shape), latents z (N, D), labels y (N,), which conditional models take, and they alone. A
-    subclass says what the two minimise, an `Objective`, and how they are optimised. Each round trains the critic
-    ``n_critic`` times, every time on a batch of its own, and then the generator once.
+    Examples x are (N, *shape), latents z (N, D). With an ``embedding`` both networks are given y, labels (N,) or a
+    context (N, C). Each round trains the critic ``n_critic`` times, every time on a batch of its own, and then the
+    generator once. A subclass says what the two minimise, and how they are optimised.
+
+    Args:
+        generator: z (N, D) -> x (N, *shape), squashed by tanh if the data is discrete; called as generator(z, context)
+            if there is an ``embedding``.
+        critic: x -> (N, 1) or (N,); critic(x, context) with an ``embedding``. It is shown discrete data as 2x - 1.
+        objective: what the two minimise.
+        latent_dim: D.
+        shape: of one example, if it is to be checked.
+        levels: of discrete data, whose examples are in [0, 1]; None for real-valued data.
+        n_critic: updates of the critic for one of the generator.
+        ema: samples are of the generator's weights averaged over its updates with this decay; 0: of the last ones.
+        penalty: on the norm of the critic's gradient |grad D|: ``gradient`` (|.| - 1)^2 between real and generated
+            examples (arXiv 1704.00028), ``r1`` |.|^2 / 2 at real ones (arXiv 1801.04406), or ``none``.
+        penalty_weight: its weight.
+        one_sided: of ``gradient``: only norms above 1 pay.
+        bound: a critic's loss beyond it, above or below 0, is warned of by the trainer.
+        embedding: makes the context (N, C) of y. The generator owns its parameters, which are averaged as its own; the
+            critic sees what it makes, and does not train it.
+        config: the settings that it was made of, if it was.
+
+    Raises SettingsError for values outside their range.
     """
 
-    config: AdversarialConfig
     critic_name: ClassVar[str] = "critic"
-    objective: Objective
 
-    def __init__(self, config: AdversarialConfig) -> None:
-        super().__init__(config)
-        self.generator = _generator(config)
-        self.critic = _critic(config)
-        self.averaged = EMA(self.generator, config.ema) if config.ema else None
+    def __init__(
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        objective: Objective,
+        *,
+        latent_dim: int,
+        shape: tuple[int, ...] | None = None,
+        levels: int | None = None,
+        n_critic: int = 1,
+        ema: float = 0.999,
+        penalty: Penalty = "none",
+        penalty_weight: float = 10.0,
+        one_sided: bool = False,
+        bound: float = 1000.0,
+        embedding: nn.Module | None = None,
+        config: AdversarialConfig | None = None,
+    ) -> None:
+        super().__init__(config, shape=shape, levels=levels, embedding=embedding)
+        self.objective = objective
+        self.latent_dim, self.n_critic, self.ema, self.bound = latent_dim, n_critic, ema, bound
+        self.penalty, self.penalty_weight, self.one_sided = penalty, penalty_weight, one_sided
+        check_training(self)
+        self.generator, self.critic = generator, critic
+        self.averaged = EMA(generator, ema) if ema else None
+        learned = embedding is not None and any(weight.requires_grad for weight in embedding.parameters())
+        self.averaged_embedding = EMA(embedding, ema) if embedding is not None and ema and learned else None
+        self._rest_averages()
 
-    def train(self, mode: bool = True) -> "AdversarialModel":
+    @classmethod
+    def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        channels = settings.get("channels", (64,))
+        return {**settings, "channels": (channels,)} if isinstance(channels, int) else settings
+
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.averaged is not None:
-            self.averaged.eval()  # its statistics of batch norm are averages too
+        self._rest_averages()
         return self
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """What each player is optimised by, unless a loop brings its own."""
         raise NotImplementedError(f"{type(self).__name__} has no optimizer")
 
     def players(self) -> list[Player]:
+        embedding = [] if self.embedding is None else self.embedding.parameters()
         return [
-            Player(self.critic_name, self.critic.parameters(), self.optimizer, self.config.n_critic),
-            Player("generator", self.generator.parameters(), self.optimizer),
+            Player(self.critic_name, self.critic.parameters(), self.optimizer, self.n_critic),
+            Player("generator", [*self.generator.parameters(), *embedding], self.optimizer),
         ]
 
     def loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of the player's part of the objective. Terms: `critic_terms`; of the generator its `diversity`.
 
-        Raises DataError where x is not (N, *shape), or labels are missing or outside their range.
+        Raises DataError if x is not (N, *shape), or y not as `context_of` takes it, and SettingsError if the critic
+        does not return one number for each example.
         """
+        self.settle()
         x, n = self._centred(self.checked(batch.x)), len(batch.x)
         context = self.context_of(batch.y if self.conditional else None, n)
-        z = torch.randn(n, self.config.latent_dim, dtype=x.dtype, device=x.device)
+        seen = None if context is None else context.detach()  # by the critic
+        z = torch.randn(n, self.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
             fake = self._generate(self.generator, z, context)
-            loss = self.objective.generator(self._criticise(fake, context)).mean()
+            loss = self.objective.generator(self._criticise(fake, seen)).mean()
             return loss, {"diversity": diversity(fake.detach(), x)} if n > 1 else {}
         with torch.no_grad():
             fake = self._generate(self.generator, z, context).to(x.dtype)
-        both = None if context is None else context.repeat(2, 1)
+        both = None if seen is None else seen.repeat(2, *[1] * (seen.dim() - 1))
         real_out, fake_out = self._criticise(torch.cat([x, fake]), both).chunk(2)
         loss = self.objective.real(real_out).mean() + self.objective.fake(fake_out).mean()
         terms = self.critic_terms(real_out.detach(), fake_out.detach())
-        penalty = self.penalty(x, fake, context)
+        penalty = self.gradient_penalty(x, fake, seen)
         return (loss, terms) if penalty is None else (loss + penalty, {**terms, "penalty": penalty.detach()})
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """What to log of the critic's outputs (N,) for real and generated examples."""
         return {"real": real.mean(), "fake": fake.mean()}
 
-    def penalty(self, x: Tensor, fake: Tensor, context: Tensor | None) -> Tensor | None:
-        """The weighted penalty on the critic's gradient, if there is one."""
-        config = self.config
-        if not isinstance(config, PenaltyConfig) or config.penalty == "none":
+    def gradient_penalty(self, x: Tensor, fake: Tensor, context: Tensor | None) -> Tensor | None:
+        """The weighted penalty on the critic's gradient at x (N, *shape), fake ones or between, if there is one."""
+        if self.penalty == "none":
             return None
-        if config.penalty == "r1":  # arXiv 1801.04406, equation 9
-            return config.penalty_weight / 2 * gradient_penalty(self.critic, x, y=context, target=0.0, at="real")
-        return config.penalty_weight * gradient_penalty(self.critic, x, fake, context, one_sided=config.one_sided)
+        if self.penalty == "r1":  # arXiv 1801.04406, equation 9
+            return self.penalty_weight / 2 * gradient_penalty(self.critic, x, y=context, target=0.0, at="real")
+        return self.penalty_weight * gradient_penalty(self.critic, x, fake, context, one_sided=self.one_sided)
 
     def after_step(self, player: str) -> None:
-        if player == "generator" and self.averaged is not None:
-            self.averaged.update(self.generator)
+        if player == "generator":
+            for average, network in self._averages():
+                average.update(network)
+        super().after_step(player)
 
     def latents(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """n draws z ~ N(0, I), (n, D). A seeded generator may be on any device: its own decides the draws."""
         where = self.device if generator is None else generator.device
-        z = torch.randn(n, self.config.latent_dim, device=where, generator=generator)
+        z = torch.randn(n, self.latent_dim, device=where, generator=generator)
         return z.to(next(self.parameters()))
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """x = G(z), (N, *shape), for latents (N, D), with the averaged weights where there are such."""
-        return self._decode(z, self.context_of(y, len(z)))
+        """x = G(z), (N, *shape), for latents (N, D), with the averaged weights if there are such."""
+        self._settle_averages()
+        return self._decode(z, self.context_of(y, len(z), **self._embedding()))
 
     @torch.no_grad()
     def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """n draws, (n, *shape). ``y`` are the labels of a conditional model, (n,), or one for all; left out, any."""
-        return self._decode(self.latents(n, generator=generator), self.draw_context(n, y, generator))
+        """n draws, (n, *shape). ``y`` are the labels (n,) or the context (n, C) of a conditional model, or one for all;
+        labels that are left out are drawn."""
+        self._settle_averages()
+        z = self.latents(n, generator=generator)
+        return self._decode(z, self.draw_context(n, y, generator, **self._embedding()))
 
-    def interpolate(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
+    def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """x on the arcs between latents a and b, (N, D) each, both ends included: (steps, N, *shape).
 
         An arc, since the samples of a line's middle would be nearer to the origin than almost all that G has seen
-        (arXiv 1609.04468). Labels y are (N,). Raises SettingsError for fewer than two steps.
+        (arXiv 1609.04468). Raises SettingsError for fewer than two steps.
         """
         if steps < 2:
             raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
@@ -189,9 +253,9 @@ class AdversarialModel(GenerativeModel):
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         found = {}
-        if player == self.critic_name and abs(terms["loss"]) > self.config.bound:
+        if player == self.critic_name and abs(terms["loss"]) > self.bound:
             found["divergence"] = (
-                f"the loss of the {player} is {terms['loss']:.4g}, beyond {self.config.bound:g}: it runs away. Try a "
+                f"the loss of the {player} is {terms['loss']:.4g}, beyond {self.bound:g}: it runs away. Try a "
                 "smaller --lr, a penalty or a larger one (--model.penalty-weight), or --model.spectral-norm"
             )
         if player == "generator" and terms.get("gradient_norm", math.inf) < STALLED:
@@ -200,7 +264,7 @@ class AdversarialModel(GenerativeModel):
                 f"generator learns nothing. Try fewer --model.n-critic, a penalty, or a smaller --lr; of `gan` the "
                 "non-saturating loss"
             )
-        started = step // (self.config.n_critic + 1) >= STARTED
+        started = step // (self.n_critic + 1) >= STARTED
         if player == "generator" and started and terms.get("diversity", math.inf) < ALIKE:
             found["collapse"] = (
                 f"samples repeat: they are {terms['diversity']:.1%} as far from each other as real examples are. Try a "
@@ -208,22 +272,50 @@ class AdversarialModel(GenerativeModel):
             )
         return found
 
+    def _averages(self) -> list[tuple[EMA, nn.Module]]:
+        pairs = [(self.averaged, self.generator), (self.averaged_embedding, self.embedding)]
+        return [(average, network) for average, network in pairs if average is not None and network is not None]
+
+    def _rest_averages(self) -> None:
+        for average, _ in self._averages():
+            average.eval()  # since its statistics of batch norm are averages too
+
+    def _settle_averages(self) -> None:
+        """Bring the averages up to date. One without updates yet, as after a loop over a compiled loss, is of the
+        present weights."""
+        self.settle()
+        if torch.compiler.is_compiling() or transformed():
+            return
+        for average, network in self._averages():
+            if not int(average.updates):
+                average.module.load_state_dict(network.state_dict())
+
+    def _embedding(self) -> dict[str, nn.Module]:
+        """The averaged embedding, if there is one, as `context_of` takes it."""
+        return {} if self.averaged_embedding is None else {"embedding": self.averaged_embedding}
+
     def _centred(self, x: Tensor) -> Tensor:
         """Examples as the critic is shown them: discrete data in [-1, 1]. From data in [0, 1] it learns badly."""
-        return x if self.config.levels is None else 2 * x - 1
+        return x if self.levels is None else 2 * x - 1
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         x = self._generate(self.averaged or self.generator, z, context)
-        return x if self.config.levels is None else (x + 1) / 2
+        return x if self.levels is None else (x + 1) / 2
 
     def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None) -> Tensor:
         """Examples as `_centred` gives them."""
-        x = at_least_float32(network(z if context is None else torch.cat([z, context], 1)))
-        return x if self.config.levels is None else x.tanh()
+        x = at_least_float32(network(z) if context is None else network(z, context))
+        return x if self.levels is None else x.tanh()
 
     def _criticise(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The critic's output, (N,), for examples that are `_centred`."""
-        return at_least_float32(self.critic(x) if context is None else self.critic(x, context)).squeeze(1)
+        out = at_least_float32(self.critic(x) if context is None else self.critic(x, context))
+        if out.shape not in ((len(x),), (len(x), 1)):
+            raise SettingsError(
+                f"the critic must return one number for each of {len(x)} examples, ({len(x)}, 1) or ({len(x)},); got "
+                f"{tuple(out.shape)}"
+            )
+        return out.view(len(x))
 
 
 def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:
@@ -236,9 +328,24 @@ def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:
         points = examples[:most].flatten(1)
         points = points - points.mean(0)  # since cdist rounds by the size of the points
         distances = torch.cdist(points, points)
-        near.append(distances.fill_diagonal_(math.inf).amin(1).mean())
+        itself = torch.eye(len(points), dtype=torch.bool, device=points.device)
+        near.append(distances.masked_fill(itself, math.inf).amin(1).mean())
     tiny = torch.finfo(near[0].dtype).tiny
     return (near[0] + tiny) / (near[1] + tiny)
+
+
+def options(config: AdversarialConfig) -> dict[str, Any]:
+    """The settings that `AdversarialModel` takes by the same names."""
+    names = ["latent_dim", "n_critic", "ema", "bound"]
+    if isinstance(config, PenaltyConfig):
+        names += ["penalty", "penalty_weight", "one_sided"]
+    return {"config": config, **{name: getattr(config, name) for name in names}}
+
+
+def networks(config: AdversarialConfig) -> tuple[nn.Module, nn.Module]:
+    """Generator and critic. Raises SettingsError for channels that do not fit the resolutions of the images."""
+    generator = _generator(config)  # first, by which seeds make the same weights as ever
+    return generator, _critic(config)
 
 
 def _generator(config: AdversarialConfig) -> nn.Module:
@@ -261,4 +368,4 @@ def _critic(config: AdversarialConfig) -> nn.Module:
         for module in list(critic.modules()):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 spectral_norm(module)
-    return WithContext(critic, planes=config.network != "mlp") if config.conditional else critic
+    return WithContext(critic, planes=config.network != "mlp") if config.context else critic

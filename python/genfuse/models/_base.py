@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 import typeguard
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
@@ -202,21 +203,30 @@ class GenerativeModel(nn.Module):
     def after_step(self, player: str) -> None:
         """Called after each update of ``player``: for weight clipping, moving averages, counters and the like.
 
-        The trainer calls it by `stepped`, and `settle` does in a loop of the user's own.
+        The trainer calls it by `stepped`, and `settle` does in a loop of the user's own. Call ``super().after_step`` at
+        the end of your own: then an update that a loop tells of itself, by calling this, is not counted twice.
         """
+        now = self._versions()
+        if player in now:
+            self._stepped = {**(self._stepped or now), player: now[player]}
 
     def stepped(self, player: str) -> None:
         """Call `after_step` for an update that was just made."""
         self.after_step(player)
         self._stepped = self._versions()
 
-    def settle(self) -> None:
+    def settle(self, *, always: bool = False) -> None:
         """Call `after_step` of each player whose weights were changed since the last call of this or of `stepped`.
 
         A model whose `after_step` matters calls this first in `loss` and in whatever shows the result, so that nobody's
-        own training loop has to know of `after_step`. In what is compiled or transformed it does nothing.
+        own training loop has to know of `after_step`. In what is compiled it does nothing, or if it has to ``always``
+        breaks the graph; in what is transformed by torch.func it does nothing.
         """
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling():
+            if always:
+                _settle(self)
+            return
+        if transformed():
             return
         now = self._versions()
         before, self._stepped = self._stepped or now, now
@@ -238,7 +248,13 @@ class GenerativeModel(nn.Module):
         self._stepped = self._weights = None
         return super()._apply(*args, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module, the last update of the user's own loop counted."""
+        self.settle()
+        return super().state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         return {**self.__dict__, "_stepped": None, "_weights": None}  # copies count anew
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -277,7 +293,8 @@ class GenerativeModel(nn.Module):
     def drawn_labels(self) -> Tensor:
         """The labels (K,) that training examples had, of which `sample` of a model of p(x | label) draws if it is given
         none: the setting ``seen_labels``, by default all."""
-        return torch.tensor(getattr(self.config, "seen_labels", None) or range(self.config.classes))
+        classes = self.embedding.classes if isinstance(self.embedding, OneHot) else self.config.classes
+        return torch.tensor(getattr(self.config, "seen_labels", None) or range(classes))
 
     def checked(self, x: Tensor) -> Tensor:
         """``x``, if these are examples as the model knows them. Raises DataError unless x is (N, *shape), and discrete
@@ -288,8 +305,9 @@ class GenerativeModel(nn.Module):
         check_range(x, self.levels, always=not self.training)
         return x
 
-    def context_of(self, y: Tensor | None, n: int) -> Tensor | None:
-        """The context (n, C) that `embedding` makes of labels (n,) or a context (n, C); None if it is not conditional.
+    def context_of(self, y: Tensor | None, n: int, embedding: nn.Module | None = None) -> Tensor | None:
+        """The context (n, C) that ``embedding``, by default the model's own, makes of labels (n,) or a context (n, C);
+        None if the model is not conditional.
 
         Raises SettingsError if y is missing or not wanted, and DataError if it is not one label or row per example.
         """
@@ -308,11 +326,15 @@ class GenerativeModel(nn.Module):
         if y.dim() < 1 or len(y) != n or (labels and (y.dim() > 1 or y.dtype.is_floating_point)):
             wanted = f"labels y must be integers ({n},), one" if labels else f"y must be a context ({n}, C), one row"
             raise DataError(f"{wanted} for each example; got {y.dtype} {tuple(y.shape)}")
-        embedded: Tensor = self.embedding(y)
+        embedded: Tensor = (embedding or self.embedding)(y)
         return embedded.to(next(self.parameters()).dtype)
 
     def draw_context(
-        self, n: int, y: Tensor | Sequence[float] | int | None, generator: torch.Generator | None
+        self,
+        n: int,
+        y: Tensor | Sequence[float] | int | None,
+        generator: torch.Generator | None,
+        **embedding: nn.Module,
     ) -> Tensor | None:
         """`context_of` y, which may be one label or one row (C,) for all n; `drawn_labels`, uniformly, if it is left
         out. Raises SettingsError if it is left out of a model that takes no labels but a context."""
@@ -320,7 +342,7 @@ class GenerativeModel(nn.Module):
             where = torch.device("cpu") if generator is None else generator.device
             labels = self.drawn_labels.to(where)
             y = labels[torch.randint(len(labels), (n,), device=where, generator=generator)]
-        return self.context_of(self.for_all(y, n), n)
+        return self.context_of(self.for_all(y, n), n, **embedding)
 
     def for_all(self, y: Tensor | Sequence[float] | int | None, n: int) -> Tensor | None:
         """One label, or one row (C,) of a context, as of n examples, on the model's device; else y as it is."""
@@ -334,10 +356,12 @@ class GenerativeModel(nn.Module):
 
     def some_given(self, data: Dataset, n: int) -> dict[str, Tensor]:
         """What `sample` and others are given to draw n examples that stand for all of ``data``: as ``y`` each label in
-        turn, or the contexts of the first test examples; nothing if the model is not conditional."""
+        turn, or what is given with the first test examples, if that is a context or the model does not know its labels;
+        nothing if the model is not conditional."""
         if not self.conditional:
             return {}
-        y = data.splits["test"].y if data.condition else self.drawn_labels
+        labels = isinstance(self.embedding, OneHot) or getattr(self.config, "classes", None)
+        y = self.drawn_labels if labels and not data.condition else data.splits["test"].y
         assert y is not None  # `check_data` saw to it
         return {"y": y[torch.arange(n, device=y.device) % len(y)].to(self.device)}
 
@@ -346,7 +370,7 @@ class GenerativeModel(nn.Module):
 
         Extend it for other facts.
         """
-        if self.shape != data.shape:
+        if self.shape is not None and self.shape != data.shape:
             raise SettingsError(
                 f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "
                 f"{self.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
@@ -414,6 +438,21 @@ def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
                 f"x must be in [0, 1], as batches of data with {levels} levels are; got values from {float(low):.4g} "
                 f"to {float(high):.4g}: divide 0..255 by 255, and take (x + 1) / 2 of [-1, 1]"
             )
+
+
+def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count a change of the weights that an optimizer has stepped, by which `GenerativeModel.settle` sees it. Fused
+    optimizers, and those that write to ``weight.data``, do not do so themselves."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    torch.autograd.graph.increment_version([weight for weight in weights if weight.grad is not None])
+
+
+register_optimizer_step_post_hook(_tell_of_step)
+
+
+@torch.compiler.disable
+def _settle(model: GenerativeModel) -> None:
+    model.settle()
 
 
 def transformed() -> bool:

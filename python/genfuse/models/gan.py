@@ -1,28 +1,58 @@
 """The generative adversarial network (arXiv 1406.2661), with its later losses."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
-from genfuse.models._adversarial import AdversarialModel, Objective, PenaltyConfig
+from genfuse.errors import SettingsError
+from genfuse.models._adversarial import AdversarialModel, PenaltyConfig, networks, options
+from genfuse.models._adversarial import Objective as Objective
 from genfuse.models._base import adam
 
 Loss = Literal["non-saturating", "minimax", "hinge", "least-squares"]
 
 
 # With D = sigmoid(out), -log D = softplus(-out) and -log(1 - D) = softplus(out), which never overflow.
+
+
+def minus_log_d(out: Tensor) -> Tensor:
+    return F.softplus(-out)
+
+
+def minus_log_one_minus_d(out: Tensor) -> Tensor:
+    return F.softplus(out)
+
+
+def log_one_minus_d(out: Tensor) -> Tensor:
+    return -F.softplus(out)
+
+
+def hinge_real(out: Tensor) -> Tensor:
+    return F.relu(1 - out)
+
+
+def hinge_fake(out: Tensor) -> Tensor:
+    return F.relu(1 + out)
+
+
+def squares_to_one(out: Tensor) -> Tensor:
+    return (out - 1).square() / 2
+
+
+def squares_to_zero(out: Tensor) -> Tensor:
+    return out.square() / 2
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "non-saturating": Objective(lambda out: F.softplus(-out), F.softplus, lambda out: F.softplus(-out)),
-    "minimax": Objective(lambda out: F.softplus(-out), F.softplus, lambda out: -F.softplus(out)),
-    # arXiv 1705.02894
-    "hinge": Objective(lambda out: F.relu(1 - out), lambda out: F.relu(1 + out), torch.neg),
+    "non-saturating": Objective(minus_log_d, minus_log_one_minus_d, minus_log_d),
+    "minimax": Objective(minus_log_d, minus_log_one_minus_d, log_one_minus_d),
+    "hinge": Objective(hinge_real, hinge_fake, torch.neg),  # arXiv 1705.02894
     # arXiv 1611.04076, equation 2 with b = c = 1, a = 0
-    "least-squares": Objective(
-        lambda out: (out - 1).square() / 2, lambda out: out.square() / 2, lambda out: (out - 1).square() / 2
-    ),
+    "least-squares": Objective(squares_to_one, squares_to_zero, squares_to_one),
 }
 
 
@@ -38,23 +68,40 @@ class GANConfig(PenaltyConfig):
 
 
 class GAN(AdversarialModel):
-    """Generative adversarial network.
+    """Generative adversarial network (arXiv 1406.2661) of any generator and discriminator: see `AdversarialModel`.
 
-    With the losses non-saturating and minimax the discriminator minimises -E log D(x) - E log(1 - D(G(z))), which is at
-    least...
+    With the objectives non-saturating and minimax the discriminator minimises -E log D(x) - E log(1 - D(G(z))), nats,
+    with D = sigmoid(critic). For samples of density q and data of density p the best is D = p / (p + q), where this is
+    log 4 - 2 JS(p, q), with the Jensen-Shannon divergence JS of at least 0 (section 4.1). So the generator, which
+    minimises what the discriminator maximises, -log 4 + 2 JS(p, q), makes q = p: then D = 1/2 everywhere, and the
+    discriminator's loss is log 4 = 1.386. The non-saturating generator minimises -E log D(G(z)) in its place, which has
+    the same fixed point, and a gradient while the discriminator is still sure (section 3).
+
+    ``objective`` is one of `OBJECTIVES` by name, or an `Objective`. The other arguments are those of
+    `AdversarialModel`. Raises SettingsError for values outside their range.
     """
 
     Config = GANConfig
-    config: GANConfig
     critic_name = "discriminator"
     optimizer = staticmethod(adam(2e-4, betas=(0.5, 0.999)))
 
-    def __init__(self, config: GANConfig) -> None:
-        super().__init__(config)
-        self.objective = OBJECTIVES[config.loss]
+    def __init__(
+        self, generator: nn.Module, critic: nn.Module, objective: Loss | Objective = "non-saturating", **options: Any
+    ) -> None:
+        if isinstance(objective, str):
+            if objective not in OBJECTIVES:
+                raise SettingsError(
+                    f"objective must be an Objective or one of {', '.join(OBJECTIVES)}, got {objective!r}"
+                )
+            objective = OBJECTIVES[objective]
+        super().__init__(generator, critic, objective, **options)
+
+    @classmethod
+    def from_config(cls, config: GANConfig) -> Self:
+        return cls(*networks(config), config.loss, **options(config))
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """The mean of D for real and generated examples: a probability with the losses on logits."""
-        if self.config.loss in ("non-saturating", "minimax"):
+        """The mean of D for real and generated examples: a probability with the objectives on logits."""
+        if self.objective in (OBJECTIVES["non-saturating"], OBJECTIVES["minimax"]):
             real, fake = real.sigmoid(), fake.sigmoid()
         return super().critic_terms(real, fake)

@@ -1,15 +1,21 @@
 """The variational autoencoder (arXiv 1312.6114) and its importance-weighted bound (arXiv 1509.00519)."""
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import repeat
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence
+from typing_extensions import Self
 
-from genfuse.errors import DataError, SettingsError
-from genfuse.models._base import Batch, GenerativeModel, check_range
+from genfuse.data import Dataset
+from genfuse.errors import SettingsError
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig
 from genfuse.nn import (
     AutoregressiveAffine,
     Composite,
@@ -18,10 +24,13 @@ from genfuse.nn import (
     Planar,
     Radial,
     Transform,
+    WithContext,
     conv_encoder,
     mlp,
+    slerp,
 )
 from genfuse.nn.likelihoods import (
+    AnyLikelihood,
     Bernoulli,
     Categorical,
     DiscretizedLogistic,
@@ -31,22 +40,40 @@ from genfuse.nn.likelihoods import (
 )
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
 
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
-
-
 Network = Literal["mlp", "conv"]
 Decoder = Literal["bernoulli", "gaussian", "categorical", "discretized-logistic"]
 Variance = Literal["fixed", "shared", "per-cell"]
 Posterior = Literal["gaussian", "planar", "radial", "iaf"]
+DISCRETE = {Bernoulli: "bernoulli", Categorical: "categorical", DiscretizedLogistic: "discretized-logistic"}
+
+
+def check_at_least(of: Any, **least_of: float) -> None:
+    """Raise SettingsError unless these attributes are finite and not below their least values."""
+    for name, least in least_of.items():
+        if not least <= getattr(of, name) < math.inf:
+            raise SettingsError(f"{name} must be at least {least} and finite, got {getattr(of, name)}")
+
+
+def check_bound(of: Any, flow: bool, prior: bool = False) -> None:
+    """Raise SettingsError unless the bound that ``of``, a VAE or its settings, is trained on can be had, with ``flow``
+    of a posterior that is a flow, and with ``prior`` of one that is not N(0, I)."""
+    check_at_least(of, latent_dim=1, iwae_samples=1, beta_warmup=0, beta=0, free_bits=0)
+    if (flow or prior) and of.free_bits > 0:
+        raise SettingsError(
+            "free_bits act on the KL of each latent dimension, which a flow as the posterior, or a prior other than "
+            "N(0, I), does not have: leave them at 0, or use beta_warmup"
+        )
+    if of.iwae_samples > 1 and (of.beta, of.beta_warmup, of.free_bits) != (1.0, 0, 0.0):
+        raise SettingsError(
+            "iwae_samples above 1 train a bound that has no KL term for beta, beta_warmup or free_bits to act on: "
+            "leave these at their defaults, or iwae_samples at 1"
+        )
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(ModelConfig):
     """Settings of a VAE. Raises SettingsError for values outside their range."""
 
-    shape: tuple[int, ...] = (1, 28, 28)  # of one example: (C, H, W) or (D,); taken from the data
-    levels: int | None = 256  # of discrete data, None for real-valued data; taken from the data
     latent_dim: int = 20  # dimensions of z
     network: Network = "mlp"  # conv takes images and puts convolutions before the dense layers
     hidden: tuple[int, ...] = (256, 256)  # widths of the encoder's dense layers; the decoder has them in reverse
@@ -64,46 +91,26 @@ class VAEConfig:
     posterior_context: int = 32  # features of x that the encoder hands to that flow
 
     def __post_init__(self) -> None:
-        least_of = {"latent_dim": 1, "iwae_samples": 1, "posterior_layers": 1, "posterior_context": 1}
-        for name, least in {**least_of, "beta_warmup": 0, "beta": 0, "free_bits": 0}.items():
-            value = getattr(self, name)
-            if not least <= value < math.inf:
-                raise SettingsError(f"{name} must be at least {least} and finite, got {value}")
-        choices_of = {"network": Network, "decoder": Decoder, "variance": Variance, "posterior": Posterior}
-        for name, choices in choices_of.items():
-            if getattr(self, name) not in get_args(choices):
-                raise SettingsError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}"
-                )
-        if not 0 < self.sigma < math.inf:
-            raise SettingsError(f"sigma must be above 0 and finite, got {self.sigma}")
-        for name in ("shape", "hidden", "channels", "posterior_hidden"):
+        super().__post_init__()
+        check_bound(self, flow=self.posterior != "gaussian")
+        check_at_least(self, posterior_layers=1, posterior_context=1)
+        self.check_choices(network=Network, decoder=Decoder, variance=Variance, posterior=Posterior)
+        self.check_positive("sigma")
+        for name in ("hidden", "channels", "posterior_hidden"):
             if any(size < 1 for size in getattr(self, name)):
                 raise SettingsError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
-        if not self.shape:
-            raise SettingsError("shape must have at least one axis, got ()")
         if self.network == "conv" and (len(self.shape) != 3 or not self.channels):
             raise SettingsError(
                 f"network 'conv' needs images, shape (C, H, W), and at least one entry of channels; "
                 f"got shape {self.shape} and channels {self.channels}: use network 'mlp'"
             )
-        if self.decoder in ("categorical", "discretized-logistic") and (self.levels is None or self.levels < 2):
+        if self.decoder in ("categorical", "discretized-logistic") and self.levels is None:
             raise SettingsError(
                 f"decoder {self.decoder!r} needs discrete data, levels of 2 or more, got {self.levels}: "
                 "use decoder 'gaussian' for real-valued data"
             )
         if self.posterior == "iaf" and not self.posterior_hidden:
             raise SettingsError("posterior 'iaf' needs at least one entry of posterior_hidden, got ()")
-        if self.posterior != "gaussian" and self.free_bits > 0:
-            raise SettingsError(
-                f"free_bits act on the KL of each latent dimension, which posterior {self.posterior!r} does not have: "
-                "leave them at 0, or use beta_warmup"
-            )
-        if self.iwae_samples > 1 and (self.beta, self.beta_warmup, self.free_bits) != (1.0, 0, 0.0):
-            raise SettingsError(
-                "iwae_samples above 1 train a bound that has no KL term for beta, beta_warmup or free_bits to act on: "
-                "leave these at their defaults, or iwae_samples at 1"
-            )
 
 
 def _likelihood(config: VAEConfig) -> Likelihood:
@@ -116,15 +123,14 @@ def _likelihood(config: VAEConfig) -> Likelihood:
 
 
 def _flow(config: VAEConfig) -> Composite | None:
-    """What turns the diagonal Gaussian z0 into q(z | x), with the encoder's features as its context: from z0 to z."""
+    """What turns a draw z0 of the diagonal Gaussian into z ~ q(z | x), with the encoder's features as its context."""
     d, context, layers = config.latent_dim, config.posterior_context, config.posterior_layers
     if config.posterior == "gaussian":
         return None
     if config.posterior == "iaf":
         steps: list[Transform] = []
-        for _ in range(
-            layers
-        ):  # arXiv 1606.04934, algorithm 1; the order of the dimensions is reversed after each step
+        # arXiv 1606.04934, algorithm 1; the order of the dimensions is reversed after each step
+        for _ in range(layers):
             made = AutoregressiveAffine(d, config.posterior_hidden, context=context, scale="sigmoid")
             steps += [made, Permutation.reversed(d)]
         return Composite(steps)
@@ -132,59 +138,165 @@ def _flow(config: VAEConfig) -> Composite | None:
     return Composite([layer(d, context) for _ in range(layers)])
 
 
-class VAE(GenerativeModel):
-    """Variational autoencoder with a standard normal prior p(z) and a diagonal Gaussian q(z | x), or a flow of it.
+def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module, nn.Module]:
+    """Encoder (N, *shape) -> (N, outputs) and decoder (N, D) -> (N, *shape, per_cell), shown a context if there is
+    one."""
+    shape, hidden, cells, context = config.shape, config.hidden, config.dimensions, config.context
+    inputs = config.latent_dim + context
+    encoder: nn.Module
+    decoder: nn.Module
+    if config.network == "conv":
+        channels, height, width = shape
+        encoder = conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
+        decoder = ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
+    else:
+        encoder = nn.Sequential(nn.Flatten(), mlp([cells + context, *hidden, outputs]))
+        decoder = nn.Sequential(mlp([inputs, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell)))
+    if not context:
+        return encoder, decoder
+    return WithContext(encoder, planes=config.network == "conv"), WithContext(decoder, planes=False)
 
-    Examples x are (N, *shape), latents z (N, D), densities (N,) in nats.
+
+class FlowPosterior(Distribution):
+    """What an invertible ``flow`` makes of a diagonal Gaussian: z = f(z0; features), z0 ~ ``base``.
+
+    Of batch shape (N,) and event shape (D,); ``features`` (N, C) are the flow's context, if it takes one. `log_prob`
+    needs the flow's inverse.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Distribution, flow: Transform, features: Tensor | None = None) -> None:
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+        self.base, self.flow, self.features = base, flow, features
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return _through(self.flow, self.base.rsample(sample_shape), self.features)[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        value = value.expand(*value.shape[:-2], *self.batch_shape, *self.event_shape)
+        z0, logdet = _through(self.flow.inverse, value, self.features)
+        log_prob: Tensor = self.base.log_prob(z0) + logdet
+        return log_prob
+
+
+class VAE(GenerativeModel):
+    """Variational autoencoder: latents z ~ p(z), examples x ~ p(x | z), and q(z | x) in place of the posterior.
+
+    Examples x are (N, *shape), latents z (N, D), densities (N,) in nats. With an ``embedding`` all of it is given y,
+    labels (N,) or a context (N, C), that is p(x | z, y), q(z | x, y) and, if the prior takes a context, p(z | y).
+
+    Args:
+        encoder: x -> (N, 2 D), mu and logvar of a diagonal Gaussian side by side, and after them the context of
+            ``posterior_flow`` if it takes one. Called as encoder(x, context) if there is an ``embedding``.
+        decoder: z (M, D) -> the raw parameters of ``likelihood`` for M examples; decoder(z, context) with an
+            ``embedding``.
+        likelihood: p(x | z) of such parameters: one of `genfuse.nn.likelihoods`, or any object with
+            ``log_prob(raw, x)`` -> (M,) in nats, ``mean(raw)`` and ``sample(raw, generator)`` -> (M, *shape). If it is
+            a module, its parameters are trained.
+        latent_dim: D.
+        prior: p(z); None is N(0, I). A Distribution of event shape (D,), or a module that makes one, whose parameters
+            are trained. It is called without arguments, or with the context (N, C) if its ``forward`` demands one, or
+            its attribute ``context`` says, as that of a flow does, that it takes some. A Distribution stays where its
+            tensors are: make it on the device of the model. The KL is exact if `torch.distributions.kl_divergence`
+            knows it, else by the draw of z.
+        posterior_flow: makes z of a draw z0 of the Gaussian: ``flow(z0, features)`` returns z and the log-determinant,
+            (N,); a `genfuse.nn.Transform`.
+        embedding: makes the context (N, C) of y; its parameters are trained.
+        shape: of one example, if it is to be checked; with (C, H, W) samples are means, as pictures of VAEs show them.
+        levels: of discrete data, whose examples are then in [0, 1]; None for real-valued data.
+        beta: weight of the KL.
+        beta_warmup: updates over which that weight grows from 0 to ``beta``.
+        free_bits: nats of KL per latent dimension, in the mean over a batch, that cost nothing to use.
+        iwae_samples: more than 1: train the importance-weighted bound with this many samples.
+        config: the settings that it was made of, if it was.
+
+    Raises SettingsError for values outside their range, and for a prior of another event shape.
     """
 
     Config = VAEConfig
-    config: VAEConfig
+    moved = {"posterior.": "posterior_flow."}
     updates: Tensor
 
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__(config)
-        self.likelihood = _likelihood(config)
-        shape, hidden, per_cell = config.shape, config.hidden, self.likelihood.parameters_per_cell
-        cells = math.prod(shape)
-        self.posterior = _flow(config)
-        outputs = 2 * config.latent_dim + (config.posterior_context if self.posterior else 0)
-        self.encoder: nn.Module
-        self.decoder: nn.Module
-        if config.network == "conv":
-            image = (shape[0], shape[1], shape[2])
-            self.encoder = conv_encoder(image, config.channels, hidden, outputs)
-            self.decoder = ConvDecoder(config.latent_dim, hidden, config.channels, image, per_cell)
-        else:
-            self.encoder = nn.Sequential(nn.Flatten(), mlp([cells, *hidden, outputs]))
-            self.decoder = nn.Sequential(
-                mlp([config.latent_dim, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell))
-            )
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: AnyLikelihood,
+        *,
+        latent_dim: int,
+        prior: Distribution | nn.Module | None = None,
+        posterior_flow: Transform | None = None,
+        embedding: nn.Module | None = None,
+        shape: tuple[int, ...] | None = None,
+        levels: int | None = None,
+        beta: float = 1.0,
+        beta_warmup: int = 0,
+        free_bits: float = 0.0,
+        iwae_samples: int = 1,
+        config: VAEConfig | None = None,
+    ) -> None:
+        super().__init__(config, shape=shape, levels=levels, embedding=embedding)
+        if isinstance(likelihood, Gaussian) and len(self.shape or ()) != 3:
+            self.levels = None  # it takes cells of any range; those of images are held to theirs
+        self.latent_dim, self.iwae_samples = latent_dim, iwae_samples
+        self.beta, self.beta_warmup, self.free_bits = beta, beta_warmup, free_bits
+        check_bound(self, posterior_flow is not None, prior is not None)
+        # In this order, by which the state of an optimizer names them.
+        self.likelihood = likelihood
+        self.posterior_flow = posterior_flow
+        self.encoder, self.decoder = encoder, decoder
+        self.prior = prior
+        self._prior_sees_context = isinstance(prior, nn.Module) and _demands_context(prior)
+        if isinstance(prior, Distribution):
+            self._checked_prior(prior)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
-    def check_data(self, data: "Dataset") -> None:
+    @classmethod
+    def from_config(cls, config: VAEConfig) -> Self:
+        likelihood, flow = _likelihood(config), _flow(config)
+        outputs = 2 * config.latent_dim + (0 if flow is None else config.posterior_context)
+        encoder, decoder = _networks(config, outputs, likelihood.parameters_per_cell)
+        bound = {name: getattr(config, name) for name in ("beta", "beta_warmup", "free_bits", "iwae_samples")}
+        return cls(
+            encoder, decoder, likelihood, latent_dim=config.latent_dim, posterior_flow=flow, config=config, **bound
+        )
+
+    def check_data(self, data: Dataset) -> None:
         super().check_data(data)
-        if self.config.decoder == "gaussian":
+        decoder = DISCRETE.get(type(self.likelihood))
+        if decoder is None:
             return
         if data.levels is None:
             raise SettingsError(
-                f"the data set {data.name!r} is real-valued, but the decoder is {self.config.decoder!r}: "
+                f"the data set {data.name!r} is real-valued, but the decoder is {decoder!r}: "
                 "use --model.decoder gaussian (in Python: decoder='gaussian')"
             )
-        if self.config.decoder != "bernoulli" and self.config.levels != data.levels:
+        levels = getattr(self.likelihood, "levels", data.levels)
+        if levels != data.levels:
             raise SettingsError(
                 f"the data set {data.name!r} has {data.levels} levels, but the decoder was made for "
-                f"{self.config.levels}: pass the data set when you make the model, as in genfuse.create('vae', data)"
+                f"{levels}: pass the data set when you make the model, as in genfuse.create('vae', data)"
             )
+
+    @property
+    def likelihoods(self) -> tuple[str, ...]:
+        """``elbo``; none for a Bernoulli likelihood of values between 0 and 1, of which it is no density."""
+        grey = isinstance(self.likelihood, Bernoulli) and self.levels != 2
+        return () if grey else ("elbo",)
 
     def after_step(self, player: str) -> None:
         self.updates.add_(1)
+        super().after_step(player)
 
-    def beta(self) -> Tensor | float:
-        """The present weight of the KL: it grows linearly from 0 to ``config.beta`` over ``beta_warmup`` updates."""
-        if self.config.beta_warmup == 0:
-            return self.config.beta
-        return self.config.beta * (self.updates / self.config.beta_warmup).clamp(max=1)
+    def kl_weight(self) -> Tensor | float:
+        """The present weight of the KL: it grows linearly from 0 to ``beta`` over ``beta_warmup`` updates."""
+        if self.beta_warmup == 0:
+            return self.beta
+        self.settle(always=True)
+        return self.beta * (self.updates / self.beta_warmup).clamp(max=1)
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-E_q[log p(x | z)] + beta KL(q(z | x) || p(z)), with one draw of z per example; the terms are unweighted.
@@ -192,159 +304,322 @@ class VAE(GenerativeModel):
         With free bits f the KL in the total is sum_d max(f, KL of dimension d in the mean over the batch): arXiv
         1606.04934, appendix C.8, with each latent dimension a group of its own. With ``iwae_samples`` above 1 the total
         is the negative importance-weighted bound, arXiv 1509.00519, equation 8.
+
+        Raises DataError if x is not (N, *shape), or y not as `context_of` takes it.
         """
-        mu, logvar, context = self._encoded(batch.x)
-        if self.config.iwae_samples > 1:
-            z0, _ = reparameterize_kl(mu, logvar, samples=self.config.iwae_samples)
-            log_w = self._log_weight(batch.x, z0, mu, logvar, context)
+        self.settle()
+        x, context = batch.x, self.context_of(batch.y if self.conditional else None, len(batch.x))
+        mu, logvar, features = self._encoded(x, context)
+        if self.iwae_samples > 1:
+            z0, _ = reparameterize_kl(mu, logvar, samples=self.iwae_samples)  # (K, N, D)
+            log_w = self._log_weight(z0, x, mu, logvar, features, context)  # (K, N)
             iwae = (math.log(len(z0)) - log_w.logsumexp(0)).mean()
             return iwae, {"iwae": iwae.detach()}
-        z, kl_per_example = self._draw(mu, logvar, context)
-        reconstruction = -self._log_likelihood(batch.x, z).mean()
+        z, kl_per_example = self._draw(mu, logvar, features, context)
+        reconstruction = -self._log_likelihood(x, z, context).mean()
         kl = kl_per_example.mean()
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-        if self.config.free_bits > 0:
-            kl = kl_per_dimension(mu, logvar).mean(0).clamp(min=self.config.free_bits).sum()
-        return reconstruction + self.beta() * kl, terms
+        if self.free_bits > 0:
+            kl = kl_per_dimension(mu, logvar).mean(0).clamp(min=self.free_bits).sum()
+        return reconstruction + self.kl_weight() * kl, terms
 
-    def encode(self, x: Tensor) -> Any:
-        """mu and logvar of q(z | x), each (N, D): two parts, not copied, of the encoder's output.
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """q(z | x), of batch shape (N,) and event shape (D,): an `Independent` `Normal`, or a `FlowPosterior`.
 
-        Where the posterior is a flow, which has no such numbers: what it makes of the Gaussian's mean, z (N, D).
-
-        Raises DataError where x is not (N, *shape).
+        Raises DataError if x is not (N, *shape).
         """
-        mu, logvar, context = self._encoded(x)
-        return (mu, logvar) if self.posterior is None else self.posterior(mu, context)[0]
+        mu, logvar, features = self._encoded(x, self.context_of(y, len(x)))
+        gaussian = _gaussian(mu, logvar)
+        return gaussian if self.posterior_flow is None else FlowPosterior(gaussian, self.posterior_flow, features)
 
-    def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """mu and logvar of the Gaussian, each (N, D), and the flow's context (N, C), if there is a flow."""
-        if x.shape[1:] != self.config.shape:
-            wanted = ", ".join(map(str, self.config.shape))
-            raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
-        if self.config.decoder != "gaussian" or len(self.config.shape) == 3:
-            check_range(x, self.config.levels, always=not self.training)
-        out, d = at_least_float32(self.encoder(x)), self.config.latent_dim
-        return out[:, :d], out[:, d : 2 * d], None if self.posterior is None else out[:, 2 * d :]
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """z (N, D): the mean of q(z | x), or what the flow makes of the Gaussian's mean if the posterior is a flow.
 
-    def _draw(
-        self, mu: Tensor, logvar: Tensor, context: Tensor | None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """z ~ q(z | x), (N, D), and KL(q(z | x) || p(z)), (N,), in closed form; where the posterior is a flow by that
-        draw, log q(z | x) - log p(z) (arXiv 1505.05770, equation 15). The Gaussian's own part of it could be had in
-        closed form, but varies together with log p(z): so the difference varies less.
+        Raises DataError if x is not (N, *shape).
         """
-        z, kl = reparameterize_kl(mu, logvar, generator=generator)
-        if self.posterior is None:
-            return z, kl
-        eps = (z - mu) * torch.exp(-logvar / 2)
-        z, logdet = self.posterior(z, context)
-        log_q = standard_normal_log_prob(eps, -logdet) - 0.5 * logvar.sum(-1)
-        return z, log_q - standard_normal_log_prob(z)
+        mu, _, features = self._encoded(x, self.context_of(y, len(x)))
+        return mu if self.posterior_flow is None else _through(self.posterior_flow, mu, features)[0]
 
-    def _mean_latent(self, x: Tensor) -> Tensor:
-        encoded = self.encode(x)
-        return encoded if isinstance(encoded, Tensor) else encoded[0]
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x | z], (..., *shape), for latents (..., D); y is for the N of z (..., N, D)."""
+        return self._decode(z, self.context_of(y, z.shape[-2] if z.dim() > 1 else 1))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """E[x | z], (..., *shape), for latents (..., D)."""
-        return self.likelihood.mean(self.decoder(z))
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x | z] at `encode`'s z, (N, *shape)."""
+        return self.decode(self.encode(x, y), y)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x | z] at the mean of q(z | x), (N, *shape)."""
-        return self.decode(self._mean_latent(x))
+    def latents(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """n draws z ~ p(z), (n, D); of a prior that takes a context p(z | y). A seeded generator may be on any device:
+        its own decides the draws."""
+        return self._latents(n, self.draw_context(n, y, generator) if self._prior_sees_context else None, generator)
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None, mean: bool | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        *,
+        y: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        mean: bool | None = None,
+    ) -> Tensor:
         """(n, *shape): E[x | z] with z ~ p(z), or with ``mean=False`` a draw x ~ p(x | z).
 
         By default the means of images, as pictures of VAEs show them, and draws of all else, where the spread around
-        the mean is part of the density. A seeded generator may be on any device: its own decides the draws.
+        the mean is part of the density. ``y`` are the labels (n,) or the context (n, C) of a conditional model, or one
+        for all; labels that are left out are drawn. A seeded generator may be on any device: its own decides the draws.
         """
-        mean = len(self.config.shape) == 3 if mean is None else mean
+        mean = len(self.shape or ()) == 3 if mean is None else mean
         where = self.device if generator is None else generator.device
-        z = torch.randn(n, self.config.latent_dim, device=where, generator=generator).to(next(self.parameters()))
+        context = self.draw_context(n, y, generator)
+        z = self._latents(n, context, generator)
+        parts = _split(self._rows(self.shape), z, context)
         if mean:
-            return torch.cat([self.decode(part) for part in z.split(self._rows)])
-        draws = [self.likelihood.sample(self.decoder(part).to(where), generator) for part in z.split(self._rows)]
+            return torch.cat([self._decode(*part) for part in parts])
+        draws = [self.likelihood.sample(self._raw(*part).to(where), generator) for part in parts]
         return torch.cat(draws).to(self.device)
 
-    def interpolate(self, a: Tensor, b: Tensor, steps: int) -> Tensor:
-        """E[x | z] on the line between the means of q(z | a) and q(z | b), both ends included.
+    def interpolate(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
+        """E[x | z] on the line between the codes of examples a and b, as `encode` makes them, both ends included.
 
-        Examples (*shape) give (steps, *shape); batches (N, *shape) give (steps, N, *shape). Raises SettingsError for
-        fewer than two steps.
+        Examples (*shape) give (steps, *shape); batches (N, *shape) give (steps, N, *shape), if the model knows its
+        ``shape``. Raises SettingsError for fewer than two steps.
         """
-        if steps < 2:
-            raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
-        if a.ndim == len(self.config.shape):
-            return self.interpolate(a[None], b[None], steps).squeeze(1)
-        start, end = self._mean_latent(a), self._mean_latent(b)
-        weight = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None, None]
-        return self.decode(torch.lerp(start, end, weight))
+        _check_steps(steps)
+        if a.dim() == len(self.shape or ()):
+            return self.interpolate(a[None], b[None], steps, self.for_all(y, 1)).squeeze(1)
+        start, end = self.encode(a, y), self.encode(b, y)
+        return self.decode(torch.lerp(start, end, _weights(steps, start)[:, None, None]), y)
 
-    def elbo(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
+        """E[x | z] from latents a to b, (N, D) each, both ends included: (steps, N, *shape). On arcs if the prior is
+        N(0, I), whose draws are nearly all at one distance from the origin (arXiv 1609.04468), else on lines.
+
+        Raises SettingsError for fewer than two steps.
+        """
+        _check_steps(steps)
+        weights = _weights(steps, a)
+        z = slerp(a, b, weights) if self.prior is None else torch.lerp(a, b, weights[:, None, None])
+        return self.decode(z, y)
+
+    def elbo(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """The evidence lower bound of log p(x), (N,) nats: one draw of z, and the KL, exact if the posterior is
-        Gaussian. Differentiable."""
-        z, kl = self._draw(*self._encoded(x), generator)
-        return self._log_likelihood(x, z) - kl
+        Gaussian and its KL from the prior is known. Differentiable. Raises DataError if x is not (N, *shape)."""
+        context = self.context_of(y, len(x))
+        z, kl = self._draw(*self._encoded(x, context), context, generator)
+        return self._log_likelihood(x, z, context) - kl
 
     @torch.no_grad()
     def iwae_bound(
-        self, x: Tensor, samples: int = 50, *, chunk: int | None = None, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        samples: int = 50,
+        *,
+        y: Tensor | None = None,
+        chunk: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """log 1/K sum_k p(x, z_k) / q(z_k | x) with K = ``samples`` draws (arXiv 1509.00519), (N,) nats.
 
         In expectation it grows with K from the ELBO to log p(x). At most ``chunk`` latents are decoded at a time, by
         default as many as make 2 million decoder outputs; one seed gives one bound, to rounding, whatever the chunk.
-        Raises SettingsError where samples or chunk is below 1.
+        Raises SettingsError if samples or chunk is below 1, and DataError if x is not (N, *shape).
         """
-        chunk = self._rows if chunk is None else chunk
+        chunk = self._rows(x.shape[1:]) if chunk is None else chunk
         if samples < 1 or chunk < 1:
             raise SettingsError(f"samples and chunk must be at least 1, got samples={samples} and chunk={chunk}")
-        encoded = [self._encoded(part) for part in x.split(chunk)]
-        mu, logvar = (torch.cat([part[i] for part in encoded]) for i in (0, 1))  # type: ignore[misc]
-        context = None if self.posterior is None else torch.cat([part[2] for part in encoded])  # type: ignore[misc]
+        context = self.context_of(y, len(x))
+        encoded = [self._encoded(*part) for part in _split(chunk, x, context)]
+        mu, logvar, features = map(_joined, zip(*encoded, strict=True))
         together = max(1, chunk // max(1, len(x)))
         total = mu.new_full((len(x),), -math.inf)
         for first in range(0, samples, together):
             # One draw of all examples at a time, so that the noise does not depend on the chunks.
             draws = range(first, min(first + together, samples))
-            z = torch.stack([reparameterize_kl(mu, logvar, generator=generator)[0] for _ in draws])
-            parts = (self._log_weight(*rows) for rows in _split(chunk, x, z, mu, logvar, context))
-            log_w = torch.cat(list(parts), dim=-1)
+            z = torch.stack([reparameterize_kl(mu, logvar, generator=generator)[0] for _ in draws], 1)  # (N, K, D)
+            parts = _split(chunk, z, x, mu, logvar, features, context)
+            log_w = torch.cat([self._log_weight(z.movedim(1, 0), *rest) for z, *rest in parts], dim=-1)
             total = torch.logaddexp(total, log_w.logsumexp(0))
         return total - math.log(samples)
 
     def anomaly_score(
-        self, x: Tensor, samples: int = 50, *, chunk: int | None = None, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        samples: int = 50,
+        *,
+        y: Tensor | None = None,
+        chunk: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """An upper estimate of -log p(x), (N,) nats: the higher, the less the example is like the training data."""
-        return -self.iwae_bound(x, samples, chunk=chunk, generator=generator)
+        """An upper estimate of -log p(x), (N,) nats: the higher, the less the example is like the training data.
 
-    @property
-    def _rows(self) -> int:
-        """How many latents to decode at a time where memory is to be bounded."""
-        return max(1, 2**21 // (math.prod(self.config.shape) * self.likelihood.parameters_per_cell))
+        Raises what `iwae_bound` raises.
+        """
+        return -self.iwae_bound(x, samples, y=y, chunk=chunk, generator=generator)
 
-    def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+    def _encoded(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """mu and logvar of the Gaussian, each (N, D): two parts, not copied, of the encoder's output; and the flow's
+        context (N, F), if there is one."""
+        x = self.checked(x)
+        out = at_least_float32(self.encoder(x) if context is None else self.encoder(x, context))
+        d, wanted = self.latent_dim, 2 * self.latent_dim
+        if out.shape[1] < wanted or (out.shape[1] > wanted and self.posterior_flow is None):
+            raise SettingsError(
+                f"the encoder must return (N, {wanted}), mu and logvar of {d} latent dimensions side by side, and more "
+                f"for a posterior flow alone; got {tuple(out.shape)}"
+            )
+        return out[:, :d], out[:, d:wanted], out[:, wanted:] if out.shape[1] > wanted else None
+
+    def _draw(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        features: Tensor | None,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """z ~ q(z | x), (N, D), and KL(q(z | x) || p(z)), (N,), in closed form if there is one.
+
+        Else by that draw, log q(z | x) - log p(z) (arXiv 1505.05770, equation 15). The Gaussian's own part of it could
+        be had in closed form, but varies together with log p(z): so the difference varies less.
+        """
+        z, kl = reparameterize_kl(mu, logvar, generator=generator)
+        if self.posterior_flow is None and self.prior is None:
+            return z, kl
+        prior = self._prior(context)
+        if self.posterior_flow is None and prior is not None:
+            with suppress(NotImplementedError):
+                return z, kl_divergence(_gaussian(mu, logvar), prior)
+        eps, logdet = (z - mu) * torch.exp(-logvar / 2), None
+        if self.posterior_flow is not None:
+            z, logdet = _through(self.posterior_flow, z, features)
+        log_q = standard_normal_log_prob(eps, None if logdet is None else -logdet) - 0.5 * logvar.sum(-1)
+        return z, log_q - (standard_normal_log_prob(z) if prior is None else prior.log_prob(z))
+
+    def _log_weight(
+        self,
+        z: Tensor,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        features: Tensor | None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """log p(x, z) / q(z | x), (..., N), for draws z (..., N, D) of the Gaussian, which the flow moves if there is
+        one. The normal densities' constants cancel."""
+        eps = (z - mu) * torch.exp(-logvar / 2)
+        logdet: Tensor | float = 0.0
+        if self.posterior_flow is not None:
+            z, logdet = _through(self.posterior_flow, z, features)
+        log_likelihood = self._log_likelihood(x, z, context)
+        prior = self._prior(context)
+        if prior is None:
+            return log_likelihood + 0.5 * (eps.square() + logvar - z.square()).sum(-1) + logdet
+        log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1) - logdet
+        return log_likelihood + prior.log_prob(z) - log_q
+
+    def _prior(self, context: Tensor | None) -> Distribution | None:
+        """p(z), or p(z | context); None for N(0, I)."""
+        if self.prior is None or isinstance(self.prior, Distribution):
+            return self.prior
+        return self._checked_prior(self.prior(context) if self._prior_sees_context else self.prior())
+
+    def _checked_prior(self, prior: Any) -> Distribution:
+        if not isinstance(prior, Distribution) or tuple(prior.event_shape) != (self.latent_dim,):
+            got = f"of event shape {tuple(prior.event_shape)}" if isinstance(prior, Distribution) else repr(prior)
+            raise SettingsError(
+                f"the prior must be a Distribution of event shape ({self.latent_dim},), as torch.distributions."
+                f"Independent(Normal(mean, std), 1) of {self.latent_dim} means is, or a module that makes one; "
+                f"got {got}"
+            )
+        return prior
+
+    def _latents(self, n: int, context: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        if self.prior is None:
+            where = self.device if generator is None else generator.device
+            z = torch.randn(n, self.latent_dim, device=where, generator=generator)
+        else:
+            with _seeded(generator):  # since a Distribution draws from the global generators alone
+                prior = self._prior(context)
+                assert prior is not None
+                z = prior.sample(() if prior.batch_shape else (n,))
+        return z.to(next(self.parameters()))
+
+    def _raw(self, z: Tensor, context: Tensor | None) -> Any:
+        """The decoder's output for latents (..., D), which it is shown as (M, D), and their context (N, C)."""
+        rows = z.reshape(-1, z.shape[-1])
+        if context is None:
+            return self.decoder(rows)
+        return self.decoder(rows, context.expand(*z.shape[:-2], *context.shape).reshape(len(rows), -1))
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        mean = self.likelihood.mean(self._raw(z, context))  # (M, *shape)
+        return mean.reshape(*z.shape[:-1], *mean.shape[1:])
+
+    def _log_likelihood(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | z), (..., N), for latents (..., N, D)."""
-        return self.likelihood.log_prob(self.decoder(z), x)
+        raw = self._raw(z, context)
+        if isinstance(self.likelihood, Likelihood):  # which takes axes before N, so that x need not be copied
+            return self.likelihood.log_prob(raw.unflatten(0, z.shape[:-1]), x)
+        rows = x.expand(*z.shape[:-2], *x.shape).reshape(-1, *x.shape[1:])  # (M, *shape)
+        log_prob = self.likelihood.log_prob(raw, rows)
+        if log_prob.shape != rows.shape[:1]:
+            raise SettingsError(
+                f"log_prob of the likelihood must be one number for each of {len(rows)} examples, ({len(rows)},); got "
+                f"{tuple(log_prob.shape)}: sum over the cells"
+            )
+        return log_prob.view(z.shape[:-1])
 
-    def _log_weight(self, x: Tensor, z0: Tensor, mu: Tensor, logvar: Tensor, context: Tensor | None) -> Tensor:
-        """log p(x, z) / q(z | x), (..., N), for draws (..., N, D) of the Gaussian, of which the flow, if there is one,
-        makes z. The normal densities' constants cancel."""
-        eps, z, logdet = (z0 - mu) * torch.exp(-logvar / 2), z0, 0.0
-        if self.posterior is not None and context is not None:
-            wide = context.expand(*z0.shape[:-1], -1)
-            z, changed = self.posterior(z0.flatten(0, -2), wide.flatten(0, -2))
-            z, logdet = z.view(z0.shape), changed.view(z0.shape[:-1])
-        return self._log_likelihood(x, z) + 0.5 * (eps.square() + logvar - z.square()).sum(-1) + logdet
+    def _rows(self, shape: Sequence[int] | None) -> int:
+        """How many latents to decode at a time if memory is to be bounded."""
+        cells = math.prod(shape or (1024,)) * getattr(self.likelihood, "parameters_per_cell", 1)
+        return max(1, 2**21 // cells)
 
 
-def _split(
-    rows: int, x: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, context: Tensor | None
-) -> Iterator[tuple[Any, ...]]:
-    """At most ``rows`` examples at a time of x, mu, logvar and the context (N, ...) and of z (S, N, D)."""
-    contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
-    return zip(x.split(rows), z.split(rows, dim=1), mu.split(rows), logvar.split(rows), contexts, strict=True)
+def _gaussian(mu: Tensor, logvar: Tensor) -> Independent:
+    return Independent(Normal(mu, torch.exp(logvar / 2), validate_args=False), 1, validate_args=False)
+
+
+def _through(
+    transform: Callable[..., tuple[Tensor, Tensor]], z: Tensor, features: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a transform of (M, D) makes of z (..., N, D), with features (N, F) as its context, and logdet (..., N)."""
+    wide = None if features is None else features.expand(*z.shape[:-1], -1).reshape(-1, features.shape[-1])
+    moved, logdet = transform(z.reshape(-1, z.shape[-1]), wide)
+    return moved.view(z.shape), logdet.view(z.shape[:-1])
+
+
+def _demands_context(prior: nn.Module) -> bool:
+    parameters = inspect.signature(prior.forward).parameters.values()
+    demanded = any(each.default is each.empty and "VAR" not in each.kind.name for each in parameters)
+    return demanded or bool(getattr(prior, "context", 0))
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """torch's global generators seeded by a draw of ``generator``, if there is one, and afterwards as they were."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 2:
+        raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
+
+
+def _weights(steps: int, like: Tensor) -> Tensor:
+    return torch.linspace(0, 1, steps, dtype=like.dtype, device=like.device)
+
+
+def _split(rows: int, *each: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """At most ``rows`` at a time of tensors (N, ...), of which the first is not None."""
+    return zip(*(repeat(None) if tensor is None else tensor.split(rows) for tensor in each), strict=False)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Any:
+    """The opposite of `_split` for one of its tensors."""
+    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]

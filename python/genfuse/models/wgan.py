@@ -1,13 +1,25 @@
 """The Wasserstein GAN, with clipped weights (arXiv 1701.07875) or with a gradient penalty (arXiv 1704.00028)."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
-from genfuse.models._adversarial import AdversarialConfig, AdversarialModel, Objective, Penalty, PenaltyConfig
-from genfuse.models._base import adam
+from genfuse.errors import SettingsError
+from genfuse.models._adversarial import (
+    AdversarialConfig,
+    AdversarialModel,
+    Objective,
+    Penalty,
+    PenaltyConfig,
+    networks,
+    options,
+)
+from genfuse.models._base import Batch, adam
 
 
 @dataclass(frozen=True)
@@ -30,10 +42,15 @@ class WGANGPConfig(PenaltyConfig):
     penalty: Penalty = "gradient"  # on |grad D|: (|.| - 1)^2 between real and generated examples; r1: |.|^2 / 2 at real
 
 
+def as_it_is(out: Tensor) -> Tensor:
+    return out
+
+
+WASSERSTEIN = Objective(torch.neg, as_it_is, torch.neg)
+
+
 class _Wasserstein(AdversarialModel):
     """Trains on E D(x) - E D(G(z)), which of the best D with slopes of at most 1 is the Wasserstein-1 distance."""
-
-    objective = Objective(torch.neg, lambda out: out, torch.neg)
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """``wasserstein``, the critic's estimate of the distance (of discrete data x, of 2x - 1), and its means."""
@@ -42,28 +59,56 @@ class _Wasserstein(AdversarialModel):
 
 
 class WGAN(_Wasserstein):
-    """Wasserstein GAN whose critic has weights of at most ``clip``.
+    """Wasserstein GAN (arXiv 1701.07875) whose critic has weights of at most ``clip``, above or below 0.
 
-    These bound its slope by some constant, so ``wasserstein`` is the distance times a factor that is not known.
+    These bound its slope by some constant, so ``wasserstein`` is the distance times a factor that is not known. The
+    other arguments are those of `AdversarialModel`. Raises SettingsError for values outside their range.
     """
 
     Config = WGANConfig
-    config: WGANConfig
     optimizer = staticmethod(partial(torch.optim.RMSprop, lr=5e-5))
 
+    def __init__(self, generator: nn.Module, critic: nn.Module, *, clip: float = 0.01, **options: Any) -> None:
+        super().__init__(generator, critic, WASSERSTEIN, **{"n_critic": 5, **options})
+        if not 0 < clip < math.inf:
+            raise SettingsError(f"clip must be above 0 and finite, got {clip}")
+        self.clip = clip
+
+    @classmethod
+    def from_config(cls, config: WGANConfig) -> Self:
+        return cls(*networks(config), clip=config.clip, **options(config))
+
+    def loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
+        if torch.compiler.is_compiling():  # where no step is noticed: see `settle`
+            self.clip_weights()
+        return super().loss(batch, player)
+
     @torch.no_grad()
+    def clip_weights(self) -> None:
+        """Bring each weight of the critic into [-clip, clip]. Nobody has to call it: each update is followed by it."""
+        weights: list[Tensor] = list(self.critic.parameters())
+        torch._foreach_clamp_max_(weights, self.clip)
+        torch._foreach_clamp_min_(weights, -self.clip)
+
     def after_step(self, player: str) -> None:
-        super().after_step(player)
         if player == self.critic_name:
-            clip = self.config.clip
-            weights: list[Tensor] = list(self.critic.parameters())
-            torch._foreach_clamp_max_(weights, clip)
-            torch._foreach_clamp_min_(weights, -clip)
+            self.clip_weights()
+        super().after_step(player)
 
 
 class WGANGP(_Wasserstein):
-    """Wasserstein GAN whose critic pays for slopes other than 1."""
+    """Wasserstein GAN (arXiv 1704.00028) whose critic pays for slopes other than 1.
+
+    The arguments are those of `AdversarialModel`; ``penalty`` is ``gradient`` by default, and ``n_critic`` 5. Raises
+    SettingsError for values outside their range.
+    """
 
     Config = WGANGPConfig
-    config: WGANGPConfig
     optimizer = staticmethod(adam(1e-4, betas=(0.0, 0.9)))
+
+    def __init__(self, generator: nn.Module, critic: nn.Module, **options: Any) -> None:
+        super().__init__(generator, critic, WASSERSTEIN, **{"n_critic": 5, "penalty": "gradient", **options})
+
+    @classmethod
+    def from_config(cls, config: WGANGPConfig) -> Self:
+        return cls(*networks(config), **options(config))

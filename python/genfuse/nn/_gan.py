@@ -1,32 +1,48 @@
 """Generators and critics: MLPs, DCGAN (arXiv 1511.06434) and the residual networks of WGAN-GP (arXiv 1704.00028).
 
-A generator turns (N, inputs) into (N, *shape), a critic (N, *shape) into (N, 1). No critic has batch norm, so what it
-says of an example depends on that example alone, as a gradient penalty needs it. Images start from some 4 x 4 cells and
-double; where that makes them larger than ``shape``, generators cut the rim off and critics see it as zeros.
+A generator turns z (N, D), and the context (N, C) if there is one, into (N, *shape): ``inputs`` are D + C. A critic
+turns (N, *shape) into (N, 1); `WithContext` shows it the context. No critic has batch norm, so what it says of an
+example depends on that example alone, as a gradient penalty needs it.
+
+Images start from some 4 x 4 cells and double; if that makes them larger than ``shape``, generators cut the rim off and
+critics see it as zeros. ``channels`` are widths from the finest resolution to the coarsest; of a single one the others
+are made, each twice the one before, up to 8 times the first.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from genfuse.errors import SettingsError
 
 SLOPE = 0.2  # of leaky ReLUs
 WIDEST = 8  # times the width at the finest resolution
 
 Image = tuple[int, int, int]
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def mlp_generator(inputs: int, shape: tuple[int, ...], hidden: Sequence[int]) -> nn.Sequential:
+class Generator(nn.Sequential):
+    """Layers that see z (N, D) and the context (N, C), if there is one, side by side: (N, D + C)."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(z if context is None else torch.cat([z, context], 1))
+
+
+def mlp_generator(inputs: int, shape: tuple[int, ...], hidden: Sequence[int]) -> Generator:
+    """Linear layers of the widths ``hidden`` with leaky ReLU between them."""
     layers: list[nn.Module] = []
     for before, after in pairwise([inputs, *hidden]):
         layers += [nn.Linear(before, after), nn.LeakyReLU(SLOPE, inplace=True)]
-    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], math.prod(shape)), nn.Unflatten(1, shape))
+    return Generator(*layers, nn.Linear([inputs, *hidden][-1], math.prod(shape)), nn.Unflatten(1, shape))
 
 
 def mlp_critic(inputs: int, hidden: Sequence[int], layer_norm: bool = False) -> nn.Sequential:
-    """``inputs`` are the cells of an example, and its label's where it has one."""
+    """Linear layers with leaky ReLU between them; ``inputs`` are the cells of an example, and the context's C."""
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise([inputs, *hidden]):
         norm = [nn.LayerNorm(after)] if layer_norm else []
@@ -34,8 +50,8 @@ def mlp_critic(inputs: int, hidden: Sequence[int], layer_norm: bool = False) -> 
     return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], 1))
 
 
-def dcgan_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
-    """Transposed 4 x 4 convolutions of stride 2 with batch norm; ``channels`` wide before the last."""
+def dcgan_generator(inputs: int, shape: Image, channels: Sequence[int]) -> Generator:
+    """Transposed 4 x 4 convolutions of stride 2 with batch norm. Raises SettingsError for channels that do not fit."""
     stages, base = _stages(shape)
     widths = _widths(channels, stages)[::-1]
     layers = [*_start(inputs, widths[0], base), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
@@ -45,15 +61,18 @@ def dcgan_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
             nn.BatchNorm2d(after),
             nn.ReLU(inplace=True),
         ]
-    layers.append(nn.ConvTranspose2d(channels, shape[0], 4, stride=2, padding=1))
-    return _small_weights(nn.Sequential(*layers, Crop(shape[1:])))
+    layers.append(nn.ConvTranspose2d(widths[-1], shape[0], 4, stride=2, padding=1))
+    return _small_weights(Generator(*layers, Crop(shape[1:])))
 
 
-def dcgan_critic(shape: Image, channels: int, layer_norm: bool = False, labels: int = 0) -> nn.Sequential:
-    """4 x 4 convolutions of stride 2, ``channels`` wide after the first; ``labels`` are channels more at the input."""
+def dcgan_critic(shape: Image, channels: Sequence[int], layer_norm: bool = False, context: int = 0) -> nn.Sequential:
+    """4 x 4 convolutions of stride 2; ``context`` are channels more at the input.
+
+    Raises SettingsError for channels that do not fit.
+    """
     stages, base = _stages(shape)
     widths = _widths(channels, stages)
-    first = nn.Conv2d(shape[0] + labels, channels, 4, stride=2, padding=_rim(shape))
+    first = nn.Conv2d(shape[0] + context, widths[0], 4, stride=2, padding=_rim(shape))
     layers: list[nn.Module] = [first, nn.LeakyReLU(SLOPE, inplace=True)]
     for before, after in pairwise(widths):
         norm = [nn.GroupNorm(1, after)] if layer_norm else []
@@ -63,8 +82,11 @@ def dcgan_critic(shape: Image, channels: int, layer_norm: bool = False, labels: 
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * math.prod(base), 1))
 
 
-def resnet_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
-    """Residual blocks with batch norm, each of which doubles the image; ``channels`` wide after the last."""
+def resnet_generator(inputs: int, shape: Image, channels: Sequence[int]) -> Generator:
+    """Residual blocks with batch norm, each of which doubles the image.
+
+    Raises SettingsError for channels that do not fit.
+    """
     stages, base = _stages(shape)
     widths = _widths(channels, stages + 1)[::-1]
     layers = [*_start(inputs, widths[0], base)]
@@ -81,19 +103,22 @@ def resnet_generator(inputs: int, shape: Image, channels: int) -> nn.Sequential:
         )
         # A 1 x 1 convolution and an enlargement in blocks commute, and the former is cheaper first.
         layers.append(Residual(branch, nn.Sequential(nn.Conv2d(before, after, 1), larger)))
-    end = nn.Conv2d(channels, shape[0], 3, padding=1)
-    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), end, Crop(shape[1:]))
+    end = nn.Conv2d(widths[-1], shape[0], 3, padding=1)
+    return Generator(*layers, nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True), end, Crop(shape[1:]))
 
 
-def resnet_critic(shape: Image, channels: int, layer_norm: bool = False, labels: int = 0) -> nn.Sequential:
-    """Residual blocks, each of which halves the image; ``labels`` are channels more at the input."""
+def resnet_critic(shape: Image, channels: Sequence[int], layer_norm: bool = False, context: int = 0) -> nn.Sequential:
+    """Residual blocks, each of which halves the image; ``context`` are channels more at the input.
+
+    Raises SettingsError for channels that do not fit.
+    """
     stages, base = _stages(shape)
     widths = _widths(channels, stages + 1)
 
     def norm(width: int) -> list[nn.Module]:
         return [nn.GroupNorm(1, width)] if layer_norm else []
 
-    layers: list[nn.Module] = [nn.Conv2d(shape[0] + labels, channels, 3, padding=_rim(shape))]
+    layers: list[nn.Module] = [nn.Conv2d(shape[0] + context, widths[0], 3, padding=_rim(shape))]
     for before, after in pairwise(widths):
         branch = nn.Sequential(
             *norm(before),
@@ -112,7 +137,7 @@ def resnet_critic(shape: Image, channels: int, layer_norm: bool = False, labels:
 class Residual(nn.Module):
     """branch(x) + shortcut(x); the identity for no shortcut.
 
-    Raises ValueError where one of them would overwrite the x that the other reads.
+    Raises ValueError if one of them would overwrite the x that the other reads.
     """
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None) -> None:
@@ -128,9 +153,10 @@ class Residual(nn.Module):
 
 
 class WithContext(nn.Module):
-    """A network that is shown (x, context), the context (N, C) as more features of vectors, or channels of images.
+    """A network that is shown x (N, ...) and a context (N, C) as one tensor.
 
-    Of examples (N, ...) that are neither, or with ``planes`` false, it sees all cells as features.
+    With ``planes``, x are images (N, channels, H, W), and the network sees (N, channels + C, H, W), C constant planes
+    more; without, it sees all cells of x as features, (N, cells + C).
     """
 
     def __init__(self, network: nn.Module, planes: bool) -> None:
@@ -173,15 +199,23 @@ def _rim(shape: Image) -> tuple[int, int]:
     return 1 + rims[0], 1 + rims[1]
 
 
-def _widths(channels: int, count: int) -> list[int]:
-    return [channels * min(2**k, WIDEST) for k in range(count)]
+def _widths(channels: Sequence[int], count: int) -> list[int]:
+    """As many widths as there are resolutions, from the finest to the coarsest."""
+    if len(channels) == 1:
+        return [channels[0] * min(2**k, WIDEST) for k in range(count)]
+    if len(channels) != count:
+        raise SettingsError(
+            f"channels must be one width, or {count}: one for each resolution, from the finest to the coarsest; got "
+            f"{tuple(channels)}"
+        )
+    return list(channels)
 
 
 def _start(inputs: int, width: int, base: tuple[int, int]) -> list[nn.Module]:
     return [nn.Linear(inputs, width * math.prod(base)), nn.Unflatten(1, (width, *base))]
 
 
-def _small_weights(network: nn.Sequential) -> nn.Sequential:
+def _small_weights(network: Network) -> Network:
     """Weights with standard deviation 0.02 around 0, of batch norm around 1: arXiv 1511.06434, section 4."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):

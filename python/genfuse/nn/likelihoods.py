@@ -1,19 +1,34 @@
 """Decoder likelihoods p(x | z): full log-densities and log-masses in nats, constants included.
 
-Each reads the decoder's output ``params``, (..., N, *shape, parameters_per_cell), for examples ``x``, (N, *shape); axes
-that lead N, such as the samples of an importance-weighted bound, are kept. Discrete data is x = k / (levels - 1) with
+What a VAE asks of its likelihood is `AnyLikelihood`. Those here read the decoder's output ``params``, (..., N, *shape,
+parameters_per_cell), for examples ``x``, (N, *shape); axes that lead N, such as the samples of an importance-weighted
+bound, are kept. Discrete data is x = k / (levels - 1) with
 k = 0 ... levels - 1. Half-precision parameters are read as they are and computed with in float32.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class AnyLikelihood(Protocol):
+    """p(x | z) as a VAE needs it: of the decoder's output ``raw`` for M latents, whatever it is, and M examples."""
+
+    def log_prob(self, raw: Any, x: Tensor, /) -> Tensor:
+        """log p(x | z), (M,) nats, for examples (M, *shape)."""
+
+    def mean(self, raw: Any, /) -> Tensor:
+        """E[x | z], (M, *shape)."""
+
+    def sample(self, raw: Any, generator: torch.Generator | None, /) -> Tensor:
+        """A draw x ~ p(x | z), (M, *shape), all of its noise from ``generator``, which is on the device of ``raw``."""
+
+
 def at_least_float32(t: Tensor) -> Tensor:
+    """A tensor of 16 bits as float32; wider ones as they are."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
@@ -94,7 +109,7 @@ class Gaussian(Likelihood):
         if self.parameters_per_cell == 2:
             mean, shift = at_least_float32(params).unbind(-1)
             return mean, self.start + _bounded(shift, 12)
-        return at_least_float32(params).squeeze(-1), self.start + _bounded(self.shift, 12)
+        return at_least_float32(params).squeeze(-1), self.start + _bounded(self.shift.to(params.device), 12)
 
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
         mean, logvar = self.mean_and_logvar(params)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
 from genfuse.models import Batch, GenerativeModel, Player, adam
+from genfuse.nn import mlp
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,16 @@ class AAEConfig:
     shape: tuple[int, ...] = (1, 28, 28)  # of one example; taken from the data
     levels: int | None = 256  # of discrete data, None for real-valued data; taken from the data
     latent_dim: int = 8
-    hidden: int = 128  # width of all networks
+    hidden: tuple[int, ...] = (128,)  # widths of the encoder's layers; the decoder has them in reverse
     weight: float = 0.1  # of the adversarial term, beside the squared error of an example's cells
     lr: float = 1e-3  # of both players
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "hidden", "weight", "lr"):
+        for name in ("latent_dim", "weight", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if min(self.hidden, default=1) < 1:
+            raise SettingsError(f"hidden must be widths of at least 1, got {self.hidden}")
 
 
 class AAE(GenerativeModel):
@@ -39,15 +42,13 @@ class AAE(GenerativeModel):
     def __init__(self, config: AAEConfig) -> None:
         super().__init__(config)
         cells, hidden, latent = math.prod(config.shape), config.hidden, config.latent_dim
-        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(cells, hidden), nn.ReLU(), nn.Linear(hidden, latent))
+        self.encoder = nn.Sequential(nn.Flatten(), mlp([cells, *hidden, latent]))
         self.decoder = nn.Sequential(
-            nn.Linear(latent, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, cells),
+            mlp([latent, *hidden[::-1], cells]),
             nn.Identity() if config.levels is None else nn.Sigmoid(),
             nn.Unflatten(1, config.shape),
         )
-        self.discriminator = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.discriminator = mlp([latent, *hidden, 1])
 
     def players(self) -> list[Player]:
         autoencoder = [*self.encoder.parameters(), *self.decoder.parameters()]

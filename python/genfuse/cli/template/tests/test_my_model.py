@@ -8,4 +8,4 @@ def test_it_keeps_the_contract_of_genfuse_models() -> None:
 
 
 def test_it_keeps_it_with_other_settings() -> None:
-    check_model(MyModel, latent_dim=2, hidden=32)
+    check_model(MyModel, latent_dim=2, hidden=(32,))

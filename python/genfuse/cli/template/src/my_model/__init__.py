@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from genfuse.errors import SettingsError
 from genfuse.models import Batch, GenerativeModel
+from genfuse.nn import mlp
 from genfuse.ops import reparameterize_kl
 
 
@@ -18,12 +20,11 @@ class MyModelConfig:
     shape: tuple[int, ...] = (1, 28, 28)  # of one example; taken from the data
     levels: int | None = 256  # of discrete data, which lies in [0, 1]; None: real-valued; taken from the data
     latent_dim: int = 10
-    hidden: int = 256  # width of the networks
+    hidden: tuple[int, ...] = (256,)  # widths of the encoder's layers; the decoder has them in reverse
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "hidden"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.latent_dim, *self.hidden) < 1:
+            raise SettingsError(f"latent_dim and hidden must be at least 1, got {self.latent_dim} and {self.hidden}")
 
 
 class MyModel(GenerativeModel):
@@ -34,33 +35,33 @@ class MyModel(GenerativeModel):
     def __init__(self, config: MyModelConfig) -> None:
         super().__init__(config)
         cells, hidden = math.prod(config.shape), config.hidden
-        self.encoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(cells, hidden), nn.ReLU(), nn.Linear(hidden, 2 * config.latent_dim)
-        )
+        self.encoder = nn.Sequential(nn.Flatten(), mlp([cells, *hidden, 2 * config.latent_dim]))
         self.decoder = nn.Sequential(
-            nn.Linear(config.latent_dim, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, cells),
+            mlp([config.latent_dim, *hidden[::-1], cells]),
             nn.Identity() if config.levels is None else nn.Sigmoid(),
             nn.Unflatten(1, config.shape),
         )
         self.log_sigma = nn.Parameter(torch.tensor(-1.5))
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and logvar (N, latent_dim) of q(z | x)."""
+    def posterior(self, x: Tensor) -> Independent:
+        """q(z | x), of batch shape (N,)."""
         mu, logvar = self.encoder(x).chunk(2, dim=-1)
-        return mu, logvar
+        return Independent(Normal(mu, (logvar / 2).exp()), 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """z (N, latent_dim): the mean of q(z | x)."""
+        return self.encoder(x).chunk(2, dim=-1)[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """The mean (N, *shape) of p(x | z)."""
         return self.decoder(z)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x)[0])
+        return self.decode(self.encode(x))
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """The negative ELBO in nats, a mean per example, and its two terms."""
-        z, kl = reparameterize_kl(*self.encode(batch.x))
+        z, kl = reparameterize_kl(*self.encoder(batch.x).chunk(2, dim=-1))
         error = (self.decode(z) - batch.x).flatten(1)
         gaussian = 0.5 * (error / self.log_sigma.exp()).square() + self.log_sigma + 0.5 * math.log(2 * math.pi)
         reconstruction = gaussian.sum(1).mean()
