@@ -277,7 +277,8 @@ class GenerativeModel(nn.Module):
     def drawn_labels(self) -> Tensor:
         """The labels (K,) that training examples had, of which `sample` of a model of p(x | label) draws if it is given
         none: the setting ``seen_labels``, by default all."""
-        return torch.tensor(getattr(self.config, "seen_labels", None) or range(self.config.classes))
+        classes = self.embedding.classes if isinstance(self.embedding, OneHot) else self.config.classes
+        return torch.tensor(getattr(self.config, "seen_labels", None) or range(classes))
 
     def checked(self, x: Tensor) -> Tensor:
         """``x``, if these are examples as the model knows them. Raises DataError unless x is (N, *shape), and discrete
@@ -288,8 +289,9 @@ class GenerativeModel(nn.Module):
         check_range(x, self.levels, always=not self.training)
         return x
 
-    def context_of(self, y: Tensor | None, n: int) -> Tensor | None:
-        """The context (n, C) that `embedding` makes of labels (n,) or a context (n, C); None if it is not conditional.
+    def context_of(self, y: Tensor | None, n: int, embedding: nn.Module | None = None) -> Tensor | None:
+        """The context (n, C) that `embedding`, or one that is given in its place, such as its average, makes of labels
+        (n,) or a context (n, C); None if the model is not conditional.
 
         Raises SettingsError if y is missing or not wanted, and DataError if it is not one label or row per example.
         """
@@ -308,7 +310,7 @@ class GenerativeModel(nn.Module):
         if y.dim() < 1 or len(y) != n or (labels and (y.dim() > 1 or y.dtype.is_floating_point)):
             wanted = f"labels y must be integers ({n},), one" if labels else f"y must be a context ({n}, C), one row"
             raise DataError(f"{wanted} for each example; got {y.dtype} {tuple(y.shape)}")
-        embedded: Tensor = self.embedding(y)
+        embedded: Tensor = (embedding or self.embedding)(y)
         return embedded.to(next(self.parameters()).dtype)
 
     def draw_context(
