@@ -184,26 +184,30 @@ class DiffusionModel(GenerativeModel):
         if self.averaged_embedding is not None and self.embedding is not None:
             self.averaged_embedding.update(self.embedding)
 
-    def settle(self) -> None:
-        """Bring the averages up to date: they are the present weights as long as no update is known."""
-        super().settle()
+    def _average(self) -> Denoiser:
+        """The denoiser of all but training, up to date: of the present weights as long as no update is known."""
+        self.settle()
         if not transformed() and not torch.compiler.is_exporting():
             self.averaged.follow(self.denoiser)
             if self.averaged_embedding is not None and self.embedding is not None:
                 self.averaged_embedding.follow(self.embedding)
+        return cast(Denoiser, self.averaged.module)
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over examples and cells of (F - target)^2 at noise levels drawn anew; a number without unit.
 
         In evaluation mode F has the averaged weights.
         """
-        self.settle()
+        denoiser = self._present()
         x0, context = self._trained_on(batch.x), self._training_context(batch)
-        return self._present.loss(x0, self.draw_sigmas(len(x0)), context), {}
+        return denoiser.loss(x0, self.draw_sigmas(len(x0)), context), {}
 
-    @property
     def _present(self) -> Denoiser:
-        return self.denoiser if self.training else cast(Denoiser, self.averaged.module)
+        """The denoiser of the loss."""
+        if not self.training:
+            return self._average()
+        self.settle()
+        return self.denoiser
 
     def _training_context(self, batch: Batch) -> Tensor | None:
         """The context of a batch, of which in training some rows are all 0: none."""
@@ -226,14 +230,12 @@ class DiffusionModel(GenerativeModel):
         zeros for none. ``guidance`` w leads away from what the model says without a context: D_0 + w (D_y - D_0), arXiv
         2207.12598.
         """
-        self.settle()
-        denoised: Tensor = self.averaged(x, sigma, context, guidance=guidance)
+        denoised: Tensor = self._average()(x, sigma, context, guidance=guidance)
         return denoised
 
     def score(self, x: Tensor, sigma: float | Tensor, y: Tensor | None = None) -> Tensor:
         """The gradient of log p(x) of x = x0 + sigma eps, (N, *shape), in the model's space."""
-        self.settle()
-        return cast(Denoiser, self.averaged.module).score(x, sigma, self.context_of(y, len(x)))
+        return self._average().score(x, sigma, self.context_of(y, len(x)))
 
     @torch.no_grad()
     def sample(
@@ -268,8 +270,7 @@ class DiffusionModel(GenerativeModel):
             raise SettingsError(f"batch_size must be at least 1, got {batch_size}")
         if guidance != 1 and not self.conditional:
             raise SettingsError("guidance leads towards a label, which a model that is not conditional does not take")
-        self.settle()
-        weight = next(self.parameters())
+        denoiser, weight = self._average(), next(self.parameters())
         keys = samplers.noise_keys(weight, generator)
         labels = next(keys)
         if y is None and isinstance(self.embedding, OneHot):
@@ -281,7 +282,7 @@ class DiffusionModel(GenerativeModel):
         def denoise(x: Tensor, sigma: float) -> Tensor:
             contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
             pairs = zip(x.split(rows), contexts, strict=True)
-            x0 = torch.cat([self.averaged(part, sigma, c, guidance=guidance) for part, c in pairs])
+            x0 = torch.cat([denoiser(part, sigma, c, guidance=guidance) for part, c in pairs])
             return x0 if self.levels is None else x0.clamp(-1, 1)
 
         mean, std = self._prior(sigmas[0])
@@ -390,9 +391,8 @@ class DiffusionModel(GenerativeModel):
 
     def _given(self, y: Tensor | None, n: int) -> Callable[[Tensor, Any], Tensor]:
         """`denoise` for what is given, as samplers and likelihoods take it."""
-        self.settle()
-        context = self.context_of(y, n)
-        return lambda x, sigma: self.averaged(x, sigma, context)
+        denoiser, context = self._average(), self.context_of(y, n)
+        return lambda x, sigma: denoiser(x, sigma, context)
 
     def _prior(self, sigma: float) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (*shape) each, of the Gaussian that x = x0 + sigma eps is taken for at the

@@ -75,12 +75,12 @@ class ScoreModel(DiffusionModel):
         random signs v (arXiv 1905.07088, equation 8), which is the same less 1 in expectation."""
         if self.objective == "denoising":
             return super().loss(batch, player)
-        self.settle()
+        denoiser = self._present()
         x0, context = self._trained_on(batch.x), self._training_context(batch)
         sigma = self.draw_sigmas(len(x0))
         with torch.enable_grad():  # also if the loss is only measured
             x = torch.addcmul(x0, sigma[:, None], torch.randn_like(x0)).requires_grad_()  # (N, D)
             v = torch.randn_like(x).sign()
-            f = at_least_float32(self._present.prediction(x, sigma, context))
+            f = at_least_float32(denoiser.prediction(x, sigma, context))
             slope = torch.autograd.grad((f * v).sum(), x, create_graph=self.training)[0]
         return (f.square() - 2 * sigma[:, None] * v * slope).mean(), {}
