@@ -18,6 +18,7 @@ from genfuse.diffusion.schedules import alphas_cumprod
 from genfuse.errors import DataError, SettingsError
 from genfuse.metrics import evaluate
 from genfuse.models import Batch
+from genfuse.nn import EMA
 
 MODELS = {
     "ddpm": ("ddpm", {}),
@@ -434,6 +435,7 @@ def test_sliced_and_denoising_score_matching_agree_on_a_linear_score():
         torch.manual_seed(2)
         model = create("score", sigma_min=level, sigma_max=level * (1 + 1e-6), objective=objective).train()
         model.denoiser.network = Linear(2, 2)
+        model.averaged = EMA(model.denoiser, 0.9)
         with torch.no_grad():
             model.denoiser.network.weight.copy_(torch.tensor([[0.5, 0.2], [-0.1, 0.4]]))
             model.denoiser.network.bias.copy_(torch.tensor([0.1, -0.2]))

@@ -185,7 +185,7 @@ def _flow_log_prob(
         # Roundings to 16 bits would make the solver's steps ever smaller.
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             y = state[0].detach().requires_grad_()
-            slope = y / scale**2 - denoiser(y * scale, sigma) / scale  # dy / dlog sigma, (N, *shape)
+            slope = y / (scale * scale) - denoiser(y * scale, sigma) / scale  # dy / dlog sigma, (N, *shape)
             divergence = _divergence(slope, y, probe)
         return slope.detach(), divergence
 

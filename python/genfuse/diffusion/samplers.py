@@ -129,8 +129,9 @@ def heun_stochastic(
     """EDM's stochastic sampler, arXiv 2206.00364, algorithm 2, which puts noise back before each step; ``callback``
     sees x and sigma after that."""
     noise = noise or _drawn(generator)
-    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for step, (s, t) in enumerate(_falling(sigmas)):
+    steps = _falling(sigmas)
+    gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
+    for step, (s, t) in enumerate(steps):
         if gamma and s_tmin <= s <= s_tmax:
             s_hat = s * (1 + gamma)
             x = noise(x, s_noise * math.sqrt(s_hat**2 - s**2))
@@ -199,12 +200,12 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def _falling(sigmas: Sigmas) -> Iterator[tuple[float, float]]:
+def _falling(sigmas: Sigmas) -> list[tuple[float, float]]:
     """The levels that each step begins and ends at."""
     levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
     if len(levels) < 2 or levels[-1] < 0 or any(s <= t for s, t in pairwise(levels)):
         raise SettingsError(f"sigmas must be two or more noise levels that fall, to 0 or above, got {levels}")
-    return pairwise(levels)
+    return list(pairwise(levels))
 
 
 def _denoised(denoiser: Denoise, x: Tensor, sigma: float, step: int, callback: Callback | None) -> Tensor:
