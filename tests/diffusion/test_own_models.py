@@ -1,4 +1,4 @@
-"""Diffusion models in anybody's hands: own networks, embeddings and loops, contexts of floats, former versions' runs."""
+"""Diffusion models in anybody's hands: own networks, embeddings and loops, contexts, runs of former versions."""
 
 import copy
 import json
