@@ -219,6 +219,8 @@ class DiffusionModel(GenerativeModel):
 
     def context_of(self, y: Tensor | None, n: int, embedding: nn.Module | None = None) -> Tensor | None:
         """`GenerativeModel.context_of`, by default by the averaged weights of an own embedding."""
+        if embedding is None and self.averaged_embedding is not None:
+            self._average()
         return super().context_of(y, n, embedding or self.averaged_embedding)
 
     def denoise(
