@@ -161,6 +161,13 @@ def test_a_model_of_images_of_an_own_network_has_its_bound(name):
     assert bits.shape == (2,)
 
 
+def test_a_model_of_own_parts_has_no_run_folder(tmp_path):
+    trainer = genfuse.Trainer(steps=1, device="cpu", out=tmp_path / "run")
+    with pytest.raises(SettingsError, match="this EDM was made of parts that were given, not of settings"):
+        trainer.fit(EDM(Network(2), shape=(2,)), genfuse.load_data("toy:moons"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_without_a_shape_is_refused():
     with pytest.raises(SettingsError, match="shape is missing: give that of one example"):
         EDM(Network(2))
