@@ -4,6 +4,9 @@ import copy
 import json
 import math
 import pickle
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import nn
 
 import genfuse
 from genfuse.data import Dataset, Split
-from genfuse.errors import DataError, SettingsError
+from genfuse.errors import DataError, RunWarning, SettingsError
 from genfuse.metrics import sliced_wasserstein_distance
 from genfuse.models import Batch
 from genfuse.models.ddpm import DDPM
@@ -247,3 +250,22 @@ def test_settings_and_tensors_of_a_former_version_are_read(name):
     assert first.shape == (3, 2)
     with pytest.raises(RuntimeError, match=r"denoiser\.network\.first\.weight"):
         other.load_state_dict({key: value for key, value in state.items() if key != "network.first.weight"})
+
+
+def test_a_run_of_a_former_version_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """That of 6 steps, from before the settings and tensors had their names of now."""
+    data = genfuse.load_data("toy:moons")
+    shutil.copytree(Path(__file__).parent / "former-run", tmp_path / "former")
+    assert genfuse.Run(tmp_path / "former").model().config.hidden == (8, 8)
+    models = []
+    for out, resume in (("former", True), ("whole", False)):
+        torch.manual_seed(0)
+        model = genfuse.create("flow-matching", data, hidden=(8, 8))
+        options = {"steps": 12, "batch_size": 64, "device": "cpu", "pictures": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunWarning)  # of another version, or number of threads
+            models.append(genfuse.Trainer(out=tmp_path / out, resume=resume, **options).fit(model, data).model())
+    former, whole = (model.state_dict() for model in models)
+    assert int(former["averaged.updates"]) == 12
+    for name, value in whole.items():
+        torch.testing.assert_close(former[name], value, msg=name)
