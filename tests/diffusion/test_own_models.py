@@ -49,9 +49,9 @@ def small(name, **settings):
     return genfuse.create(name, **{"shape": (2,), "levels": None, "hidden": (16,), "ema": 0.9, **settings})
 
 
-def loop(model, steps=8, accumulate=1, after=None, loss=None):
+def loop(model, steps=8, accumulate=1, after=None, loss=None, fused=False):
     """As one writes it, with all parameters."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, fused=fused)
     torch.manual_seed(1)
     for _ in range(steps):
         for _ in range(accumulate):
@@ -66,11 +66,11 @@ def loop(model, steps=8, accumulate=1, after=None, loss=None):
 # Averages that cannot be forgotten.
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("accumulate", "fused"), [(1, False), (3, False), (1, True)])
 @every_model
-def test_an_own_loop_samples_as_one_that_counts_its_steps(name, accumulate):
-    plain, counted = loop(small(name), accumulate=accumulate), small(name)
-    loop(counted, accumulate=accumulate, after=counted.stepped)
+def test_an_own_loop_samples_as_one_that_counts_its_steps(name, accumulate, fused):
+    plain, counted = loop(small(name), accumulate=accumulate, fused=fused), small(name)
+    loop(counted, accumulate=accumulate, fused=fused, after=counted.stepped)
     a, b = (model.sample(5, steps=3, generator=seeded()) for model in (plain, counted))
     assert torch.equal(a, b)
     assert int(plain.averaged.updates) == int(counted.averaged.updates) == 8

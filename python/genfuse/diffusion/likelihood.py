@@ -180,7 +180,7 @@ def _flow_log_prob(
     probe = None if key is None else noisy(x, 1.0, key)[1].sign()
 
     def change(log_sigma: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        sigma = float(log_sigma.exp())
+        sigma = min(float(log_sigma.exp()), 1e30)  # the solver's first step may go far beyond the end
         scale = math.hypot(1, sigma)
         # Roundings to 16 bits would make the solver's steps ever smaller.
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 import typeguard
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
@@ -228,6 +229,7 @@ class GenerativeModel(nn.Module):
         """How often the weights of each player were changed in place."""
         if self._weights is None:  # it takes longer to find them than to look at them
             self._weights = {player.name: list(player.parameters) for player in self.players()}
+            _COUNTED.update(id(weight) for weights in self._weights.values() for weight in weights)
         return {player: sum(weight._version for weight in weights) for player, weights in self._weights.items()}
 
     def train(self, mode: bool = True) -> Self:
@@ -416,6 +418,19 @@ def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
                 f"x must be in [0, 1], as batches of data with {levels} levels are; got values from {float(low):.4g} "
                 f"to {float(high):.4g}: divide 0..255 by 255, and take (x + 1) / 2 of [-1, 1]"
             )
+
+
+_COUNTED: set[int] = set()  # ids of weights whose changes models ask for
+
+
+def _count_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count a change of weights by a fused optimizer, which does not do so as all others do."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if id(p) in _COUNTED])
+
+
+register_optimizer_step_post_hook(_count_update)
 
 
 def transformed() -> bool:

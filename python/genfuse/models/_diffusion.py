@@ -183,6 +183,7 @@ class DiffusionModel(GenerativeModel):
         self.averaged.update(self.denoiser)
         if self.averaged_embedding is not None and self.embedding is not None:
             self.averaged_embedding.update(self.embedding)
+        super().after_step(player)
 
     def _average(self) -> Denoiser:
         """The denoiser of all but training, up to date: of the present weights as long as no update is known."""
