@@ -3,7 +3,6 @@
 import copy
 import pickle
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -50,9 +49,7 @@ def step(model, player, optimizer):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(
-    "make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, partial(torch.optim.Adam, fused=True)], ids=str
-)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
 def test_an_own_loop_counts_each_update_of_each_player_once(make):
     torch.manual_seed(0)
     model = Counter(CounterConfig())

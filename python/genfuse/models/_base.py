@@ -203,21 +203,30 @@ class GenerativeModel(nn.Module):
     def after_step(self, player: str) -> None:
         """Called after each update of ``player``: for weight clipping, moving averages, counters and the like.
 
-        The trainer calls it by `stepped`, and `settle` does in a loop of the user's own.
+        The trainer calls it by `stepped`, and `settle` does in a loop of the user's own. Call ``super().after_step`` at
+        the end of your own: then an update that a loop tells of itself, by calling this, is not counted twice.
         """
+        now = self._versions()
+        if player in now:
+            self._stepped = {**(self._stepped or now), player: now[player]}
 
     def stepped(self, player: str) -> None:
         """Call `after_step` for an update that was just made."""
         self.after_step(player)
         self._stepped = self._versions()
 
-    def settle(self) -> None:
+    def settle(self, *, always: bool = False) -> None:
         """Call `after_step` of each player whose weights were changed since the last call of this or of `stepped`.
 
         A model whose `after_step` matters calls this first in `loss` and in whatever shows the result, so that nobody's
-        own training loop has to know of `after_step`. In what is compiled or transformed it does nothing.
+        own training loop has to know of `after_step`. In what is compiled it does nothing, or if it has to ``always``
+        breaks the graph; in what is transformed by torch.func it does nothing.
         """
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling():
+            if always:
+                _settle(self)
+            return
+        if transformed():
             return
         now = self._versions()
         before, self._stepped = self._stepped or now, now
@@ -229,7 +238,6 @@ class GenerativeModel(nn.Module):
         """How often the weights of each player were changed in place."""
         if self._weights is None:  # it takes longer to find them than to look at them
             self._weights = {player.name: list(player.parameters) for player in self.players()}
-            _COUNTED.update(id(weight) for weights in self._weights.values() for weight in weights)
         return {player: sum(weight._version for weight in weights) for player, weights in self._weights.items()}
 
     def train(self, mode: bool = True) -> Self:
@@ -240,7 +248,13 @@ class GenerativeModel(nn.Module):
         self._stepped = self._weights = None
         return super()._apply(*args, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module, the last update of the user's own loop counted."""
+        self.settle()
+        return super().state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         return {**self.__dict__, "_stepped": None, "_weights": None}  # copies count anew
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -292,8 +306,8 @@ class GenerativeModel(nn.Module):
         return x
 
     def context_of(self, y: Tensor | None, n: int, embedding: nn.Module | None = None) -> Tensor | None:
-        """The context (n, C) that `embedding`, or one that is given in its place, such as its average, makes of labels
-        (n,) or a context (n, C); None if the model is not conditional.
+        """The context (n, C) that ``embedding``, by default the model's own, makes of labels (n,) or a context (n, C);
+        None if the model is not conditional.
 
         Raises SettingsError if y is missing or not wanted, and DataError if it is not one label or row per example.
         """
@@ -316,7 +330,11 @@ class GenerativeModel(nn.Module):
         return embedded.to(next(self.parameters()).dtype)
 
     def draw_context(
-        self, n: int, y: Tensor | Sequence[float] | int | None, generator: torch.Generator | None
+        self,
+        n: int,
+        y: Tensor | Sequence[float] | int | None,
+        generator: torch.Generator | None,
+        **embedding: nn.Module,
     ) -> Tensor | None:
         """`context_of` y, which may be one label or one row (C,) for all n; `drawn_labels`, uniformly, if it is left
         out. Raises SettingsError if it is left out of a model that takes no labels but a context."""
@@ -324,7 +342,7 @@ class GenerativeModel(nn.Module):
             where = torch.device("cpu") if generator is None else generator.device
             labels = self.drawn_labels.to(where)
             y = labels[torch.randint(len(labels), (n,), device=where, generator=generator)]
-        return self.context_of(self.for_all(y, n), n)
+        return self.context_of(self.for_all(y, n), n, **embedding)
 
     def for_all(self, y: Tensor | Sequence[float] | int | None, n: int) -> Tensor | None:
         """One label, or one row (C,) of a context, as of n examples, on the model's device; else y as it is."""
@@ -338,10 +356,12 @@ class GenerativeModel(nn.Module):
 
     def some_given(self, data: Dataset, n: int) -> dict[str, Tensor]:
         """What `sample` and others are given to draw n examples that stand for all of ``data``: as ``y`` each label in
-        turn, or the contexts of the first test examples; nothing if the model is not conditional."""
+        turn, or what is given with the first test examples, if that is a context or the model does not know its labels;
+        nothing if the model is not conditional."""
         if not self.conditional:
             return {}
-        y = data.splits["test"].y if data.condition else self.drawn_labels
+        labels = isinstance(self.embedding, OneHot) or getattr(self.config, "classes", None)
+        y = self.drawn_labels if labels and not data.condition else data.splits["test"].y
         assert y is not None  # `check_data` saw to it
         return {"y": y[torch.arange(n, device=y.device) % len(y)].to(self.device)}
 
@@ -350,7 +370,7 @@ class GenerativeModel(nn.Module):
 
         Extend it for other facts.
         """
-        if self.shape != data.shape:
+        if self.shape is not None and self.shape != data.shape:
             raise SettingsError(
                 f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "
                 f"{self.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
@@ -420,17 +440,19 @@ def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
             )
 
 
-_COUNTED: set[int] = set()  # ids of weights whose changes models ask for
+def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count a change of the weights that an optimizer has stepped, by which `GenerativeModel.settle` sees it. Fused
+    optimizers, and those that write to ``weight.data``, do not do so themselves."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    torch.autograd.graph.increment_version([weight for weight in weights if weight.grad is not None])
 
 
-def _count_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Count a change of weights by a fused optimizer, which does not do so as all others do."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version([p for p in group["params"] if id(p) in _COUNTED])
+register_optimizer_step_post_hook(_tell_of_step)
 
 
-register_optimizer_step_post_hook(_count_update)
+@torch.compiler.disable
+def _settle(model: GenerativeModel) -> None:
+    model.settle()
 
 
 def transformed() -> bool:

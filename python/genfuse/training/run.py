@@ -321,7 +321,9 @@ def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) 
         elif section == "model":
             cls = models.load(new[section]["name"])
             fields = dataclasses.fields(cls.Config)
-            was_all, now_all = cls.current(was_all), cls.current(now_all)
+            was_all, now_all = (json.loads(json.dumps(cls.current(each))) for each in (was_all, now_all))
+            # What the data decides is compared with the data.
+            now_all = {key: value for key, value in now_all.items() if key in was_all or key not in models.FACTS}
             defaults = json.loads(
                 json.dumps({f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
             )
