@@ -137,7 +137,7 @@ def test_the_density_of_a_known_denoiser_is_its_data_s():
 
 
 def test_the_variational_bound_of_a_known_denoiser_lies_below_its_density():
-    x = torch.randn(200, 2, generator=seeded(), dtype=torch.float64)
+    x = math.sqrt(C2) * torch.randn(200, 2, generator=seeded(), dtype=torch.float64)
     options = {"strata": 400, "generator": seeded()}
     bound, error = likelihood.variational_bound(denoiser, x, schedules.ddpm(1000), **options)
     options["generator"] = seeded()

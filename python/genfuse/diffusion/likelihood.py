@@ -137,7 +137,7 @@ def variational_bound(
         variance += (pair[0] - pair[1]).square() / 4
 
     x_1 = noisy(x, sigma_1, next(keys))[0]
-    log_p = decoder_log_prob(x, denoiser(x_1, sigma_1), sigma_1, levels)
+    log_p = decoder_log_prob(x, denoiser(x_1, sigma[1].expand(n)), sigma_1, levels)
     mean, std = _prior(x, sigma_T, prior)
     ratio = (sigma_T / std).square()  # of the variances of q(x_T | x) and of p(x_T)
     kl = 0.5 * (((x - mean) / std).square() + ratio - 1 - ratio.log()).flatten(1).sum(1)

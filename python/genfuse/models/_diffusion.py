@@ -280,7 +280,7 @@ class DiffusionModel(GenerativeModel):
             drawn = self.drawn_labels.to(labels.device)
             y = drawn[(philox.uniform(labels, (n,)) * len(drawn)).long()]
         context = self.context_of(self.for_all(y, n), n)
-        rows = batch_size or max(1, 2**20 // math.prod(self.shape or ()))  # in bounded memory
+        rows = batch_size or max(1, 2**20 // self.mean.numel())  # in bounded memory
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
