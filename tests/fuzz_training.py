@@ -33,10 +33,10 @@ MODELS = {
     "gan": {**MLP, "latent_dim": 2},
     "wgan": {**MLP, "latent_dim": 2},
     "wgan-gp": {**MLP, "latent_dim": 2},
-    "ddpm": {"hidden": 8, "layers": 1},
-    "edm": {"hidden": 8, "layers": 1},
-    "score": {"hidden": 8, "layers": 1},
-    "flow-matching": {"hidden": 8, "layers": 1},
+    "ddpm": {"hidden": (8,)},
+    "edm": {"hidden": (8,)},
+    "score": {"hidden": (8,)},
+    "flow-matching": {"hidden": (8,)},
 }
 COLUMNS = {
     "normal": lambda rng, n: rng.normal(size=n),

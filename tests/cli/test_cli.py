@@ -663,7 +663,7 @@ def test_temperature_and_label_are_refused_where_they_have_no_meaning(capsys, fl
 
 def test_samples_take_a_sampler_and_the_first_of_many_are_the_few(capsys, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--model.hidden", "8", "--model.layers", "1", "--model.conditional"]
+    small = ["--model.hidden", "8", "--model.conditional"]
     train = ["train", "edm", "--data", "toy:moons", "--steps", "2", "--no-pictures", "--device", "cpu", *small]
     assert main([*train, "--out", "edm"]) == 0
     options = ["--sampler", "ddim", "--steps", "3", "--guidance", "1.5"]

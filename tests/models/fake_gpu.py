@@ -65,9 +65,9 @@ for name in sys.argv[2:]:
             model = genfuse.create(name, shape=shape)
         except genfuse.errors.GenfuseError:
             continue  # not of this shape
-        if hasattr(model, "noise_levels"):  # they are made on the CPU, where fake tensors have no values either
-            levels = model.noise_levels(model.sampler[1])
-            model.noise_levels = lambda steps, levels=levels: levels
+        if hasattr(model, "sigma_schedule"):  # they are made on the CPU, where fake tensors have no values either
+            sigmas = model.sigma_schedule(model.sampler[1])
+            model.sigma_schedule = lambda steps, sigmas=sigmas: sigmas
         with FakeTensorMode(allow_non_fake_inputs=True):
             to_gpu(model)
             x = torch.rand(8, *shape, device="cuda:0")

@@ -12,10 +12,13 @@ from torch.distributions import MultivariateNormal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genfuse
+from genfuse.diffusion.likelihood import decoder_log_prob
+from genfuse.diffusion.samplers import SAMPLERS
+from genfuse.diffusion.schedules import alphas_cumprod
 from genfuse.errors import DataError, SettingsError
 from genfuse.metrics import evaluate
 from genfuse.models import Batch
-from genfuse.models._samplers import SAMPLERS
+from genfuse.nn import EMA
 
 MODELS = {
     "ddpm": ("ddpm", {}),
@@ -25,7 +28,7 @@ MODELS = {
     "score": ("score", {}),
     "flow-matching": ("flow-matching", {}),
 }
-SMALL = {"hidden": 16, "layers": 1, "channels": (8, 8)}
+SMALL = {"hidden": (16,), "channels": (8, 8)}
 CLASSES = {"conditional": True, "classes": 3}
 every_model = pytest.mark.parametrize("name", MODELS)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
@@ -37,17 +40,25 @@ def create(name, shape=(2,), levels=None, **settings):
 
 
 def scrambled(name, *args, **settings):
-    """A small model in evaluation mode whose averaged weights are not where they start."""
+    """A small model in evaluation mode whose weights are not where they start."""
     torch.manual_seed(0)
     model = create(name, *args, **settings).eval()
     with torch.no_grad():
-        for p in model.average.parameters():
+        for p in model.denoiser.parameters():
             p += 0.1 * torch.randn_like(p)
     return model
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def with_network(model, network):
+    """The model with another network, whose weights are no average."""
+    if not model.averaged.updates:
+        model.averaged.update(model.denoiser)  # else it would follow the weights that are trained
+    model.averaged.module.network = network
+    return model
 
 
 class Mixture:
@@ -82,19 +93,19 @@ class Mixture:
     def given_to(self, model):
         """The model in float64, with a network that predicts what this data's denoiser implies, as its paper has it."""
         model = copy.deepcopy(model).double().eval()
-        unit, target, alpha_of = model.unit, model.target, model.alpha
+        denoiser = model.denoiser
+        unit, target, alpha_of = denoiser.sigma_data, denoiser.predict, denoiser.alpha
 
         class Network(nn.Module):
-            def forward(network, x_t, log_level, context=None):  # noqa: N805
-                level = log_level[:, None].exp()  # of examples divided by the unit
+            def forward(network, x_t, log_sigma, context=None):  # noqa: N805
+                level = log_sigma[:, None].exp()  # of examples divided by the unit
                 alpha, sigma = alpha_of(level), level * alpha_of(level)
                 at = unit * (level[0, 0] if (level == level[0]).all() else level[:, 0])
                 x0 = self.denoise(x_t * unit / alpha, at) / unit
                 eps = (x_t - alpha * x0) / sigma
                 return {"noise": eps, "x0": x0, "v": alpha * eps - sigma * x0, "velocity": eps - x0}[target]
 
-        model.average = Network()
-        return model
+        return with_network(model, Network())
 
 
 ROTATED = torch.tensor([[1.2, 0.7], [0.7, 0.6]], dtype=torch.float64)
@@ -142,7 +153,7 @@ def test_the_order_of_a_deterministic_sampler_by_step_halving(sampler, order):
     exact = GAUSSIAN.means + off @ axes.T
     errors = []
     for steps in (40, 80, 160, 320):
-        path = SAMPLERS[sampler](model.denoise, start, model.noise_levels(steps), None)
+        path = SAMPLERS[sampler].steps(model.denoise, start, model.sigma_schedule(steps))
         errors.append(float((list(path)[-2] - exact).abs().mean()))  # at the smallest level, before the step to 0
     rates = [math.log2(a / b) for a, b in pairwise(errors)]
     assert rates[-1] == pytest.approx(order, abs=0.25), (errors, rates)
@@ -173,11 +184,10 @@ def fixed(model, output):
     """The model with a network that says ``output`` whatever it sees."""
 
     class Network(nn.Module):
-        def forward(self, x_t, log_level, context=None):
+        def forward(self, x_t, log_sigma, context=None):
             return output
 
-    model.average = Network()
-    return model
+    return with_network(model, Network())
 
 
 @diffusers
@@ -186,7 +196,7 @@ def fixed(model, output):
 def test_ancestral_steps_are_those_of_diffusers(schedule, prediction):
     theirs = scheduler("DDPMScheduler", schedule, prediction, clip_sample=False)
     ours = genfuse.create("ddpm", shape=(3,), levels=None, schedule=schedule, prediction=prediction)
-    levels = ours.noise_levels(1000)
+    levels = ours.sigma_schedule(1000)
     for t in (999, 998, 600, 30, 1, 0):
         x, out = torch.randn(2, 4, 3, dtype=torch.float64)
         s, after = levels[999 - t], levels[1000 - t]
@@ -195,7 +205,7 @@ def test_ancestral_steps_are_those_of_diffusers(schedule, prediction):
         def noise(x, sigma, t=t):
             return x + sigma * torch.randn(x.shape, generator=seeded(t), dtype=x.dtype)
 
-        [found] = SAMPLERS["ancestral"](fixed(ours, out).denoise, x * math.hypot(1, s), (s, after), noise)
+        [found] = SAMPLERS["ancestral"].steps(fixed(ours, out).denoise, x * math.hypot(1, s), (s, after), noise=noise)
         torch.testing.assert_close(found / math.hypot(1, after), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -207,13 +217,14 @@ def test_ddim_steps_are_those_of_diffusers(schedule, prediction, eta):
     theirs = scheduler("DDIMScheduler", schedule, prediction, clip_sample=False, set_alpha_to_one=True)
     theirs.set_timesteps(50)
     ours = genfuse.create("ddpm", shape=(3,), levels=None, schedule=schedule, prediction=prediction)
-    levels = ours.noise_levels(1000)[::-1]  # that of timestep t is levels[t + 1]
+    levels = ours.sigma_schedule(1000)[::-1]  # that of timestep t is levels[t + 1]
     for t in (980, 500, 20, 0):
         x, out, z = torch.randn(3, 4, 3, dtype=torch.float64)
         s, after = levels[t + 1], levels[max(0, t - 20 + 1)]
         expected = theirs.step(out, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
         noisy = lambda x, sigma, z=z: x + sigma * z  # noqa: E731
-        [found] = SAMPLERS["ddim"](fixed(ours, out).denoise, x * math.hypot(1, s), (s, after), noisy, eta=eta)
+        start = x * math.hypot(1, s)
+        [found] = SAMPLERS["ddim"].steps(fixed(ours, out).denoise, start, (s, after), noise=noisy, eta=eta)
         torch.testing.assert_close(found / math.hypot(1, after), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -222,10 +233,10 @@ def test_dpm_solver_is_that_of_diffusers():
     theirs = scheduler("DPMSolverMultistepScheduler", "linear", final_sigmas_type="zero")
     theirs.set_timesteps(20)
     ours = GAUSSIAN.given_to(genfuse.create("ddpm", shape=(2,), levels=None))
-    table = ours.noise_levels(1000)[::-1]
+    table = ours.sigma_schedule(1000)[::-1]
     levels = [table[t + 1] for t in theirs.timesteps.tolist()] + [0.0]
     x = torch.randn(6, 2, dtype=torch.float64)
-    path = SAMPLERS["dpm-solver++"](ours.denoise, x * math.hypot(1, levels[0]), levels, None)
+    path = SAMPLERS["dpm-solver++"].steps(ours.denoise, x * math.hypot(1, levels[0]), levels)
     for t, s, after, found in zip(theirs.timesteps, levels, levels[1:], path, strict=False):
         at = x * math.hypot(1, s)
         x = theirs.step((at - GAUSSIAN.denoise(at, s)) / s, t, x).prev_sample
@@ -290,8 +301,8 @@ def test_the_flow_has_the_density_of_a_mixture_whose_score_is_known(name):
     x = TWO.sample(200)
     found, error = model.log_prob_and_error(x)
     assert torch.equal(error, torch.zeros_like(error))
-    prior = 6 / model.limits[1]  # which leaves out the data's mean: an error of about mean / level * eps
-    torch.testing.assert_close(found, TWO.log_prob(x, model.limits[0]), rtol=0, atol=prior + 0.01)
+    prior = 6 / model.sigma_max  # which leaves out the data's mean: an error of about mean / level * eps
+    torch.testing.assert_close(found, TWO.log_prob(x, model.sigma_min), rtol=0, atol=prior + 0.01)
 
 
 @every_model
@@ -307,7 +318,7 @@ def test_the_flow_ends_at_the_mean_and_variance_of_the_examples_that_were_traine
     model.eval().loss(Batch(examples + 9), "model")
     assert model.seen == 4000
     x, known = data.sample(200), data.given_to(model)
-    off = known.log_prob(x, tolerance=1e-6) - data.log_prob(x, model.limits[0])
+    off = known.log_prob(x, tolerance=1e-6) - data.log_prob(x, model.sigma_min)
     assert off.abs().max() < 0.02 + (0.05 if name in ("ddpm", "ddpm-x0-cosine", "ddpm-v") else 0)
     start = known.sample(2000, sampler="ddim", steps=1, generator=seeded())  # one step ends at the mean, near enough
     torch.testing.assert_close(start.mean(0), examples.double().mean(0), rtol=0, atol=0.05)
@@ -322,7 +333,7 @@ def test_the_density_of_the_flow_integrates_to_one(name):
 
 
 def test_the_density_of_a_network_integrates_to_one_and_samples_follow_it():
-    model = scrambled("edm", hidden=16).double()
+    model = scrambled("edm", hidden=(16,)).double()
     x = model.sample(20_000, sampler="heun", steps=60, generator=seeded())
     low, high = x.amin(0) - 1, x.amax(0) + 1
     at = [torch.linspace(float(a), float(b), 121, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
@@ -359,7 +370,7 @@ def test_the_variational_bound_has_its_value_within_its_standard_error(name):
     data = Mixture(torch.zeros(1, d), c2 * torch.eye(d)[None], [1.0])
     model = data.given_to(create(name, (d,), timesteps=100))
     x = data.sample(200)
-    squares = model.config.alphas_squared()
+    squares = alphas_cumprod(timesteps=100, betas=model.config.schedule)
     s2 = (1 - squares) / squares
 
     def off(s2):  # E |x - D(x + s eps)|^2, (N, T)
@@ -386,12 +397,9 @@ def test_the_variational_bound_has_its_value_within_its_standard_error(name):
 @pytest.mark.parametrize("levels", [2, 3, 17, 256])
 @pytest.mark.parametrize("level", [0.003, 0.1, 5.0])
 def test_the_decoder_of_discrete_data_is_a_distribution(levels, level):
-    model = create("ddpm", (1,), levels=levels).double()
     for denoised in (-1.4, -1.0, -0.33, 0.0, 0.7, 1.0, 1.4):
-        fixed(model, torch.zeros(levels, 1).double())
-        model.denoise = lambda x, s, context=None, d=denoised: torch.full_like(x, d)
         x = torch.linspace(-1, 1, levels, dtype=torch.float64)[:, None]
-        log_p = model.decoder_log_prob(x, x, level, None)
+        log_p = decoder_log_prob(x, torch.full_like(x, denoised), level, levels)
         assert not log_p.isnan().any()
         assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-9)
 
@@ -419,31 +427,32 @@ def test_sliced_and_denoising_score_matching_agree_on_a_linear_score():
     level, x = 0.5, GAUSSIAN.sample(100_000).float()
 
     class Linear(nn.Linear):
-        def forward(self, x_t, log_level, context=None):
+        def forward(self, x_t, log_sigma, context=None):
             return super().forward(x_t)
 
     found = []
     for objective in ("denoising", "sliced"):
         torch.manual_seed(2)
         model = create("score", sigma_min=level, sigma_max=level * (1 + 1e-6), objective=objective).train()
-        model.network = Linear(2, 2)
+        model.denoiser.network = Linear(2, 2)
+        model.averaged = EMA(model.denoiser, 0.9)
         with torch.no_grad():
-            model.network.weight.copy_(torch.tensor([[0.5, 0.2], [-0.1, 0.4]]))
-            model.network.bias.copy_(torch.tensor([0.1, -0.2]))
+            model.denoiser.network.weight.copy_(torch.tensor([[0.5, 0.2], [-0.1, 0.4]]))
+            model.denoiser.network.bias.copy_(torch.tensor([0.1, -0.2]))
         loss, _ = model.loss(Batch(x))
         loss.backward()
-        found.append((loss.detach(), model.network.weight.grad, model.network.bias.grad))
+        found.append((loss.detach(), model.denoiser.network.weight.grad, model.denoiser.network.bias.grad))
     torch.testing.assert_close(found[0][0], found[1][0] + 1, rtol=0, atol=0.02)
     for a, b in zip(found[0][1:], found[1][1:], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0.02)
     precision = torch.linalg.inv(GAUSSIAN.with_noise(level)[0]).float()
     with torch.no_grad():  # score = -precision (x - mean) = -F / level, of x_t = alpha x
-        model.network.weight.copy_(level * precision / model.alpha(level))
-        model.network.bias.copy_(-level * precision @ GAUSSIAN.means[0].float())
+        model.denoiser.network.weight.copy_(level * precision / model.denoiser.alpha(level))
+        model.denoiser.network.bias.copy_(-level * precision @ GAUSSIAN.means[0].float())
     model.zero_grad()
     model.loss(Batch(x))[0].backward()
-    assert model.network.weight.grad.abs().max() < 0.03
-    assert model.network.bias.grad.abs().max() < 0.03
+    assert model.denoiser.network.weight.grad.abs().max() < 0.03
+    assert model.denoiser.network.bias.grad.abs().max() < 0.03
 
 
 @every_model
@@ -453,7 +462,7 @@ def test_the_loss_is_least_for_the_exact_network(name):
     losses = []
     for change in (0.0, 0.3, -0.3):
         model = copy.deepcopy(exact)
-        model.average.register_forward_hook(lambda module, inputs, out, change=change: out + change)
+        model.averaged.module.network.register_forward_hook(lambda module, inputs, out, change=change: out + change)
         torch.manual_seed(0)
         losses.append(float(model.loss(batch)[0]))
     assert losses[0] < min(losses[1:])
@@ -465,7 +474,7 @@ def test_every_weight_is_trained_and_averaged(name):
     torch.manual_seed(0)
     settings = {"objective": "sliced"} if name == "sliced" else {}
     model = create("score" if settings else name, dropout=0.1, **CLASSES, **settings).train()
-    start = copy.deepcopy(model.average.state_dict())
+    start = copy.deepcopy(model.averaged.module.network.state_dict())
     batch = Batch(torch.randn(64, 2), torch.arange(64) % 3)
     [player] = model.players()
     optimizer = player.optimizer(player.parameters)
@@ -474,10 +483,10 @@ def test_every_weight_is_trained_and_averaged(name):
         model.loss(batch)[0].backward()
         optimizer.step()
         model.after_step("model")
-    for name_of, p in model.network.named_parameters():
+    for name_of, p in model.denoiser.network.named_parameters():
         assert p.grad is not None, name_of
         assert p.grad.any(), name_of
-        assert not torch.equal(model.average.module.get_parameter(name_of), start[f"module.{name_of}"]), name_of
+        assert not torch.equal(model.averaged.module.network.get_parameter(name_of), start[name_of]), name_of
 
 
 @every_model
@@ -493,7 +502,7 @@ def test_autocast(name, dtype):
         losses.append(loss)
         assert loss.dtype is torch.float32
     losses[0].backward()
-    assert all(p.grad.isfinite().all() for p in model.network.parameters())
+    assert all(p.grad.isfinite().all() for p in model.denoiser.network.parameters())
     torch.testing.assert_close(*losses, rtol=0.03, atol=0.03)
     with torch.autocast("cpu", dtype=dtype):
         assert model.sample(3, steps=3).isfinite().all()
@@ -521,7 +530,7 @@ def test_labels_and_guidance(name):
 
 
 def test_some_labels_are_dropped_in_training_and_none_else():
-    model = create("edm", **CLASSES, label_dropout=0.25)
+    model = create("edm", **CLASSES, context_dropout=0.25)
     batch = Batch(torch.randn(4000, 2), torch.arange(4000) % 3)
     kept = model.train()._training_context(batch).sum(1)
     assert set(kept.tolist()) == {0.0, 1.0}
@@ -540,7 +549,7 @@ def test_some_labels_are_dropped_in_training_and_none_else():
         ("ddpm", {"timesteps": 1}, "timesteps must be at least 2, got 1"),
         ("edm", {"sigma_min": 90.0}, "sigma_min must be below sigma_max"),
         ("edm", {"sigma_data": 0.0}, "sigma_data must be above 0"),
-        ("score", {"ladder": 1}, "ladder must be at least 2"),
+        ("score", {"sigmas": 1}, "sigmas must be at least 2"),
         ("score", {"objective": "implicit"}, "objective must be one of denoising, sliced"),
         ("score", {"objective": "sliced", "shape": (1, 4, 4)}, "objective 'sliced' is for vectors"),
         ("flow-matching", {"t_min": 0.0}, "t_min must be above 0 and below 0.5"),
@@ -550,7 +559,9 @@ def test_some_labels_are_dropped_in_training_and_none_else():
         ("edm", {"channels": ()}, "channels must hold at least one width"),
         ("edm", {"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ("edm", {"ema": 1.0}, "ema must be at least 0 and below 1"),
-        ("edm", {"hidden": 0}, "hidden must be above 0"),
+        ("edm", {"hidden": (0,)}, "hidden must be above 0"),
+        ("edm", {"hidden": (16, 8)}, r"hidden must hold one width for each residual block, all equal, got \(16, 8\)"),
+        ("edm", {"hidden": ()}, "hidden must hold one width"),
         ("edm", {"conditional": True}, "conditional needs labels"),
     ],
 )
@@ -566,7 +577,7 @@ def test_calls_that_a_model_cannot_answer_are_refused():
         ({"sampler": "euler"}, "sampler must be one of ancestral, ddim, .*, got 'euler'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 1001}, "steps must be at most the 1000 timesteps of the model, got 1001"),
-        ({"sampler": "ddim", "churn": 3.0}, "the sampler 'ddim' has no option 'churn'; it has: eta"),
+        ({"sampler": "ddim", "s_churn": 3.0}, "the sampler 'ddim' has no option 's_churn'; it has: eta"),
         ({"sampler": "heun", "eta": 1.0}, "has no option 'eta'; it has: none"),
         ({"guidance": 2.0}, "guidance leads towards a label"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -611,7 +622,7 @@ def test_a_run_resumes_bit_for_bit_and_is_measured_and_drawn(name, data, setting
 
     def train(out, **options):
         torch.manual_seed(0)
-        model = genfuse.create(name, data, hidden=8, layers=1, **settings)
+        model = genfuse.create(name, data, hidden=(8,), **settings)
         model.sampler = model.sampler[0], 5
         trainer = genfuse.Trainer(**{"steps": 12, "batch_size": 64, "device": "cpu", "out": out, **options})
         return trainer.fit(model, data)
@@ -622,7 +633,7 @@ def test_a_run_resumes_bit_for_bit_and_is_measured_and_drawn(name, data, setting
     for file in ("model.safetensors", "state.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
     model = whole.model()
-    assert int(model.average.updates) == 12
+    assert int(model.averaged.updates) == 12
     found = evaluate(model, data, limit=20)["test"]
     assert numbers <= found.keys()
     assert all(math.isfinite(found[number]) for number in numbers)

@@ -9,7 +9,7 @@ from genfuse.errors import DataError, SettingsError
 
 MODELS = {
     "realnvp": {"layers": 2, "hidden": (8,)},
-    "edm": {"hidden": 8, "layers": 1},
+    "edm": {"hidden": (8,)},
     "gan": {"hidden": (8,), "latent_dim": 2},
 }
 

@@ -18,19 +18,19 @@ def test_images_of_any_size_keep_it(shape, attention):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: UNet(2, (8, 8), attention=(1,), context=3), lambda: DenoisingMLP(24, 16, context=3)]
+    "make", [lambda: UNet(2, (8, 8), attention=(1,), context=3), lambda: DenoisingMLP(24, (16, 16, 16), context=3)]
 )
 def test_an_example_depends_on_its_own_noise_level_and_context_alone(make):
     network = make().eval()
-    x, log_level, context = torch.randn(4, 2, 3, 4), torch.tensor([-3.0, -1.0, 0.0, 2.0]), torch.eye(4)[:, :3]
+    x, log_sigma, context = torch.randn(4, 2, 3, 4), torch.tensor([-3.0, -1.0, 0.0, 2.0]), torch.eye(4)[:, :3]
     with torch.no_grad():
         for p in network.parameters():
             p += 0.1 * torch.randn_like(p)
-        whole = network(x, log_level, context)
-        each = torch.cat([network(x[i : i + 1], log_level[i : i + 1], context[i : i + 1]) for i in range(4)])
+        whole = network(x, log_sigma, context)
+        each = torch.cat([network(x[i : i + 1], log_sigma[i : i + 1], context[i : i + 1]) for i in range(4)])
         torch.testing.assert_close(whole, each, rtol=1e-4, atol=1e-5)
-        assert (network(x, log_level + 1, context) - whole).abs().flatten(1).amax(1).min() > 1e-4
-        assert (network(x, log_level, 1 - context) - whole).abs().flatten(1).amax(1).min() > 1e-4
+        assert (network(x, log_sigma + 1, context) - whole).abs().flatten(1).amax(1).min() > 1e-4
+        assert (network(x, log_sigma, 1 - context) - whole).abs().flatten(1).amax(1).min() > 1e-4
 
 
 def test_attention_sees_the_whole_image():

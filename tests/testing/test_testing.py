@@ -12,10 +12,10 @@ from genfuse import plugins
 from genfuse.errors import SettingsError
 from genfuse.testing import ContractError, check_dataset, check_model, model_clauses
 
-DENOISER = {"channels": (8, 8), "hidden": 32, "layers": 1}
+DENOISER = {"channels": (8, 8), "hidden": (32,)}
 CHEAP = {
     "ddpm": {"timesteps": 50, **DENOISER},
-    "score": {"ladder": 20, **DENOISER},
+    "score": {"sigmas": 20, **DENOISER},
     "edm": DENOISER,
     "flow-matching": DENOISER,
     "glow": {"steps": 2, "channels": (8,), "hidden": (16,)},

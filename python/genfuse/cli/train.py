@@ -161,7 +161,8 @@ def _as_typed(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     if "version" in settings and "training" in settings:
         config = check_config(settings, file)
         model, data = config["model"], config["data"]
-        own = {key: value for key, value in model["settings"].items() if key not in FACTS}
+        settings = models.load(model["name"]).current(model["settings"])  # of a former version, too
+        own = {key: value for key, value in settings.items() if key not in FACTS}
         root = {} if (root := home(data)) is None else {"data_root": root}
         data = {**{key: data[key] for key in ("name", "binarize", "seed")}, **data.get("options", {})}
         return {**config["training"], **root, "model": {"name": model["name"], **own}, "data": data}

@@ -1,34 +1,29 @@
-"""What all diffusion models share: one denoiser, and with it training, sampling and likelihoods.
+"""What all diffusion models share: one denoiser, its average, and with it training, sampling and likelihoods.
 
-Every model here learns D(x, s) = E[x0 | x0 + s eps = x] for noise levels s. Its network F sees x_t = alpha x0 +
-sigma eps, where sigma = s alpha, and predicts a target, from which D follows. A model is no more than a choice of
-alpha, of the target, and of the noise levels in training and in sampling: arXiv 2206.00364, section 5.
+A model is no more than a choice of what the network predicts, of sigma_data, and of the noise levels in training and in
+sampling: arXiv 2206.00364, section 5. `genfuse.diffusion` has the parts.
 """
 
+import dataclasses
 import inspect
 import math
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from genfuse.data import Batch, Dataset
+from genfuse.diffusion import Denoiser, drop_rows, likelihood, samplers
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam, transformed
-from genfuse.models._samplers import SAMPLERS
-from genfuse.nn import EMA, DenoisingMLP, UNet
-from genfuse.nn.likelihoods import at_least_float32
-from genfuse.ops import _philox, diffuse
-
-if TYPE_CHECKING:
-    from genfuse.data import Dataset
+from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, transformed
+from genfuse.nn import EMA, DenoisingMLP, Features, OneHot, UNet
+from genfuse.ops import philox
 
 Network = Literal["auto", "mlp", "unet"]
-Target = Literal["noise", "x0", "v", "velocity"]
-
-EXACT = 8  # dimensions up to which the trace of a Jacobian is computed and not estimated
 
 
 @dataclass(frozen=True)
@@ -36,22 +31,23 @@ class DiffusionConfig(ModelConfig):
     """Settings of every diffusion model. Raises SettingsError for values outside their range."""
 
     network: Network = "auto"  # unet: images; mlp: any shape, as vectors; auto: unet for images
-    hidden: int = 128  # mlp: width
-    layers: int = 3  # mlp: residual blocks
+    hidden: tuple[int, ...] = (128, 128, 128)  # mlp: width of each residual block, all equal
     channels: tuple[int, ...] = (32, 64, 64)  # unet: widths of the scales, each of half the size of the one before
     blocks: int = 1  # unet: residual blocks of each scale on the way down; one more on the way up
     attention: tuple[int, ...] = ()  # unet: scales with self-attention; 0 is the whole image
     dropout: float = 0.0  # share of the hidden units that are left out in training
-    label_dropout: float = 0.1  # conditional: share of the labels left out in training, which guidance needs
+    context_dropout: float = 0.1  # conditional: share of the labels or contexts left out in training, for guidance
     lr: float = 1e-3  # Adam's learning rate
     ema: float = 0.999  # decay of the moving average of the weights that everything but training uses
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choices(network=Network)
-        self.check_positive("hidden", "layers", "channels", "blocks", "lr")
+        self.check_positive("hidden", "channels", "blocks", "lr")
         if not self.channels:
             raise SettingsError("channels must hold at least one width, got ()")
+        if len(set(self.hidden)) != 1:
+            raise SettingsError(f"hidden must hold one width for each residual block, all equal, got {self.hidden}")
         if self.network == "unet" and len(self.shape) != 3:
             raise SettingsError(f"network 'unet' needs images, shape (C, H, W), got {self.shape}: use network 'mlp'")
         if not all(0 <= scale < len(self.channels) for scale in self.attention):
@@ -59,210 +55,274 @@ class DiffusionConfig(ModelConfig):
                 f"attention must name scales, 0..{len(self.channels) - 1} for {len(self.channels)} channels, "
                 f"got {self.attention}"
             )
-        for name in ("dropout", "label_dropout", "ema"):
+        for name in ("dropout", "context_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
 
     def build(self) -> nn.Module:
-        """The network F: (x_t, logarithm of the noise level (N,), context or None) -> the target."""
+        """The network F: (c_in x, log_sigma (N,), context (N, C) or None) -> what it predicts, (N, *shape)."""
+        context = self.context + bool(self.condition)  # `FeaturesOrNone` adds one
         if self.network == "unet" or (self.network == "auto" and len(self.shape) == 3):
-            return UNet(self.shape[0], self.channels, self.blocks, self.attention, self.context, self.dropout)
-        return DenoisingMLP(self.dimensions, self.hidden, self.layers, self.context, self.dropout)
+            return UNet(self.shape[0], self.channels, self.blocks, self.attention, context, self.dropout)
+        return DenoisingMLP(self.dimensions, self.hidden, context, self.dropout)
+
+    def parts(self) -> dict[str, Any]:
+        """What a model of these settings is made of beside its network, by the arguments of its ``__init__``."""
+        shared = {field.name for field in dataclasses.fields(DiffusionConfig)}
+        own = {field.name for field in dataclasses.fields(self)} - shared
+        parts = {name: getattr(self, name) for name in (*own, "context_dropout", "lr", "ema")}
+        embedding = FeaturesOrNone(self.condition) if self.condition else None
+        return {"config": self, "embedding": embedding, **parts}
+
+
+class FeaturesOrNone(Features):
+    """A context (N, features) with a 1 behind it, (N, features + 1), so that zeros, which guidance and context dropout
+    put in its place, are no context and not the context 0. Raises DataError for anything else."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return F.pad(super().forward(y), (0, 1), value=1.0)
 
 
 class DiffusionModel(GenerativeModel):
-    """A model of examples seen through Gaussian noise. A subclass gives `draw_levels`, `noise_levels`, and `limits`.
+    """A model of examples seen through Gaussian noise. A subclass gives `draw_sigmas`, `sigma_schedule`, and the
+    smallest and the largest noise level of its probability flow, ``sigma_min`` and ``sigma_max``.
 
-    Examples x (N, *shape) and labels y (N,) are the data's. What `denoise` and `score` see is in the model's space:
-    real-valued examples as they are, discrete ones as 2 x - 1. Densities are in nats.
+    Examples x (N, *shape) and y, labels (N,) or a context (N, C), are the data's. What `denoise` and `score` see is in
+    the model's space: real-valued examples as they are, discrete ones as 2 x - 1. Densities are in nats.
     """
 
     loss_unit: ClassVar[str] = "per cell, without unit"
-    config: DiffusionConfig
+    moved = {
+        "network.": "denoiser.network.",
+        "average.module.": "averaged.module.network.",
+        "average.updates": "averaged.updates",
+    }
+    renamed: ClassVar[Mapping[str, str]] = {}  # {settings of former versions: their names now}
     seen: Tensor  # how many examples the loss was trained on, and of each of their cells the mean and the variance
     mean: Tensor
     variance: Tensor
-    target: Target = "noise"  # of the network
-    unit: float = 1.0  # the standard deviation of examples that the network's input and target are scaled by
-    limits: tuple[float, float]  # the smallest and the largest noise level of the probability flow
+    sigma_min: float
+    sigma_max: float
     sampler: tuple[str, int] = ("heun", 20)  # and steps, by default
 
-    def __init__(self, config: DiffusionConfig) -> None:
-        super().__init__(config)
-        self.network = config.build()
-        self.average = EMA(self.network, config.ema)
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        config: DiffusionConfig | None = None,
+        shape: Sequence[int] | None = None,
+        levels: int | None = None,
+        embedding: nn.Module | None = None,
+        context_dropout: float = 0.1,
+        lr: float = 1e-3,
+        ema: float = 0.999,
+    ) -> None:
+        """A model of a denoiser.
+
+        Args:
+            denoiser: of any network, without an embedding of its own.
+            config: the settings that it is made of, if any.
+            shape: of one example; that of ``config`` if there is one.
+            levels: of discrete examples, in [0, 1]; None for real-valued ones.
+            embedding: makes the context (N, C) that the network sees of y; None if the model is not conditional.
+            context_dropout: share of the contexts that are replaced by zeros in training.
+            lr: Adam's learning rate, as the Trainer takes it.
+            ema: decay of the moving average of the weights, of an embedding's too.
+
+        Raises SettingsError without a shape.
+        """
+        super().__init__(config, shape=shape, levels=levels, embedding=embedding)
+        if self.shape is None:
+            raise SettingsError("shape is missing: give that of one example, such as shape=(1, 28, 28)")
+        self.denoiser, self.context_dropout, self.lr = denoiser, context_dropout, lr
+        self.averaged = EMA(denoiser, ema)
+        trained = self.embedding is not None and next(self.embedding.parameters(), None) is not None
+        self.averaged_embedding = EMA(self.embedding, ema) if self.embedding is not None and trained else None
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(config.shape))
-        self.register_buffer("variance", torch.zeros(config.shape))
+        self.register_buffer("mean", torch.zeros(self.shape))
+        self.register_buffer("variance", torch.zeros(self.shape))
 
-    def alpha(self, level: Any) -> Any:
-        """alpha of x_t = alpha (x0 + level eps) for a number or tensor of noise levels: here alpha^2 + sigma^2 = 1."""
-        return (1 + level * level) ** -0.5
+    @classmethod
+    def from_config(cls, config: DiffusionConfig) -> Self:
+        """The model of these settings, with a network of ours."""
+        return cls(config.build(), **config.parts())  # type: ignore[arg-type]
 
-    def draw_levels(self, n: int) -> Tensor:
+    @classmethod
+    def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = dict(super().current(settings))
+        if "layers" in settings:
+            settings["hidden"] = [settings.get("hidden", 128)] * settings.pop("layers")  # as JSON has it
+        renamed = {"label_dropout": "context_dropout", **cls.renamed}
+        return {renamed.get(name, name): value for name, value in settings.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state, of a former version too: one without the mean and variance of training examples is loaded as
+        one of which they are not known."""
+        statistics = ("seen", "mean", "variance")
+        if strict and not any(name in state_dict for name in statistics):
+            state_dict = {**state_dict, **{name: torch.zeros_like(getattr(self, name)) for name in statistics}}
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def draw_sigmas(self, n: int) -> Tensor:
         """Noise levels (n,) of a training batch."""
         raise NotImplementedError(f"{type(self).__name__} has no noise levels to train at")
 
-    def noise_levels(self, steps: int) -> list[float]:
+    def sigma_schedule(self, steps: int) -> list[float]:
         """The noise levels of a sampler: ``steps`` of them, falling from the largest, and 0."""
         raise NotImplementedError(f"{type(self).__name__} has no noise levels to sample at")
 
-    def check_data(self, data: "Dataset") -> None:
+    def check_data(self, data: Dataset) -> None:
         super().check_data(data)
         self.check_levels(data)
 
     def players(self) -> list[Player]:
-        return [Player("model", self.network.parameters(), adam(self.config.lr))]
+        embedding = [] if self.embedding is None else self.embedding.parameters()
+        return [Player("model", [*self.denoiser.parameters(), *embedding], adam(self.lr))]
 
     def after_step(self, player: str) -> None:
-        self.average.update(self.network)
+        self.averaged.update(self.denoiser)
+        if self.averaged_embedding is not None and self.embedding is not None:
+            self.averaged_embedding.update(self.embedding)
+        super().after_step(player)
+
+    def _average(self) -> Denoiser:
+        """The denoiser of all but training, up to date: of the present weights as long as no update is known."""
+        self.settle()
+        if not transformed() and not torch.compiler.is_exporting():
+            self.averaged.follow(self.denoiser)
+            if self.averaged_embedding is not None and self.embedding is not None:
+                self.averaged_embedding.follow(self.embedding)
+        return cast(Denoiser, self.averaged.module)
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over examples and cells of (F - target)^2 at noise levels drawn anew; a number without unit.
 
         In evaluation mode F has the averaged weights.
         """
-        x0, context = self._trained_on(batch.x) / self.unit, self._training_context(batch)
-        level = self.draw_levels(len(x0)) / self.unit
-        alpha = self.alpha(level)
-        x_t, target = diffuse(x0, alpha, level * alpha, target=self.target)
-        predicted = at_least_float32(self._present(x_t, level.log(), context))
-        return (predicted - target).square().mean(), {}
+        denoiser = self._present()
+        x0, context = self._trained_on(batch.x), self._training_context(batch)
+        return denoiser.loss(x0, self.draw_sigmas(len(x0)), context), {}
 
-    @property
-    def _present(self) -> nn.Module:
-        return self.network if self.training else self.average
+    def _present(self) -> Denoiser:
+        """The denoiser of the loss."""
+        if not self.training:
+            return self._average()
+        self.settle()
+        return self.denoiser
 
     def _training_context(self, batch: Batch) -> Tensor | None:
-        """Labels as one-hot vectors, of which some are all 0: none."""
-        context = self.context_of(batch.y if self.conditional else None, len(batch.x))
-        if context is None or not self.training:
-            return context
-        return context * (torch.rand_like(context[:, :1]) >= self.config.label_dropout)
+        """The context of a batch, of which in training some rows are all 0: none."""
+        y = batch.y if self.conditional else None
+        if not self.training:
+            return self.context_of(y, len(batch.x))
+        context = self.context_of(y, len(batch.x), self.embedding)
+        return None if context is None else drop_rows(context, self.context_dropout)
+
+    def context_of(self, y: Tensor | None, n: int, embedding: nn.Module | None = None) -> Tensor | None:
+        """`GenerativeModel.context_of`, by default by the averaged weights of an own embedding."""
+        if embedding is None and self.averaged_embedding is not None:
+            self._average()
+        return super().context_of(y, n, embedding or self.averaged_embedding)
 
     def denoise(
-        self, x: Tensor, level: float | Tensor, context: Tensor | None = None, *, guidance: float = 1.0
+        self, x: Tensor, sigma: float | Tensor, context: Tensor | None = None, *, guidance: float = 1.0
     ) -> Tensor:
-        """D(x, level) = E[x0 | x0 + level eps = x], (N, *shape), in the model's space.
+        """D(x, sigma) = E[x0 | x0 + sigma eps = x], (N, *shape), in the model's space, by the averaged weights.
 
-        ``level`` is one number or a tensor (N,); ``context`` holds labels as one-hot vectors, rows of zeros for none.
-        ``guidance`` w leads away from what the model says without labels: D_0 + w (D_y - D_0), arXiv 2207.12598.
+        ``sigma`` is one number or a tensor (N,); ``context`` is what `context_of` makes of y, (N, C), with rows of
+        zeros for none. ``guidance`` w leads away from what the model says without a context: D_0 + w (D_y - D_0), arXiv
+        2207.12598.
         """
-        if isinstance(level, Tensor):
-            log_level, level = (level / self.unit).log(), level.view(-1, *[1] * (x.dim() - 1))
-        else:
-            log_level = x.new_full((len(x),), math.log(level / self.unit))
-        alpha = self.alpha(level / self.unit)
-        skip, out = {
-            "noise": (1.0, -level),
-            "x0": (0.0, self.unit),
-            "v": (alpha * alpha, -alpha * level),
-            "velocity": (alpha, -alpha * level),
-        }[self.target]
-        x_t = x * (alpha / self.unit)
-        predicted = self.average(x_t, log_level, context)
-        if context is not None and guidance != 1:
-            predicted = torch.lerp(self.average(x_t, log_level, torch.zeros_like(context)), predicted, guidance)
-        return skip * x + out * predicted.to(x.dtype)
+        denoised: Tensor = self._average()(x, sigma, context, guidance=guidance)
+        return denoised
 
-    def score(self, x: Tensor, level: float | Tensor, y: Tensor | None = None) -> Tensor:
-        """The gradient of log p(x) of x = x0 + level eps, (N, *shape), in the model's space."""
-        denoised = self.denoise(x, level, self.context_of(y, len(x)))
-        return (denoised - x) / (level.view(-1, *[1] * (x.dim() - 1)) if isinstance(level, Tensor) else level) ** 2
+    def score(self, x: Tensor, sigma: float | Tensor, y: Tensor | None = None) -> Tensor:
+        """The gradient of log p(x) of x = x0 + sigma eps, (N, *shape), in the model's space."""
+        return self._average().score(x, sigma, self.context_of(y, len(x)))
 
     @torch.no_grad()
     def sample(
         self,
         n: int,
         *,
-        y: Tensor | int | None = None,
+        y: Tensor | Sequence[float] | int | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float = 1.0,
         batch_size: int | None = None,
+        callback: samplers.Callback | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Tensor:
         """n draws, (n, *shape), by a sampler in so many steps; left out, the model's own in its own number of steps.
 
         ``sampler`` is one of ancestral, ddim, heun, heun-stochastic, langevin, dpm-solver++, and ``options`` are those
-        of its function in genfuse.models._samplers, such as eta of ddim. ``y`` are the labels of a conditional model,
-        (n,), or one for all; left out, they are drawn uniformly. ``guidance`` above 1 makes samples more typical of
-        their label (`denoise`).
+        of its function in `genfuse.diffusion.samplers`, such as eta of ddim; ``callback(step, x, sigma, denoised)`` is
+        called in each step, in the model's space. ``y`` is what is given: labels (n,) or a context (n, C), or one label
+        or row (C,) for all; left out, labels are drawn uniformly. ``guidance`` above 1 makes samples more typical of
+        it (`denoise`).
 
         One number is drawn from the generator. All noise of example i follows from it and i, so that with the same
         seed the first examples of a larger n are those of a smaller one, and ``batch_size``, the examples that the
         network sees at a time, changes nothing but rounding.
         """
         name, usual = self.sampler
-        run = self._sampler(sampler or name, options)
-        levels = self._levels(usual if steps is None else steps)
+        run = _sampler(sampler or name, options)
+        sigmas = self._sigmas(usual if steps is None else steps)
         if batch_size is not None and batch_size < 1:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size}")
         if guidance != 1 and not self.conditional:
             raise SettingsError("guidance leads towards a label, which a model that is not conditional does not take")
-        keys = self._keys(generator)
-        if isinstance(y, int):
-            y = torch.full((n,), y)
+        denoiser, weight = self._average(), next(self.parameters())
+        keys = samplers.noise_keys(weight, generator)
         labels = next(keys)
-        if y is None and self.conditional:
-            some = self.drawn_labels.to(labels.device)
-            y = some[(_philox.uniform(labels, (n,)) * len(some)).long()]
-        context = self.context_of(y, n)
-        rows = batch_size or self._rows
+        if y is None and isinstance(self.embedding, OneHot):
+            drawn = self.drawn_labels.to(labels.device)
+            y = drawn[(philox.uniform(labels, (n,)) * len(drawn)).long()]
+        context = self.context_of(self.for_all(y, n), n)
+        rows = batch_size or max(1, 2**20 // self.mean.numel())  # in bounded memory
 
-        def denoise(x: Tensor, level: float) -> Tensor:
+        def denoise(x: Tensor, sigma: float) -> Tensor:
             contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
             pairs = zip(x.split(rows), contexts, strict=True)
-            x0 = torch.cat([self.denoise(part, level, c, guidance=guidance) for part, c in pairs])
-            return x0 if self.config.levels is None else x0.clamp(-1, 1)
+            x0 = torch.cat([denoiser(part, sigma, c, guidance=guidance) for part, c in pairs])
+            return x0 if self.levels is None else x0.clamp(-1, 1)
 
-        like = next(self.parameters()).new_zeros((n, *self.config.shape))
-        mean, spread = self._end(levels[0])
-        x = mean + spread * noisy(like, 1.0, next(keys))[1]
-        path = run(denoise, x, levels, lambda x, sigma: noisy(x, sigma, next(keys))[0], **options)
-        return self._outward(deque(path, maxlen=1)[0])
+        mean, std = self._prior(sigmas[0])
+        x = mean + std * samplers.noisy(weight.new_zeros((n, *self.mean.shape)), 1.0, next(keys))[1]
 
-    @staticmethod
-    def _sampler(name: str, options: dict[str, Any]) -> Any:
-        if name not in SAMPLERS:
-            raise SettingsError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
-        known = [p.name for p in inspect.signature(SAMPLERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for option in options:
-            if option not in known:
-                raise SettingsError(
-                    f"the sampler {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}"
-                )
-        return SAMPLERS[name]
+        def noise(x: Tensor, sigma: float) -> Tensor:
+            return samplers.noisy(x, sigma, next(keys))[0]
 
-    def _levels(self, steps: int) -> list[float]:
+        return self._outward(run(denoise, x, sigmas, noise=noise, callback=callback, **options))
+
+    def _sigmas(self, steps: int) -> list[float]:
         if steps < 1:
             raise SettingsError(f"steps must be at least 1, got {steps}")
-        return self.noise_levels(steps)
+        return self.sigma_schedule(steps)
 
     @torch.no_grad()
     def trajectory(self, z: Tensor, y: Tensor | None = None, steps: int = 20) -> list[Tensor]:
         """What the probability flow makes of z ~ N(0, I), (N, D), in so many steps of DDIM: z first, data last.
 
-        Between them x is divided by sqrt(1 + s^2), so that it keeps its size.
+        Between them x is divided by sqrt(1 + sigma^2), so that it keeps its size.
         """
-        levels, context = self._levels(steps), self.context_of(y, len(z))
-        mean, spread = self._end(levels[0])
-        x = mean + spread * z.view(-1, *self.config.shape)
-        path = SAMPLERS["ddim"](lambda x, s: self.denoise(x, s, context), x, levels, lambda x, sigma: x)
-        return [z, *(self._outward(x / math.hypot(1, s)) for x, s in zip(path, levels[1:], strict=True))]
+        sigmas = self._sigmas(steps)
+        mean, std = self._prior(sigmas[0])
+        x = mean + std * z.view(-1, *self.mean.shape)
+        path = samplers.ddim.steps(self._given(y, len(z)), x, sigmas)
+        return [z, *(self._outward(x / math.hypot(1, sigma)) for x, sigma in zip(path, sigmas[1:], strict=True))]
 
     # Likelihoods.
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
-        return ("log_prob",) if self.config.levels is None else ("elbo", "bits_per_dim")
+        return ("log_prob",) if self.levels is None else ("elbo", "bits_per_dim")
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """log p(x) of real-valued x, (N,) nats, by the probability-flow ODE: `log_prob_and_error` without the error."""
         return self.log_prob_and_error(x, y, **options)[0]
 
-    @torch.no_grad()
     def log_prob_and_error(
         self,
         x: Tensor,
@@ -274,33 +334,30 @@ class DiffusionModel(GenerativeModel):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """log p(x) of real-valued x and its standard error, (N,) nats each, by the probability-flow ODE, arXiv
-        2011.13456, section 4.3: the density of what the deterministic samplers draw, at the smallest noise level. At
-        the largest, x is taken for a Gaussian with the mean and the variances of the training examples, whose error is
-        of the order of (spread of the data / noise level)^3; with labels, whose means differ, of its square.
-
-        ``exact`` computes the trace of each Jacobian, by default up to 8 dimensions, and the error is 0 but for that of
-        the solver, dopri5 with ``tolerance``. Else the result is the mean over ``draws`` of Hutchinson's estimate, free
-        of bias, with this mean's standard error, NaN for one draw. The solver chooses its steps for all examples
-        together: a part of them alone gives the same to within its tolerance. Raises SettingsError for discrete data,
-        which has `elbo`.
+        2011.13456, section 4.3, with the options of `genfuse.diffusion.likelihood.log_prob`. It is the density of what
+        the deterministic samplers draw, at the smallest noise level. At the largest, x is taken for a Gaussian with the
+        mean and the variances of the training examples, whose error is of the order of (spread of the data /
+        sigma_max)^3; with labels, whose means differ, of its square. Raises SettingsError for discrete data, which has
+        `elbo`.
         """
-        if self.config.levels is not None:
+        if self.levels is not None:
             raise SettingsError("log_prob is for real-valued data; discrete data has the bounds elbo and bits_per_dim")
-        if exact is None:
-            exact = self.config.dimensions <= EXACT
-        keys, x, context = self._keys(generator), self._inward(x), self.context_of(y, len(x))
-        values = [
-            self._flow_log_prob(x, self.limits[0], context, None if exact else next(keys), tolerance)
-            for _ in range(1 if exact else _at_least_one(draws))
-        ]
-        value, error = _mean_and_error(values)
-        return value, torch.zeros_like(value) if exact else error
+        return likelihood.log_prob(
+            self._given(y, len(x)),
+            self._inward(x),
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            prior=self._prior(self.sigma_max),
+            exact=exact,
+            draws=draws,
+            tolerance=tolerance,
+            generator=generator,
+        )
 
     def elbo(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """A lower bound of log P(x) of discrete x, (N,) nats: `elbo_and_error` without the error."""
         return self.elbo_and_error(x, y, **options)[0]
 
-    @torch.no_grad()
     def elbo_and_error(
         self,
         x: Tensor,
@@ -313,81 +370,38 @@ class DiffusionModel(GenerativeModel):
     ) -> tuple[Tensor, Tensor]:
         """A lower bound of log P(x) of discrete x and the standard error of its estimate, (N,) nats each.
 
-        The density at a small noise level s, by the probability-flow ODE, and the decoder of `decoder_log_prob` from
-        there bound it by E_q [log p(x_s) + log P(x | x_s) - log q(x_s | x)] with q = N(x, s^2). The result is the
-        mean over ``draws`` of x_s; the rest is as for `log_prob_and_error`. Raises SettingsError for real-valued data.
+        That of `genfuse.diffusion.likelihood.elbo`, by the probability flow and a decoder at a small noise level; the
+        rest is as for `log_prob_and_error`. Raises SettingsError for real-valued data.
         """
-        if self.config.levels is None:
+        if self.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
-        keys, x, context = self._keys(generator), self._inward(x), self.context_of(y, len(x))
-        # Below a third of half a bin nothing is gained, and a network would have to know each level as a spike.
-        s = max(self.limits[0], 1 / (3 * (self.config.levels - 1)))
-        values = []
-        for _ in range(_at_least_one(draws)):
-            x_s, eps = noisy(x, s, next(keys))
-            log_q = _normal_log_prob(eps, 1.0) - self.config.dimensions * math.log(s)
-            log_p = self._flow_log_prob(x_s, s, context, None if exact else next(keys), tolerance)
-            values.append(log_p + self.decoder_log_prob(x, x_s, s, context) - log_q)
-        return _mean_and_error(values)
+        return likelihood.elbo(
+            self._given(y, len(x)),
+            self._inward(x),
+            self.levels,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            prior=self._prior(self.sigma_max),
+            exact=exact,
+            draws=draws,
+            tolerance=tolerance,
+            generator=generator,
+        )
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """-elbo / (D ln 2), (N,): bits that each of the D cells costs, with the options of `elbo_and_error`."""
-        return -self.elbo(x, y, **options) / (self.config.dimensions * math.log(2))
+        return -self.elbo(x, y, **options) / (math.prod(x.shape[1:]) * math.log(2))
 
-    def decoder_log_prob(self, x: Tensor, x_s: Tensor, level: float, context: Tensor | None) -> Tensor:
-        """log p(x | x_s), (N,) nats, of x in the model's space by N(D(x_s), level^2): for discrete x integrated over
-        the bins of the levels, the outermost open-ended (arXiv 2006.11239, equation 13)."""
-        off = (x - self.denoise(x_s, level, context)).flatten(1) / level
-        if self.config.levels is None:
-            return _normal_log_prob(off, 1.0) - self.config.dimensions * math.log(level)
-        half = 1 / (self.config.levels - 1)
-        x, half_bin = x.flatten(1), half / level
-        lower = torch.where(x < half - 1, -math.inf, off - half_bin)
-        upper = torch.where(x > 1 - half, math.inf, off + half_bin)
-        # In the upper half the mass is taken from above, where the distribution function does not round to 1.
-        lower, upper = torch.where(off > 0, -upper, lower), torch.where(off > 0, -lower, upper)
-        above, below = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-        return (above + torch.log(-torch.expm1(below - above))).sum(1)
+    def _given(self, y: Tensor | None, n: int) -> Callable[[Tensor, Any], Tensor]:
+        """`denoise` for what is given, as samplers and likelihoods take it."""
+        denoiser, context = self._average(), self.context_of(y, n)
+        return lambda x, sigma: denoiser(x, sigma, context)
 
-    def _flow_log_prob(
-        self, x: Tensor, first: float, context: Tensor | None, key: Tensor | None, tolerance: float
-    ) -> Tensor:
-        """log p(x), (N,), at the noise level ``first``, with the exact trace or Hutchinson's estimate under a key.
-
-        Integrated is y = x / sqrt(1 + s^2) over the logarithm of s, along which it is of one size and smooth.
-        """
-        from torchdiffeq import odeint
-
-        if not len(x):  # of which the solver has no error to choose its steps by
-            return x.new_zeros(0)
-        last = self.limits[1]
-        probe = None if key is None else noisy(x, 1.0, key)[1].sign()
-        d = self.config.dimensions
-
-        def change(log_s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            s = float(log_s.exp())
-            scale = math.hypot(1, s)
-            # Roundings to 16 bits would make the solver's steps ever smaller.
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                y = state[0].detach().requires_grad_()
-                slope = y / scale**2 - self.denoise(y * scale, s, context) / scale
-                divergence = _divergence(slope, y, probe)
-            return slope.detach(), divergence
-
-        ends = torch.tensor([first, last], dtype=torch.float64, device=x.device).log().to(x.dtype)
-        start = x / math.hypot(1, first), x.new_zeros(len(x))
-        y, divergence = (
-            states[-1] for states in odeint(change, start, ends, rtol=tolerance, atol=tolerance, method="dopri5")
-        )
-        mean, spread = self._end(last)
-        end = _normal_log_prob((y * math.hypot(1, last) - mean) / spread, 1.0) - spread.log().sum()
-        return end + divergence + d * math.log(math.hypot(1, last) / math.hypot(1, first))
-
-    def _end(self, level: float) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, (*shape) each, of the Gaussian that x = x0 + level eps is taken for at the
-        largest noise level: those of the examples that were trained on, of none yet 0 and ``unit``."""
-        variance = torch.where(self.seen > 0, self.variance, self.unit**2)
-        return self.mean, (variance + level**2).sqrt()
+    def _prior(self, sigma: float) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (*shape) each, of the Gaussian that x = x0 + sigma eps is taken for at the
+        largest noise level: with those of the examples that were trained on, of none yet 0 and ``sigma_data``."""
+        variance = torch.where(self.seen > 0, self.variance, self.denoiser.sigma_data**2)
+        return self.mean, (variance + sigma**2).sqrt()
 
     # Between the data and the model.
 
@@ -404,62 +418,27 @@ class DiffusionModel(GenerativeModel):
         return x
 
     def _inward(self, x: Tensor) -> Tensor:
-        return self.checked(x) if self.config.levels is None else 2 * self.checked(x) - 1
+        return self.checked(x) if self.levels is None else 2 * self.checked(x) - 1
 
     def _outward(self, x: Tensor) -> Tensor:
         """What `_inward` undoes; discrete x are put on their levels."""
-        if self.config.levels is None:
+        if self.levels is None:
             return x
-        return ((x.clamp(-1, 1) + 1) / 2 * (self.config.levels - 1)).round() / (self.config.levels - 1)
-
-    @property
-    def _rows(self) -> int:
-        """How many examples the network sees at a time where memory is to be bounded."""
-        return max(1, 2**20 // self.config.dimensions)
-
-    def _keys(self, generator: torch.Generator | None) -> Iterator[Tensor]:
-        """Keys of Philox, () int64 on the model's device, without end, from one number that is drawn now."""
-        weight = next(self.parameters())
-        like = weight if generator is None else torch.empty(0, device=generator.device)
-        seed = _philox.seed(like, generator).to(weight.device)
-
-        def keys() -> Iterator[Tensor]:
-            start = 0
-            while True:
-                words = _philox.philox(torch.arange(start, start := start + 1024, device=seed.device), seed)
-                yield from ((words[0] << 32) | words[1]).unbind()
-
-        return keys()
+        return ((x.clamp(-1, 1) + 1) / 2 * (self.levels - 1)).round() / (self.levels - 1)
 
 
-def noisy(x: Tensor, sigma: float | Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """x + sigma eps and eps, both (N, *shape), for sigma a number or (N,). Each element of eps, a standard normal,
-    follows from the key and its place: it is the same in a larger batch."""
-    return diffuse(x, 1, sigma, seed=key)
-
-
-def _divergence(f: Tensor, y: Tensor, probe: Tensor | None) -> Tensor:
-    """The trace of df/dy, (N,), exactly, or with a probe v of mean 0 and covariance I as v^T (df/dy) v."""
-    if probe is not None:
-        return (torch.autograd.grad((f * probe).sum(), y)[0] * probe).flatten(1).sum(1)
-    cells = f.flatten(1).unbind(1)
-    rows = [torch.autograd.grad(cell.sum(), y, retain_graph=True)[0].flatten(1)[:, i] for i, cell in enumerate(cells)]
-    return torch.stack(rows).sum(0)
-
-
-def _normal_log_prob(x: Tensor, spread: float) -> Tensor:
-    """log N(x; 0, spread^2 I), (N,) nats."""
-    x = x.flatten(1)
-    return -0.5 * (x / spread).square().sum(1) - x.shape[1] * (math.log(spread) + 0.5 * math.log(2 * math.pi))
-
-
-def _mean_and_error(values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The mean of independent estimates (N,), and its standard error: NaN where there is only one."""
-    stacked = torch.stack(values)
-    return stacked.mean(0), stacked.std(0) / math.sqrt(len(values)) if len(values) > 1 else stacked[0] * math.nan
-
-
-def _at_least_one(draws: int) -> int:
-    if draws < 1:
-        raise SettingsError(f"draws must be at least 1, got {draws}")
-    return draws
+def _sampler(name: str, options: dict[str, Any]) -> samplers.Sampler:
+    """The sampler of this name. Raises SettingsError if there is none, or it has not these options."""
+    if name not in samplers.SAMPLERS:
+        raise SettingsError(f"sampler must be one of {', '.join(samplers.SAMPLERS)}, got {name!r}")
+    sampler = samplers.SAMPLERS[name]
+    shared = ("callback", "generator", "noise")
+    known = [
+        each.name
+        for each in inspect.signature(sampler).parameters.values()
+        if each.kind is each.KEYWORD_ONLY and each.name not in shared
+    ]
+    for option in options:
+        if option not in known:
+            raise SettingsError(f"the sampler {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    return sampler

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from genfuse.diffusion import Denoiser, schedules, straight
 from genfuse.errors import SettingsError
 from genfuse.models._diffusion import DiffusionConfig, DiffusionModel
 
@@ -23,29 +24,27 @@ class FlowMatchingConfig(DiffusionConfig):
 
 
 class FlowMatching(DiffusionModel):
-    """x_t = (1 - t) x0 + t eps, of which the network learns the velocity eps - x0: noise level t / (1 - t).
+    """x_t = (1 - t) x0 + t eps, of which the network learns the velocity eps - x0: noise level sigma = t / (1 - t).
 
     The paper's time runs from noise to data, ours from data to noise.
     """
 
     Config = FlowMatchingConfig
-    config: FlowMatchingConfig
-    target = "velocity"
     sampler = ("dpm-solver++", 50)
 
-    def __init__(self, config: FlowMatchingConfig) -> None:
-        super().__init__(config)
-        self.limits = config.t_min / (1 - config.t_min), (1 - config.t_min) / config.t_min
+    def __init__(self, network: nn.Module, *, t_min: float = 1e-3, **parts: Any) -> None:
+        """Flow matching by any network, as `genfuse.diffusion.Denoiser` takes it; ``parts`` are those of
+        `DiffusionModel`."""
+        super().__init__(Denoiser(network, "velocity", sigma_data=1.0, alpha=straight), **parts)
+        self.t_min = t_min
+        self.sigma_min, self.sigma_max = t_min / (1 - t_min), (1 - t_min) / t_min
 
-    def alpha(self, level: Any) -> Any:
-        return 1 / (1 + level)
-
-    def draw_levels(self, n: int) -> Tensor:
-        low = self.config.t_min
-        t = low + (1 - 2 * low) * torch.rand(n, device=self.device, dtype=next(self.parameters()).dtype)
+    def draw_sigmas(self, n: int) -> Tensor:
+        """t / (1 - t) for t uniform in [t_min, 1 - t_min], (n,)."""
+        uniform = torch.rand(n, device=self.device, dtype=next(self.parameters()).dtype)
+        t = self.t_min + (1 - 2 * self.t_min) * uniform
         return t / (1 - t)
 
-    def noise_levels(self, steps: int) -> list[float]:
+    def sigma_schedule(self, steps: int) -> list[float]:
         """t falls evenly from 1 - t_min to 0."""
-        t = [(1 - self.config.t_min) * (1 - k / steps) for k in range(steps)]
-        return [each / (1 - each) for each in t] + [0.0]
+        return schedules.flow_matching(steps, self.t_min)

@@ -1,6 +1,7 @@
-"""Networks that see a noise level: (x, log noise level, context) -> as much as x.
+"""Networks that see a noise level: (x, log_sigma, context) -> as much as x.
 
-x is (N, D), or (N, C, H, W) of any height and width; the logarithm of its noise level (N,); the context (N, F) or None.
+x is (N, D), or (N, C, H, W) of any height and width; log_sigma, the logarithm of its noise level, (N,); the context
+(N, F) or None.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import last_layer
 
 
@@ -24,8 +26,8 @@ class NoiseEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.logspace(math.log10(0.1), math.log10(4), waves), persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * waves + context, features), nn.SiLU(), nn.Linear(features, features))
 
-    def forward(self, log_level: Tensor, context: Tensor | None = None) -> Tensor:
-        angles = log_level[:, None] * self.frequencies
+    def forward(self, log_sigma: Tensor, context: Tensor | None = None) -> Tensor:
+        angles = log_sigma[:, None] * self.frequencies
         return self.layers(torch.cat([angles.cos(), angles.sin(), *([] if context is None else [context])], -1))
 
 
@@ -44,19 +46,25 @@ class _LinearBlock(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """Residual blocks that see the noise level; examples of any shape, as vectors."""
+    """Residual blocks that see the noise level; examples of any shape, (N, ...), as vectors of ``features`` cells.
+
+    ``hidden`` has the width of each block. Raises SettingsError unless there is one at least, and all are equal.
+    """
 
     def __init__(
-        self, features: int, hidden: int = 128, blocks: int = 3, context: int = 0, dropout: float = 0.0
+        self, features: int, hidden: Sequence[int] = (128, 128, 128), context: int = 0, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.embedding = NoiseEmbedding(hidden, context)
-        self.first = nn.Linear(features, hidden)
-        self.blocks = nn.ModuleList(_LinearBlock(hidden, dropout) for _ in range(blocks))
-        self.last = last_layer(nn.Linear(hidden, features))
+        if len(set(hidden)) != 1:
+            raise SettingsError(f"hidden must be the width of each residual block, all equal, got {tuple(hidden)}")
+        width = hidden[0]
+        self.embedding = NoiseEmbedding(width, context)
+        self.first = nn.Linear(features, width)
+        self.blocks = nn.ModuleList(_LinearBlock(width, dropout) for _ in hidden)
+        self.last = last_layer(nn.Linear(width, features))
 
-    def forward(self, x: Tensor, log_level: Tensor, context: Tensor | None = None) -> Tensor:
-        embedded = F.silu(self.embedding(log_level, context))
+    def forward(self, x: Tensor, log_sigma: Tensor, context: Tensor | None = None) -> Tensor:
+        embedded = F.silu(self.embedding(log_sigma, context))
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedded)
@@ -152,8 +160,8 @@ class UNet(nn.Module):
             h = channels[scale]
         self.last = nn.Sequential(_norm(h), nn.SiLU(), last_layer(nn.Conv2d(h, inputs, 3, padding=1)))
 
-    def forward(self, x: Tensor, log_level: Tensor, context: Tensor | None = None) -> Tensor:
-        embedded = F.silu(self.embedding(log_level, context))
+    def forward(self, x: Tensor, log_sigma: Tensor, context: Tensor | None = None) -> Tensor:
+        embedded = F.silu(self.embedding(log_sigma, context))
         passed = [self.first(x)]
         for layer in self.down:
             passed.append(layer(passed[-1], embedded))

@@ -1,9 +1,11 @@
 """Exponential moving averages of a network's weights."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 
 class EMA(nn.Module):
@@ -11,7 +13,8 @@ class EMA(nn.Module):
 
     The decay d grows from 2/11 as (1 + n) / (10 + n) with the number n of updates up to ``decay``, so that the first
     weights are soon forgotten. Floating buffers, such as the statistics of batch norm, are averaged as the weights that
-    they belong to. The average and n are part of the state_dict; an update waits for no device.
+    they belong to. The average and n are part of the state_dict; an update waits for no device. The network is in
+    evaluation mode whatever mode the rest of a model is in, as it is never trained.
     """
 
     updates: Tensor
@@ -21,17 +24,36 @@ class EMA(nn.Module):
         self.decay = decay
         self.module = copy.deepcopy(module).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._updated: bool | None = False  # whether `updates` is above 0; None: not known, as it was loaded
+        self.train()
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move towards the present weights of ``module``."""
+        self._updated = True
         self.updates.add_(1)
         step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         weights = _averageable(module)
         torch._foreach_lerp_(_averageable(self.module), weights, [step.to(weight.dtype) for weight in weights])
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        return self.module(*inputs)
+    @torch.no_grad()
+    def follow(self, module: nn.Module) -> None:
+        """Take the present weights of ``module`` as long as there was no `update`: the average of none is these."""
+        if self._updated is None:
+            self._updated = bool(self.updates)
+        if not self._updated:
+            torch._foreach_copy_(_averageable(self.module), _averageable(module))
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the network with the averaged weights makes of its inputs."""
+        return self.module(*inputs, **named)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._updated = None
 
 
 def _averageable(module: nn.Module) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Fused operators for generative models. This package needs nothing but torch."""
 
+from genfuse.ops import _philox
 from genfuse.ops._actnorm import actnorm as actnorm
 from genfuse.ops._affine_coupling import Scale as Scale
 from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
@@ -22,3 +23,5 @@ from genfuse.ops._rational_quadratic_spline import rational_quadratic_spline as 
 from genfuse.ops._reparameterize_kl import kl_per_dimension as kl_per_dimension
 from genfuse.ops._reparameterize_kl import reparameterize_kl as reparameterize_kl
 from genfuse.ops._standard_normal_log_prob import standard_normal_log_prob as standard_normal_log_prob
+
+philox = _philox  # the generator of the kernels' noise, in PyTorch

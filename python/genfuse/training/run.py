@@ -220,6 +220,11 @@ class Run:
 
 def describe(model: GenerativeModel, data: Dataset, training: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json. Raises SettingsError if `Run.model` could not rebuild the model from it."""
+    if model.config is None:
+        raise SettingsError(
+            f"this {type(model).__name__} was made of parts that were given, not of settings, so a run folder could "
+            "not make it again: leave `out` out and save model.state_dict(), or make a plugin of it"
+        )
     name = model.plugin or plugin_of(type(model))
     settings = dataclasses.asdict(model.config)
     try:
