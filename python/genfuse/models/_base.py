@@ -206,14 +206,14 @@ class GenerativeModel(nn.Module):
         The trainer calls it by `stepped`, and `settle` does in a loop of the user's own. Call ``super().after_step`` at
         the end of your own: then an update that a loop tells of itself, by calling this, is not counted twice.
         """
-        now = self._versions()
-        if player in now:
+        if type(self).after_step is not GenerativeModel.after_step and player in (now := self._versions()):
             self._stepped = {**(self._stepped or now), player: now[player]}
 
     def stepped(self, player: str) -> None:
         """Call `after_step` for an update that was just made."""
         self.after_step(player)
-        self._stepped = self._versions()
+        if type(self).after_step is not GenerativeModel.after_step:
+            self._stepped = self._versions()
 
     def settle(self, *, always: bool = False) -> None:
         """Call `after_step` of each player whose weights were changed since the last call of this or of `stepped`.
@@ -226,7 +226,7 @@ class GenerativeModel(nn.Module):
             if always:
                 _settle(self)
             return
-        if transformed():
+        if transformed() or type(self).after_step is GenerativeModel.after_step:
             return
         now = self._versions()
         before, self._stepped = self._stepped or now, now
@@ -238,6 +238,8 @@ class GenerativeModel(nn.Module):
         """How often the weights of each player were changed in place."""
         if self._weights is None:  # it takes longer to find them than to look at them
             self._weights = {player.name: list(player.parameters) for player in self.players()}
+            for weights in self._weights.values():
+                _counted.update(map(id, weights))
         return {player: sum(weight._version for weight in weights) for player, weights in self._weights.items()}
 
     def train(self, mode: bool = True) -> Self:
@@ -440,10 +442,13 @@ def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
             )
 
 
+_counted: set[int] = set()  # the ids of weights whose updates a model counts; one that is used anew does no harm
+
+
 def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Count a change of the weights that an optimizer has stepped, by which `GenerativeModel.settle` sees it. Fused
-    optimizers, and those that write to ``weight.data``, do not do so themselves."""
-    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    optimizers, and those that write to ``weight.data``, do not do so themselves. Weights of others are left alone."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"] if id(weight) in _counted)
     torch.autograd.graph.increment_version([weight for weight in weights if weight.grad is not None])
 
 
