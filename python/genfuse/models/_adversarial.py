@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from typing_extensions import Self
 
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
@@ -156,17 +155,11 @@ class AdversarialModel(GenerativeModel):
         self.averaged = EMA(generator, ema) if ema else None
         learned = embedding is not None and any(weight.requires_grad for weight in embedding.parameters())
         self.averaged_embedding = EMA(embedding, ema) if embedding is not None and ema and learned else None
-        self._rest_averages()
 
     @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
         channels = settings.get("channels", (64,))
         return {**settings, "channels": (channels,)} if isinstance(channels, int) else settings
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self._rest_averages()
-        return self
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         """What each player is optimised by, unless a loop brings its own."""
@@ -276,10 +269,6 @@ class AdversarialModel(GenerativeModel):
         pairs = [(self.averaged, self.generator), (self.averaged_embedding, self.embedding)]
         return [(average, network) for average, network in pairs if average is not None and network is not None]
 
-    def _rest_averages(self) -> None:
-        for average, _ in self._averages():
-            average.eval()  # since its statistics of batch norm are averages too
-
     def _settle_averages(self) -> None:
         """Bring the averages up to date. One without updates yet, as after a loop over a compiled loss, is of the
         present weights."""
@@ -287,8 +276,7 @@ class AdversarialModel(GenerativeModel):
         if torch.compiler.is_compiling() or transformed():
             return
         for average, network in self._averages():
-            if not int(average.updates):
-                average.module.load_state_dict(network.state_dict())
+            average.follow(network)
 
     def _embedding(self) -> dict[str, nn.Module]:
         """The averaged embedding, if there is one, as `context_of` takes it."""
