@@ -204,31 +204,16 @@ template <class T>
 struct Columns {
   const T *x, *at, *turns, *inside, *corner_x, *corner_y, *width, *height, *slope0, *slope1, *d0, *d1;
   const T *left, *right, *bottom, *top, *below, *above;
-
-  GENFUSE_HD explicit Columns(const Lanes<T>& b)
-      : x(b.x),
-        at(b.at),
-        turns(b.turns),
-        inside(b.inside),
-        corner_x(b.corner_x),
-        corner_y(b.corner_y),
-        width(b.width),
-        height(b.height),
-        slope0(b.slope0),
-        slope1(b.slope1),
-        d0(b.d0),
-        d1(b.d1),
-        left(b.left),
-        right(b.right),
-        bottom(b.bottom),
-        top(b.top),
-        below(b.below),
-        above(b.above) {}
 };
+template <class T>
+GENFUSE_HD Columns<T> columns_of(const Lanes<T>& b) {
+  return {b.x,      b.at, b.turns, b.inside, b.corner_x, b.corner_y, b.width, b.height, b.slope0,
+          b.slope1, b.d0, b.d1,    b.left,   b.right,    b.bottom,   b.top,   b.below,  b.above};
+}
 
 template <bool Inverse, class T>
 GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>&, T* y, T* logdet) {
-  const Columns<T> b(lanes);
+  const Columns<T> b = columns_of(lanes);
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
     const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
