@@ -1,11 +1,13 @@
 """What holds of every operator, on every device, by every implementation."""
 
+import re
 from dataclasses import fields
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from benchmarks.operators import OPERATORS, Operator
 from genfuse import ops
@@ -108,6 +110,40 @@ def test_pytorchs_operator_check_passes(operator, device, implementation):
     assert {f._schema.name for f, _ in recorder.calls} == {f"genfuse::{k}" for k in operator.kernels}
     for function, args in recorder.calls:
         torch.library.opcheck(function, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+
+
+CHANGED = {
+    "an example less": lambda t: t[:-1] if t.dim() else t[None],
+    "a feature less": lambda t: t[..., :-1] if t.dim() else t.expand(2),
+    "an axis more": lambda t: t[None],
+    "an axis less": lambda t: t[0] if t.dim() else t[None],
+    "another dtype": lambda t: t.to(torch.float64 if t.is_floating_point() else torch.int32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_tensor_that_fits_no_others_is_named_where_the_dispatcher_is_handed_it(
+    operator, change, device, implementation
+):
+    with Recorder() as recorder:
+        run(operator, operator.arguments((3, 6), torch.float32, device))
+    errors = []
+    for function, args in recorder.calls:
+        args = tree_map(lambda a: a.detach() if isinstance(a, torch.Tensor) else a, args)
+        for i in [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]:
+            changed = (*args[:i], CHANGED[change](args[i]), *args[i + 1 :])
+            try:
+                made = function(*changed)
+            except ValueError as error:
+                errors.append(str(error))
+            else:  # the others fit it as well
+                expected = ops._op.KERNELS[function._schema.name.partition("::")[2]].reference(*changed)
+                assert tree_map(lambda t: (t.shape, t.dtype), made) == tree_map(lambda t: (t.shape, t.dtype), expected)
+    assert errors
+    assert all(
+        re.match(rf"{operator.kernels[0]}\w*: (a tensor has fewer axes|\w+ must be of shape \(.*, got)", e)
+        for e in errors
+    )
 
 
 def test_a_profiler_sees_the_operator_by_name(operator, device):

@@ -88,6 +88,11 @@ def _backward(
     )
 
 
+def _takes(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str) -> tuple:
+    of_each = x0.shape[:1], _op.wide(x0)
+    return _op.matrix(x0), of_each, of_each, *_philox.takes(seed, noise, *_op.matrix(x0))
+
+
 _TRITON = "genfuse.ops._triton.diffuse"
 _fused = _op.fused(
     "diffuse(Tensor x0, Tensor alpha, Tensor sigma, Tensor? seed, Tensor? noise, str target) -> (Tensor, Tensor)",
@@ -102,6 +107,7 @@ _fused = _op.fused(
     triton=_TRITON,
     backward=_backward,
     constant=lambda *given: (1,) if given[-1] in ("x0", "noise") else (),
+    takes=_takes,
 )
 _reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
@@ -113,6 +119,10 @@ _reductions = _op.fused(
         None if gv is None else gv.contiguous(),
     ),
     triton=f"{_TRITON}:backward",
+    takes=lambda gx_t, gv, x0, seed, noise: (
+        *[_op.matrix(gx_t)] * 3,
+        *_philox.takes(seed, noise, *_op.matrix(gx_t)),
+    ),
 )
 
 

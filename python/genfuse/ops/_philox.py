@@ -25,6 +25,13 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return key.random_(_LOWEST, None) if generator is None else key.random_(_LOWEST, None, generator=generator)
 
 
+def takes(seed: Tensor | None, given: Tensor | None, shape: tuple, dtype: torch.dtype) -> tuple:
+    """What a seed, or noise that is given in its place, must be, for `fused`."""
+    if (seed is None) == (given is None):
+        raise ValueError("either a seed or noise must be given, and not both")
+    return ((), torch.int64), (shape, dtype)
+
+
 _op.define_random("seed(Tensor like) -> Tensor", seed, fake=lambda like: like.new_empty((), dtype=torch.int64))
 
 
