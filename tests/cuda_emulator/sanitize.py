@@ -1,6 +1,6 @@
 """`make sanitize`: the operators' tests and the fuzz under sanitizers and in several orders of threads.
 
-    python tests/cuda_emulator/sanitize.py [--only cpu asan tsan plain] [operator ...]
+    python tests/cuda_emulator/sanitize.py [--only cpu asan tsan plain] [--fuzz 0.2] [operator ...]
 
 Each operator runs in processes of its own, so that what ends one hides nothing of the others. Prints a table of what
 ran and what was found; the exit status is 1 where anything was found, or nothing ran.
@@ -34,18 +34,19 @@ PRELOAD = {  # of a library that throws exceptions, AddressSanitizer must know b
 REPORT = r"WARNING: ThreadSanitizer|ERROR: AddressSanitizer|: runtime error: "
 
 
-def jobs(variants: list[str], operators: list[str]) -> list[tuple[str, str, int, list[str]]]:
-    """Operator, variant, order of threads and command of each run."""
+def jobs(variants: list[str], operators: list[str], fuzz: float | None) -> list[tuple[str, str, int, list[str]]]:
+    """Operator, variant, order of threads and command of each run; of the fuzz alone, and a share of it, if asked."""
     made = []
     for variant in variants:
         _, orders, shares = COLUMNS[variant]
         for operator in operators:
             which = f"not ({' or '.join(OPERATORS)})" if operator == REST else operator
             tests = ["-m", "pytest", "-p", "emulated", "-q", "-m", "not slow", "-r", "fE", "--capture=sys", "-k", which]
-            made += [(operator, variant, order, [*tests, "tests/ops"]) for order in orders]
+            if fuzz is None:
+                made += [(operator, variant, order, [*tests, "tests/ops"]) for order in orders]
             if operator != REST:
-                fuzz = ["tests/cuda_emulator/fuzz.py", operator, "--share"]
-                made += [(operator, variant, order, [*fuzz, str(share)]) for order, share in shares.items()]
+                command = ["tests/cuda_emulator/fuzz.py", operator, "--share"]
+                made += [(operator, variant, order, [*command, str((fuzz or 1) * s)]) for order, s in shares.items()]
     return made
 
 
@@ -90,6 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operators", nargs="*", default=[*OPERATORS, REST])
     parser.add_argument("--only", nargs="+", choices=COLUMNS, default=[*COLUMNS], help="variants of the build")
+    parser.add_argument("--fuzz", type=float, metavar="SHARE", help="the fuzz alone, of a share of its cases")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     settings = parser.parse_args()
     for variant in settings.only:
@@ -97,14 +99,16 @@ def main() -> int:
     mistakes = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/cuda_emulator", "-k", "planted"], cwd=emulator.ROOT
     )
-    todo = jobs(settings.only, settings.operators)
+    todo = jobs(settings.only, settings.operators, settings.fuzz)
     with ThreadPoolExecutor(settings.jobs) as pool:
         results = list(pool.map(lambda job: run(*job), todo))
     rows = [["", *(COLUMNS[variant][0] for variant in settings.only)]]
     for operator in settings.operators:
         rows.append([operator])
         for variant in settings.only:
-            of = [result for job, result in zip(todo, results, strict=True) if job[:2] == (operator, variant)]
+            of = [(0, 0)] + [
+                result for job, result in zip(todo, results, strict=True) if job[:2] == (operator, variant)
+            ]
             cases, findings = map(sum, zip(*of, strict=True))
             rows[-1].append(f"{cases} cases, {findings} found")
     for row in rows:

@@ -1,6 +1,7 @@
 """The operators' tests pass on their CUDA kernels, without a GPU; and the emulator finds what is planted."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,3 +89,12 @@ def test_the_operators_tests_pass_on_emulated_cuda_kernels() -> None:
         pytest.fail(f"{' '.join(command)}\n{run.stdout[-20_000:]}{run.stderr[-5_000:]}", pytrace=False)
     launches = int(run.stdout.split("emulated CUDA (plain): ")[1].split()[0])
     assert launches > 1000
+
+
+def test_operators_launch_as_many_kernels_as_the_docs_say() -> None:
+    environment = {**os.environ, "EMULATED": "plain", "PYTHONPATH": f"{HERE}{os.pathsep}{emulator.ROOT}"}
+    command = [sys.executable, HERE / "launches.py"]
+    run = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=True)
+    text = (emulator.ROOT / "docs/operators.md").read_text()
+    documented = re.findall(r"^\| `(\w+)`[^|]*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [tuple(line.split()) for line in run.stdout.splitlines()] == documented

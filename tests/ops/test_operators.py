@@ -17,7 +17,11 @@ SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20)]
 
 @pytest.fixture(params=list(OPERATORS))
 def operator(request):
-    return OPERATORS[request.param]
+    found = OPERATORS[request.param]
+    without = [k for k in found.kernels if ops._op.KERNELS[k].triton is None]
+    if without and request.node.callspec.params.get("implementation") == "triton":
+        pytest.skip(f"{without[0]} has no Triton kernel")
+    return found
 
 
 def leaves(arguments):
@@ -49,6 +53,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, size, dtype, device, implementation):
+    size = (size[0], min(size[1], operator.widest))
     ours = operator.error(size, dtype, device)
     eager = operator.error(size, dtype, device, eager=True)
     # Triton's interpreter cuts float32 down to bfloat16 where hardware rounds: one unit in place of half of one.

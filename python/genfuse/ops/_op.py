@@ -396,7 +396,7 @@ def fused(
     nothing_more = (None,) * (len(kinds) - wrt)
     apply = super(torch.autograd.Function, Function).apply
 
-    operator = forward.operator
+    operator, chosen = forward.operator, forward.chosen
 
     def record(run: Callable, given: Sequence[Any]) -> Any:
         """Run with a node in the graph."""
@@ -412,7 +412,8 @@ def fused(
         every = _flat(given[:tensors]) if lists else given[:tensors]
         if not plain(every):
             return operator(*given)
-        run = forward.on(every)
+        first = every[0]
+        run = chosen["cpu"] if first is not None and first.is_cpu else forward.on(every)
         try:
             return record(run, given) if torch.is_grad_enabled() and any_requires_grad(*every) else run(*given)
         except BufferError:  # a tensor without memory, such as what is left of a transform that has ended

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from genfuse.ops import _op
 
@@ -15,7 +16,7 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
     synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another. Under vmap
     it follows vmap's ``randomness``."""
-    if torch.compiler.is_compiling() and generator is None:
+    if is_compiling() and generator is None:
         return torch.ops.genfuse.seed(like)
     if _op.transformed():
         highest = -_LOWEST - 1
