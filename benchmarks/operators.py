@@ -130,9 +130,9 @@ def _autoregressive_eager(y: Tensor, bounds: list[list[int]], **layers: Tensor) 
     return x, -raw.tanh().sum(1)
 
 
-def _network(size: Size, units: int = 16) -> dict[str, Any]:
-    columns = size[1]
-    degrees = [i * columns // units for i in range(units if columns else 0)]
+def _network(size: Size) -> dict[str, Any]:
+    columns, units = size[1], min(size[1], 16)
+    degrees = [i * columns // units for i in range(units)]
     bounds = [[sum(g < k for g in degrees) for k in range(columns + 1)]] * 2
     y = _normals(size)[0]
     made: dict[str, Any] = {"y": y, "bounds": bounds}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from benchmarks.operators import OPERATORS, Operator
 from genfuse import ops
@@ -114,7 +114,7 @@ def test_pytorchs_operator_check_passes(operator, device, implementation):
         run(operator, arguments)
     assert {f._schema.name for f, _ in recorder.calls} == {f"genfuse::{k}" for k in operator.kernels}
     for function, args in recorder.calls:
-        torch.library.opcheck(function, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        torch.library.opcheck(function, tree_map(lambda a: a.detach() if isinstance(a, torch.Tensor) else a, args))
 
 
 CHANGED = {
@@ -134,9 +134,10 @@ def test_a_tensor_that_fits_no_others_is_named_where_the_dispatcher_is_handed_it
         run(operator, operator.arguments((3, 6), torch.float32, device))
     errors = []
     for function, args in recorder.calls:
-        args = tree_map(lambda a: a.detach() if isinstance(a, torch.Tensor) else a, args)
-        for i in [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]:
-            changed = (*args[:i], CHANGED[change](args[i]), *args[i + 1 :])
+        leaves, structure = tree_flatten(args)
+        for i in [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]:
+            one = CHANGED[change](leaves[i].detach())
+            changed = tree_unflatten([*leaves[:i], one, *leaves[i + 1 :]], structure)
             try:
                 made = function(*changed)
             except ValueError as error:
@@ -146,7 +147,7 @@ def test_a_tensor_that_fits_no_others_is_named_where_the_dispatcher_is_handed_it
                 assert tree_map(lambda t: (t.shape, t.dtype), made) == tree_map(lambda t: (t.shape, t.dtype), expected)
     assert errors
     assert all(
-        re.match(rf"{operator.kernels[0]}\w*: (a tensor has fewer axes|\w+ must be of shape \(.*, got)", e)
+        re.match(rf"{operator.kernels[0]}\w*: (a tensor has fewer axes|[\w\[\]]+ must be of shape \(.*, got)", e)
         for e in errors
     )
 
