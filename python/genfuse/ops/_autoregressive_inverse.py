@@ -121,7 +121,7 @@ def _takes(
 ) -> tuple:  # fmt: skip
     s, ((rows, columns), dtype), hidden = Settings(*settings), _op.matrix(y), len(weights) - 1
     if dtype is not _op.wide(y) or hidden < 1 or len(bounds) != hidden * (columns + 1):
-        raise ValueError("y must be float32 or float64, with bounds of at least one hidden layer")
+        raise ValueError("y must be (N, D), float32 or float64, and bounds D + 1 numbers for each hidden layer")
     _affine_coupling.checked_slope(s.scale, None if s.bins else s.slope or None, factor)
     if s.bins:
         _spline.complain_unless_valid(s.spline)
@@ -216,7 +216,7 @@ def _sweep_takes(
 ) -> tuple:  # fmt: skip
     (columns, rows), dtype, hidden = *_op.matrix(gx), len(weights) - 1
     if not columns or hidden < 1 or dtype is not _op.wide(gx) or len(bounds) != hidden * (columns + 1):
-        raise ValueError("gx must be float32 or float64, with columns and bounds of at least one hidden layer")
+        raise ValueError("gx must be (D, N), float32 or float64, and bounds D + 1 numbers for each hidden layer")
     widths = _widths(columns, len(weights), by_layer(bounds, hidden), slope.shape[0] // columns, residual)
     of_layers = [((b, rows), dtype) for b in widths]
     return (
@@ -407,7 +407,7 @@ def autoregressive_inverse(
         shapes["factor"] = (factor, (d,))
     _op.complain_unless_like(y, "y", **shapes)
     if not bins:  # the kernels take outputs by feature
-        weights = [*weights[:-1], weights[-1].view(2, d, -1).transpose(0, 1).reshape(2 * d, -1)]
+        weights = [*weights[:-1], weights[-1].view(2, d, widths[-2]).transpose(0, 1).reshape(2 * d, widths[-2])]
         biases = [*biases[:-1], biases[-1].view(2, d).t().reshape(-1)]
     flat = tuple(int(start) for starts in bounds for start in starts)
     return _fused(y, context, factor, list(weights), list(biases), flat, *settings)
