@@ -9,6 +9,7 @@ from pathlib import Path
 
 import emulator
 import pytest
+import sanitize
 from required import skip
 
 HERE = Path(__file__).resolve().parent
@@ -98,3 +99,20 @@ def test_operators_launch_as_many_kernels_as_the_docs_say() -> None:
     text = (emulator.ROOT / "docs/operators.md").read_text()
     documented = re.findall(r"^\| `(\w+)`[^|]*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     assert [tuple(line.split()) for line in run.stdout.splitlines()] == documented
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "cases", "findings"),
+    [
+        ("88 passed, 12 skipped in 517.2s", 0, 88, 0),
+        ("actnorm: 26 cases, 0 results wrong, 3 ill-conditioned, 50 s", 0, 26, 0),
+        ("actnorm: 26 cases, 2 results wrong, 3 ill-conditioned, 50 s", 1, 26, 2),
+        ("2 failed, 5 passed, 1 error in 3s", 1, 7, 3),
+        ("WARNING: ThreadSanitizer: data race\nWARNING: ThreadSanitizer: data race\n9 passed", 66, 9, 2),
+        ("rows.cuh:3:4: runtime error: load of misaligned address", 134, 0, 1),
+        ("Segmentation fault", 139, 0, 1),
+        ("no tests ran", 0, 0, 1),
+    ],
+)
+def test_whatever_a_sanitizers_run_ends_with_is_counted(printed: str, status: int, cases: int, findings: int) -> None:
+    assert sanitize.outcome(printed, status) == (cases, findings)
