@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Operator:
     moved: Callable[[Size, int], tuple[int, int]]  # (size, itemsize) -> bytes that must move, forward, backward
     replay: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: {}  # the noise of the next call, in float64
     learned: tuple[str, ...] = ()  # the arguments that are differentiated
+    widest: int = 1 << 30  # of examples that `eager` takes in reasonable time
 
     def arguments(self, size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
         """Those of `function`, for a size of which the first is the number of examples."""
@@ -102,6 +104,42 @@ def _affine(
     split = 0 if mask is not None else int(mask_or_split)
     slope = _affine_coupling.SLOPE if scale == "softclip" else 0.0
     return _affine_coupling.formula(x, params, None, mask, split, scale, slope, inverse=inverse)
+
+
+def _autoregressive(y: Tensor, bounds: list[list[int]], **layers: Tensor) -> tuple[Tensor, Tensor]:
+    w, b = ([layers[f"{of}{i}"] for i in range(len(bounds) + 1)] for of in "wb")
+    return ops.autoregressive_inverse(y, w, b, bounds)
+
+
+def _masks(y: Tensor, bounds: list[list[int]]) -> list[Tensor]:
+    """Of each layer of a masked network, 1 between what may see each other (arXiv 1502.03509, equations 13 and 14)."""
+    inputs = torch.arange(y.shape[1], device=y.device)
+    hidden = [inputs.repeat_interleave(torch.tensor(starts, device=y.device).diff()) for starts in bounds]
+    return [(b[:, None] >= a).to(y) for a, b in pairwise([inputs + 1, *hidden, inputs.repeat(2)])]
+
+
+def _autoregressive_eager(y: Tensor, bounds: list[list[int]], **layers: Tensor) -> tuple[Tensor, Tensor]:
+    """A pass of the whole network for each coordinate, as it is usually written."""
+    masks, x, raw = _masks(y, bounds), torch.zeros_like(y), y[:, :0]
+    for k in range(y.shape[1]):
+        h = x
+        for i, mask in enumerate(masks):
+            h = torch.nn.functional.linear(h.relu() if i else h, layers[f"w{i}"] * mask, layers[f"b{i}"])
+        raw, shift = h.chunk(2, -1)
+        x = torch.cat([x[:, :k], ((y - shift) * (-raw.tanh()).exp())[:, k : k + 1], x[:, k + 1 :]], 1)
+    return x, -raw.tanh().sum(1)
+
+
+def _network(size: Size) -> dict[str, Any]:
+    columns, units = size[1], min(size[1], 16)
+    degrees = [i * columns // units for i in range(units)]
+    bounds = [[sum(g < k for g in degrees) for k in range(columns + 1)]] * 2
+    y = _normals(size)[0]
+    made: dict[str, Any] = {"y": y, "bounds": bounds}
+    for i, mask in enumerate(_masks(y, bounds)):
+        w, b = _normals(mask.shape, mask.shape[:1])
+        made[f"w{i}"], made[f"b{i}"] = 0.3 * w * mask, 0.3 * b
+    return made
 
 
 def _bernoulli(p: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -218,6 +256,25 @@ OPERATORS = {
             # x, params of as many, y and logdet; gy, glogdet, x, params and the gradients of the last two
             moved=_moved(lambda n, m: 3 * m + n, lambda n, m: 5 * m + n),
             learned=("x", "params"),
+        ),
+        Operator(
+            name="autoregressive_inverse",
+            function=_autoregressive,
+            eager=_autoregressive_eager,
+            kernels=(
+                "autoregressive_inverse",
+                "autoregressive_inverse_backward",
+                "affine_coupling",
+                "affine_coupling_backward",
+            ),
+            sizes=((1, 8), (256, 8), (256, 16)),
+            example=_network,
+            # y, x, logdet and the network of 16 units; backward about three times as much
+            moved=_moved(
+                lambda n, m: 2 * m + n + 48 * m // max(n, 1) + 256, lambda n, m: 6 * m + n + 144 * m // max(n, 1) + 768
+            ),
+            learned=("y", "w0", "b0", "w1", "b1", "w2", "b2"),
+            widest=65,
         ),
         Operator(
             name="bernoulli",

@@ -70,13 +70,63 @@ Fields<Struct, Members...> fields_of(Members Bases::*... members) {
   return {{members...}};
 }
 
+// A function of the module that fills both structures and runs the operator. Python calls it as it is: pybind11's
+// choice among overloads, of which there is one, takes as long as a small launch.
+template <class Problem, class Out>
+struct Launch;
+template <class Problem, class... P, class Out, class... O>
+struct Launch<Fields<Problem, P...>, Fields<Out, O...>> {
+  Fields<Problem, P...> problem;
+  Fields<Out, O...> out;
+  PyMethodDef method;
+
+  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+    const auto& launch = *static_cast<const Launch*>(PyCapsule_GetPointer(self, nullptr));
+    try {
+      constexpr Py_ssize_t takes = sizeof...(P) + sizeof...(O) + 2;
+      if (count != takes) {
+        throw pybind11::type_error(std::string(launch.method.ml_name) + " takes " + std::to_string(takes) +
+                                   " arguments, got " + std::to_string(count));
+      }
+      launch.run(given, std::index_sequence_for<P...>(), std::index_sequence_for<O...>());
+      Py_RETURN_NONE;
+    } catch (pybind11::error_already_set& error) {
+      error.restore();
+    } catch (const pybind11::builtin_exception& error) {
+      error.set_error();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+ private:
+  template <class T>
+  T argument(PyObject* const* given, size_t i) const {
+    pybind11::detail::make_caster<T> caster;
+    if (!caster.load(given[i], true)) {
+      throw pybind11::type_error(std::string(method.ml_name) + ": argument " + std::to_string(i) + " must not be " +
+                                 Py_TYPE(given[i])->tp_name);
+    }
+    return pybind11::detail::cast_op<T>(caster);
+  }
+  template <size_t... I, size_t... J>
+  void run(PyObject* const* given, std::index_sequence<I...>, std::index_sequence<J...>) const {
+    constexpr size_t p = sizeof...(P), o = sizeof...(O);
+    genfuse::run(problem.fill(argument<argument_t<P>>(given, I)...), out.fill(argument<argument_t<O>>(given, p + J)...),
+                 argument<int>(given, p + o), argument<uintptr_t>(given, p + o + 1));
+  }
+};
+
 // Defines `name(problem..., out..., device, stream)`, which calls run_cpu(problem, out) or run_cuda(problem, out,
 // stream) of the operator's namespace.
-template <class Problem, class... P, class Out, class... O>
-void define(pybind11::module_& m, const char* name, Fields<Problem, P...> problem, Fields<Out, O...> out) {
-  m.def(name, [=](argument_t<P>... of_problem, argument_t<O>... of_out, int device, uintptr_t stream) {
-    run(problem.fill(of_problem...), out.fill(of_out...), device, stream);
-  });
+template <class Problem, class Out>
+void define(pybind11::module_& m, const char* name, Problem problem, Out out) {
+  auto* const launch = new Launch<Problem, Out>{problem, out, {name, nullptr, METH_FASTCALL, nullptr}};  // for ever
+  launch->method.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Launch<Problem, Out>::call));
+  const pybind11::capsule self(launch);
+  m.add_object(name, pybind11::reinterpret_steal<pybind11::object>(
+                         PyCFunction_NewEx(&launch->method, self.ptr(), m.attr("__name__").ptr())));
 }
 
 }  // namespace genfuse
@@ -117,6 +167,7 @@ struct pybind11::detail::type_caster<genfuse::List<T>> {
 
   bool load(handle values, bool convert) {
     if (!isinstance<sequence>(values)) return false;
+    value.count = 0;
     for (handle one : reinterpret_borrow<sequence>(values)) {
       if (value.count == genfuse::kMostListed)
         throw value_error("expected a list of at most " + std::to_string(genfuse::kMostListed) + ", got a longer one");

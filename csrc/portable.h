@@ -84,7 +84,7 @@ GENFUSE_HD float exp_(float x) {
   p = p * r * r + r + 1.f;
   // 2^n in two factors, since n itself reaches from -150 to 128. NaN has any n, and stays NaN.
   const int32_t half = n >> 1;
-  return p * bit_cast<float>((half + 127) << 23) * bit_cast<float>((n - half + 127) << 23);
+  return p * bit_cast<float>(uint32_t(half + 127) << 23) * bit_cast<float>(uint32_t(n - half + 127) << 23);
 #endif
 }
 GENFUSE_HD double exp_(double x) { return exp(x); }

@@ -6,7 +6,7 @@
 #include <string>
 #include <type_traits>
 
-#include "portable.h"
+#include "philox.h"
 
 namespace genfuse {
 
@@ -141,6 +141,29 @@ __device__ void store_pack(S* to, Range range, F value) {
   store_pack<N>(to, range, range.whole<N>(to), value);
 }
 
+// Normal noise of the first of `range` and its neighbours: as it was given, or made. A lane takes whole counters, or
+// unless it is `Aligned` parts of one more. Loops over columns are unrolled and guarded, never cut short: arrays that
+// are indexed by a variable lie in memory.
+template <class S, bool Aligned, class T>
+__device__ void eps_at(const void* given, uint64_t key, int64_t first, Range range, T eps[kPack<S>]) {
+  constexpr int kWidth = kPack<S>;
+  if (given) {
+    const auto noise = load_pack<kWidth>(static_cast<const S*>(given) + first, range);
+    GENFUSE_UNROLL(kWidth)
+    for (int k = 0; k < kWidth; ++k) eps[k] = noise[k];
+    return;
+  }
+  const int shift = Aligned ? 0 : int(first & 3);
+  T ahead[kWidth + 4];
+  GENFUSE_UNROLL(kWidth / 4)
+  for (int c = 0; c < kWidth; c += 4) normals(key, uint64_t(first + c) / 4, ahead + c);
+  if (shift) normals(key, uint64_t(first) / 4 + kWidth / 4, ahead + kWidth);
+  GENFUSE_UNROLL(kWidth)
+  for (int k = 0; k < kWidth; ++k) {
+    eps[k] = shift == 0 ? ahead[k] : shift == 1 ? ahead[k + 1] : shift == 2 ? ahead[k + 2] : ahead[k + 3];
+  }
+}
+
 // The columns of a lane in one of `pieces` pieces of a row, kPack<S> at a time: neighbours where whole packs of all
 // `rows` can be taken, and else such that neighbouring lanes touch neighbouring memory.
 template <class S>
@@ -243,12 +266,28 @@ void for_columns(int64_t rows, int64_t cols, int64_t pieces, F launch) {
   check(cudaGetLastError());
 }
 
-// The same for kernels that end with `finish_row`.
-template <int N, class S, class Problem, class Out, class F>
-void for_sums(const Problem& p, const Out& out, cudaStream_t stream, F launch) {
-  for_columns<S>(p.rows, p.cols, p.partial ? kPieces : 1, launch);
+// Launches such a kernel, of(storage) for the storage type.
+template <class Problem, class Out>
+using Kernel = void (*)(Problem, Out);
+template <class Problem, class Out, class Of>
+void run_columns(const Problem& p, const Out& out, void* stream, Of of, int64_t pieces = 0) {
+  dispatch(p.dtype, [&](auto storage) {
+    const Kernel<Problem, Out> kernel = of(storage);
+    for_columns<decltype(storage)>(p.rows, p.cols, pieces, [&](dim3 grid, dim3 threads) {
+      kernel<<<grid, threads, 0, cudaStream_t(stream)>>>(p, out);
+    });
+  });
+}
+
+// The same for kernels that end with `finish_row`, of N sums.
+template <int N, class Problem, class Out, class Of>
+void run_sums(const Problem& p, const Out& out, void* stream, Of of) {
+  run_columns(p, out, stream, of, p.partial ? kPieces : 1);
   if (!p.partial) return;
-  for_threads(p.rows, [&](int blocks) { finish_kernel<N, compute_t<S>><<<blocks, kThreads, 0, stream>>>(p, out); });
+  dispatch(p.dtype, [&](auto storage) {
+    const Kernel<Problem, Out> kernel = finish_kernel<N, compute_t<decltype(storage)>>;
+    for_threads(p.rows, [&](int blocks) { kernel<<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out); });
+  });
 }
 
 // Calls launch(lanes, blocks), where `lanes` is a constant, for a grid of as many lanes for each row: of a warp or

@@ -49,120 +49,11 @@ GENFUSE_HD const T* gather(const S* from, int64_t step, int64_t n, T* buffer) {
   for (int64_t j = 0; j < n; ++j) buffer[j] = load(from[j * step]);
   return buffer;
 }
-// Where a row's gradients of the parameters go: into their places, or if those are apart, by way of buffers.
-template <class S>
-struct Gradients {
-  S *raw_to, *shift_to, *raw, *shift;
-
-  GENFUSE_HD Gradients(const Problem& p, const Backward& out, int64_t row, int64_t j, S* raw_buffer, S* shift_buffer)
-      : raw_to(element<S>(out.gparams, row * p.gstride + j * p.gstep)),
-        shift_to(element<S>(out.gshift, row * p.gstride + j * p.gstep)),
-        raw(p.gstep == 1 ? raw_to : raw_buffer),
-        shift(p.gstep == 1 ? shift_to : shift_buffer) {}
-
-  GENFUSE_HD void finish(int64_t step, int64_t n) const {
-    for (int64_t j = 0; step != 1 && j < n; ++j) raw_to[j * step] = raw[j], shift_to[j * step] = shift[j];
-  }
-};
-
 template <bool has_mask, class T>
 GENFUSE_HD T masked(T x, const bits_of<T>* moves, int64_t j) {
   if constexpr (has_mask) return bit_cast<T>(bit_cast<bits_of<T>>(x) & moves[j]);
   return x;
 }
-
-// Loops for one kind, a log-determinant for each row, and parameters that lie together.
-template <Kind kind, bool inverse, class S, bool has_mask = false>
-GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
-  using T = compute_t<S>;
-  const int64_t moved = p.moved, after = p.start + moved;
-  T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
-  Moving<bits_of<T>> moving(p);
-  for (int64_t i = begin; i < end; ++i) {
-    const S* x_row = element<S>(p.x, i * p.x_stride);
-    const S* raw_row = element<S>(p.params, i * p.params_stride);
-    const S* shift_row = element<S>(p.shift, i * p.shift_stride);
-    S* y_row = element<S>(out.y, i * p.cols);
-    prefetch(x_row + kRowsAhead * p.x_stride, p.cols);
-    prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
-    prefetch(y_row + kRowsAhead * p.cols, p.cols);
-    copy(x_row, y_row, p.start);
-    copy(x_row + after, y_row + after, p.cols - after);
-    T sum = 0;
-    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
-      const int64_t n = std::min(kBlock, moved - j0);
-      const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = read(raw_row + j0, n, raw_buffer);
-      const T* shift = read(shift_row + j0, n, shift_buffer);
-      S* y = y_row + p.start + j0;
-      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) {
-        const T s = masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j), t = masked<has_mask>(shift[j], moves, j);
-        store(y[j], apply(factor(x[j], t, inverse), scale<kind>(s, inverse), t, inverse));
-        sum += s;
-      }
-    }
-    *element<T>(out.logdet, i) = inverse ? -sum : sum;
-  }
-}
-
-template <Kind kind, bool inverse, class S>
-GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
-  using T = compute_t<S>;
-  const int64_t moved = p.moved, after = p.start + moved;
-  T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock];
-  for (int64_t i = begin; i < end; ++i) {
-    const S* x_row = element<S>(p.x, i * p.x_stride);
-    const S* raw_row = element<S>(p.params, i * p.params_stride);
-    const S* shift_row = element<S>(p.shift, i * p.shift_stride);
-    const S* gy_row = element<S>(out.gy, i * p.cols);
-    S* gx_row = element<S>(out.gx, i * p.cols);
-    const T glogdet = *element<T>(out.glogdet, i);
-    prefetch(x_row + kRowsAhead * p.x_stride + p.start, moved);
-    prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
-    prefetch(gy_row + kRowsAhead * p.cols, p.cols);
-    prefetch(gx_row + kRowsAhead * p.cols, p.cols);
-    copy(gy_row, gx_row, p.start);
-    copy(gy_row + after, gx_row + after, p.cols - after);
-    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
-      const int64_t n = std::min(kBlock, moved - j0);
-      const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = read(raw_row + j0, n, raw_buffer);
-      const T* shift = read(shift_row + j0, n, shift_buffer);
-      const T* gy = read(gy_row + p.start + j0, n, gy_buffer);
-      S* gx = gx_row + p.start + j0;
-      S* graw = element<S>(out.gparams, i * p.gstride + j0);
-      S* gshift = element<S>(out.gshift, i * p.gstride + j0);
-      GENFUSE_INDEPENDENT
-      for (int64_t j = 0; j < n; ++j) {
-        const LogScale<T> s = log_scale<kind>(raw[j]);
-        const Grad<T> g =
-            grad(gy[j], glogdet, factor(x[j], shift[j], inverse), scale<kind>(s.value, inverse), s.derivative, inverse);
-        store(gx[j], g.x);
-        store(graw[j], g.raw);
-        store(gshift[j], g.shift);
-      }
-    }
-  }
-}
-
-// Each way, and forward without a mask and with one, has loops of its own: one that decided for itself would not be
-// vectorised.
-template <Kind kind, class S, class Out>
-GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
-  if constexpr (std::is_same_v<Out, Forward>) {
-    if (p.mask && p.inverse) return rows_of<kind, true, S, true>(p, out, begin, end);
-    if (p.mask) return rows_of<kind, false, S, true>(p, out, begin, end);
-  }
-  p.inverse ? rows_of<kind, true, S>(p, out, begin, end) : rows_of<kind, false, S>(p, out, begin, end);
-}
-GENFUSE_SIMD_LOOPS(tanh_rows, Forward, either_way<Kind::tanh, S>)
-GENFUSE_SIMD_LOOPS(tanh_rows, Backward, either_way<Kind::tanh, S>)
-GENFUSE_SIMD_LOOPS(exp_rows, Forward, either_way<Kind::exp, S>)
-GENFUSE_SIMD_LOOPS(exp_rows, Backward, either_way<Kind::exp, S>)
-GENFUSE_SIMD_LOOPS(sigmoid_rows, Forward, either_way<Kind::sigmoid, S>)
-GENFUSE_SIMD_LOOPS(sigmoid_rows, Backward, either_way<Kind::sigmoid, S>)
 
 // Of n columns from j0 on, what depends on the kind: log-scales, their derivatives, and the scales. 0 and 1 where the
 // mask keeps a column.
@@ -203,97 +94,134 @@ GENFUSE_SCALES(float)
 GENFUSE_SCALES(double)
 #undef GENFUSE_SCALES
 
-// Loops for every kind, a mask, and log-determinants by element.
-template <bool inverse, class S>
-GENFUSE_HD void any_rows(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+// Every kind, with a mask, parameters wherever they lie, and log-determinants for each row or by element. Loops for one
+// kind alone do without: they are for a log-determinant for each row, and parameters that lie together.
+constexpr Kind kAny = Kind(-1);
+
+template <Kind kind, bool inverse, class S, bool has_mask = kind == kAny>
+GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t after = p.start + p.moved, step = p.step;
+  constexpr bool any = kind == kAny;
+  const int64_t after = p.start + p.moved, step = any ? p.step : 1;
+  const bool by_element = any && p.by_element;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock];
   Scales<T> of;
   Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t moved = i + 1 < p.rows ? p.moved : p.last;
+    const int64_t moved = any && i + 1 == p.rows ? p.last : p.moved;
     const S* x_row = element<S>(p.x, i * p.x_stride);
+    const S* raw_row = element<S>(p.params, i * p.params_stride);
+    const S* shift_row = element<S>(p.shift, i * p.shift_stride);
     S* y_row = element<S>(out.y, i * p.cols);
+    T* logdet = element<T>(out.logdet, by_element ? i * p.cols : i);
+    if constexpr (!any) {
+      prefetch(x_row + kRowsAhead * p.x_stride, p.cols);
+      prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
+      prefetch(y_row + kRowsAhead * p.cols, p.cols);
+    }
     copy(x_row, y_row, p.start);
     copy(x_row + after, y_row + after, p.cols - after);
-    T* logdet = element<T>(out.logdet, p.by_element ? i * p.cols : i);
-    if (p.by_element) {
+    if (by_element) {
       std::fill_n(logdet, p.start, T(0));
       std::fill_n(logdet + after, p.cols - after, T(0));
     }
     T sum = 0;
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const auto* moves = moving.at(j0, n);
       const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = gather(element<S>(p.params, i * p.params_stride + j0 * step), step, n, raw_buffer);
-      const T* shift = gather(element<S>(p.shift, i * p.shift_stride + j0 * step), step, n, shift_buffer);
+      const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
+      const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
       S* y = y_row + p.start + j0;
-      scales(p, raw, moves, j0, n, of);
-      GENFUSE_INDEPENDENT
-      for (int64_t j = 0; j < n; ++j) {
-        const T t = masked<true>(shift[j], moves, j);
-        store(y[j], apply(factor(x[j], t, inverse), of.scale[j], t, inverse));
-      }
-      if (p.by_element) {
-        for (int64_t j = 0; j < n; ++j) logdet[p.start + j0 + j] = inverse ? -of.s[j] : of.s[j];
-      } else {
+      const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
+      if constexpr (any) scales(p, raw, moves, j0, n, of);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; ++j) sum += of.s[j];
+      for (int64_t j = 0; j < n; ++j) {
+        const T s = any ? of.s[j] : masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j);
+        const T t = masked<has_mask>(shift[j], moves, j);
+        store(y[j], apply(factor(x[j], t, inverse), any ? of.scale[j] : scale<kind>(s, inverse), t, inverse));
+        sum += s;
       }
+      for (int64_t j = 0; by_element && j < n; ++j) logdet[p.start + j0 + j] = inverse ? -of.s[j] : of.s[j];
     }
-    if (!p.by_element) *logdet = inverse ? -sum : sum;
+    if (!by_element) *logdet = inverse ? -sum : sum;
   }
 }
 
-template <bool inverse, class S>
-GENFUSE_HD void any_rows(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+template <Kind kind, bool inverse, class S>
+GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  const int64_t after = p.start + p.moved, step = p.step, gstep = p.gstep;
+  constexpr bool any = kind == kAny;
+  const int64_t after = p.start + p.moved, step = any ? p.step : 1, gstep = any ? p.gstep : 1;
   T x_buffer[kBlock], raw_buffer[kBlock], shift_buffer[kBlock], gy_buffer[kBlock], glogdet_buffer[kBlock];
   S graw_buffer[kBlock], gshift_buffer[kBlock];
   Scales<T> of;
   Moving<bits_of<T>> moving(p);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t moved = i + 1 < p.rows ? p.moved : p.last;
+    const int64_t moved = any && i + 1 == p.rows ? p.last : p.moved;
     const S* x_row = element<S>(p.x, i * p.x_stride);
+    const S* raw_row = element<S>(p.params, i * p.params_stride);
+    const S* shift_row = element<S>(p.shift, i * p.shift_stride);
     const S* gy_row = element<S>(out.gy, i * p.cols);
     S* gx_row = element<S>(out.gx, i * p.cols);
+    const bool by_element = any && p.by_element;
+    const T glogdet_row = by_element ? T(0) : *element<T>(out.glogdet, i);
+    if constexpr (any) {
+      std::fill_n(glogdet_buffer, std::min(moved, kBlock), glogdet_row);
+    } else {
+      prefetch(x_row + kRowsAhead * p.x_stride + p.start, moved);
+      prefetch(raw_row + kRowsAhead * p.params_stride, 2 * moved);
+      prefetch(gy_row + kRowsAhead * p.cols, p.cols);
+      prefetch(gx_row + kRowsAhead * p.cols, p.cols);
+    }
     copy(gy_row, gx_row, p.start);
     copy(gy_row + after, gx_row + after, p.cols - after);
-    if (!p.by_element) std::fill_n(glogdet_buffer, std::min(moved, kBlock), *element<T>(out.glogdet, i));
     for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
       const int64_t n = std::min(kBlock, moved - j0);
-      const auto* moves = moving.at(j0, n);
       const T* x = read(x_row + p.start + j0, n, x_buffer);
-      const T* raw = gather(element<S>(p.params, i * p.params_stride + j0 * step), step, n, raw_buffer);
-      const T* shift = gather(element<S>(p.shift, i * p.shift_stride + j0 * step), step, n, shift_buffer);
+      const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
+      const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
       const T* gy = read(gy_row + p.start + j0, n, gy_buffer);
-      const T* glogdet = p.by_element ? element<T>(out.glogdet, i * p.cols + p.start + j0) : glogdet_buffer;
+      const T* glogdet = by_element ? element<T>(out.glogdet, i * p.cols + p.start + j0) : glogdet_buffer;
       S* gx = gx_row + p.start + j0;
-      Gradients<S> to(p, out, i, j0, graw_buffer, gshift_buffer);
-      S *graw = to.raw, *gshift = to.shift;
-      scales(p, raw, moves, j0, n, of);
+      // Gradients of the parameters: into their places, or if those are apart, by way of buffers.
+      S* raw_to = element<S>(out.gparams, i * p.gstride + j0 * gstep);
+      S* shift_to = element<S>(out.gshift, i * p.gstride + j0 * gstep);
+      S *graw = gstep == 1 ? raw_to : graw_buffer, *gshift = gstep == 1 ? shift_to : gshift_buffer;
+      const auto* moves = any ? moving.at(j0, n) : nullptr;
+      if constexpr (any) scales(p, raw, moves, j0, n, of);
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
-        const T t = masked<true>(shift[j], moves, j);
-        const Grad<T> g = grad(gy[j], glogdet[j], factor(x[j], t, inverse), of.scale[j], of.derivative[j], inverse);
+        const LogScale<T> s = any ? LogScale<T>{T(0), of.derivative[j]} : log_scale<kind>(raw[j]);
+        const T f = factor(x[j], masked<any>(shift[j], moves, j), inverse);
+        const T scaled = any ? of.scale[j] : scale<kind>(s.value, inverse);
+        const Grad<T> g = grad(gy[j], any ? glogdet[j] : glogdet_row, f, scaled, s.derivative, inverse);
         store(gx[j], g.x);
-        store(graw[j], masked<true>(g.raw, moves, j));
-        store(gshift[j], masked<true>(g.shift, moves, j));
+        store(graw[j], masked<any>(g.raw, moves, j));
+        store(gshift[j], masked<any>(g.shift, moves, j));
       }
-      to.finish(gstep, n);
+      for (int64_t j = 0; gstep != 1 && j < n; ++j) raw_to[j * gstep] = graw[j], shift_to[j * gstep] = gshift[j];
     }
   }
 }
 
-template <class S, class Out>
-GENFUSE_HD void any_rows_either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
-  p.inverse ? any_rows<true, S>(p, out, begin, end) : any_rows<false, S>(p, out, begin, end);
+// Each way, and forward without a mask and with one, has loops of its own: one that decided for itself would not be
+// vectorised.
+template <Kind kind, class S, class Out>
+GENFUSE_HD void either_way(const Problem& p, const Out& out, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<Out, Forward> && kind != kAny) {
+    if (p.mask && p.inverse) return rows_of<kind, true, S, true>(p, out, begin, end);
+    if (p.mask) return rows_of<kind, false, S, true>(p, out, begin, end);
+  }
+  p.inverse ? rows_of<kind, true, S>(p, out, begin, end) : rows_of<kind, false, S>(p, out, begin, end);
 }
-GENFUSE_SIMD_LOOPS(all_rows, Forward, any_rows_either_way<S>)
-GENFUSE_SIMD_LOOPS(all_rows, Backward, any_rows_either_way<S>)
+GENFUSE_SIMD_LOOPS(tanh_rows, Forward, either_way<Kind::tanh, S>)
+GENFUSE_SIMD_LOOPS(tanh_rows, Backward, either_way<Kind::tanh, S>)
+GENFUSE_SIMD_LOOPS(exp_rows, Forward, either_way<Kind::exp, S>)
+GENFUSE_SIMD_LOOPS(exp_rows, Backward, either_way<Kind::exp, S>)
+GENFUSE_SIMD_LOOPS(sigmoid_rows, Forward, either_way<Kind::sigmoid, S>)
+GENFUSE_SIMD_LOOPS(sigmoid_rows, Backward, either_way<Kind::sigmoid, S>)
+GENFUSE_SIMD_LOOPS(all_rows, Forward, either_way<kAny, S>)
+GENFUSE_SIMD_LOOPS(all_rows, Backward, either_way<kAny, S>)
 
 }  // namespace
 
@@ -304,19 +232,12 @@ void run_cpu(const Problem& given, const Out& given_out) {
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
       const bool plain = (!p.mask || std::is_same_v<Out, Forward>) && !p.by_element && p.step == 1 && p.gstep == 1;
-      switch (Kind(p.kind)) {
-        case Kind::tanh:
-          if (plain) return tanh_rows(storage, p, out, begin, end);
-          break;
-        case Kind::exp:
-          if (plain) return exp_rows(storage, p, out, begin, end);
-          break;
-        case Kind::sigmoid:
-          if (plain) return sigmoid_rows(storage, p, out, begin, end);
-          break;
-        default: break;
+      switch (plain ? Kind(p.kind) : kAny) {
+        case Kind::tanh: return tanh_rows(storage, p, out, begin, end);
+        case Kind::exp: return exp_rows(storage, p, out, begin, end);
+        case Kind::sigmoid: return sigmoid_rows(storage, p, out, begin, end);
+        default: return all_rows(storage, p, out, begin, end);
       }
-      all_rows(storage, p, out, begin, end);
     });
   });
 }

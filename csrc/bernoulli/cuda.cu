@@ -1,6 +1,5 @@
 #include "bernoulli/launch.h"
 #include "bernoulli/math.h"
-#include "philox.h"
 #include "rows.cuh"
 
 namespace genfuse::bernoulli {

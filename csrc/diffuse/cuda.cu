@@ -1,6 +1,5 @@
 #include "diffuse/launch.h"
 #include "diffuse/math.h"
-#include "philox.h"
 #include "rows.cuh"
 
 namespace genfuse::diffuse {
@@ -12,20 +11,6 @@ __device__ void finish(const Problem&, const Backward& out, int64_t row, const T
 }
 
 namespace {
-
-// The noise of elements [first, first + kPack<S>), of whole counters; from memory only that of `range`.
-template <class S, class T>
-__device__ void eps_at(const Problem& p, uint64_t key, int64_t first, Range range, T eps[kPack<S>]) {
-  constexpr int kWidth = kPack<S>;
-  if (p.noise) {
-    const auto noise = load_pack<kWidth>(static_cast<const S*>(p.noise) + first, range);
-    GENFUSE_UNROLL(kWidth)
-    for (int k = 0; k < kWidth; ++k) eps[k] = noise[k];
-    return;
-  }
-  GENFUSE_UNROLL(kWidth / 4)
-  for (int c = 0; c < kWidth; c += 4) normals(key, uint64_t(first + c) / 4, eps + c);
-}
 
 // A thread takes neighbours, whatever rows they belong to.
 template <Target kind, class S>
@@ -53,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) forward_kernel(Pr
         if (++column == p.cols) column = 0, ++row;
       }
     }
-    eps_at<S>(p, key, first, range, eps);
+    eps_at<S, true>(p.noise, key, first, range, eps);
     store_pack<kWidth>(static_cast<S*>(out.x_t) + first, range,
                        [&](int k) { return sample(x0[k], eps[k], alpha[k], sigma[k]); });
     if constexpr (kind != Target::x0) {
@@ -80,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) backward_kernel(P
       Pack<S, kWidth> gv = {};
       if constexpr (is_v) gv = load_pack<kWidth>(static_cast<const S*>(out.gv) + first, range);
       T eps[kWidth];
-      eps_at<S>(p, key, first, range, eps);
+      eps_at<S, true>(p.noise, key, first, range, eps);
       GENFUSE_UNROLL(kWidth)
       for (int k = 0; k < kWidth; ++k) {
         if (!range.has(k)) continue;
@@ -102,16 +87,6 @@ void launch(const Problem& p, const Forward& out, void* stream) {
   });
 }
 
-template <bool is_v>
-void launch(const Problem& p, const Backward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_sums<2, S>(p, out, cudaStream_t(stream), [&](dim3 grid, dim3 threads) {
-      backward_kernel<is_v, S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out);
-    });
-  });
-}
-
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
@@ -123,7 +98,10 @@ void run_cuda(const Problem& p, const Forward& out, void* stream) {
   }
 }
 void run_cuda(const Problem& p, const Backward& out, void* stream) {
-  out.gv ? launch<true>(p, out, stream) : launch<false>(p, out, stream);
+  run_sums<2>(p, out, stream, [&](auto s) -> Kernel<Problem, Backward> {
+    using S = decltype(s);
+    return out.gv ? backward_kernel<true, S> : backward_kernel<false, S>;
+  });
 }
 
 }  // namespace genfuse::diffuse

@@ -110,32 +110,20 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, DoubleB
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
+  run_sums<1>(p, out, stream, [](auto s) -> Kernel<Problem, Forward> { return kernel<decltype(s)>; });
+  if (!p.summed) return;
   dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_sums<1, S>(p, out, cudaStream_t(stream),
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-    if (p.summed) sum_kernel<compute_t<S>><<<1, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    sum_kernel<compute_t<decltype(storage)>><<<1, kThreads, 0, cudaStream_t(stream)>>>(p, out);
   });
   check(cudaGetLastError());
 }
 void run_cuda(const Problem& p, const Backward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_columns<S>(p.rows, p.cols, 0,
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  run_columns(p, out, stream, [](auto s) -> Kernel<Problem, Backward> { return kernel<decltype(s)>; });
 }
 void run_cuda(const Problem& p, const DoubleBackward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    if (p.partial) {
-      for_sums<1, S>(p, out, cudaStream_t(stream), [&](dim3 grid, dim3 threads) {
-        dot_kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out);
-      });
-    }
-    for_columns<S>(p.rows, p.cols, p.partial ? 0 : 1,
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  using Of = Kernel<Problem, DoubleBackward>;
+  if (p.partial) run_sums<1>(p, out, stream, [](auto s) -> Of { return dot_kernel<decltype(s)>; });
+  run_columns(p, out, stream, [](auto s) -> Of { return kernel<decltype(s)>; }, p.partial ? 0 : 1);
 }
 
 }  // namespace genfuse::gradient_norm_penalty

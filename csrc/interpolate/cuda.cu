@@ -1,6 +1,5 @@
 #include "interpolate/launch.h"
 #include "interpolate/math.h"
-#include "philox.h"
 #include "rows.cuh"
 
 namespace genfuse::interpolate {
@@ -33,11 +32,7 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_columns<S>(p.rows, p.cols, 0,
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  run_columns(p, out, stream, [](auto s) -> Kernel<Problem, Forward> { return kernel<decltype(s)>; });
 }
 
 }  // namespace genfuse::interpolate

@@ -25,7 +25,7 @@ GENFUSE_HD void times_slopes(const T* raw, const Constants<T>& c, T* g) {
 template <bool Inverse, class T>
 GENFUSE_HD void gradients_of(const Lanes<T>& lanes, const Constants<T>& c, const T* gy, const T* glogdet,
                              Gradients<T>& out) {
-  const Columns<T> b(lanes);
+  const Columns<T> b = columns_of(lanes);
   T *gx = out.gx, *x = out.x, *y = out.y, *w = out.w, *h = out.h, *d0 = out.d0, *d1 = out.d1;
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {

@@ -14,30 +14,27 @@ struct Tile {
   static constexpr int kPlaces = (2 * Bins) | 1, kWarp = Lanes < 32 ? Lanes : 32;
   static constexpr bool kStaged = Bins > 0 && sizeof(S) * kPlaces* kThreads <= 40960;
 
-  // Widths and heights of this warp's columns from j - lane on; returns those of the thread.
-  static __device__ const S* load(const Problem& p, const S* row, int64_t j, int64_t cols, S* shared) {
-    if constexpr (!kStaged) return row + j * p.width();
-    const int own = threadIdx.x % kWarp;
-    S* rows = shared + (threadIdx.x - own) * kPlaces;
+  // Calls f(place, parameter) for widths and heights of this warp's columns from j - lane on.
+  template <class F>
+  static __device__ void each(const Problem& p, int64_t j, int64_t cols, F f) {
+    const int own = threadIdx.x % kWarp, rows = (threadIdx.x - own) * kPlaces;
     const int64_t first = j - own, count = (cols - first < kWarp ? cols - first : kWarp) * 2 * Bins;
     __syncwarp();
     for (int64_t i = own; i < count; i += kWarp) {
-      rows[i / (2 * Bins) * kPlaces + i % (2 * Bins)] = row[(first + i / (2 * Bins)) * p.width() + i % (2 * Bins)];
+      f(rows + i / (2 * Bins) * kPlaces + i % (2 * Bins), (first + i / (2 * Bins)) * p.width() + i % (2 * Bins));
     }
     __syncwarp();
+  }
+  // Takes them from their row; returns those of the thread.
+  static __device__ const S* load(const Problem& p, const S* row, int64_t j, int64_t cols, S* shared) {
+    if constexpr (!kStaged) return row + j * p.width();
+    each(p, j, cols, [&](int64_t place, int64_t parameter) { shared[place] = row[parameter]; });
     return shared + threadIdx.x * kPlaces;
   }
   // Takes them back, changed.
   static __device__ void store(const Problem& p, S* row, int64_t j, int64_t cols, const S* shared) {
     if constexpr (!kStaged) return;
-    const int own = threadIdx.x % kWarp;
-    const S* rows = shared + (threadIdx.x - own) * kPlaces;
-    const int64_t first = j - own, count = (cols - first < kWarp ? cols - first : kWarp) * 2 * Bins;
-    __syncwarp();
-    for (int64_t i = own; i < count; i += kWarp) {
-      row[(first + i / (2 * Bins)) * p.width() + i % (2 * Bins)] = rows[i / (2 * Bins) * kPlaces + i % (2 * Bins)];
-    }
-    __syncwarp();
+    each(p, j, cols, [&](int64_t place, int64_t parameter) { row[parameter] = shared[place]; });
   }
 };
 

@@ -17,19 +17,14 @@ struct Problem {
   int64_t bins;
   int tails;
   bool inverse;
-  double bound, min_width, min_height, min_derivative;
-  double edge;      // the raw derivative of both ends under linear tails
-  double damping;   // a factor of raw widths and heights
-  double clip = 0;  // of raw derivatives, those of widths and heights are half of it; then derivatives are exponentials
-  double left = 0, right = 0, bottom = 0, top = 0;  // the box; all 0: from -bound to bound
+  double min_width, min_height, min_derivative;
+  double edge;     // the raw derivative of both ends under linear tails
+  double damping;  // a factor of raw widths and heights
+  double clip;     // of raw derivatives, those of widths and heights are half of it; then derivatives are exponentials
+  double left, right, bottom, top;  // the box
   const void* table = nullptr;
   int64_t boxes = 1;
 
-  Problem with_box() const {
-    Problem p = *this;
-    if (!(p.right > p.left)) p.left = p.bottom = -bound, p.right = p.top = bound;
-    return p;
-  }
   GENFUSE_HD int64_t width() const { return 3 * bins + (tails == kLinear ? -1 : tails == kCircular ? 0 : 1); }  // P
 };
 

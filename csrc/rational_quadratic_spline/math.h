@@ -47,7 +47,12 @@ struct Constants : Box<T> {
   T min_derivative;
   T clip;  // one over that of derivatives, or 0
 
-  explicit Constants(const Problem& given) : Constants(given.with_box(), 0) {}
+  explicit Constants(const Problem& p)
+      : Box<T>(T(p.left), T(p.right), T(p.bottom), T(p.top), p.tails),
+        x(p, p.min_width),
+        y(p, p.min_height),
+        min_derivative(T(p.min_derivative)),
+        clip(p.clip > 0 ? T(1. / p.clip) : T(0)) {}
 
   // Those of one coordinate, counted over all rows.
   GENFUSE_HD Constants of(const Problem& p, int64_t coordinate) const {
@@ -58,14 +63,6 @@ struct Constants : Box<T> {
     }
     return own;
   }
-
- private:
-  Constants(const Problem& p, int)
-      : Box<T>(T(p.left), T(p.right), T(p.bottom), T(p.top), p.tails),
-        x(p, p.min_width),
-        y(p, p.min_height),
-        min_derivative(T(p.min_derivative)),
-        clip(p.clip > 0 ? T(1. / p.clip) : T(0)) {}
 };
 
 // A soft clip at 1 / c, as in zuko, and its slope.

@@ -1,4 +1,3 @@
-#include "philox.h"
 #include "reparameterize_kl/launch.h"
 #include "reparameterize_kl/math.h"
 #include "rows.cuh"
@@ -11,28 +10,6 @@ __device__ void finish(const Problem&, const Forward& out, int64_t row, const T 
 }
 
 namespace {
-
-// The noise of the first of `range` and its neighbours. A lane takes whole counters, or parts of one more. Loops over
-// columns are unrolled and guarded, never cut short: arrays that are indexed by a variable lie in memory.
-template <class S, class T>
-__device__ void eps_at(const Problem& p, uint64_t key, int64_t first, Range range, T eps[kPack<S>]) {
-  constexpr int kWidth = kPack<S>;
-  if (p.noise) {
-    const auto noise = load_pack<kWidth>(static_cast<const S*>(p.noise) + first, range);
-    GENFUSE_UNROLL(kWidth)
-    for (int k = 0; k < kWidth; ++k) eps[k] = noise[k];
-    return;
-  }
-  const int shift = int(first & 3);
-  T ahead[kWidth + 4];
-  GENFUSE_UNROLL(kWidth / 4)
-  for (int c = 0; c < kWidth; c += 4) normals(key, uint64_t(first + c) / 4, ahead + c);
-  if (shift) normals(key, uint64_t(first) / 4 + kWidth / 4, ahead + kWidth);
-  GENFUSE_UNROLL(kWidth)
-  for (int k = 0; k < kWidth; ++k) {
-    eps[k] = shift == 0 ? ahead[k] : shift == 1 ? ahead[k + 1] : shift == 2 ? ahead[k + 2] : ahead[k + 3];
-  }
-}
 
 // Calls f(j, range) for the columns of this lane, kPack<S> neighbours at a time.
 template <class S, class F>
@@ -62,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
       }
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + row) * p.cols + j;
-        eps_at<S>(p, key, first, range, eps);
+        eps_at<S, false>(p.noise, key, first, range, eps);
         store_pack<kWidth>(static_cast<S*>(out.z) + first, range,
                            [&](int k) { return sample(mu[k], sigmas[k], eps[k]); });
       }
@@ -86,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + row) * p.cols + j;
         const auto gz = load_pack<kWidth>(static_cast<const S*>(out.gz) + first, range);
-        eps_at<S>(p, key, first, range, eps);
+        eps_at<S, false>(p.noise, key, first, range, eps);
         GENFUSE_UNROLL(kWidth)
         for (int k = 0; k < kWidth; ++k) {
           gz_sum[k] += gz[k];
@@ -104,18 +81,10 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_sums<1, S>(p, out, cudaStream_t(stream),
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  run_sums<1>(p, out, stream, [](auto s) -> Kernel<Problem, Forward> { return kernel<decltype(s)>; });
 }
 void run_cuda(const Problem& p, const Backward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_columns<S>(p.rows, p.cols, 0,
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  run_columns(p, out, stream, [](auto s) -> Kernel<Problem, Backward> { return kernel<decltype(s)>; });
 }
 
 }  // namespace genfuse::reparameterize_kl

@@ -42,18 +42,10 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backwar
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_sums<1, S>(p, out, cudaStream_t(stream),
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  run_sums<1>(p, out, stream, [](auto s) -> Kernel<Problem, Forward> { return kernel<decltype(s)>; });
 }
 void run_cuda(const Problem& p, const Backward& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    for_columns<S>(p.rows, p.cols, 0,
-                   [&](dim3 grid, dim3 threads) { kernel<S><<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); });
-  });
+  run_columns(p, out, stream, [](auto s) -> Kernel<Problem, Backward> { return kernel<decltype(s)>; });
 }
 
 }  // namespace genfuse::standard_normal_log_prob

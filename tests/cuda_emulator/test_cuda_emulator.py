@@ -1,6 +1,7 @@
 """The operators' tests pass on their CUDA kernels, without a GPU; and the emulator finds what is planted."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import emulator
 import pytest
+import sanitize
 from required import skip
 
 HERE = Path(__file__).resolve().parent
@@ -88,3 +90,29 @@ def test_the_operators_tests_pass_on_emulated_cuda_kernels() -> None:
         pytest.fail(f"{' '.join(command)}\n{run.stdout[-20_000:]}{run.stderr[-5_000:]}", pytrace=False)
     launches = int(run.stdout.split("emulated CUDA (plain): ")[1].split()[0])
     assert launches > 1000
+
+
+def test_operators_launch_as_many_kernels_as_the_docs_say() -> None:
+    environment = {**os.environ, "EMULATED": "plain", "PYTHONPATH": f"{HERE}{os.pathsep}{emulator.ROOT}"}
+    command = [sys.executable, HERE / "launches.py"]
+    run = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=True)
+    text = (emulator.ROOT / "docs/operators.md").read_text()
+    documented = re.findall(r"^\| `(\w+)`[^|]*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [tuple(line.split()) for line in run.stdout.splitlines()] == documented
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "cases", "findings"),
+    [
+        ("88 passed, 12 skipped in 517.2s", 0, 88, 0),
+        ("actnorm: 26 cases, 0 results wrong, 3 ill-conditioned, 50 s", 0, 26, 0),
+        ("actnorm: 26 cases, 2 results wrong, 3 ill-conditioned, 50 s", 1, 26, 2),
+        ("2 failed, 5 passed, 1 error in 3s", 1, 7, 3),
+        ("WARNING: ThreadSanitizer: data race\nWARNING: ThreadSanitizer: data race\n9 passed", 66, 9, 2),
+        ("rows.cuh:3:4: runtime error: load of misaligned address", 134, 0, 1),
+        ("Segmentation fault", 139, 0, 1),
+        ("no tests ran", 0, 0, 1),
+    ],
+)
+def test_whatever_a_sanitizers_run_ends_with_is_counted(printed: str, status: int, cases: int, findings: int) -> None:
+    assert sanitize.outcome(printed, status) == (cases, findings)

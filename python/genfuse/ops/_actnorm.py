@@ -37,6 +37,12 @@ def _scratch(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: b
     return chunks, x.new_empty((chunks, 2, log_scale.shape[0]), dtype=torch.float64)
 
 
+def _takes(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: bool) -> tuple:
+    channels = log_scale.shape[0]
+    of_each = (channels,), _op.wide(x)
+    return ((x.shape[0], channels * cells), _op.storage(x)), of_each, of_each
+
+
 _fused = _op.fused(
     "actnorm(Tensor x, Tensor log_scale, Tensor shift, SymInt cells, bool inverse) -> (Tensor, Tensor)",
     formula=formula,
@@ -45,6 +51,7 @@ _fused = _op.fused(
     scratch=_scratch,
     triton="genfuse.ops._triton.actnorm",
     wrt=3,
+    takes=_takes,
 )
 
 

@@ -91,6 +91,18 @@ def checked_slope(scale: str, slope: float | None, factor: Tensor | None) -> flo
     return slope
 
 
+def _takes(
+    x: Tensor, params: Tensor, factor: Tensor | None, mask: Tensor | None, split: int, scale: str, slope: float,
+    *settings: bool,
+) -> tuple:  # fmt: skip
+    checked_slope(scale, slope or None, factor)
+    ((rows, columns), dtype), wide = _op.matrix(x), _op.wide(x)
+    _, moved, _ = _parts(columns, split)
+    if not 0 <= moved <= columns:
+        raise ValueError(f"split must be from -{columns} to {columns}, got {split}")
+    return _op.matrix(x), ((rows, 2 * moved), dtype), ((moved,), wide), ((moved,), torch.bool)
+
+
 _fused = _op.fused(
     "affine_coupling(Tensor x, Tensor params, Tensor? factor, Tensor? mask, SymInt split, str scale, float slope, "
     "bool interleaved, bool by_element, bool inverse) -> (Tensor, Tensor)",
@@ -99,6 +111,7 @@ _fused = _op.fused(
     problem=_problem,
     triton="genfuse.ops._triton.affine_coupling",
     wrt=2,
+    takes=_takes,
 )
 
 
@@ -129,6 +142,9 @@ _pair = _op.fused(
     problem=_problem_of_pair,
     triton="genfuse.ops._triton.affine_coupling",
     wrt=3,
+    takes=lambda x, raw, shift, scale, slope, *settings: (
+        checked_slope(scale, slope or None, None) is not None and [_op.matrix(x)] * 3
+    ),
 )
 
 

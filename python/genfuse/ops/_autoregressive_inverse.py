@@ -98,6 +98,40 @@ def formula(
     return x.contiguous(), logdet
 
 
+def _widths(columns: int, layers: int, bounds: Sequence[Sequence[int]], params: int, residual: bool) -> list[int]:
+    """How wide a network's input and its layers are; raises a ValueError for bounds that make no network."""
+    if layers > MOST_LAYERS:
+        raise ValueError(f"weights must be of at most {MOST_LAYERS} layers, got {layers}")
+    for i, starts in enumerate(bounds):
+        if len(starts) != columns + 1 or starts[0] != 0 or any(a > b for a, b in pairwise(starts)):
+            raise ValueError(
+                f"bounds[{i}] must be {columns + 1} numbers that start at 0 and never fall, got {list(starts)}"
+            )
+    if residual and any(list(starts) != list(bounds[0]) for starts in (*bounds[2::2], bounds[-1])):
+        raise ValueError(
+            "bounds of a residual network must be of one hidden layer and pairs of them, of which the second has the "
+            f"first layer's again; got {[list(starts) for starts in bounds]}"
+        )
+    return [columns, *(starts[-1] for starts in bounds), columns * params]
+
+
+def _takes(
+    y: Tensor, context: Tensor | None, factor: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    bounds: Sequence[int], *settings: Any,
+) -> tuple:  # fmt: skip
+    s, ((rows, columns), dtype), hidden = Settings(*settings), _op.matrix(y), len(weights) - 1
+    if dtype is not _op.wide(y) or hidden < 1 or len(bounds) != hidden * (columns + 1):
+        raise ValueError("y must be (N, D), float32 or float64, and bounds D + 1 numbers for each hidden layer")
+    _affine_coupling.checked_slope(s.scale, None if s.bins else s.slope or None, factor)
+    if s.bins:
+        _spline.complain_unless_valid(s.spline)
+    widths = _widths(columns, len(weights), by_layer(bounds, hidden), s.params, s.residual)
+    return (
+        _op.matrix(y), ((rows, widths[1]), dtype), ((columns,), dtype),
+        [((b, a), dtype) for a, b in pairwise(widths)], [((b,), dtype) for b in widths[1:]],
+    )  # fmt: skip
+
+
 def _results(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _op.like(y), y.new_empty((y.shape[0],))
 
@@ -117,14 +151,9 @@ def _network(weights: Sequence[Tensor], bounds: Sequence[int], columns: int, par
 
 
 def _problem(
-    y: Tensor,
-    context: Tensor | None,
-    factor: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    *settings: Any,
-) -> tuple:
+    y: Tensor, context: Tensor | None, factor: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    bounds: Sequence[int], *settings: Any,
+) -> tuple:  # fmt: skip
     s = Settings(*settings)
     (rows, columns), dtype = y.shape, _op.DTYPES[y.dtype]
     units = [len(b) for b in biases[:-1]]
@@ -181,15 +210,24 @@ def _sweep_results(gx: Tensor, slope: Tensor, offset: Tensor, activations: Seque
     return gx.new_empty(units, gx.shape[1]), gx.new_empty(units, dtype=torch.int64)
 
 
+def _sweep_takes(
+    gx: Tensor, slope: Tensor, offset: Tensor, activations: Sequence[Tensor], weights: Sequence[Tensor],
+    bounds: Sequence[int], residual: bool,
+) -> tuple:  # fmt: skip
+    (columns, rows), dtype, hidden = *_op.matrix(gx), len(weights) - 1
+    if not columns or hidden < 1 or dtype is not _op.wide(gx) or len(bounds) != hidden * (columns + 1):
+        raise ValueError("gx must be (D, N), float32 or float64, and bounds D + 1 numbers for each hidden layer")
+    widths = _widths(columns, len(weights), by_layer(bounds, hidden), slope.shape[0] // columns, residual)
+    of_layers = [((b, rows), dtype) for b in widths]
+    return (
+        of_layers[0], of_layers[-1], of_layers[-1], of_layers[1:-1], [((b, a), dtype) for a, b in pairwise(widths)],
+    )  # fmt: skip
+
+
 def _sweep_problem(
-    gx: Tensor,
-    slope: Tensor,
-    offset: Tensor,
-    activations: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    bounds: Sequence[int],
-    residual: bool,
-) -> tuple:
+    gx: Tensor, slope: Tensor, offset: Tensor, activations: Sequence[Tensor], weights: Sequence[Tensor],
+    bounds: Sequence[int], residual: bool,
+) -> tuple:  # fmt: skip
     return (
         _op.DTYPES[gx.dtype], gx.shape[1], gx.contiguous(), slope.contiguous(), offset.contiguous(),
         [a.contiguous() for a in activations], *_network(weights, bounds, len(gx), len(slope) // len(gx)), residual,
@@ -202,22 +240,14 @@ _sweep = _op.fused(
     formula=sweep,
     results=_sweep_results,
     problem=_sweep_problem,
+    takes=_sweep_takes,
 )
 
 
 def gradients(
-    needed: Sequence[bool],
-    gx: Tensor,
-    glogdet: Tensor,
-    y: Tensor,
-    x: Tensor,
-    context: Tensor | None,
-    factor: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    *settings: Any,
-) -> tuple[Tensor | None, ...]:
+    needed: Sequence[bool], gx: Tensor, glogdet: Tensor, y: Tensor, x: Tensor, context: Tensor | None,
+    factor: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int], *settings: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients for y, context, factor, and those weights and biases that need them, without a graph."""
     s = Settings(*settings)
     activations, total = [x.mT], None  # (units, N)
@@ -251,17 +281,10 @@ def gradients(
 
 
 def _backward(
-    needed: Sequence[bool],
-    cotangents: tuple[Tensor | None, Tensor | None],
-    y: Tensor,
-    context: Tensor | None,
-    factor: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    *settings: Any,
+    needed: Sequence[bool], cotangents: tuple[Tensor | None, Tensor | None], y: Tensor, context: Tensor | None,
+    factor: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int], *settings: Any,
     outputs: tuple[Tensor, Tensor],
-) -> Sequence[Tensor | None]:
+) -> Sequence[Tensor | None]:  # fmt: skip
     gx, glogdet = (torch.zeros_like(o) if g is None else g for g, o in zip(cotangents, outputs, strict=True))
     stands_for_others = _op.transformed() or is_batched(gx) or is_batched(glogdet)
     if not (torch.is_grad_enabled() or stands_for_others) and y.shape[1]:
@@ -287,6 +310,7 @@ _fused = _op.fused(
     problem=_problem,
     backward=_backward,
     keep=True,
+    takes=_takes,
 )
 
 
@@ -366,17 +390,7 @@ def autoregressive_inverse(
             "weights and biases must be one more than bounds, which are of hidden layers; "
             f"got {len(weights)}, {len(biases)} and {len(bounds)}"
         )
-    if len(weights) > MOST_LAYERS:
-        raise ValueError(f"weights must be of at most {MOST_LAYERS} layers, got {len(weights)}")
-    widths = [d, *(starts[-1] if len(starts) else 0 for starts in bounds), d * settings.params]
-    for i, starts in enumerate(bounds):
-        if len(starts) != d + 1 or starts[0] != 0 or any(a > b for a, b in pairwise(starts)):
-            raise ValueError(f"bounds[{i}] must be {d + 1} numbers that start at 0 and never fall, got {list(starts)}")
-    if residual and any(list(starts) != list(bounds[0]) for starts in (*bounds[2::2], bounds[-1])):
-        raise ValueError(
-            "bounds of a residual network must be of one hidden layer and pairs of them, of which the second has the "
-            f"first layer's again; got {[list(starts) for starts in bounds]}"
-        )
+    widths = _widths(d, len(weights), bounds, settings.params, residual)
     if y.dtype in (torch.float16, torch.bfloat16):
         context, factor = (None if t is None else t.float() for t in (context, factor))
         x, logdet = autoregressive_inverse(
@@ -393,7 +407,7 @@ def autoregressive_inverse(
         shapes["factor"] = (factor, (d,))
     _op.complain_unless_like(y, "y", **shapes)
     if not bins:  # the kernels take outputs by feature
-        weights = [*weights[:-1], weights[-1].view(2, d, -1).transpose(0, 1).reshape(2 * d, -1)]
+        weights = [*weights[:-1], weights[-1].view(2, d, widths[-2]).transpose(0, 1).reshape(2 * d, widths[-2])]
         biases = [*biases[:-1], biases[-1].view(2, d).t().reshape(-1)]
     flat = tuple(int(start) for starts in bounds for start in starts)
     return _fused(y, context, factor, list(weights), list(biases), flat, *settings)

@@ -22,6 +22,7 @@ _fused = _op.fused(
     results=lambda p, seed: _op.like(p),
     problem=_problem,
     triton="genfuse.ops._triton.bernoulli",
+    takes=lambda p, seed: ((p.shape, _op.storage(p)), ((), torch.int64)),
 )
 
 

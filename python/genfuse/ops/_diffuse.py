@@ -47,9 +47,10 @@ def _results(x0: Tensor, alpha: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tens
     return _op.like(x0), x0.new_empty((0,)) if rest[-1] == "x0" else _op.like(x0)
 
 
-def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None, partial: Tensor | None = None) -> tuple:
+def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None, partial: Tensor | None, *further: Any) -> tuple:
     noise = None if noise is None else noise.contiguous()
-    return _op.DTYPES[x0.dtype], *_op.rows(x0), seed, noise, *x0.shape, partial
+    (rows, cols), (x0, stride) = x0.shape, _op.rows(x0)
+    return _op.DTYPES[x0.dtype], x0, stride, seed, noise, rows, cols, partial, *further
 
 
 def _backward(
@@ -88,31 +89,41 @@ def _backward(
     )
 
 
+def _takes(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str) -> tuple:
+    of_each = x0.shape[:1], _op.wide(x0)
+    return _op.matrix(x0), of_each, of_each, *_philox.takes(seed, noise, *_op.matrix(x0))
+
+
 _TRITON = "genfuse.ops._triton.diffuse"
 _fused = _op.fused(
     "diffuse(Tensor x0, Tensor alpha, Tensor sigma, Tensor? seed, Tensor? noise, str target) -> (Tensor, Tensor)",
     formula=formula,
     results=_results,
-    problem=lambda x0, alpha, sigma, seed, noise, target: (
-        *_problem(x0, seed, noise),
-        TARGETS.index(target),
-        alpha.contiguous(),
-        sigma.contiguous(),
+    problem=lambda x0, alpha, sigma, seed, noise, target: _problem(
+        x0, seed, noise, None, TARGETS.index(target), alpha.contiguous(), sigma.contiguous()
     ),
     triton=_TRITON,
     backward=_backward,
     constant=lambda *given: (1,) if given[-1] in ("x0", "noise") else (),
+    takes=_takes,
 )
 _reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
     formula=reductions,
     results=lambda gx_t, *rest: tuple(gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)) for _ in range(2)),
-    problem=lambda gx_t, gv, x0, seed, noise: (
-        *_problem(x0, seed, noise, _op.pieces(gx_t, 2) if gx_t.is_cuda else None),
+    problem=lambda gx_t, gv, x0, seed, noise: _problem(
+        x0,
+        seed,
+        noise,
+        _op.pieces(gx_t, 2) if gx_t.is_cuda else None,
         gx_t.contiguous(),
         None if gv is None else gv.contiguous(),
     ),
     triton=f"{_TRITON}:backward",
+    takes=lambda gx_t, gv, x0, seed, noise: (
+        *[_op.matrix(gx_t)] * 3,
+        *_philox.takes(seed, noise, *_op.matrix(gx_t)),
+    ),
 )
 
 
@@ -163,7 +174,8 @@ def diffuse(
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     if noise is not None or x0.dtype not in _op.DTYPES or not x0.dim():
         _op.complain_unless_like(x0, "x0", **({} if noise is None else {"noise": (noise, x0.shape)}))
-    alpha, sigma = _per_example(x0, alpha, "alpha"), _per_example(x0, sigma, "sigma")
+    of_each = (x0.shape[0],), _op.wide(x0), x0.device
+    alpha, sigma = _per_example(x0, alpha, "alpha", of_each), _per_example(x0, sigma, "sigma", of_each)
     flat, given = x0, noise
     if x0.dim() != 2:
         shape = (x0.shape[0], math.prod(x0.shape[1:]))
@@ -183,12 +195,13 @@ def diffuse(
     return x_t, of_target if there is None else there
 
 
-def _per_example(x0: Tensor, value: Tensor | float, name: str) -> Tensor:
-    """(N,), in the dtype that is computed in."""
-    wide = _op.wide(x0)
+def _per_example(x0: Tensor, value: Tensor | float, name: str, of_each: tuple) -> Tensor:
+    """(N,), in the dtype that is computed in, on x0's device: as ``of_each`` has them."""
+    shape, wide, device = of_each
     if not isinstance(value, Tensor):
-        return x0.new_full(x0.shape[:1], value, dtype=wide)
-    value = value if value.dim() else value.expand(x0.shape[0])
-    if value.shape != (x0.shape[0],) or value.dtype not in (x0.dtype, wide) or value.device != x0.device:
-        _op.complain_unless_like(x0, "x0", **{name: (value, x0.shape[:1], wide)})
-    return value if value.dtype is wide else value.to(wide)
+        return x0.new_full(shape, value, dtype=wide)
+    if value.shape == shape and value.dtype is wide and value.device == device:
+        return value
+    value = value if value.dim() else value.expand(shape)
+    _op.complain_unless_like(x0, "x0", **{name: (value, shape, wide)})
+    return value.to(wide)

@@ -76,6 +76,18 @@ def _problem_again(gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: 
     return *_problem(gradient, *settings), gpenalty.contiguous(), norm.contiguous()
 
 
+def _takes(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple:
+    if reduction not in _REDUCE:
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    return (_op.matrix(gradient),)
+
+
+def _takes_again(gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: Any) -> tuple:
+    of_each = gradient.shape[:1], _op.wide(gradient)
+    of_penalty = of_each if settings[2] == "none" else ((), of_each[1])
+    return of_penalty, *_takes(gradient, *settings), of_each
+
+
 def _backward(needed: Any, cotangents: Any, gradient: Tensor, *settings: Any, outputs: Any) -> tuple[Tensor]:
     return (_derivative(cotangents[0], gradient, outputs[1], *settings),)
 
@@ -99,6 +111,7 @@ _fused = _op.fused(
     backward=_backward,
     keep=True,
     constant=lambda *given: (1,),
+    takes=_takes,
 )
 _derivative = _op.fused(
     f"gradient_norm_penalty_backward(Tensor gpenalty, Tensor gradient, Tensor norm, {_SETTINGS}) -> Tensor",
@@ -107,6 +120,7 @@ _derivative = _op.fused(
     problem=_problem_again,
     triton=f"{_TRITON}:backward",
     backward=_backward_again,
+    takes=_takes_again,
 )
 _second_derivative = _op.fused(
     "gradient_norm_penalty_double_backward(Tensor v, Tensor gpenalty, Tensor gradient, Tensor norm, "
@@ -115,6 +129,7 @@ _second_derivative = _op.fused(
     results=lambda v, gpenalty, gradient, norm, *rest: (_op.like(norm), _op.like(gradient)),
     problem=lambda v, *given: (*_problem_again(*given), *_op.rows(v)),
     triton=f"{_TRITON}:double_backward",
+    takes=lambda v, *given: (_op.matrix(given[1]), *_takes_again(*given)),
 )
 
 

@@ -58,6 +58,13 @@ def _backward(
     )
 
 
+def _takes(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
+    there = fake if real is None else real
+    if there is None:
+        raise ValueError("real or fake must be given")
+    return *[_op.matrix(there)] * 2, *_philox.takes(seed, epsilon, there.shape[:1], _op.wide(there))
+
+
 # Of real and fake, (N, D), of which one may be missing and is 0 then; and epsilon (N,), or the seed that it comes from.
 _fused = _op.fused(
     "interpolate(Tensor? real, Tensor? fake, Tensor? seed, Tensor? epsilon) -> Tensor",
@@ -67,6 +74,7 @@ _fused = _op.fused(
     triton="genfuse.ops._triton.interpolate",
     backward=_backward,
     saved=lambda needed, real, fake, *noise: (*((real, fake) if needed[3] else (None, None)), *noise),
+    takes=_takes,
 )
 
 

@@ -61,6 +61,7 @@ class Kernel:
     native: Callable | None
     triton: Callable | None
     module: Any  # where native comes from
+    check: Callable | None  # raises for what the dispatcher must not hand to kernels
     chosen: dict[str, Callable] = field(default_factory=dict)  # what is registered for each type of device
 
     def on(self, tensors: Sequence[Tensor | None]) -> Callable:
@@ -150,6 +151,7 @@ def _define(
     triton: Callable | None,
     module: Any,
     autograd: Callable,
+    check: Callable | None,
     batched: bool = True,
 ) -> Kernel:
     """Define the torch operator of a schema with a namespace, and register what runs on each device and level."""
@@ -167,7 +169,7 @@ def _define(
     torch.library.register_fake(f"{namespace}::{short}", results, lib=library)
     operator = getattr(getattr(torch.ops, namespace), short).default
     library.impl(short, partial(autograd, operator), "Autograd", with_keyset=True)
-    kernel = KERNELS[name] = Kernel(name, operator, reference, native, triton, module)
+    kernel = KERNELS[name] = Kernel(name, operator, reference, native, triton, module, check)
     _register(kernel, _asked)
     return kernel
 
@@ -188,6 +190,7 @@ def fused(
     scratch: Callable | None = None,
     saved: Callable | None = None,
     constant: Callable | None = None,
+    takes: Callable | None = None,
 ) -> Callable:
     r"""Make an operator out of its formula, its results and a problem.
 
@@ -220,6 +223,10 @@ def fused(
         saved: of the flags of what is to be differentiated and all tensors, those that the gradients need; None for
             others. Default all.
         constant: given all arguments, the indices of results that have no derivative.
+        takes: given all arguments, the shape and the dtype that each tensor must have, in a list for each list, or a
+            ValueError for settings that go with none. Where the operator is called through the dispatcher, as by hand,
+            it raises a ValueError for other tensors, and for some of another device; the function that is returned,
+            whose callers have looked at them, does not ask. Default: any will do.
 
     Returns:
         The operator, a function of the schema's arguments, by position.
@@ -270,8 +277,20 @@ def fused(
         with enable_single_level_autograd_function():  # levels of torch.func are gone through by the dispatcher
             return record(partial(_next_level, operator, keys & _BELOW_AUTOGRAD), given)
 
+    names = [argument.split()[1] for argument in arguments.split(", ")][:tensors]
+
+    def check(*given: Any) -> None:
+        """Raise a ValueError for tensors that kernels would read wrongly, or beyond their ends."""
+        assert takes is not None
+        try:
+            wanted = takes(*given)
+        except IndexError:
+            raise ValueError(f"{short}: a tensor has fewer axes than it must have") from None
+        _complain_unless(short, names, given, wanted)
+
     forward = _define(
         schema,
+        check=takes and check,
         reference=reference,
         results=results,
         native=compiled(short, results, problem),
@@ -298,6 +317,11 @@ def fused(
                 return gradient_reference(*given)
             return operator.redispatch(keys & _BELOW_AUTOGRAD, *given)
 
+        def gradient_check(*given: Any) -> None:
+            check(*given[outputs:])
+            like_results = [(t.shape, t.dtype) for t in _tuple(results(*given[outputs:]))]
+            _complain_unless(f"{short}_backward", [f"g{i}" for i in range(outputs)], given, like_results)
+
         cotangents = ", ".join(f"Tensor g{i}" for i in range(outputs))
         made = "Tensor" if wrt == 1 else f"({', '.join(['Tensor'] * wrt)})"
         backward_kernel = _define(
@@ -308,6 +332,7 @@ def fused(
             triton=interpreted("backward", gradient_results, gradient_problem),
             module=native,
             autograd=gradient_autograd,
+            check=takes and gradient_check,
             batched=False,
         )
 
@@ -371,7 +396,7 @@ def fused(
     nothing_more = (None,) * (len(kinds) - wrt)
     apply = super(torch.autograd.Function, Function).apply
 
-    operator = forward.operator
+    operator, chosen = forward.operator, forward.chosen
 
     def record(run: Callable, given: Sequence[Any]) -> Any:
         """Run with a node in the graph."""
@@ -387,7 +412,8 @@ def fused(
         every = _flat(given[:tensors]) if lists else given[:tensors]
         if not plain(every):
             return operator(*given)
-        run = forward.on(every)
+        first = every[0]
+        run = chosen["cpu"] if first is not None and first.is_cpu else forward.on(every)
         try:
             return record(run, given) if torch.is_grad_enabled() and any_requires_grad(*every) else run(*given)
         except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
@@ -405,6 +431,39 @@ def _nest(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
     """What `_flat` was given: a list of so many tensors where there is a count."""
     tensors = iter(flat)
     return [next(tensors) if n is None else [next(tensors) for _ in range(n)] for n in counts]
+
+
+def _complain_unless(operator: str, names: Sequence[str], given: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """Raise a ValueError that names the first tensor of another shape, dtype or device than is wanted."""
+    device = None
+    for name, tensors, kinds in zip(names, given, wanted, strict=False):
+        listed = isinstance(tensors, (list, tuple))
+        if listed and len(tensors) != len(kinds):
+            raise ValueError(f"{operator}: {name} must be {len(kinds)} tensors, got {len(tensors)}")
+        for i, (t, (shape, dtype)) in enumerate(zip(tensors, kinds, strict=True) if listed else [(tensors, kinds)]):
+            if t is None:
+                continue
+            device = device or t.device
+            if t.shape != tuple(shape) or t.dtype is not dtype or t.device != device:
+                which = f"{name}[{i}]" if listed else name
+                must, got = ((tuple(s), d, on) for s, d, on in ((shape, dtype, device), (t.shape, t.dtype, t.device)))
+                raise ValueError(f"{operator}: {which} must be {_kind(*must)}, got {_kind(*got)}")
+
+
+def _kind(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
+    return f"of shape {shape}, {dtype}, on {device}"
+
+
+def storage(t: Tensor) -> torch.dtype:
+    """The dtype of t, if kernels can take it; raises a ValueError for others."""
+    if t.dtype not in DTYPES:
+        raise ValueError(f"tensors must be float32, float64, float16 or bfloat16, got {t.dtype}")
+    return t.dtype
+
+
+def matrix(t: Tensor) -> tuple[tuple[int, int], torch.dtype]:
+    """What a tensor must be of which the first axis is of examples and the last of features, and no other is there."""
+    return (t.shape[0], t.shape[-1]), storage(t)
 
 
 def _tuple(t: Any) -> Any:
@@ -518,8 +577,20 @@ def _register(kernel: Kernel, asked: str) -> None:
         namespace, _, name = kernel.operator.name().partition("::")
         library = _implementations[kernel.name, device] = torch.library.Library(namespace, "IMPL")
         function = function or _missing(f"{kernel.name} has no {implementation} implementation on {device}: {why}")
-        library.impl(name, function, device.upper())
+        library.impl(name, _checked(kernel.check, function), device.upper())
         kernel.chosen[device] = function
+
+
+def _checked(check: Callable | None, function: Callable) -> Callable:
+    """The function for whoever calls: the dispatcher is open to all."""
+    if check is None:
+        return function
+
+    def checked(*given: Any) -> Any:
+        check(*given)
+        return function(*given)
+
+    return checked
 
 
 def _missing(message: str) -> Callable:

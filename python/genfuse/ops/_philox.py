@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from genfuse.ops import _op
 
@@ -15,7 +16,7 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
     synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another. Under vmap
     it follows vmap's ``randomness``."""
-    if torch.compiler.is_compiling() and generator is None:
+    if is_compiling() and generator is None:
         return torch.ops.genfuse.seed(like)
     if _op.transformed():
         highest = -_LOWEST - 1
@@ -23,6 +24,13 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
     key = torch.empty_like(_SCALAR) if like.is_cpu else torch.empty_like(_SCALAR, device=like.device)
     return key.random_(_LOWEST, None) if generator is None else key.random_(_LOWEST, None, generator=generator)
+
+
+def takes(seed: Tensor | None, given: Tensor | None, shape: tuple, dtype: torch.dtype) -> tuple:
+    """What a seed, or noise that is given in its place, must be, for `fused`."""
+    if (seed is None) == (given is None):
+        raise ValueError("either a seed or noise must be given, and not both")
+    return ((), torch.int64), (shape, dtype)
 
 
 _op.define_random("seed(Tensor like) -> Tensor", seed, fake=lambda like: like.new_empty((), dtype=torch.int64))

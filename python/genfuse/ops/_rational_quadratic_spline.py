@@ -299,6 +299,15 @@ def _problem(x: Tensor, params: Tensor, table: Tensor | None, bins: int, box: Se
     )  # fmt: skip
 
 
+def _takes(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple:
+    s = Settings(*settings)
+    complain_unless_valid(s)
+    if not x.dim() or (s.tails == "mixed" and table is None) or (table is not None and not len(table)):
+        raise ValueError("x must have an axis of coordinates, and mixed tails a table")
+    boxes = 0 if table is None else len(table)
+    return (x.shape, _op.storage(x)), ((*x.shape, s.params), x.dtype), ((boxes, 5), _op.wide(x))
+
+
 _fused = _op.fused(
     "rational_quadratic_spline(Tensor x, Tensor params, Tensor? table, int bins, float[] box, str tails, bool inverse, "
     "float min_width, float min_height, float min_derivative, float damping, float slope) -> (Tensor, Tensor)",
@@ -308,6 +317,7 @@ _fused = _op.fused(
     problem=_problem,
     triton="genfuse.ops._triton.rational_quadratic_spline",
     wrt=2,
+    takes=_takes,
 )
 
 

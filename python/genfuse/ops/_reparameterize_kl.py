@@ -47,6 +47,13 @@ def _problem(mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | No
     return _op.DTYPES[mu.dtype], *_op.rows(mu), *_op.rows(logvar), seed, noise, rows, cols, samples or 1, partial
 
 
+def _takes(mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None) -> tuple:
+    if not mu.dim() or (samples is not None and samples < 1):
+        raise ValueError(f"mu must have at least one axis, and samples be at least 1, got {mu.dim()} and {samples}")
+    kind = mu.shape, _op.storage(mu)
+    return kind, kind, *_philox.takes(seed, noise, _shape(mu, samples), mu.dtype)
+
+
 _fused = _op.fused(
     "reparameterize_kl(Tensor mu, Tensor logvar, Tensor? seed, Tensor? noise, SymInt? samples) -> (Tensor, Tensor)",
     formula=formula,
@@ -55,6 +62,7 @@ _fused = _op.fused(
     triton="genfuse.ops._triton.reparameterize_kl",
     wrt=2,
     others={3: lambda gz, gkl, mu, logvar, *rest: (gz * (0.5 * logvar).exp()).to(gz.dtype)},
+    takes=_takes,
 )
 
 

@@ -31,6 +31,7 @@ _fused = _op.fused(
     wrt=1,
     others={1: lambda g, z, logdet: g},
     saved=lambda needed, z, logdet: (z, None),
+    takes=lambda z, logdet: (((*z.shape[:-1], z.shape[-1]), _op.storage(z)), (z.shape[:-1], _op.wide(z))),
 )
 
 
