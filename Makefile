@@ -26,7 +26,7 @@ test: $(INSTALLED)  ## every test that takes seconds
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-fuzz: $(INSTALLED)  ## damaged and made-up files for everything that reads them
+fuzz: $(INSTALLED)  ## COUNT damaged and made-up inputs for each thing that reads files
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(COUNT)
 
 faults: $(INSTALLED)  ## kills, full disks, flipped bits, two writers: prints the table of docs/reliability.md

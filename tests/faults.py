@@ -127,6 +127,7 @@ class Faults:
         self.seconds = 1.0  # within which a job is killed
         self.findings: list[str] = []
         self.table: list[tuple[str, str, int, int]] = []
+        os.environ["PYTHONWARNINGS"] = "ignore:'tests.faults' found in sys.modules"  # as it is loaded for each job
         self.jobs = multiprocessing.get_context("forkserver")
         self.jobs.set_forkserver_preload(
             ["tests.faults", "genfuse.training", "genfuse.comparison", "genfuse.cli", *PRELOAD]

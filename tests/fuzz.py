@@ -2,14 +2,17 @@
 
 A reader is a row of READERS. Each input is a valid one with a file of it changed, by bits, bytes, values of JSON, the
 content within gzip, zip or safetensors, or with a file missing, in the place of a folder, or planted. Whatever comes
-out that is neither a result nor a documented error is a finding, with the number that makes the same input again.
+out that is neither a result nor a documented error is a finding, with the number that makes the same input again; so
+is an input that takes SECONDS of the processor, or MEMORY more than all before it.
 """
 
 import argparse
 import gzip
 import io
 import json
+import os
 import random
+import resource
 import shutil
 import struct
 import sys
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 
 import genfuse
-from genfuse._files import digest
+from genfuse._files import digest, locked
 from genfuse.cli.train import arguments_of
 from genfuse.comparison import _report, _store
 from genfuse.data import Dataset, Split
@@ -198,11 +201,25 @@ class Reader(NamedTuple):
 def make_run(folder: Path) -> Any:
     table = folder.parent / "table.npy"
     np.save(table, np.random.default_rng(0).normal(size=(20, 2)))
-    data = genfuse.load_data(f"npy:{table}")
+    return trained(folder, f"npy:{table}", "last", "vae", hidden=(4,), latent_dim=1, decoder="gaussian")
+
+
+def make_labelled_run(folder: Path) -> Any:
+    """Of labels with names, and left with the weights that were best, so that its state holds two sets of them."""
+    draw, table = np.random.default_rng(0), folder.parent / "labelled.npz"
+    parts = (("train", 20), ("validation", 6), ("test", 6))
+    arrays = {f"x_{part}": draw.normal(size=(n, 2)) for part, n in parts}
+    arrays |= {f"y_{part}": np.array(["cat", "dog"] * (n // 2)) for part, n in parts}
+    np.savez(table, **arrays)
+    return trained(folder, f"npz:{table}", "best", "flow-matching", hidden=4, blocks=1, conditional=True)
+
+
+def trained(folder: Path, name: str, keep: str, model: str, **settings: Any) -> Any:
+    data = genfuse.load_data(name)
     torch.manual_seed(0)
-    model = genfuse.create("vae", data, hidden=(4,), latent_dim=1, decoder="gaussian")
-    trainer = Trainer(steps=4, batch_size=8, checkpoint_every=1, out=folder, pictures=False, device="cpu")
-    trainer.fit(model, data)
+    options = {"batch_size": 8, "checkpoint_every": 1, "pictures": False, "device": "cpu", "keep": keep}
+    trainer = Trainer(steps=4, out=folder, **options)
+    trainer.fit(genfuse.create(model, data, **settings), data)
     (folder / "progress").mkdir()
     np.save(folder / "progress" / "00000002.npy", np.zeros((3, 2), np.float32))
     shutil.rmtree(folder / "tensorboard")  # which nothing of ours reads
@@ -212,14 +229,15 @@ def make_run(folder: Path) -> Any:
 def read_run(folder: Path, more: Any) -> None:
     data, fabric = more
     run = Run(folder)
-    model = run.model()
+    model = run.model().train()
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
-    run.scaling, run.step, run.metrics(), run.progress(), run.data()
+    run.scaling, run.class_names, run.step, run.metrics(), run.progress(), run.data()
     trainer = Trainer.resuming(run)
     from genfuse.training import run as module
 
     config = module.describe(model, data, trainer._options())
-    module.claim(folder, True, False)
+    with locked(folder):
+        module.claim(folder, True, False)
     check_same(folder, config)
     loop = Loop(trainer, fabric, model, list(model.players()), data)
     loop.essentials = module.essentials(config)
@@ -290,6 +308,16 @@ def make_idx(folder: Path) -> None:
             (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
 
 
+def make_marks(folder: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 2))
+    text = "\r\n".join(f'{i};"{a:.3f}";{b:.3e}' for i, (a, b) in enumerate(rows)).replace(".", ",")
+    (folder / "table.csv").write_bytes(f'\ufeff;"width; cm";"né ""e"""\r\n{text}\r\n'.encode())
+
+
+def read_marks(folder: Path, more: Any) -> None:
+    genfuse.load_data(f"csv:{folder / 'table.csv'}", delimiter=";", decimal=",")
+
+
 def make_pictures(folder: Path) -> None:
     from PIL import Image
 
@@ -309,22 +337,42 @@ def make_npz(folder: Path) -> None:
     np.savez_compressed(folder / "table.npz", train=draw.normal(size=(9, 3)), test=draw.normal(size=(5, 3)))
 
 
+def make_image_arrays(folder: Path) -> None:
+    draw = np.random.default_rng(0)
+    images = {f"{part}_images": draw.integers(256, size=(n, 5, 6, 3)) for part, n in (("train", 9), ("test", 5))}
+    names = np.array(["b", "a"])
+    np.savez(folder / "images.npz", **images, train_labels=names[[0, 1] * 4 + [0]], test_labels=names[[0, 1, 0, 0, 1]])
+
+
+def make_npy_parts(folder: Path) -> None:
+    draw = np.random.default_rng(0)
+    for part, n in (("train", 9), ("valid", 5), ("test", 5)):
+        np.save(folder / f"{part}.npy", draw.normal(size=(n, 2)).astype(">f4"))
+        np.save(folder / f"y_{part}.npy", np.eye(2, dtype=np.float32)[draw.integers(2, size=n)])
+
+
+IN_A_RUN = ("progress/._00000001.npy", "state-1.safetensors", "state-x.safetensors", ".lock")
 READERS = {
-    "run": Reader(
-        make_run, read_run, ("progress/._00000001.npy", "state-1.safetensors", "state-x.safetensors", ".lock")
-    ),
+    "run": Reader(make_run, read_run, IN_A_RUN),
+    "labelled-run": Reader(make_labelled_run, read_run, IN_A_RUN),
     "comparison": Reader(make_comparison, read_comparison, ("a/seed-0", "pictures")),
     "options": Reader(make_options, read_options),
     "csv": of_data("csv:FOLDER/table.csv", make_csv),
     "csv-parts": of_data("csv:FOLDER", make_parts),
+    "csv-marks": Reader(make_marks, read_marks),
     "npy": of_data("npy:FOLDER/table.npy", make_npy),
+    "npy-parts": of_data("npy:FOLDER", make_npy_parts),
     "npz": of_data("npz:FOLDER/table.npz", make_npz),
     "idx": of_data("mnist", make_idx),
     "images": of_data("images:FOLDER", make_pictures),
+    "image-arrays": of_data("images:FOLDER/images.npz", make_image_arrays),
 }
 
 
 # The search
+
+SECONDS, MEMORY = 10, 2**29  # of one input; what may be unpacked at all is half of that memory
+FAST = "/dev/shm"  # a folder in memory, where there is one
 
 
 class Finding(NamedTuple):
@@ -333,10 +381,22 @@ class Finding(NamedTuple):
     error: str
 
 
-def fuzz(name: str, numbers: range) -> list[Finding]:
+def used() -> tuple[float, int]:
+    """Seconds of the processor, and the most memory in bytes, that this process has taken so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def fuzz(name: str, numbers: range, tell: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
     """Give a reader the inputs of these numbers."""
     reader, findings = READERS[name], []
-    with tempfile.TemporaryDirectory() as top, warnings.catch_warnings():
+
+    def found(number: int, error: str) -> None:
+        findings.append(Finding(name, number, error))
+        tell(findings[-1])
+
+    fast = FAST if os.access(FAST, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=fast) as top, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(top) / "input"
         folder.mkdir()
@@ -344,6 +404,7 @@ def fuzz(name: str, numbers: range) -> list[Finding]:
         valid = {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
         reader.read(folder, more)  # what is valid is read
         restore(folder, valid)
+        now, most = used()
         for number in numbers:
             touched = put(folder, valid, reader.planted, random.Random(f"{name} {number}"))
             try:
@@ -353,7 +414,10 @@ def fuzz(name: str, numbers: range) -> list[Finding]:
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 said = f"{type(error).__name__}: {error}"[:200]
-                findings.append(Finding(name, number, f"{said} ({Path(where.filename).name}:{where.lineno})"))
+                found(number, f"{said} ({Path(where.filename).name}:{where.lineno})")
+            (seconds, memory), (now, most) = (now, most), used()
+            if now - seconds > SECONDS or most - memory > MEMORY:
+                found(number, f"{now - seconds:.0f} s, and {(most - memory) / 1e6:.0f} MB more than before")
             restore(folder, valid, touched)
     return findings
 
@@ -397,22 +461,23 @@ def restore(folder: Path, valid: dict[Path, bytes], touched: list[Path] | None =
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
     parser.add_argument("readers", nargs="*", metavar="NAME", help=f"of {', '.join(READERS)}; by default all")
-    parser.add_argument("--count", type=int, default=100_000, help="inputs, shared equally (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=100_000, help="inputs of each (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first input (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.readers or [*READERS]
-    each = -(-options.count // len(names))
-    print(f"{'reader':12} {'inputs':>8} {'seconds':>8} {'findings':>8}")
+    print("| reader | inputs | seconds | findings |\n| --- | --: | --: | --: |", flush=True)
     found = []
     for name in names:
-        began = time.perf_counter()
-        new = fuzz(name, range(options.first, options.first + each))
-        print(f"{name:12} {each:8,} {time.perf_counter() - began:8.0f} {len(new):8,}", flush=True)
-        for finding in new[:20]:
-            print(f"    {finding.number}: {finding.error!r}")
+        began = time.process_time()
+        new = fuzz(name, range(options.first, options.first + options.count), tell)
+        print(f"| {name} | {options.count:,} | {time.process_time() - began:.0f} | {len(new):,} |", flush=True)
         found += new
     return min(len(found), 1)
+
+
+def tell(finding: Finding) -> None:
+    print(f"{finding.reader} {finding.number}: {finding.error!r}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, get_args
 
 from genfuse.errors import DataError, RunError
 
@@ -281,12 +281,18 @@ def demand(content: Any, wanted: dict[str, Any], where: object) -> Any:
             if not isinstance(value, dict) or part not in value:
                 raise RunError(f"{where}: it has no {key!r}")
             value = value[part]
+        if isinstance(value, bool) and {bool, Any}.isdisjoint(get_args(kind) or (kind,)):  # to Python it is an int
+            raise RunError(f"{where}: {key!r} is {value}, which is no number")
         try:
             typeguard.check_type(value, kind, collection_check_strategy=every)
         except typeguard.TypeCheckError as error:
             raise RunError(f"{where}: {key!r} is {shown(value)}: {error}") from None
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise RunError(f"{where}: {key!r} is {shown(value)}, which is too large")
+        rest = [value]
+        while rest:
+            inner = rest.pop()
+            if isinstance(inner, int) and abs(inner) >= 2**63:
+                raise RunError(f"{where}: {key!r} is {shown(value)}, which is too large")
+            rest += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
     return content
 
 

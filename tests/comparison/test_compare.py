@@ -426,6 +426,16 @@ def test_labels_titles_and_errors_are_shown_as_they_are_and_as_nothing_else(name
     assert html.unescape(page).count(name) >= 4
 
 
+def test_names_that_are_no_text_do_not_end_a_comparison(compared, tmp_path):
+    from genfuse.comparison import _store
+
+    result = json.loads(json.dumps(compared[1]))
+    result["options"]["data"]["class_names"] = ["cat", os.fsdecode(b"\xff")]  # of a folder, on Linux
+    _store.write(tmp_path, result)
+    for name in ("table.md", "report.html"):
+        assert r"0 cat, 1 \udcff" in (tmp_path / name).read_text()
+
+
 def test_another_comparison_in_the_same_folder_is_refused(compared, data):
     out, _ = compared
     same = {"out": out, "budget": "1280examples", "limit": 50}

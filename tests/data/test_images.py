@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
+import genfuse
 from genfuse.data import load_data
-from genfuse.errors import DataWarning
+from genfuse.errors import DataWarning, SettingsError
 
 FILES = {
     "train-images-idx3-ubyte": (30, 4, 5),
@@ -276,6 +277,10 @@ def test_splits_are_found_by_any_of_their_names_and_are_no_classes(tmp_path, tra
         (["train/a/0.png", "val/a/0.png", "0.png"], "0.png lies in none"),
         (["cat/train/0.png", "dog/train/0.png", "cat/val/0.png"], "lies inside of a class"),
         (["train/a/test/0.png", "train/b/0.png"], "the folder test is called as a split"),
+        (
+            ["train/a/0.png", "test/a/1.png", "test/0.png"],
+            "test/0.png lies beside the sub-folders that are the classes",
+        ),
     ],
 )
 def test_folders_of_splits_that_can_be_read_in_two_ways_are_refused(tmp_path, refused, files, problem):
@@ -291,6 +296,40 @@ def test_pictures_beside_train_and_test_are_told_to_be_left_out(tmp_path):
     with pytest.warns(DataWarning, match=r"1 files are not read \(1 .png\).*nothing at all is read from .*unlabeled"):
         data = load_data(f"images:{tmp_path}")
     assert sum(map(len, data.splits.values())) == 2
+
+
+@pytest.mark.parametrize("bare", ["train", "val", "test"])
+def test_a_split_without_sub_folders_has_no_labels_and_the_others_have_theirs(tmp_path, bare):
+    for part, count in (("train", 3), ("val", 2), ("test", 4)):
+        for label in ("",) if part == bare else ("cat", "dog"):
+            for i in range(count):
+                picture(tmp_path / part / label / f"{i}.png", value=9 if label == "dog" else 5)
+    with pytest.warns(DataWarning, match=rf"the pictures of .*{bare} have no labels") as told:
+        data = load_data(f"images:{tmp_path}")
+    assert len(told) == 1
+    assert data.class_names == ("cat", "dog")
+    for part, split in data.splits.items():
+        if part == {"val": "validation"}.get(bare, bare):
+            assert split.y is None
+        else:
+            assert split.y.tolist() == (split.x[:, 0, 0, 0] == 9).long().tolist()
+    with pytest.raises(SettingsError, match=r"needs labels, but the data set .* has none in its splits"):
+        genfuse.create("gan", data, conditional=True).check_data(data)
+
+
+def test_a_class_that_no_training_picture_has_is_told(tmp_path):
+    for name in ("train/Cat", "train/dog", "test/cat", "test/dog"):
+        picture(tmp_path / name / "0.png")
+    with pytest.warns(DataWarning, match="the test split has the labels cat, which no training example has"):
+        assert load_data(f"images:{tmp_path}").class_names == ("Cat", "cat", "dog")
+
+
+def test_a_class_is_one_however_its_accents_are_written(tmp_path):
+    for name in ("train/caf\u00e9", "train/tea", "test/cafe\u0301", "test/tea"):  # as Linux and as macOS
+        picture(tmp_path / name / "0.png", value=len(name))
+    data = load_data(f"images:{tmp_path}")
+    assert data.class_names == ("caf\u00e9", "tea")
+    assert data.splits["test"].y.tolist() == data.splits["train"].y.tolist() == [0, 1]
 
 
 def test_classes_of_numbers_are_in_the_order_of_numbers(tmp_path):
@@ -464,6 +503,17 @@ def test_images_and_labels_of_keras_are_read(tmp_path):
 def test_arrays_that_are_no_images_are_refused(tmp_path, refused, array, problem):
     np.save(tmp_path / "x.npy", array)
     refused(f"images:{tmp_path}/x.npy", f"{tmp_path}/x.npy: ", problem)
+
+
+def test_splits_of_images_on_two_scales_are_refused(tmp_path, refused):
+    images = np.random.default_rng(0).integers(256, size=(9, 4, 4))
+    np.savez(tmp_path / "a.npz", train=images > 99, test=images)
+    refused(f"images:{tmp_path}/a.npz", "the train split has no values but 0 and 1, the test split reaches 25")
+
+
+def test_a_single_image_is_not_taken_for_many(tmp_path, refused):
+    np.save(tmp_path / "a.npy", np.zeros((48, 64, 3), np.uint8))
+    refused(f"images:{tmp_path}/a.npy", "(48, 64, 3) is one image with its channels last, or 48 of 3x64")
 
 
 def test_a_table_of_images_is_refused_with_what_to_write(tmp_path, refused):

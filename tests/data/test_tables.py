@@ -434,6 +434,10 @@ CLASSES = np.arange(50) % 3
         (CLASSES + 1, ("1", "2", "3")),
         (np.array([-1, 5, 9])[CLASSES], ("-1", "5", "9")),
         (np.array(["cat", "dog", "owl"])[CLASSES], ("cat", "dog", "owl")),
+        (np.array(["2", "9", "10"])[CLASSES], ("2", "9", "10")),
+        (np.array(["a2", "a10", "b"])[CLASSES], ("a2", "a10", "b")),
+        (np.array([b"a", b"b\xfe", b"b\xff"])[CLASSES], ("a", r"b\xfe", r"b\xff")),
+        (CLASSES.astype("u8") + 2**63, tuple(str(2**63 + k) for k in range(3))),
     ],
 )
 def test_labels_beside_an_array_are_read(tmp_path, x, y, form, labels, names):
@@ -472,6 +476,23 @@ def test_labels_beside_splits_are_read(tmp_path, names):
     assert np.allclose(original(data, "test"), VALUES[30:], rtol=1e-6)
 
 
+def test_labels_and_members_that_are_no_text_and_no_arrays_are_refused(tmp_path, refused):
+    labels = np.array(["cat", "dog"] * 25)
+    labels.view(np.uint32)[0] = 0x110000
+    np.savez(tmp_path / "a.npz", x=VALUES, y=labels)
+    refused(f"npz:{tmp_path}/a.npz", "a.npz, y: the labels hold characters that Unicode does not have")
+    np.savez(tmp_path / "a.npz", x=VALUES)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("y", b"0, 1, 2")
+    refused(f"npz:{tmp_path}/a.npz", "y in it is no array")
+
+
+def test_labels_that_no_training_example_has_are_told(tmp_path):
+    np.savez(tmp_path / "a.npz", train=VALUES, test=VALUES, y_train=CLASSES % 2, y_test=CLASSES)
+    with pytest.warns(DataWarning, match="the test split has the labels 2, which no training example has"):
+        load_data(f"npz:{tmp_path}/a.npz")
+
+
 def test_arrays_that_are_not_used_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", train=VALUES, test=VALUES, weights=VALUES, y_train=VALUES[:, 0], y=CLASSES)
     with pytest.warns(DataWarning, match=r"a.npz: not used: weights, y, y_train"):
@@ -491,3 +512,24 @@ def test_arrays_that_are_not_used_are_named(tmp_path):
 def test_arrays_that_can_be_read_in_two_ways_are_refused(tmp_path, refused, arrays, problem):
     np.savez(tmp_path / "a.npz", **arrays)
     refused(f"npz:{tmp_path}/a.npz", problem)
+
+
+def test_files_of_one_split_that_are_two_are_refused_and_others_are_named(tmp_path, refused):
+    for name in ("train", "test", "val", "extra"):
+        write(tmp_path / f"{name}.csv", "a,b\n" + "1.5,2\n3,4\n" * 3)
+    with pytest.warns(DataWarning, match=r"not used: extra\.csv$"):
+        assert set(load_data(f"csv:{tmp_path}").splits) == {"train", "validation", "test"}
+    write(tmp_path / "valid.csv", "a,b\n1,2\n")
+    refused(f"csv:{tmp_path}", "valid.csv and", "val.csv are both called as the validation split")
+
+
+@pytest.mark.parametrize("cell", ["1_000", "\u0661", "\uff11"])
+@pytest.mark.parametrize("mark", [".", ","])
+def test_numbers_are_those_that_every_program_reads(tmp_path, refused, cell, mark):
+    path = write(tmp_path / "a.csv", "a;b\n" + "1;2\n" * 9 + f"{cell};2\n")
+    refused(path, "row 11, column 1 (a): expected a number", delimiter=";", decimal=mark)
+
+
+def test_text_in_utf_16_is_told_what_is_wanted(tmp_path, refused):
+    (tmp_path / "a.csv").write_text("a,b\n" + "1,2\n" * 9, encoding="utf-16")
+    refused(f"csv:{tmp_path}/a.csv", "is no text in UTF-8")

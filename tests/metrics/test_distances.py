@@ -210,13 +210,24 @@ def tied(kind):
         "all zero": lambda: (torch.zeros(n, 3), torch.zeros(m, 3)),
         "far from 0": lambda: (base[some[0]] + 1000.1, base[some[1]] + 1000.1),
         "one far away": lambda: (torch.randn(n, 3).round(decimals=1), outlier.round(decimals=1)),
+        "one beyond all digits": lambda: (
+            torch.randn(n, 3),
+            torch.cat([torch.full((1, 3), 2.0**60), torch.randn(m, 3)]),
+        ),
+        "nearly repeats": lambda: tuple(base[which].double() + 1e-9 * torch.randn(len(which), 4) for which in some),
+        "right triangles": lambda: tuple(
+            torch.tensor([[3.0, 4, 0], [5, 0, 0], [0, 0, 5], [4, 0, 3], [0, 0, 0]]).double()[torch.randint(5, (count,))]
+            * (1 + 2**-49)  # whose squares need 99 bits
+            for count in (n, m)
+        ),
         "tiny": lambda: (base[some[0]] * 1e-30, base[some[1]] * 1e-30),
     }[kind]()
 
 
 TIED = (
     "bits", "integers", "thirds", "pixels", "weighted bits", "repeats",
-    "repeats of normal values", "collapsed", "both collapsed", "all zero", "far from 0", "one far away", "tiny",
+    "repeats of normal values", "collapsed", "both collapsed", "all zero", "far from 0", "one far away",
+    "one beyond all digits", "nearly repeats", "right triangles", "tiny",
 )  # fmt: skip
 
 
@@ -300,7 +311,7 @@ def test_too_few_samples_are_told_how_many_are_needed(metric, n, m, message):
         metric(features(n, 8), features(m, 8))
 
 
-@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, prdc, sliced_wasserstein_distance])
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, prdc, sliced_wasserstein_distance, nearest])
 def test_features_that_are_not_finite_or_not_alike_are_refused(metric):
     x = features(30, 3)
     spoiled = x.clone()
@@ -311,6 +322,18 @@ def test_features_that_are_not_finite_or_not_alike_are_refused(metric):
         metric(x, x[:, :2])
     with pytest.raises(SettingsError, match=r"must be \(N, D\), got a tensor of shape \(30, 3, 1\)"):
         metric(x[..., None], x)
+    with pytest.raises(SettingsError, match=r"must be \(N, D\), got a tensor of shape \(30, 0\)"):
+        metric(x[:, :0], x[:, :0])
+    with pytest.raises(SettingsError, match="must be real numbers"):
+        metric(x + 0j, x)
+    with pytest.raises(SettingsError, match=r"features reach 1e\+60, beyond 1e\+50"):
+        metric(torch.cat([x.double(), torch.full((1, 3), 1e60, dtype=torch.float64)]), x)
+
+
+def test_precision_to_coverage_do_not_depend_on_the_unit():
+    x, y = features(60, 3).double(), features(50, 3, seed=1).double()
+    for unit in (2.0**-900, 2.0**-40, 2.0**40):
+        assert prdc(x * unit, y * unit) == prdc(x, y)
 
 
 def test_settings_out_of_range_are_refused():

@@ -119,6 +119,19 @@ def test_weights_of_another_model_are_refused(run):
         Run(run.path).model()
 
 
+def test_weights_of_another_run_are_told_where_they_fit(run, make, digits, trainer, tmp_path):
+    other = trainer(out=tmp_path / "other", seed=5).fit(make("tiny"), digits)
+    (run.path / "model.safetensors").write_bytes((other.path / "model.safetensors").read_bytes())
+    with pytest.warns(RunWarning, match="was not trained by the settings that config.json names: training seed: was 5"):
+        Run(run.path).model()
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_done(make, digits, trainer, tmp_path):
+    with pytest.raises(RunError, match="take no path that is not UTF-8"):
+        trainer(out=tmp_path / os.fsdecode(b"\xff")).fit(make("tiny"), digits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_a_last_line_of_metrics_is_left_out(run):
     path = run.path / "metrics.jsonl"
     whole = run.metrics()
@@ -445,8 +458,15 @@ def test_a_state_that_lacks_or_has_what_it_should_not_is_named(change, said, run
         (lambda c: c["model"].pop("settings"), "it has no 'model.settings'"),
         (lambda c: c["data"].update(seed="3"), "'data.seed' is '3'"),
         (lambda c: c["data"].update(seed=-1), "'data.seed' is -1"),
+        (lambda c: c["data"].update(seed=True), "'data.seed' is True, which is no number"),
+        (lambda c: c["training"].update(batch_size=True), "'training.batch_size' is True, which is no number"),
+        (lambda c: c["data"].update(options={"name": "csv:x"}), "'data.options' is"),
+        (lambda c: c["data"].update(class_names=5), "'data.class_names' is 5"),
+        (lambda c: c["data"].update(root=5), "'data.root' is 5"),
+        (lambda c: c["data"].update(splits=[]), "'data.splits' is"),
         (lambda c: c["data"].update(shape=[1, "8"]), "'data.shape' is"),
         (lambda c: c["data"].update(scaling={"mean": [0.0], "std": [1.0], "names": None}), "has 1 columns, but"),
+        (lambda c: c["data"].update(scaling={"mean": [10**400], "std": [1], "names": None}), "which is too large"),
         (lambda c: c["data"].update(scaling={"mean": 1}), "'data.scaling.mean' is 1"),
         (lambda c: c["training"].update(epochs="many"), "'training.epochs' is 'many'"),
         (lambda c: c["training"].update(epochs=0), "training: epochs must be at least 1"),

@@ -213,4 +213,4 @@ def write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _text(path: Path, text: str) -> None:
     with writing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))  # names of files may be no text

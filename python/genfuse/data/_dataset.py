@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genfuse import plugins
-from genfuse.errors import DataError, PluginError, SettingsError
+from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
@@ -408,6 +409,21 @@ def load_data(
         raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
+    _warn_of_unseen(data)
     if columns := [*filter(None, map(str.strip, condition.split(",") if isinstance(condition, str) else condition))]:
         data, options = data.conditioned(columns), {**options, "condition": ",".join(columns)}
     return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]
+
+
+def _warn_of_unseen(data: Dataset) -> None:
+    """Warn of labels that the training split has none of: a class that is written otherwise there, perhaps."""
+    y = {part: split.y.unique().tolist() for part, split in data.splits.items() if split.y is not None and data.classes}
+    for part in y if "train" in y else ():
+        if unseen := [data.class_names[label] if data.class_names else str(label)
+                      for label in y[part] if label not in y["train"]]:  # fmt: skip
+            warnings.warn(
+                f"data set {data.name!r}: the {part} split has the labels {', '.join(unseen[:9])}"
+                f"{', ...' if len(unseen) > 9 else ''}, which no training example has",
+                DataWarning,
+                stacklevel=3,
+            )

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from genfuse._files import check_unpacked, gunzip
 from genfuse.data._dataset import Dataset, Source, Split
-from genfuse.data.tables import PART_OF, PARTS, find_arrays, read_arrays
+from genfuse.data.tables import PART_OF, PARTS, find_arrays, in_order, read_arrays
 from genfuse.errors import DataError, DataWarning
 
 SUFFIXES = (
@@ -89,21 +90,27 @@ def folder(source: Source) -> Dataset:
         raise DataError(f"the folder {root} holds no picture: no {', '.join(SUFFIXES)} in it or its sub-folders")
     pictures, tops = _parts(root, found)
     others += sorted(set(found).difference(*pictures.values()))
-    kinds = {part: {_label(path, tops[part]) for path in paths} for part, paths in pictures.items()}
-    names = _in_order(set().union(*kinds.values()))
-    if "" in names and len(names) > 1:
-        stray = next(path for part, paths in pictures.items() for path in paths if not _label(path, tops[part]))
-        raise DataError(f"{stray} lies beside the sub-folders that are the classes; move it into one of them")
+    labels = {part: [_label(path, tops[part]) for path in paths] for part, paths in pictures.items()}
+    for part, of in labels.items():
+        if "" in of and any(of):
+            stray = pictures[part][of.index("")]
+            raise DataError(f"{stray} lies beside the sub-folders that are the classes; move it into one of them")
+    names = in_order(set().union(*labels.values()) - {""})
+    if names and (bare := [str(tops[part]) for part, of in labels.items() if not any(of)]):
+        warnings.warn(
+            f"{root}: the pictures of {' and '.join(bare)} have no labels, as they lie in no sub-folders of classes",
+            DataWarning,
+            stacklevel=3,
+        )
     x = _read_pictures([path for paths in pictures.values() for path in paths])
-    number = {name: i for i, name in enumerate(names)}
-    y = torch.tensor([number[_label(path, tops[part])] for part, paths in pictures.items() for path in paths])
+    number = {name: i for i, name in enumerate(["", *names], -1)}  # -1: without a label
+    y = torch.tensor([number[label] for of in labels.values() for label in of])
     ends = torch.arange(len(x)).split([len(paths) for paths in pictures.values()])
     rows = dict(zip(pictures, ends, strict=True))
     if "test" not in rows:
         first = rows.pop(next(iter(rows)))
         held = source.hold_out(len(first), "pictures")
         rows = {"train": first[held["train"]], **rows, "test": first[held["test"]]}
-    labelled = names != [""]
     if others:
         suffixes = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
         read = {path.parent for paths in pictures.values() for path in paths}
@@ -114,15 +121,15 @@ def folder(source: Source) -> Dataset:
             DataWarning,
             stacklevel=3,
         )
-    if labelled and len(names) == 1:
+    if len(names) == 1:
         warnings.warn(
             f"{root}: all pictures have one label, {names[0]!r}, the one sub-folder there is; if its own sub-folders "
             "are the classes, name that folder",
             DataWarning,
             stacklevel=3,
         )
-    splits = {part: Split(x[index], y[index] if labelled else None) for part, index in rows.items()}
-    return Dataset(source.name, splits, levels=256, class_names=tuple(names) if labelled else None)
+    splits = {part: Split(x[index], y[index] if y[index[0]] >= 0 else None) for part, index in rows.items()}
+    return Dataset(source.name, splits, levels=256, class_names=tuple(names) or None)
 
 
 def _files(top: Path) -> tuple[list[Path], list[Path]]:
@@ -193,15 +200,7 @@ def _parts(root: Path, found: list[Path]) -> tuple[dict[str, list[Path]], dict[s
 def _label(path: Path, top: Path) -> str:
     """The sub-folder of ``top`` that a picture is in, "" for none."""
     parts = path.relative_to(top).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def _in_order(names: set[str]) -> list[str]:
-    """Numbers as numbers, those within names too: 2 before 10."""
-    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
-        return sorted(names, key=lambda name: (float(name), name))
-    parts = {name: re.split(r"(\d+)", name) for name in names}  # words and digits in turns
-    return sorted(names, key=lambda name: ([int(p) if i % 2 else p for i, p in enumerate(parts[name])], name))
+    return unicodedata.normalize("NFC", parts[0]) if len(parts) > 1 else ""  # as macOS and Linux write é differently
 
 
 def _read_pictures(paths: list[Path]) -> Tensor:
@@ -263,7 +262,14 @@ def _of_arrays(source: Source, path: Path) -> Dataset:
         rows = source.hold_out(len(parts["all"]), "images")
         y = {part: y["all"][of] for part, of in rows.items() if y}
         parts = {part: parts["all"][of] for part, of in rows.items()}
-    levels = 2 if max(int(x.max()) for x in parts.values()) < 2 else 256
+    most = {part: int(x.max()) for part, x in parts.items()}
+    levels = 2 if max(most.values()) < 2 else 256
+    if levels > 2 and (dark := next((part for part, value in most.items() if value < 2), None)):
+        other = max(most, key=lambda part: most[part])
+        raise DataError(
+            f"{path}: the {dark} split has no values but 0 and 1, the {other} split reaches {most[other]}: "
+            "give all the same scale"
+        )
     splits = {part: Split(x, y.get(part)) for part, x in parts.items()}
     return Dataset(source.name, splits, levels=levels, classes=found.classes, class_names=found.class_names)
 
@@ -276,6 +282,11 @@ def _images(origin: str, array: np.ndarray) -> Tensor:
         spread = f" from {array.min():.4g} to {array.max():.4g}" if array.dtype.kind in "biuf" else ""
         raise DataError(f"{origin}: expected whole numbers 0..255, such as uint8; got {array.dtype}{spread}")
     if array.ndim == 3:
+        if array.shape[2] in (3, 4) and min(array.shape[:2]) > 4:
+            raise DataError(
+                f"{origin}: {array.shape} is one image with its channels last, or {len(array)} of "
+                f"{array.shape[2]}x{array.shape[1]}; save images as (N, C, H, W)"
+            )
         array = array[:, None]
     else:
         first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)

@@ -64,7 +64,9 @@ class Reading:
             )
 
     def number(self, cell: str) -> float:
-        """Raises ValueError."""
+        """Raises ValueError: also for 1_000 and digits of other scripts, which only Python takes for numbers."""
+        if "_" in cell or not cell.strip().isascii():
+            raise ValueError(cell)
         if self.decimal == ",":
             if "." in cell:
                 raise ValueError(cell)
@@ -156,6 +158,9 @@ def find_arrays(source: Source, path: Path) -> Arrays:
     usable = {part: of for part, of in values.items() if of is not None}
     together = np.concatenate([*usable.values()]) if usable else np.zeros(0)
     different, places = np.unique(together, return_inverse=True)
+    if different.dtype.kind == "U":
+        order = in_order(different.tolist())
+        different, places = np.array(order), np.array([order.index(name) for name in different.tolist()])[places]
     if len(different) > max(2, len(together) // 2):  # almost as many as there are examples: no classes
         usable = {}
     if unused := sorted(names.keys() - set(x.values()) - {labels[part] for part in usable}):
@@ -186,6 +191,15 @@ def _called(name: str) -> tuple[str, str] | None:
     return None if kind is None else (kind, parts[0] if parts else "all")
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names sorted, and numbers as numbers, those within names too: 2 before 10."""
+    names = list(names)
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
+        return sorted(names, key=lambda name: (float(name), name))
+    parts = {name: re.split(r"(\d+)", name) for name in names}  # words and digits in turns
+    return sorted(names, key=lambda name: ([int(p) if i % 2 else p for i, p in enumerate(parts[name])], name))
+
+
 def _array(path: Path) -> np.ndarray:
     found = _load(path)
     if not isinstance(found, np.ndarray):
@@ -213,9 +227,15 @@ def _labels(origin: str, array: np.ndarray, count: int) -> np.ndarray | None:
     ):
         array = array.astype(np.int64)
     if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8", "replace")
+        array = np.char.decode(array, "utf-8", "backslashreplace")
+    if array.dtype.kind == "u" and array.max(initial=0) >= 2**63:
+        array = array.astype(str)
     if array.dtype.kind not in "biuU":
         return None
+    if array.dtype.kind == "U":
+        codes = np.frombuffer(array.astype(array.dtype.newbyteorder("=")).tobytes(), np.uint32)
+        if ((codes > 0x10FFFF) | (codes >> 11 == 0xD800 >> 11)).any():  # of which Python makes no string, or half a one
+            raise DataError(f"{origin}: the labels hold characters that Unicode does not have")
     return array.astype(np.int64) if array.dtype.kind in "biu" else array
 
 
@@ -242,7 +262,12 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
                 check_array(file, path.stat().st_size)
                 file.seek(0)
             found = np.load(file, allow_pickle=False)
-            return found if isinstance(found, np.ndarray) else dict(found)
+            if isinstance(found, np.ndarray):
+                return found
+            arrays = dict(found)
+            if other := next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None):
+                raise ValueError(f"{other} in it is no array")
+            return arrays
         except DataError:
             raise
         except Exception as error:  # damaged files raise all kinds of errors
@@ -254,11 +279,16 @@ def _paths(source: Source, suffix: str) -> dict[str, Path]:
     path = source.path()
     if not path.is_dir():
         return {"all": path}
-    paths = {
-        part: file for part, names in PARTS.items() for name in names if (file := path / (name + suffix)).is_file()
-    }
+    paths: dict[str, Path] = {}
+    for part, file in ((part, path / (name + suffix)) for part, names in PARTS.items() for name in names):
+        if file.is_file() and (other := paths.setdefault(part, file)) != file:
+            raise DataError(f"{other} and {file} are both called as the {part} split; leave one of them")
     if missing := [part + suffix for part in ("train", "test") if part not in paths]:
         raise DataError(f"the folder {path} has no {' and no '.join(missing)}; name a single file to have it split")
+    if unused := sorted(
+        {file.name for file in path.iterdir() if file.suffix.lower() == suffix} - {p.name for p in paths.values()}
+    ):
+        warnings.warn(f"{path}: not used: {', '.join(unused)}", DataWarning, stacklevel=4)
     return paths
 
 
@@ -363,7 +393,7 @@ def _read_csv(path: Path, reading: Reading) -> Table:
         with path.open(newline="", encoding="utf-8-sig") as file:
             some = list(itertools.islice(reading.rows(file), 51))
     except (UnicodeDecodeError, csv_format.Error) as error:
-        raise DataError(f"{path} is no text with comma-separated cells: {error}") from error
+        raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
     if not some:
         raise DataError(f"{path} is empty")
     line, first = some[0]
@@ -472,7 +502,7 @@ def _explain(path: Path, reading: Reading, names: tuple[str, ...] | None) -> Non
                     elif abs(value) > EXACT and re.fullmatch(r"[+-]?\d+", cell.strip()) and int(cell) != int(value):
                         raise DataError(f"{path}, {where}: {cell.strip()}: {_TOO_LONG}")
     except (UnicodeDecodeError, csv_format.Error) as error:
-        raise DataError(f"{path} is no text with comma-separated cells: {error}") from error
+        raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
     if odd:
         raise DataError(f"{path}: {len(odd)} cells are NaN or infinite, the first in {odd[0]}; remove or fill them")
 

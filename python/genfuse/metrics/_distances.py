@@ -11,6 +11,7 @@ from genfuse.errors import SettingsError
 
 Features = Tensor | Iterable[Tensor]  # (N, D), whole or in batches
 
+LARGEST = 1e50  # features: the sixth power of it is still a number, which the kernel distance takes
 BLOCK = 2**24  # numbers that are held at a time where pairs are looked at: 128 MiB
 
 
@@ -34,7 +35,7 @@ class Moments:
 
     def update(self, batch: Tensor) -> None:
         """Add features (N, D). Raises SettingsError if they are not finite or of another shape."""
-        x = _checked(batch)
+        x = checked(batch)
         if not len(x):
             return
         if self.count and x.shape[1:] != self.mean.shape:
@@ -67,7 +68,7 @@ def frechet_distance(samples: Features | Moments, reference: Features | Moments)
         needed = 1 + (len(of.mean) if of.count else 1)
         require("Fréchet distance", of.count, needed, name, f", one more than the {needed - 1} feature dimensions")
     a, b = moments.values()
-    _check_alike(a.mean, b.mean)
+    check_alike(a.mean, b.mean)
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # C1 C2 and the symmetric C1^(1/2) C2 C1^(1/2) have the same eigenvalues, so the same trace of the root.
@@ -155,10 +156,10 @@ def pair(samples: Features, reference: Features) -> tuple[Tensor, Tensor]:
     """Both sets whole, (N, D) and (M, D), in float64. Raises SettingsError if they are not finite or not alike."""
     found = []
     for name, features in (("samples", samples), ("reference examples", reference)):
-        parts = [_checked(batch) for batch in batches(features)]
+        parts = [checked(batch) for batch in batches(features)]
         require("comparison", sum(map(len, parts)), 1, name)
         found.append(torch.cat(parts))
-    _check_alike(found[0][0], found[1][0])
+    check_alike(found[0][0], found[1][0])
     return found[0], found[1]
 
 
@@ -166,14 +167,22 @@ def batches(features: Features) -> Iterator[Tensor]:
     yield from [features] if isinstance(features, Tensor) else features
 
 
-def _checked(batch: Tensor) -> Tensor:
-    if batch.ndim != 2:
+def checked(batch: Tensor) -> Tensor:
+    """Features (N, D), as float64. Raises SettingsError for anything else, and for what cannot be reckoned with."""
+    if batch.ndim != 2 or not batch.shape[1]:
         raise SettingsError(f"features must be (N, D), got a tensor of shape {tuple(batch.shape)}")
+    if batch.is_complex():
+        raise SettingsError(f"features must be real numbers, got a tensor of {batch.dtype}")
     if bad := int((~batch.isfinite()).any(1).sum()):
         raise SettingsError(f"{bad} of {len(batch)} rows of features have NaN or infinite values")
-    return batch.double()
+    x = batch.detach().double()
+    if len(x) and (most := float(x.abs().max())) > LARGEST:
+        raise SettingsError(
+            f"features reach {most:.2g}, beyond {LARGEST:g}, so that their powers overflow: rescale them"
+        )
+    return x
 
 
-def _check_alike(a: Tensor, b: Tensor) -> None:
+def check_alike(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise SettingsError(f"the samples have {len(a)} feature dimensions, the reference has {len(b)}")

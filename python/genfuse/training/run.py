@@ -83,6 +83,12 @@ FORMAT: dict[str, Any] = {
     "training.schedule": str,
     "training.seed": int,
 }
+FORMAT_OF_DATA = {  # what older runs do not have
+    "root": str | None,
+    "splits": dict[str, str],
+    "options": dict[typing.Literal["header", "delimiter", "decimal", "condition"], str],
+    "class_names": list[str] | None,
+}
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}
 
 
@@ -139,6 +145,8 @@ class Run:
         cls = models.load(named["name"])
         weights, facts = read_tensors(self.path / WEIGHTS)
         self._check("model", facts)
+        if found := self._differences("training", facts):
+            _warn(f"{self.path / WEIGHTS} was not trained by the settings that {CONFIG} names: {'; '.join(found)}")
         try:
             with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
                 model: GenerativeModel = cls.from_config(configure(cls, cls.current(named["settings"])))
@@ -206,16 +214,18 @@ class Run:
 
     def _check(self, section: str, facts: dict[str, Any] | None = None) -> None:
         """Raise RunError if a section of config.json is not the one that the weights were trained by."""
-        facts = tensor_facts(self.path / WEIGHTS) if facts is None else facts
-        if "config" not in facts:  # which is younger than the run
-            return
-        demand(facts, {f"config.{section}": dict[str, Any]}, self.path / WEIGHTS)
-        was = {section: facts["config"][section]}
-        if found := differences(was, {section: essentials(self.config)[section]}):
+        if found := self._differences(section, tensor_facts(self.path / WEIGHTS) if facts is None else facts):
             raise RunError(
                 f"{self.path / WEIGHTS} does not fit the {section} that {CONFIG} names, which was edited or is "
                 f"damaged: {'; '.join(found)}"
             )
+
+    def _differences(self, section: str, facts: dict[str, Any]) -> list[str]:
+        """What is other in a section of config.json than it was for the weights."""
+        if "config" not in facts:  # which is younger than the run
+            return []
+        demand(facts, {f"config.{section}": dict[str, Any]}, self.path / WEIGHTS)
+        return differences({section: facts["config"][section]}, {section: essentials(self.config)[section]})
 
 
 def describe(model: GenerativeModel, data: Dataset, training: dict[str, Any]) -> dict[str, Any]:
@@ -348,6 +358,12 @@ def plugin_of(cls: type) -> str:
 
 def claim(path: Path, resume: bool, overwrite: bool) -> None:
     """Raise RunError unless a training may write to ``path``. Nothing is written."""
+    try:
+        os.path.abspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RunError(
+            f"the run folder {path} cannot be written: safetensors and TensorBoard take no path that is not UTF-8"
+        ) from None
     if resume:
         if not path.exists():
             raise RunError(f"there is no run folder {path} to resume")
@@ -540,6 +556,7 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
 def _check_data(data: dict[str, Any], where: str) -> None:
     if not 0 <= data["seed"] < 2**63:
         raise RunError(f"{where}: 'data.seed' is {data['seed']}")
+    demand({"data": data}, {f"data.{key}": kind for key, kind in FORMAT_OF_DATA.items() if key in data}, where)
     for section in ("scaling", "condition_scaling"):
         if (scaling := data.get(section)) is None:
             continue
