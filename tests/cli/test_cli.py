@@ -908,3 +908,44 @@ def test_what_is_left_out_of_the_data_is_one_line_of_warning(capsys, tmp_path, m
     assert main(["train", "vae", "--data", "csv:t.csv", "--out", "run", *GAUSSIAN]) == 0
     said = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("genfuse: warning: t.csv: the first column, without a name") for line in said) == 1
+
+
+def test_a_run_of_given_columns_is_sampled_at_values_of_them(tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(400, 3)).astype(str)
+    table = tmp_path / "t.csv"
+    table.write_text("a,k=1,c\n" + "\n".join(map(",".join, rows)) + "\n")
+    run = str(tmp_path / "run")
+    settings = ["--model.layers", "1", "--model.hidden", "8", "--steps", "5", "--out", run]
+    assert main(["train", "maf", "--data", f"csv:{table}", "--data.condition", "c, k=1", *settings]) == 0
+    out = tmp_path / "drawn.npz"
+    assert main(["sample", run, "--condition", "k=1=2.5, c=-1", "--n", "7", "--out", str(out)]) == 0
+    drawn = np.load(out)
+    assert drawn["x"].shape == (7, 1)
+    assert drawn["names"].tolist() == ["a"]
+    assert drawn["y_names"].tolist() == ["c", "k=1"]
+    assert drawn["y"] == pytest.approx(np.tile([-1, 2.5], (7, 1)), abs=1e-5)
+    assert main(["sample", run, "--n", "7", "--out", str(tmp_path / "any.npz")]) == 0  # conditions of test examples
+    assert main(["evaluate", run]) == 0
+    assert main(["train", "--resume", run, "--steps", "6"]) == 0
+    capsys.readouterr()
+    for wrong, said in {
+        "c=1": "no value of k=1",
+        "c=1,k=1=x": "got 'k=1=x'",
+        "c=1,c=2,k=1=0": "got 'c=2'",
+        "c=inf,k=1=0": "got 'c=inf'",
+        "d=1": "got 'd=1'",
+    }.items():
+        assert main(["sample", run, "--condition", wrong, "--out", str(tmp_path / "x.npz")]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["sample", run, "--label", "1", "--out", str(tmp_path / "x.npz")]) == 2
+
+
+def test_settings_of_a_former_run_are_typed_by_the_types_of_now(tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", "gan", "--data", "digits", "--model.hidden", "8", "--steps", "2", "--out", str(run)]) == 0
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["settings"]["channels"] = 64  # as it was before it was the widths of all stages
+    old = tmp_path / "config.json"
+    old.write_text(json.dumps(config))
+    arguments = arguments_of("gan", old)
+    assert arguments[arguments.index("--model.channels") + 1] == "64"

@@ -39,6 +39,16 @@ def test_columns_without_names_are_called_by_number(tmp_path):
     assert torch.equal(data.splits["train"].y, whole.splits["train"].x[:, [1]])
 
 
+def test_names_with_commas_spaces_and_equals_signs_are_found_again(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('"x=1,y",b c,k=1,z\n' + "\n".join(",".join(map(str, row)) for row in np.random.rand(50, 4)) + "\n")
+    data = genfuse.load_data(f"csv:{path}", condition=["x=1,y", "b c"])
+    assert data.condition_scaling.names == ("x=1,y", "b c")
+    again = genfuse.load_data(f"csv:{path}", **data.options)
+    assert again.fingerprint() == data.fingerprint()
+    assert genfuse.load_data(f"csv:{path}", condition='"x=1,y", b c').fingerprint() == data.fingerprint()
+
+
 @pytest.mark.parametrize(
     ("condition", "problem"),
     [

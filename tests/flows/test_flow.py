@@ -562,3 +562,18 @@ def test_reversible_flows_have_the_gradients_of_ordinary_ones(name):
         found.append([p.grad for p in flow.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [2, 3, 5])
+def test_no_feature_of_a_spline_flow_is_left_alone_whatever_the_seed(features):
+    for seed in range(30):
+        torch.manual_seed(seed)
+        flow = NSF(features, transforms=3, hidden=(8,))
+        moved = torch.zeros(features, dtype=torch.bool)
+        place = torch.arange(features)  # which feature stands where
+        for transform in flow.transform.transforms:
+            if hasattr(transform, "order"):
+                place = place[transform.order]
+            else:
+                moved[place[features // 2 :]] = True
+        assert moved.all()

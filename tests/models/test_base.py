@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import genfuse
+from genfuse.errors import SettingsError
 from genfuse.models import Batch, GenerativeModel, ModelConfig, Player, adam
 
 
@@ -107,6 +108,7 @@ def test_copying_moving_and_loading_weights_is_no_update(copied):
     assert other.counts.tolist() == [2, 0]
 
 
+GAUSSIAN = {"decoder": "gaussian"}
 MODELS = ["vae", "gan", "wgan", "wgan-gp", "planar", "realnvp", "maf", "nsf", "nsf-ar", "glow", "ddpm", "edm", "score",
           "flow-matching"]  # fmt: skip
 
@@ -123,3 +125,28 @@ def test_a_called_model_is_its_loss_and_copies_are_alike(name):
         torch.manual_seed(0)
         assert loss.shape == ()
         assert torch.equal(loss, model.loss(Batch(x), first)[0])
+
+
+def test_a_player_that_is_not_there_is_refused_by_name():
+    gan, vae = (genfuse.create(name, shape=(2,), levels=None, **s) for name, s in (("gan", {}), ("vae", GAUSSIAN)))
+    assert not torch.equal(gan(X, player="generator"), gan(X))
+    for model, player, known in (
+        (gan, "critic", "discriminator, generator"),
+        (genfuse.create("wgan", shape=(2,), levels=None), "discriminator", "critic, generator"),
+        (vae, "generator", "model"),
+    ):
+        with pytest.raises(SettingsError, match=f"no player '{player}'; it has: {known}"):
+            model(X, player=player)
+    with pytest.raises(SettingsError, match="no player 'critic'"):
+        gan.loss(Batch(X), "critic")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_context_that_nothing_takes_is_refused(name):
+    model = genfuse.create(name, shape=(2,), levels=None, **(GAUSSIAN if name == "vae" else {}))
+    with pytest.raises(SettingsError, match=r"was given a context y \(4, 3\) and is not conditional.*embedding="):
+        model.loss(Batch(X, torch.zeros(4, 3)), model.players()[0].name)
+    for y in (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)):
+        with pytest.raises(SettingsError, match="not conditional"):
+            model(X, y)
+    model.loss(Batch(X, torch.zeros(4, dtype=torch.long)), model.players()[0].name)  # a data set's labels do no harm

@@ -167,18 +167,25 @@ def _contexts(
     """The contexts (n, C) that a model is to be given: all as typed, or those of test examples drawn by chance."""
     import torch
 
+    from genfuse.data import names_in
+
     if condition is None:
         y = run.data(name=data).splits["test"].y
         assert y is not None
         return y[torch.randint(len(y), (n,), generator=generator, device=generator.device).cpu()]
-    columns = run.config["data"]["options"]["condition"].split(",")
-    values = dict(each.split("=", 1) for each in condition.split(",") if "=" in each)
-    try:
-        typed = [float(values.pop(column)) for column in columns]
-    except (KeyError, ValueError):
-        typed = []
-    if not typed or values or not all(map(math.isfinite, typed)):
-        wanted = ",".join(f"{column}=NUMBER" for column in columns)
-        raise SettingsError(f"--condition must be {wanted}, with a finite number for each; got {condition}")
+    columns = names_in(run.config["data"]["options"]["condition"])
+    values: dict[str, float] = {}
+    for each in names_in(condition):
+        name, _, number = (part.strip() for part in each.rpartition("="))
+        try:
+            if name not in columns or name in values or not math.isfinite(value := float(number)):
+                raise ValueError
+        except ValueError:
+            wanted = ",".join(f"{column}=NUMBER" for column in columns)
+            raise SettingsError(f"--condition must be {wanted}, each once and finite; got {each!r}") from None
+        values[name] = value
+    if missing := [column for column in columns if column not in values]:
+        raise SettingsError(f"--condition gives no value of {', '.join(missing)}: got {condition}")
+    typed = [values[column] for column in columns]
     y = torch.tensor([typed])
     return (y if run.condition_scaling is None else run.condition_scaling.apply(y)).expand(n, -1)

@@ -1,6 +1,7 @@
 """``genfuse train``: its options are the fields of the trainer and of the model's config."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -162,7 +163,8 @@ def _as_typed(settings: dict[str, Any], file: Path) -> dict[str, Any]:
         config = check_config(settings, file)
         model, data = config["model"], config["data"]
         settings = models.load(model["name"]).current(model["settings"])  # of a former version, too
-        own = {key: value for key, value in settings.items() if key not in FACTS}
+        plain_settings = json.loads(json.dumps(settings))  # which has no tuples
+        own = {key: value for key, value in plain_settings.items() if key not in FACTS}
         root = {} if (root := home(data)) is None else {"data_root": root}
         data = {**{key: data[key] for key in ("name", "binarize", "seed")}, **data.get("options", {})}
         return {**config["training"], **root, "model": {"name": model["name"], **own}, "data": data}

@@ -214,12 +214,16 @@ def _latent_space(model: GenerativeModel, data: Dataset, extract: Extractor) -> 
 def _smoothness(model: Any, data: Dataset, extract: Extractor) -> float:
     """How even the changes between draws of the prior are. On arcs, as most of a normal's mass is at one radius."""
     generator = torch.Generator(model.device).manual_seed(0)
+    given = model.some_given(data, PATHS)
     if isinstance(model, DrawsLatents):
         start, end = (model.latents(PATHS, generator=generator) for _ in range(2))
     else:
-        start, end = torch.randn(2, PATHS, math.prod(data.shape), generator=generator, device=model.device)
+        dimensions = math.prod(data.shape)
+        if isinstance(model, Encodes):
+            few = data.batch("test", slice(0, 2))
+            dimensions = model.encode(few.x, **({"y": few.y} if given else {})).shape[1]
+        start, end = torch.randn(2, PATHS, dimensions, generator=generator, device=model.device)
     weights = torch.linspace(0, 1, STEPS + 1, device=model.device)
-    given = model.some_given(data, PATHS)
     decode = model.decode if isinstance(model, Decodes) else lambda z, **y: model.trajectory(z, **y)[-1]
     features = torch.stack([extract.of_samples(decode(z, **given)) for z in slerp(start, end, weights)])
     changes = features.diff(dim=0).norm(dim=2)  # (STEPS, PATHS)

@@ -7,4 +7,6 @@ from genfuse.data._dataset import Mixture as Mixture
 from genfuse.data._dataset import Scaling as Scaling
 from genfuse.data._dataset import Source as Source
 from genfuse.data._dataset import Split as Split
+from genfuse.data._dataset import joined as joined
 from genfuse.data._dataset import load_data as load_data
+from genfuse.data._dataset import names_in as names_in

@@ -1,6 +1,8 @@
 """What a data set is, and how a name becomes one."""
 
+import csv
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -356,6 +358,18 @@ class Source:
         return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
 
 
+def names_in(text: str) -> list[str]:
+    """The names in "a,b": one that has a comma itself is in quotes."""
+    return [name for row in csv.reader([text], skipinitialspace=True) for name in map(str.strip, row) if name]
+
+
+def joined(names: Sequence[str]) -> str:
+    """The text in which `names_in` finds these names."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(names)
+    return line.getvalue()
+
+
 def load_data(
     name: str,
     *,
@@ -410,8 +424,9 @@ def load_data(
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
     _warn_of_unseen(data)
-    if columns := [*filter(None, map(str.strip, condition.split(",") if isinstance(condition, str) else condition))]:
-        data, options = data.conditioned(columns), {**options, "condition": ",".join(columns)}
+    columns = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
+    if columns:
+        data, options = data.conditioned(columns), {**options, "condition": joined(columns)}
     return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]
 
 

@@ -59,7 +59,8 @@ class Denoiser(nn.Module):
             labels (N,); None gives it to the network as it is.
         context_dropout: share of the contexts that `loss` replaces by zeros in training, which guidance needs.
 
-    Raises SettingsError for another `predict`, or a sigma_data that is not above 0.
+    Raises SettingsError for another `predict`, a sigma_data that is not above 0, and, when it is called, for a sigma
+    that is not, or a network that returns another shape than that of its input.
     """
 
     def __init__(
@@ -103,7 +104,11 @@ class Denoiser(nn.Module):
     def c_noise(self, sigma: Any) -> Any:
         """What the network is given for the noise level: log(sigma / sigma_data), of a number or a tensor."""
         s = sigma / self.sigma_data
-        return s.log() if isinstance(s, Tensor) else math.log(s)
+        if isinstance(s, Tensor):
+            return s.log()
+        if s <= 0:
+            raise SettingsError(f"sigma must be above 0, got {sigma}")
+        return math.log(s)
 
     def forward(
         self, x: Tensor, sigma: float | Tensor, context: Tensor | None = None, *, guidance: float = 1.0
@@ -134,6 +139,11 @@ class Denoiser(nn.Module):
         c_noise = self.c_noise(sigma)
         c_noise = c_noise.expand(len(x_t)) if isinstance(c_noise, Tensor) else x_t.new_full((len(x_t),), c_noise)
         predicted: Tensor = self.network(x_t, c_noise, *([] if context is None else [context]))
+        if predicted.shape != x_t.shape:
+            raise SettingsError(
+                f"the network must return as much as its input, {tuple(x_t.shape)}; it returned "
+                f"{tuple(predicted.shape)}"
+            )
         return predicted
 
     def score(

@@ -195,7 +195,9 @@ class FlowDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args and value.numel():  # constraints cannot check nothing
+        if (
+            self._validate_args and not torch.compiler.is_compiling() and value.numel()
+        ):  # constraints cannot check nothing
             self._validate_sample(value)
         lead = value.shape[: value.dim() - len(self.event_shape)]
         shape = torch.broadcast_shapes(lead, self.batch_shape)

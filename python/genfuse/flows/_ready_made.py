@@ -71,7 +71,7 @@ class _ReadyMade(Flow):
 class NSF(_ReadyMade):
     """Neural spline flow with couplings, RQ-NSF (C) of arXiv 1906.04032: half of the features decide on the splines of
     the others; before each coupling, and after the last, stands a linear layer by LU, which starts as a random
-    permutation.
+    permutation that lets the features that were moved last decide next.
 
     >>> flow = NSF(2, context=16, embedding=network)  # which makes (..., 16) of what is given
     >>> loss = -flow(x).log_prob(theta).mean()
@@ -112,8 +112,8 @@ class NSF(_ReadyMade):
         kept = split_size(d)
 
         def layers() -> Iterator[Transform]:
-            for _ in range(transforms):
-                yield LULinear(d)
+            for i in range(transforms):
+                yield LULinear(d, first=d - kept if i else 0)  # no feature is kept, or moved, by all couplings
                 conditioner = make(kept, (d - kept) * (3 * bins - 1), context)
                 yield SplineCoupling(conditioner, split=kept, bins=bins, bound=bound)
             yield LULinear(d)

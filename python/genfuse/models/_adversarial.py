@@ -179,8 +179,10 @@ class AdversarialModel(GenerativeModel):
         does not return one number for each example.
         """
         self.settle()
+        if player not in (self.critic_name, "generator"):
+            self.named_player(player)  # which refuses it
         x, n = self._centred(self.checked(batch.x)), len(batch.x)
-        context = self.context_of(batch.y if self.conditional else None, n)
+        context = self.context_of(self.y_of(batch), n)
         seen = None if context is None else context.detach()  # by the critic
         z = torch.randn(n, self.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
@@ -293,6 +295,8 @@ class AdversarialModel(GenerativeModel):
     def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None) -> Tensor:
         """Examples as `_centred` gives them."""
         x = at_least_float32(network(z) if context is None else network(z, context))
+        if self.shape is not None and x.shape[1:] != self.shape:
+            raise SettingsError(f"the generator must make examples (N, *{self.shape}); it made {tuple(x.shape)}")
         return x if self.levels is None else x.tanh()
 
     def _criticise(self, x: Tensor, context: Tensor | None) -> Tensor:

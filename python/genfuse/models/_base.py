@@ -197,8 +197,34 @@ class GenerativeModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def forward(self, x: Tensor, y: Tensor | None = None, player: str | None = None) -> Tensor:
-        """The total of `loss` for examples x (N, *shape), a scalar; of the first player unless one is named."""
-        return self.loss(Batch(x, y), self.players()[0].name if player is None else player)[0]
+        """The total of `loss` for examples x (N, *shape), a scalar; of the first player unless one is named.
+
+        Raises SettingsError for a player that the model does not have, and for y if it is not conditional.
+        """
+        if y is not None and not self.conditional:
+            self.context_of(y, len(x))  # which refuses it
+        return self.loss(Batch(x, y), self.named_player(player))[0]
+
+    def named_player(self, player: str | None) -> str:
+        """A player's name, by default the first one's. Raises SettingsError if no player is called so."""
+        names = [each.name for each in self.players()]
+        if player is not None and player not in names:
+            raise SettingsError(f"{type(self).__name__} has no player {player!r}; it has: {', '.join(names)}")
+        return player or names[0]
+
+    def y_of(self, batch: Batch) -> Tensor | None:
+        """What a batch gives to a conditional model. Labels that come with data are nothing to any other model.
+
+        Raises SettingsError for a context (N, C) that no `embedding` takes.
+        """
+        if self.conditional:
+            return batch.y
+        if batch.y is not None and batch.y.dim() > 1:
+            raise SettingsError(
+                f"{type(self).__name__} was given a context y {tuple(batch.y.shape)} and is not conditional: make it "
+                "with embedding=, a network that makes of y what its networks are given, or torch.nn.Identity()"
+            )
+        return None
 
     def after_step(self, player: str) -> None:
         """Called after each update of ``player``: for weight clipping, moving averages, counters and the like.

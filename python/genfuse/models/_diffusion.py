@@ -212,7 +212,7 @@ class DiffusionModel(GenerativeModel):
 
     def _training_context(self, batch: Batch) -> Tensor | None:
         """The context of a batch, of which in training some rows are all 0: none."""
-        y = batch.y if self.conditional else None
+        y = self.y_of(batch)
         if not self.training:
             return self.context_of(y, len(batch.x))
         context = self.context_of(y, len(batch.x), self.embedding)

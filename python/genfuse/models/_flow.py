@@ -130,7 +130,7 @@ class FlowModel(GenerativeModel):
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x), or for discrete data minus its lower bound, in the mean over the batch."""
-        y = batch.y if self.conditional else None
+        y = self.y_of(batch)
         nll = -(self.log_prob(batch.x, y) if self.dequantize is None else self.elbo(batch.x, y)).mean()
         return nll, {} if self.dequantize is None else {"bits_per_dim": nll.detach() / self._nats_per_bit}
 

@@ -308,7 +308,7 @@ class VAE(GenerativeModel):
         Raises DataError if x is not (N, *shape), or y not as `context_of` takes it.
         """
         self.settle()
-        x, context = batch.x, self.context_of(batch.y if self.conditional else None, len(batch.x))
+        x, context = batch.x, self.context_of(self.y_of(batch), len(batch.x))
         mu, logvar, features = self._encoded(x, context)
         if self.iwae_samples > 1:
             z0, _ = reparameterize_kl(mu, logvar, samples=self.iwae_samples)  # (K, N, D)

@@ -57,17 +57,22 @@ class LULinear(Transform):
     logarithms of U's diagonal are parameters, so that the log-determinant is their sum, and the inverse is two
     triangular solves. The diagonal's signs are fixed.
 
-    It starts as a random permutation, or ("rotation") as a random rotation.
+    It starts as a random permutation, or ("rotation") as a random rotation. With ``first`` k, the permutation puts the
+    last k features, those that a coupling before it moved, among the first ones, which the coupling after it keeps.
     """
 
     order: Tensor
     back: Tensor
     signs: Tensor
 
-    def __init__(self, features: int, start: Literal["permutation", "rotation"] = "permutation") -> None:
+    def __init__(
+        self, features: int, start: Literal["permutation", "rotation"] = "permutation", *, first: int = 0
+    ) -> None:
         super().__init__()
         self.features = features
-        p, lower, upper = torch.eye(features)[torch.randperm(features)], torch.eye(features), torch.eye(features)
+        chance = torch.randperm(features)
+        order = torch.cat([chance[chance >= features - first], chance[chance < features - first]])
+        p, lower, upper = torch.eye(features)[order], torch.eye(features), torch.eye(features)
         if start == "rotation":
             rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
             p, lower, upper = (t.float() for t in torch.linalg.lu(rotation.T))
