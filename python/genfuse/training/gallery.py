@@ -15,7 +15,6 @@ from genfuse.models import DrawsLatents, Encodes, GenerativeModel, HasPosterior,
 PAIRS = 16  # of originals and reconstructions
 ROWS, STEPS = 8, 10  # of interpolations
 MOMENTS = 9  # of a training, its start and its end among them
-CONTEXTS = 16  # that the density of a model of p(x | context) is averaged over
 
 
 @torch.no_grad()
@@ -58,7 +57,8 @@ def draw(
             (plots.scatter if data.shape == (2,) else plots.histograms)(
                 test.x, samples, at("samples.png"), data.scaling
             )
-        if data.shape == (2,) and "log_prob" in model.likelihoods:
+        # Given a context there is no density of all data but a mean over contexts, which takes minutes if each takes an ODE.
+        if data.shape == (2,) and "log_prob" in model.likelihoods and not data.condition:
             plots.density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
         if data.shape == (2,) and isinstance(model, HasTrajectory):
             z = torch.randn(plots.POINTS, 2, generator=generator, device=model.device)
@@ -95,18 +95,14 @@ def _repeated(labels: Tensor | None, n: int) -> Tensor | None:
     return None if labels is None else labels[torch.arange(n, device=labels.device) % len(labels)]
 
 
-def _log_prob(model: Any, y: Tensor | None, x: Tensor) -> Tensor:
-    """log p(x), (N,), for x (N, ...); of a conditional model that of the mixture over its labels as often as given, or
-    over some of the contexts."""
-    if y is None:
+def _log_prob(model: Any, labels: Tensor | None, x: Tensor) -> Tensor:
+    """log p(x), (N,), for x (N, ...); of a conditional model that of the mixture over its labels as often as given."""
+    if labels is None:
         log_prob: Tensor = model.log_prob(x)
         return log_prob
-    if y.dim() > 1:
-        given, counts = y[:CONTEXTS], torch.ones(len(y[:CONTEXTS]), device=y.device)
-    else:
-        given, counts = y.unique(return_counts=True)
-    each = [model.log_prob(x, y=row.expand(len(x), *row.shape)) for row in given]
-    return torch.logsumexp(torch.stack(each, 1) + (counts / counts.sum()).log(), 1)
+    classes, counts = labels.unique(return_counts=True)
+    each = [model.log_prob(x, y=label.expand(len(x))) for label in classes]
+    return torch.logsumexp(torch.stack(each, 1) + (counts / len(labels)).log(), 1)
 
 
 def _latents(model: Encodes, x: Tensor, y: Tensor | None) -> tuple[Tensor, str]:
