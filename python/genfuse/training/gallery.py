@@ -57,7 +57,7 @@ def draw(
             (plots.scatter if data.shape == (2,) else plots.histograms)(
                 test.x, samples, at("samples.png"), data.scaling
             )
-        # Given a context there is no density of all data but a mean over contexts, which takes minutes if each takes an ODE.
+        # Given a context the density of all data is a mean over contexts, which takes minutes if each takes an ODE.
         if data.shape == (2,) and "log_prob" in model.likelihoods and not data.condition:
             plots.density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
         if data.shape == (2,) and isinstance(model, HasTrajectory):
