@@ -75,7 +75,9 @@ def machine(device: str) -> dict[str, str]:
     header = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit + changed,
-        "genfuse": ", ".join([genfuse.__version__, *(f"{key} {value}" for key, value in ops.info().items() if value)]),
+        "genfuse": ", ".join(
+            [genfuse.__version__, *(f"{key} {value}" for key, value in ops.build_info().items() if value)]
+        ),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "CPU": f"{_processor()}, {os.cpu_count()} cores",

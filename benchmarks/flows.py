@@ -64,7 +64,7 @@ def _moved(model: Any, by: float) -> Any:
 def _wrong(model: Any, x: Tensor) -> str:
     """What is wrong with density, gradient or round trip, against the reference in float64; or an empty text."""
     model = _moved(model, 0.02)
-    with genfuse.ops.use("reference"):
+    with genfuse.ops.using("reference"):
         exact = copy.deepcopy(model).double()
         density, gradients = exact.log_prob(x.double()).detach(), _gradients(exact, x.double())
     with torch.no_grad():

@@ -110,7 +110,7 @@ def check(operator: Operator, size: tuple[int, ...], dtype: torch.dtype, device:
     """The error against float64, or why it is wrong: over twice eager PyTorch's in this dtype and four roundings."""
     allowed = 2 * operator.error(size, dtype, device, eager=True) + 4 * torch.finfo(dtype).eps
     try:
-        with ops.use(name):
+        with ops.using(name):
             error = operator.error(size, dtype, device)
     except Exception as reason:
         return {"failure": f"WRONG: {first_line(reason)}"}
@@ -140,8 +140,8 @@ def _compare(operator: Operator, size: tuple[int, ...], args: Namespace) -> Iter
             results["compile"] = {"failure": first_line(reason)}
         for name, fact in facts.items():
             if "failure" not in fact:
-                with ops.use(name):
-                    sides[name] = Side(task(operator.function, inputs, mode), partial(ops.use, name))
+                with ops.using(name):
+                    sides[name] = Side(task(operator.function, inputs, mode), partial(ops.using, name))
         timings = interleave(sides, device, QUICK if args.quick else FULL)
         copy = timings.pop("copy")
         for name, timing in timings.items():

@@ -32,7 +32,7 @@ def implementation(request, device):
     if request.param not in ops.available(device):
         reasons = {why for kernel in ops._op.KERNELS.values() for _, why in [kernel.find(request.param, device)]}
         skip(request.param, f"no {request.param} on {device}: {'; '.join(sorted(reasons))}")
-    with ops.use(request.param):
+    with ops.using(request.param):
         yield request.param
 
 

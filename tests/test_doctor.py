@@ -37,20 +37,20 @@ def test_it_names_the_versions_in_use(capsys):
 
 def test_every_operator_has_its_implementation_and_the_reason_on_every_device(capsys):
     said = lines_of(capsys)
-    assert len(ops.choices()) >= 3
-    for operator, device, implementation, why in ops.choices():
+    assert len(ops.implementations()) >= 3
+    for operator, device, implementation, why in ops.implementations():
         assert said[f"{operator} on {device}"] == f"{implementation}: {why}"
 
 
 def test_the_reason_is_given_where_native_kernels_are_missing(capsys, monkeypatch):
-    monkeypatch.setattr(ops, "info", lambda: {"native": False, "reason": "installed with GENFUSE_PURE=1"})
+    monkeypatch.setattr(ops, "build_info", lambda: {"native": False, "reason": "installed with GENFUSE_PURE=1"})
     assert lines_of(capsys)["native"] == "missing: installed with GENFUSE_PURE=1"
 
 
 def test_simd_level_and_cuda_architectures_are_those_of_the_build(capsys, monkeypatch):
     build = {"compiler": "GNU 13", "simd": "AVX2", "openmp": True, "threads": 3}
     cuda = {"cuda_built": True, "cuda_architectures": ["sm_80", "sm_90"]}
-    monkeypatch.setattr(ops, "info", lambda: {"native": True, "reason": "", **build, **cuda})
+    monkeypatch.setattr(ops, "build_info", lambda: {"native": True, "reason": "", **build, **cuda})
     said = lines_of(capsys)
     assert (said["SIMD"], said["OpenMP"], said["CUDA"]) == ("AVX2", "3 threads", "sm_80 sm_90")
 

@@ -70,7 +70,7 @@ def _hardware() -> Iterator[tuple[str, str]]:
 def _kernels() -> Iterator[tuple[str, str]]:
     from genfuse import ops
 
-    info = ops.info()
+    info = ops.build_info()
     if info["native"]:
         yield "native", f"built by {info['compiler']}"
         yield "SIMD", info["simd"]
@@ -78,7 +78,7 @@ def _kernels() -> Iterator[tuple[str, str]]:
         yield "CUDA", " ".join(info["cuda_architectures"]) if info["cuda_built"] else "not built"
     else:
         yield "native", f"missing: {info['reason']}"
-    for operator, device, implementation, why in ops.choices():
+    for operator, device, implementation, why in ops.implementations():
         yield f"{operator} on {device}", f"{implementation}: {why}"
 
 

@@ -244,10 +244,10 @@ def run(cases: list[Case], settled: list[str]) -> list[str]:
     in the last place: where rounding errors grow a hundredfold, one of them is small by chance. What needs the
     neighbours is told in ``settled``.
     """
-    with ops.use("native"):
+    with ops.using("native"):
         ours = [case.results() for case in cases]
     found = []
-    with ops.use("reference"):
+    with ops.using("reference"):
         for case, got in zip(cases, ours, strict=True):
             plain = case.results()
             if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in plain]:

@@ -22,6 +22,6 @@ def launched(operator: Operator, size: tuple[int, int]) -> list[str]:
     return [str(between - before), str(emulated.launches() - between)]
 
 
-with ops.use("native"):
+with ops.using("native"):
     for name, operator in OPERATORS.items():
         print(name, *launched(operator, (5, 64)), *launched(operator, (2, min(8192, operator.widest))))

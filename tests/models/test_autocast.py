@@ -42,7 +42,7 @@ def test_a_loss_under_autocast_is_within_twice_the_error_of_plain_pytorch(name):
 
     def loss(player, seed, autocast, implementation):
         torch.manual_seed(seed)
-        with ops.use(implementation), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with ops.using(implementation), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             total, _ = model.loss(batch, player.name)
         assert total.dtype == torch.float32
         grads = torch.autograd.grad(total, player.parameters, allow_unused=True)

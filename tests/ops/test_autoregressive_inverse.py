@@ -417,7 +417,7 @@ def test_the_backward_operator_passes_pytorchs_check():
     bounds = [b for starts in a["bounds"] for b in starts]
     torch.library.opcheck(operator, (*made[:3], made[3:], a["weights"], bounds, True))
     ours = operator(*made[:3], made[3:], a["weights"], bounds, True)
-    with ops.use("reference"):
+    with ops.using("reference"):
         reference = operator(*made[:3], made[3:], a["weights"], bounds, True)
     for o, r in zip(ours, reference, strict=True):
         torch.testing.assert_close(o, r)
@@ -488,5 +488,5 @@ def test_without_a_kernel_in_triton_it_does_not_hide_those_of_others(monkeypatch
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     assert "triton" in ops.available("cpu")
-    with ops.use("triton"), pytest.raises(RuntimeError, match="autoregressive_inverse has no triton implementation"):
+    with ops.using("triton"), pytest.raises(RuntimeError, match="autoregressive_inverse has no triton implementation"):
         autoregressive_inverse(**problem("tanh"))

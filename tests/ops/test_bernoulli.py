@@ -13,7 +13,7 @@ from genfuse.ops import _philox, bernoulli
 def test_one_seed_gives_the_same_draws_by_every_implementation(shape, dtype, device, implementation):
     p = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     drawn = bernoulli(p, generator=torch.Generator(device).manual_seed(1))
-    with ops.use("reference"):
+    with ops.using("reference"):
         assert torch.equal(drawn, bernoulli(p, generator=torch.Generator(device).manual_seed(1)))
     assert drawn.dtype is dtype
     assert drawn.shape == p.shape

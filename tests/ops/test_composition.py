@@ -227,7 +227,7 @@ def assert_close(ours, expected):
 def kernels(request):
     if request.param not in ops.available("cpu"):
         pytest.skip("no compiled kernels")
-    with ops.use(request.param):
+    with ops.using(request.param):
         yield request.param
 
 

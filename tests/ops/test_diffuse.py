@@ -30,7 +30,7 @@ def noise_of(shape, dtype=torch.float32, device="cpu", seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_seed_gives_the_same_noise_by_every_implementation(shape, dtype, device, implementation):
     noise = noise_of(shape, dtype, device)
-    with ops.use("reference"):
+    with ops.using("reference"):
         expected = noise_of(shape, torch.float64, device)
     tolerance = 2e-6 if dtype is torch.float32 else 1e-14
     torch.testing.assert_close(noise.double(), expected, rtol=tolerance, atol=tolerance)

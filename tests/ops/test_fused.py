@@ -56,13 +56,13 @@ def check(squash, dtype, tolerance):
 
 
 def test_the_example_is_right_by_its_formula(example):
-    with ops.use("reference"):
+    with ops.using("reference"):
         check(example.squash, torch.float64, 1e-12)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU and no interpreter")
 def test_the_example_is_right_by_its_triton_kernel(example):
-    with ops.use("triton"):
+    with ops.using("triton"):
         check(example.squash, torch.float32, 1e-6)
 
 

@@ -162,7 +162,7 @@ def test_images_in_either_memory_format_are_not_copied(monkeypatch):
     images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     flat = ops._op.flatten(images, ops._op.order(images))
     assert flat.data_ptr() == images.data_ptr()
-    with ops.use("native"):
+    with ops.using("native"):
         gradient_norm_penalty(images)
         gradient_norm_penalty(torch.randn(6, 20)[:, 3:11])
     assert copies == [False, False]

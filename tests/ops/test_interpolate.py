@@ -100,7 +100,7 @@ def test_any_strides_give_the_same(layout, device, implementation):
 
 def test_images_keep_their_memory_format_and_nothing_of_their_size_is_made_beside_the_result():
     real, fake = (t.to(memory_format=torch.channels_last) for t in pair(4, 3, 32, 32, dtype=torch.float32))
-    with ops.use("native"), torch.profiler.profile(profile_memory=True) as profile:
+    with ops.using("native"), torch.profiler.profile(profile_memory=True) as profile:
         points = interpolate(real, fake)
     assert points.is_contiguous(memory_format=torch.channels_last)
     allocated = [event.cpu_memory_usage for event in profile.events() if event.cpu_parent is None]

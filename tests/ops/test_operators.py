@@ -166,11 +166,11 @@ def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(op
     monkeypatch.setattr(ops._op, "_C", None)
     arguments = operator.arguments((2, 4), torch.float32, "cpu")
     missing = f"{operator.kernels[0]} has no native implementation on cpu"
-    with ops.use("native"), pytest.raises(RuntimeError, match=missing):
+    with ops.using("native"), pytest.raises(RuntimeError, match=missing):
         operator.function(**arguments)
-    with ops.use("auto"):  # chosen automatically, it falls back
+    with ops.using("auto"):  # chosen automatically, it falls back
         operator.function(**arguments)
-        assert {choice[2] for choice in ops.choices() if choice[1] == "cpu"} == {"reference"}
+        assert {choice[2] for choice in ops.implementations() if choice[1] == "cpu"} == {"reference"}
 
 
 class Doubled(torch.Tensor):

@@ -119,7 +119,7 @@ def test_the_inverse_in_float32_is_as_good_as_float64_rounded(scale, device, imp
     y, params, settings = example(shape=n, dtype=torch.float32, scale=float(scale), device=device)
     x, logdet = rational_quadratic_spline(y, params, **settings, inverse=True)
     again, _ = rational_quadratic_spline(x, params, **settings)
-    with ops.use("reference"):
+    with ops.using("reference"):
         wide, wide_params = y.double(), params.double()
         exact, _ = rational_quadratic_spline(wide, wide_params, **settings, inverse=True)
         rounded, _ = rational_quadratic_spline(exact.float().double(), wide_params, **settings)
@@ -327,7 +327,7 @@ def test_nan_parameters_have_the_same_gradients_everywhere(where, inverse, devic
     leaves = [x, params.requires_grad_()]
     function = lambda *t: rational_quadratic_spline(*t, **settings, inverse=inverse)  # noqa: E731
     ours = results(function, leaves)
-    with ops.use("reference"):
+    with ops.using("reference"):
         wanted = results(function, leaves)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)

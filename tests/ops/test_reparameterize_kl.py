@@ -35,7 +35,7 @@ def test_kl_is_that_of_torch_distributions(device, implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_seed_gives_the_same_noise_by_every_implementation(shape, samples, dtype, device, implementation):
     noise = noise_of(shape, dtype, device, samples=samples)
-    with ops.use("reference"):
+    with ops.using("reference"):
         expected = noise_of(shape, torch.float64, samples=samples)
         # On a GPU the seed comes from another generator, which gives other seeds.
         if device == "cuda":

@@ -98,6 +98,6 @@ def test_a_bad_argument_is_named(arguments, message):
 def test_the_rows_of_a_slice_are_not_copied(monkeypatch):
     copies = []
     monkeypatch.setattr(ops._op, "rows", lambda t, rows=ops._op.rows: copies.append(rows(t)[0] is not t) or rows(t))
-    with ops.use("native"):
+    with ops.using("native"):
         standard_normal_log_prob(torch.randn(6, 20)[:, 3:11])
     assert copies == [False]

@@ -207,7 +207,7 @@ class AdversarialModel(GenerativeModel):
         if self.penalty == "none":
             return None
         if self.penalty == "r1":  # arXiv 1801.04406, equation 9
-            return self.penalty_weight / 2 * gradient_penalty(self.critic, x, y=context, target=0.0, at="real")
+            return self.penalty_weight / 2 * gradient_penalty(self.critic, x, context=context, target=0.0, at="real")
         return self.penalty_weight * gradient_penalty(self.critic, x, fake, context, one_sided=self.one_sided)
 
     def after_step(self, player: str) -> None:

@@ -12,12 +12,12 @@ from genfuse.ops._gradient_penalty import gradient_penalty as gradient_penalty
 from genfuse.ops._gradient_penalty import input_gradient as input_gradient
 from genfuse.ops._interpolate import interpolate as interpolate
 from genfuse.ops._op import available as available
-from genfuse.ops._op import choices as choices
+from genfuse.ops._op import build_info as build_info
 from genfuse.ops._op import fused as fused
+from genfuse.ops._op import implementations as implementations
 from genfuse.ops._op import include as include
-from genfuse.ops._op import info as info
 from genfuse.ops._op import transformed as transformed
-from genfuse.ops._op import use as use
+from genfuse.ops._op import using as using
 from genfuse.ops._rational_quadratic_spline import Settings as SplineSettings  # noqa: F401
 from genfuse.ops._rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
 from genfuse.ops._reparameterize_kl import kl_per_dimension as kl_per_dimension

@@ -81,7 +81,7 @@ def actnorm(x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: bool = Fals
     """
     image = x.dim() == 4
     if x.dim() < 2:
-        _op.complain_unless_like(x, "x")
+        _op.check_alike(x, "x")
         raise ValueError(f"x must be (..., D) with at least two axes, or (N, C, H, W); got shape {tuple(x.shape)}")
     wide, features = _op.wide(x), x.shape[1 if image else -1]
     if (
@@ -89,7 +89,7 @@ def actnorm(x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: bool = Fals
         or not log_scale.dtype is shift.dtype is x.dtype is wide
         or not log_scale.device == shift.device == x.device
     ):
-        _op.complain_unless_like(x, "x", log_scale=(log_scale, (features,), wide), shift=(shift, (features,), wide))
+        _op.check_alike(x, "x", log_scale=(log_scale, (features,), wide), shift=(shift, (features,), wide))
     rows, cells = (x.shape[0], math.prod(x.shape[2:])) if image else (math.prod(x.shape[:-1]), 1)
     flat = x if x.dim() == 2 else x.reshape(rows, features * cells)
     y, logdet = _fused(flat, log_scale.to(wide), shift.to(wide), cells, inverse)

@@ -201,7 +201,7 @@ def affine_coupling(
     image = x.dim() == 4
     axis = 1 if image else -1
     if not x.dim() or x.dtype not in _op.DTYPES:
-        _op.complain_unless_like(x, "x")
+        _op.check_alike(x, "x")
     features = x.shape[axis]
     if mask is not None:
         mask = _flat(mask, x, "mask_or_split", tuple(x.shape[1:]) if image else (features,))
@@ -220,14 +220,14 @@ def affine_coupling(
         if interleaved:
             wanted.append(2)
         if params.shape != (*wanted,) or params.dtype is not x.dtype or params.device != x.device:
-            _op.complain_unless_like(x, "x", params=(params, tuple(wanted)))
+            _op.check_alike(x, "x", params=(params, tuple(wanted)))
         raw = params if params.dim() == 2 else params.reshape(rows, 2 * moved * cells)
         y, logdet = _fused(flat, raw, factor, mask, split * cells, scale, slope, interleaved, by_element, inverse)
     else:
         wanted = list(x.shape)
         wanted[axis] = moved
         names = dict(zip(("params[0]", "params[1]"), ((t, tuple(wanted)) for t in params), strict=True))
-        _op.complain_unless_like(x, "x", **names)
+        _op.check_alike(x, "x", **names)
         first, second = (t if t.dim() == 2 else t.reshape(rows, moved * cells) for t in params)
         if mask is factor is None and not split:
             y, logdet = _pair(flat, first, second, scale, slope, by_element, inverse)

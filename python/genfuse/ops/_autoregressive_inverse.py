@@ -124,7 +124,7 @@ def _takes(
         raise ValueError("y must be (N, D), float32 or float64, and bounds D + 1 numbers for each hidden layer")
     _affine_coupling.checked_slope(s.scale, None if s.bins else s.slope or None, factor)
     if s.bins:
-        _spline.complain_unless_valid(s.spline)
+        _spline.check_settings(s.spline)
     widths = _widths(columns, len(weights), by_layer(bounds, hidden), s.params, s.residual)
     return (
         _op.matrix(y), ((rows, widths[1]), dtype), ((columns,), dtype),
@@ -371,7 +371,7 @@ def autoregressive_inverse(
         ValueError: for arguments whose shapes, dtypes, devices or sizes do not go together; for more than 64 layers;
             and, with tails="none", for a y outside the box, as in `rational_quadratic_spline`.
     """
-    _op.complain_unless_like(y, "y")
+    _op.check_alike(y, "y")
     if y.dim() != 2:
         raise ValueError(f"y must be (N, D), got shape {tuple(y.shape)}")
     n, d = y.shape
@@ -381,8 +381,8 @@ def autoregressive_inverse(
     least = (slope or 0.0) if bins else least
     settings = Settings(scale, bins, float(bound), tails, w, h, derivative, damping, residual, least)
     if bins:
-        _spline.complain_unless_valid(settings.spline)
-        _spline.complain_unless_inside(y, "y", settings.spline)
+        _spline.check_settings(settings.spline)
+        _spline.check_inside(y, "y", settings.spline)
     if not len(bounds):
         raise ValueError("bounds must be of at least one hidden layer, got none")
     if not len(weights) == len(biases) == len(bounds) + 1:
@@ -405,7 +405,7 @@ def autoregressive_inverse(
         shapes["context"] = (context, (n, widths[1]))
     if factor is not None:
         shapes["factor"] = (factor, (d,))
-    _op.complain_unless_like(y, "y", **shapes)
+    _op.check_alike(y, "y", **shapes)
     if not bins:  # the kernels take outputs by feature
         weights = [*weights[:-1], weights[-1].view(2, d, widths[-2]).transpose(0, 1).reshape(2 * d, widths[-2])]
         biases = [*biases[:-1], biases[-1].view(2, d).t().reshape(-1)]

@@ -173,7 +173,7 @@ def diffuse(
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     if noise is not None or x0.dtype not in _op.DTYPES or not x0.dim():
-        _op.complain_unless_like(x0, "x0", **({} if noise is None else {"noise": (noise, x0.shape)}))
+        _op.check_alike(x0, "x0", **({} if noise is None else {"noise": (noise, x0.shape)}))
     of_each = (x0.shape[0],), _op.wide(x0), x0.device
     alpha, sigma = _per_example(x0, alpha, "alpha", of_each), _per_example(x0, sigma, "sigma", of_each)
     flat, given = x0, noise
@@ -203,5 +203,5 @@ def _per_example(x0: Tensor, value: Tensor | float, name: str, of_each: tuple) -
     if value.shape == shape and value.dtype is wide and value.device == device:
         return value
     value = value if value.dim() else value.expand(shape)
-    _op.complain_unless_like(x0, "x0", **{name: (value, shape, wide)})
+    _op.check_alike(x0, "x0", **{name: (value, shape, wide)})
     return value.to(wide)

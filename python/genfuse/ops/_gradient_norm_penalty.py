@@ -163,7 +163,7 @@ def gradient_norm_penalty(
         ValueError: for a gradient without axes or of another dtype, and for settings outside their ranges.
     """
     if gradient.dtype not in _op.DTYPES or not gradient.dim():
-        _op.complain_unless_like(gradient, "gradient")
+        _op.check_alike(gradient, "gradient")
     if not 0 <= target < math.inf:
         raise ValueError(f"target must be a finite norm of at least 0, got {target}")
     if not eps > 0:

@@ -304,7 +304,7 @@ def _scores(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
     except TypeError:
         if y and not _takes(critic, x, *y):
             raise ValueError(
-                f"y must be None for a critic that takes no labels, {type(critic).__name__}, got shape "
+                f"context must be None for a critic that takes none, {type(critic).__name__}, got shape "
                 f"{tuple(y[0].shape)}"
             ) from None
         raise
@@ -385,7 +385,7 @@ def _transformed(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor
     return pull(torch.ones_like(out))[0]
 
 
-def input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
+def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | None = None) -> Tensor:
     r"""The gradient of a critic in its input, :math:`\nabla_x f(x)`, differentiable in the critic's parameters.
 
     A critic whose operations are piecewise linear in x has a Jacobian that is locally constant: linear layers and
@@ -400,28 +400,28 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None = 
     ReLU and LeakyReLU. The result is not differentiable in x.
 
     Args:
-        critic: f; ``critic(x)``, or ``critic(x, y)`` where labels are given, is (N,) or (N, 1), and treats each example
+        critic: f; ``critic(x)``, or ``critic(x, context)`` if there is one, is (N,) or (N, 1), and treats each example
             by itself. It is called once. Of a critic that torch.compile made, the original is taken. Hooks of its
             layers run; hooks on the gradients of tensors inside it only where it is differentiated twice.
         x: (N, ...), float32, float64, float16 or bfloat16.
-        y: labels (N,), or whatever the critic takes, with N rows.
+        context: labels (N,), a context (N, C), or whatever the critic takes, with N rows.
 
     Returns:
         The gradient, of x's shape and dtype.
 
     Raises:
-        ValueError: for x of another dtype or y of another length, and where the critic does not return one number per
-            example that depends on x.
+        ValueError: for x of another dtype or a context of another length, and if the critic does not return one number
+            per example that depends on x.
     """
-    return _input_gradient(critic, x, y)
+    return _input_gradient(critic, x, context)
 
 
-def _input_gradient(critic: Callable[..., Tensor], x: Tensor, y: Tensor | None, ours: bool = False) -> Tensor:
+def _input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | None, ours: bool = False) -> Tensor:
     """``ours`` is an x that nobody else reads, so that the critic may overwrite it."""
-    _op.complain_unless_like(x, "x")
-    if y is not None and y.shape[:1] != x.shape[:1]:
-        raise ValueError(f"y must have a row for each of the {len(x)} examples, got shape {tuple(y.shape)}")
-    critic, labels = getattr(critic, "_orig_mod", critic), () if y is None else (y,)
+    _op.check_alike(x, "x")
+    if context is not None and context.shape[:1] != x.shape[:1]:
+        raise ValueError(f"context must have a row for each of the {len(x)} examples, got {tuple(context.shape)}")
+    critic, labels = getattr(critic, "_orig_mod", critic), () if context is None else (context,)
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return _transformed(critic, x, *labels)
     if not torch.is_grad_enabled():
@@ -433,7 +433,7 @@ def gradient_penalty(
     critic: Callable[..., Tensor],
     real: Tensor,
     fake: Tensor | None = None,
-    y: Tensor | None = None,
+    context: Tensor | None = None,
     *,
     target: float = 1.0,
     one_sided: bool = False,
@@ -448,9 +448,9 @@ def gradient_penalty(
     gradient is that of `input_gradient`, which says of which critics it is made without double backward.
 
     Args:
-        critic: f; ``critic(x)``, or ``critic(x, y)``, is (N,) or (N, 1).
+        critic: f; ``critic(x)``, or ``critic(x, context)``, is (N,) or (N, 1).
         real, fake: examples (N, ...) of one shape, dtype and device, which get no gradient. "real" and "fake" need one.
-        y: labels of both, (N,), or whatever the critic takes.
+        context: of both: labels (N,), a context (N, C), or whatever the critic takes.
         target, one_sided, reduction: as in `gradient_norm_penalty`.
         at: the points at which the gradient is taken.
         generator: of the e.
@@ -471,6 +471,6 @@ def gradient_penalty(
         x = interpolate(real.detach(), fake.detach(), generator)
     else:
         x = real if fake is None or at == "real" else fake
-        _op.complain_unless_like(x, at)
-    gradient = _input_gradient(critic, x, y, ours=at == "interpolated")
+        _op.check_alike(x, at)
+    gradient = _input_gradient(critic, x, context, ours=at == "interpolated")
     return gradient_norm_penalty(gradient, target=target, one_sided=one_sided, reduction=reduction)

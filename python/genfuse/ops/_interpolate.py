@@ -109,12 +109,12 @@ def interpolate(
         or real.dtype not in _op.DTYPES
         or not real.dim()
     ):
-        _op.complain_unless_like(real, "real", fake=(fake, tuple(real.shape)))
+        _op.check_alike(real, "real", fake=(fake, tuple(real.shape)))
     noise: tuple[Tensor | None, Tensor | None]
     if epsilon is None:
         noise = _philox.seed(real, generator), None
     else:
-        _op.complain_unless_like(real, "real", epsilon=(epsilon, real.shape[:1], _op.wide(real)))
+        _op.check_alike(real, "real", epsilon=(epsilon, real.shape[:1], _op.wide(real)))
         noise = None, epsilon.to(_op.wide(real)).contiguous()
     if real.dim() == 2:
         return _fused(real, fake, *noise)

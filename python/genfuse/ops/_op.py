@@ -286,7 +286,7 @@ def fused(
             wanted = takes(*given)
         except IndexError:
             raise ValueError(f"{short}: a tensor has fewer axes than it must have") from None
-        _complain_unless(short, names, given, wanted)
+        _check_takes(short, names, given, wanted)
 
     forward = _define(
         schema,
@@ -320,7 +320,7 @@ def fused(
         def gradient_check(*given: Any) -> None:
             check(*given[outputs:])
             like_results = [(t.shape, t.dtype) for t in _tuple(results(*given[outputs:]))]
-            _complain_unless(f"{short}_backward", [f"g{i}" for i in range(outputs)], given, like_results)
+            _check_takes(f"{short}_backward", [f"g{i}" for i in range(outputs)], given, like_results)
 
         cotangents = ", ".join(f"Tensor g{i}" for i in range(outputs))
         made = "Tensor" if wrt == 1 else f"({', '.join(['Tensor'] * wrt)})"
@@ -433,7 +433,7 @@ def _nest(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
     return [next(tensors) if n is None else [next(tensors) for _ in range(n)] for n in counts]
 
 
-def _complain_unless(operator: str, names: Sequence[str], given: Sequence[Any], wanted: Sequence[Any]) -> None:
+def _check_takes(operator: str, names: Sequence[str], given: Sequence[Any], wanted: Sequence[Any]) -> None:
     """Raise a ValueError that names the first tensor of another shape, dtype or device than is wanted."""
     device = None
     for name, tensors, kinds in zip(names, given, wanted, strict=False):
@@ -601,7 +601,7 @@ def _missing(message: str) -> Callable:
 
 
 @contextmanager
-def use(implementation: str) -> Iterator[None]:
+def using(implementation: str) -> Iterator[None]:
     """Run every operator's "native", "triton" or "reference" implementation inside this context, or "auto".
 
     What is missing on a device raises RuntimeError when it is called. Meant for tests and benchmarks.
@@ -628,7 +628,7 @@ def available(device: str) -> list[str]:
     ]
 
 
-def choices() -> list[tuple[str, str, str, str]]:
+def implementations() -> list[tuple[str, str, str, str]]:
     """Operator, device, implementation and reason, for every kernel and every device."""
     rows = []
     for name, kernel in KERNELS.items():
@@ -639,7 +639,7 @@ def choices() -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def info() -> dict[str, Any]:
+def build_info() -> dict[str, Any]:
     """How the compiled kernels were built, and what they use here."""
     build = {} if _C is None else _C.build_info()
     return {
@@ -706,7 +706,7 @@ def like(t: Tensor) -> Tensor:
     return torch.empty_like(t) if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def complain_unless_like(first: Tensor, name: str, **others: tuple) -> None:
+def check_alike(first: Tensor, name: str, **others: tuple) -> None:
     """Raise a ValueError that names the argument which the kernels cannot take together with ``first``.
 
     ``others`` maps names to (tensor, shape that it must have), and a dtype that it may have beside first's.

@@ -301,7 +301,7 @@ def _problem(x: Tensor, params: Tensor, table: Tensor | None, bins: int, box: Se
 
 def _takes(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple:
     s = Settings(*settings)
-    complain_unless_valid(s)
+    check_settings(s)
     if not x.dim() or (s.tails == "mixed" and table is None) or (table is not None and not len(table)):
         raise ValueError("x must have an axis of coordinates, and mixed tails a table")
     boxes = 0 if table is None else len(table)
@@ -321,7 +321,7 @@ _fused = _op.fused(
 )
 
 
-def complain_unless_valid(s: Settings) -> None:
+def check_settings(s: Settings) -> None:
     """Raise a ValueError that names the setting which makes no spline."""
     if s.bins < 1:
         raise ValueError(f"bins must be at least 1, got {s.bins}")
@@ -343,7 +343,7 @@ def complain_unless_valid(s: Settings) -> None:
         raise ValueError(f"damping must be positive and finite, got {s.damping}")
 
 
-def complain_unless_inside(x: Tensor, name: str, s: Settings, table: Tensor | None = None) -> None:
+def check_inside(x: Tensor, name: str, s: Settings, table: Tensor | None = None) -> None:
     """Raise a ValueError where there is no outside, and x is there."""
     if s.tails not in ("none", "mixed") or torch.compiler.is_compiling() or _op.transformed():
         return
@@ -431,13 +431,13 @@ def rational_quadratic_spline(
     elif isinstance(tails, str) and box is not None and all(isinstance(side, (int, float)) for side in box):
         sides = tuple(float(side) for side in box)  # type: ignore[arg-type]
     else:
-        _op.complain_unless_like(x, "x")
+        _op.check_alike(x, "x")
         table = _table(x, bound, box, tails)
         sides, tails = (-1.0, 1.0, -1.0, 1.0), tails if isinstance(tails, str) else "mixed"
     if tails == "mixed" and table is None:
         raise ValueError(f"tails must be one of {', '.join(PUBLIC)}, got 'mixed'")
     settings = Settings(bins, sides, tails, inverse, least[0], least[1], least[2], damping, slope or 0.0)
-    complain_unless_valid(settings)
+    check_settings(settings)
     if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
         params = params.float()
     shape = (*x.shape, settings.params)
@@ -448,8 +448,8 @@ def rational_quadratic_spline(
         or x.dtype not in _op.DTYPES
         or not x.dim()
     ):
-        _op.complain_unless_like(x, "x", params=(params, shape))
-    complain_unless_inside(x, "x", settings, table)
+        _op.check_alike(x, "x", params=(params, shape))
+    check_inside(x, "x", settings, table)
     if by_element:
         y, logdet = _fused(x.unsqueeze(-1), params.unsqueeze(-2), table, *settings.arguments)
         return y.squeeze(-1), logdet

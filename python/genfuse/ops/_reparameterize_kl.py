@@ -105,10 +105,10 @@ def reparameterize_kl(
         or mu.dtype not in _op.DTYPES
         or not mu.dim()
     ):
-        _op.complain_unless_like(mu, "mu", logvar=(logvar, tuple(mu.shape)))
+        _op.check_alike(mu, "mu", logvar=(logvar, tuple(mu.shape)))
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be None or at least 1, got {samples}")
     if noise is None:
         return _fused(mu, logvar, _philox.seed(mu, generator), None, samples)
-    _op.complain_unless_like(mu, "mu", noise=(noise, _shape(mu, samples)))
+    _op.check_alike(mu, "mu", noise=(noise, _shape(mu, samples)))
     return _fused(mu, logvar, None, noise, samples)

@@ -60,5 +60,5 @@ def standard_normal_log_prob(z: Tensor, logdet: Tensor | None = None) -> Tensor:
         or not z.dim()
         or not (logdet is None or (logdet.dtype is wide and logdet.shape == z.shape[:-1] and logdet.device == z.device))
     ):
-        _op.complain_unless_like(z, "z", **({} if logdet is None else {"logdet": (logdet, z.shape[:-1], wide)}))
+        _op.check_alike(z, "z", **({} if logdet is None else {"logdet": (logdet, z.shape[:-1], wide)}))
     return _fused(z, logdet if logdet is None or logdet.dtype is wide else logdet.to(wide))
