@@ -327,14 +327,20 @@ BASES = {
     "by coordinate": Normal(torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])),
     "with covariance": MultivariateNormal(torch.ones(3), torch.eye(3) + 0.5),
     "mixture": MixtureSameFamily(
-        Categorical(torch.tensor([0.2, 0.8])), Independent(Normal(torch.randn(2, 3), torch.ones(2, 3)), 1)
+        Categorical(torch.tensor([0.2, 0.8])),
+        Independent(Normal(torch.tensor([[0.0, 1.0, -1.0], [2.0, -0.5, 0.3]]), torch.ones(2, 3)), 1),
     ),
     "transformed": TransformedDistribution(
-        Independent(Gamma(torch.full((3,), 2.0), torch.ones(3)), 1), [AffineTransform(torch.randn(3), torch.ones(3))]
+        Independent(Gamma(torch.full((3,), 2.0), torch.ones(3)), 1),
+        [AffineTransform(torch.tensor([0.3, -0.2, 0.5]), torch.ones(3))],
     ),
     "composed": TransformedDistribution(
         Independent(Normal(torch.zeros(3), 1.0), 1),
-        [ComposeTransform([AffineTransform(torch.randn(3), torch.tensor([2.0, 0.5, 1.0])), TanhTransform()])],
+        [
+            ComposeTransform(
+                [AffineTransform(torch.tensor([0.3, -0.2, 0.5]), torch.tensor([2.0, 0.5, 1.0])), TanhTransform()]
+            )
+        ],
     ),
 }
 
