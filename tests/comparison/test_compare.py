@@ -374,6 +374,9 @@ def test_a_comparison_that_was_edited_or_is_another_ones_turn_is_refused(compare
         (lambda c: c["rows"][0].pop("runs"), "row 0: it has no 'runs'"),
         (lambda c: c["rows"][0]["runs"][0].update(path=3), "row 0, run 0: 'path' is 3"),
         (lambda c: c["rows"][0]["runs"][0]["figures"].update(recall="much"), "'recall' is 'much'"),
+        (lambda c: c["options"]["data"].update(class_names=0.5), "'options.data.class_names' is 0.5"),
+        (lambda c: c["plugins"].update(mine={"better": "", "from": ""}), "plugins: mine: it has no 'about'"),
+        (lambda c: c["rows"][0]["runs"][0]["losses"].update(model=[[0, 1.0]]), "no pair of step and loss"),
         (lambda c: c["rows"][0]["runs"][0].update(losses={"a": [[1]]}), "'losses' has what is no pair"),
         (lambda c: c.update(plugins={"x": {"better": 3}}), "'plugins' is"),
     ):

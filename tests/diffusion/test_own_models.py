@@ -79,6 +79,7 @@ def test_an_own_loop_samples_as_one_that_counts_its_steps(name, accumulate, fuse
 
 @every_model
 def test_an_own_loop_around_a_compiled_loss_samples_the_present_weights(name):
+    torch._dynamo.reset()  # beyond some graphs, which other tests may have made, nothing is compiled
     model = small(name)
     with torch.no_grad():  # else the first network predicts nothing, whatever the loop does
         for p in model.denoiser.parameters():

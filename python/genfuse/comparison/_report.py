@@ -197,7 +197,7 @@ def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         losses = sorted(loss for line in lines for _, loss in line)
         # The steep fall of the first steps, and what shoots up, would press the rest into a line.
         low, high = losses[int(0.02 * len(losses))], losses[math.ceil(0.95 * len(losses)) - 1]
-        margin = 0.05 * (high - low) or 0.5
+        margin = 0.05 * (high - low) or 0.5 * max(1.0, abs(high))
         low, high, last = low - margin, high + margin, max(step for line in lines for step, _ in line)
 
         def point(step: int, loss: float, low: float = low, high: float = high, last: int = last) -> str:

@@ -145,12 +145,17 @@ def read(file: Path) -> dict[str, Any]:
     demand(was["real"], dict.fromkeys(was["real"], float), f"{where}: real")
     if "data" in was["options"]:
         demand(was, {"options.data.fingerprint": str, "options.data.name": str}, where)
+        if "class_names" in was["options"]["data"]:
+            demand(was, {"options.data.class_names": list[str] | None}, where)
+    for key, made in was["plugins"].items():
+        demand(made, {"better": str, "about": str, "from": str}, f"{where}: plugins: {key}")
     for number, row in enumerate(was["rows"]):
         demand(row, FORMAT_OF_ROW, f"{where}: row {number}")
         for seed, run in enumerate(row["runs"]):
             at = f"{where}: row {number}, run {seed}"
             demand(run, {key: kind for key, kind in FORMAT_OF_RUN.items() if key in run or key in ("seed", "path")}, at)
-            if any(len(point) != 2 for curve in run.get("losses", {}).values() for point in curve):
+            points = [point for curve in run.get("losses", {}).values() for point in curve]
+            if any(len(point) != 2 or not 0 < point[0] < 2**63 for point in points):
                 raise RunError(f"{at}: 'losses' has what is no pair of step and loss")
             if "figures" in run:
                 demand(run, {"figures.bound": str}, at)
