@@ -25,3 +25,4 @@ from genfuse.ops._reparameterize_kl import reparameterize_kl as reparameterize_k
 from genfuse.ops._standard_normal_log_prob import standard_normal_log_prob as standard_normal_log_prob
 
 philox = _philox  # the generator of the kernels' noise, in PyTorch
+use, choices, info = using, implementations, build_info  # their former names
