@@ -195,9 +195,8 @@ class FlowDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if (
-            self._validate_args and not torch.compiler.is_compiling() and value.numel()
-        ):  # constraints cannot check nothing
+        # Constraints can check neither nothing nor what is compiled.
+        if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
         lead = value.shape[: value.dim() - len(self.event_shape)]
         shape = torch.broadcast_shapes(lead, self.batch_shape)

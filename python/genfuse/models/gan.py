@@ -20,30 +20,37 @@ Loss = Literal["non-saturating", "minimax", "hinge", "least-squares"]
 
 
 def minus_log_d(out: Tensor) -> Tensor:
+    """-log D in nats, (N,), of the critic's output (N,)."""
     return F.softplus(-out)
 
 
 def minus_log_one_minus_d(out: Tensor) -> Tensor:
+    """-log(1 - D) in nats, (N,), of the critic's output (N,)."""
     return F.softplus(out)
 
 
 def log_one_minus_d(out: Tensor) -> Tensor:
+    """log(1 - D) in nats, (N,): the minimax loss of the generator (arXiv 1406.2661, equation 1)."""
     return -F.softplus(out)
 
 
 def hinge_real(out: Tensor) -> Tensor:
+    """max(0, 1 - f), (N,), for real examples (arXiv 1705.02894)."""
     return F.relu(1 - out)
 
 
 def hinge_fake(out: Tensor) -> Tensor:
+    """max(0, 1 + f), (N,), for generated ones (arXiv 1705.02894)."""
     return F.relu(1 + out)
 
 
 def squares_to_one(out: Tensor) -> Tensor:
+    """(f - 1)^2 / 2, (N,) (arXiv 1611.04076, equation 2)."""
     return (out - 1).square() / 2
 
 
 def squares_to_zero(out: Tensor) -> Tensor:
+    """f^2 / 2, (N,) (arXiv 1611.04076, equation 2)."""
     return out.square() / 2
 
 

@@ -43,6 +43,7 @@ class WGANGPConfig(PenaltyConfig):
 
 
 def as_it_is(out: Tensor) -> Tensor:
+    """The critic's output itself, (N,) (arXiv 1701.07875, equation 2)."""
     return out
 
 
