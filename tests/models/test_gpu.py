@@ -89,9 +89,10 @@ def test_an_operator_can_be_captured_in_a_cuda_graph(operator):
 
 
 @pytest.fixture
-def gpu():
+def gpu(monkeypatch):
     if not torch.cuda.is_available():
         skip("cuda", "no CUDA device")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which is PyTorch's default for convolutions
     return torch.device("cuda")
 
 

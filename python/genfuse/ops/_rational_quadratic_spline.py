@@ -161,12 +161,18 @@ def _unit(t: Tensor) -> Tensor:
     return t + (t.clamp(0, 1) - t).detach()
 
 
+def _are(tails: Tensor | int, which: str, like: Tensor) -> Tensor:
+    """Whether tails are of that kind, made on the device: a copy from the host could not be captured in a CUDA graph."""
+    equal = tails == TAILS[which]
+    return equal if isinstance(equal, Tensor) else like.new_full((), equal, dtype=torch.bool)
+
+
 def _folded(x: Tensor, box: _Box, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x inside the box, how many times its size was taken from it, and where it was inside."""
     low, high = box[2:4] if inverse else box[:2]
     inside, turns = (x >= low) & (x <= high), torch.zeros_like(x)
     if isinstance(box.tails, Tensor) or box.tails == TAILS["circular"]:
-        circular = torch.as_tensor(box.tails == TAILS["circular"], device=x.device)
+        circular = _are(box.tails, "circular", x)
         turns = torch.where(circular, torch.floor((x.detach() - low) / (high - low)), turns)
         inside = inside | circular
     return torch.where(inside, x - turns * (high - low), low), turns, inside
@@ -178,7 +184,7 @@ def _beyond(x: Tensor, box: _Box, *, inverse: bool) -> Tensor:
         y = torch.where(x < box.bottom, x - (box.bottom - box.left), x - (box.top - box.right))
     else:
         y = torch.where(x < box.left, x + (box.bottom - box.left), x + (box.top - box.right))
-    return torch.where(torch.as_tensor(box.tails == TAILS["none"], device=x.device), math.nan, y)
+    return torch.where(_are(box.tails, "none", x), math.nan, y)
 
 
 def formula(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:

@@ -245,7 +245,7 @@ def _launch(
     least = torch.finfo(wide(x)).eps
     settings = {"min_w": max(min_width, least), "min_h": max(min_height, least), "min_d": min_derivative, "edge": edge}
     sizes = {"BINS": bins, "WIDTH": free.shape[-1] // max(cols, 1), "TILE": tile, "TAILS": tails, "INVERSE": inverse}
-    block = max(1, min(triton.next_power_of_2(max(cols, 1)), 1024 // tile))
+    block = max(1, min(triton.next_power_of_2(max(cols, 8)), 1024 // tile))  # Triton 3.6 fails on blocks of 4
     sides = {"left": left, "right": right, "bottom": bottom, "top": top}
     given = (x, x_stride, free, free_stride, *tensors, cols, table, boxes)
     launch(kernel, (rows,), x, *given, **sides, **settings, **sizes, damping=damping, clip=clip, BLOCK=block)
