@@ -253,6 +253,24 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
                 axes.legend()
 
 
+def detection(
+    roc: Sequence[Sequence[float]], precision_recall: Sequence[Sequence[float]], share: float, path: str | Path
+) -> None:
+    """ROC curve, (false, true) positive rates, and precision over recall, (recall, precision), beside those of chance:
+    the diagonal, and the ``share`` of what is to be found."""
+    with _figure(path, (8.4, 4.2)) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot(*roc, color=MODEL, lw=1.6, label="scores")
+        left.plot([0, 1], [0, 1], color=DATA, ls="--", lw=1.2, label="chance")
+        left.set(title="ROC curve", xlabel="false-positive rate", ylabel="true-positive rate")
+        right.plot(*precision_recall, color=MODEL, lw=1.6)
+        right.axhline(share, color=DATA, ls="--", lw=1.2)
+        right.set(title="precision and recall", xlabel="recall", ylabel="precision")
+        for axes in (left, right):
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        left.legend(loc="lower right")
+
+
 def evenly(items: list[Any], most: int) -> list[Any]:
     """The first, the last and others evenly between them, ``most`` at most."""
     last = len(items) - 1

@@ -21,6 +21,9 @@ usage: genfuse COMMAND [options]
   train MODEL --data NAME    train a model and leave a run folder
   sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
   evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples
+  score RUN FILE --out FILE  how odd each example is, and which columns make it so; also encode, reconstruct and
+                             interpolate RUN FILE --out FILE
+  export RUN --out FILE      programs for other runtimes: .onnx or .pt2
   train-features DATA        train the classifier that samples are compared by
   compare MODEL ...          train several models equally long, and put them into one table and one page
   plugins                    state of every model, data set and metric that a package brought, with its error

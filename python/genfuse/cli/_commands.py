@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from genfuse import plugins
 from genfuse._files import plain
+from genfuse.cli._apply import encode, export, interpolate, reconstruct, score
 from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._sample import sample
@@ -122,6 +123,11 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "new-plugin": new_plugin,
     "sample": sample,
     "evaluate": evaluate,
+    "score": score,
+    "encode": encode,
+    "reconstruct": reconstruct,
+    "interpolate": interpolate,
+    "export": export,
     "train-features": train_features,
     "compare": compare,
     "doctor": doctor,

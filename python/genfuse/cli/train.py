@@ -38,6 +38,7 @@ class DataOptions:
     delimiter: str = ","  # csv: what stands between cells, such as ; or tab
     decimal: str = "."  # csv: the mark before decimals: . or ,
     condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
+    validation: float = 0.0  # share of the training examples to make a validation split of; 0.1 if one is needed
 
 
 @dataclass(frozen=True)

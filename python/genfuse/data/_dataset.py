@@ -2,13 +2,14 @@
 
 import csv
 import hashlib
+import importlib
 import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -242,6 +243,26 @@ class Dataset:
         splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
         return replace(self, binarize="static", levels=2, splits=splits)
 
+    def with_validation(self, share: float = 0.1) -> "Dataset":
+        """The data with a validation split: if it has none, a share of the training examples, by chance and `seed`.
+
+        ``options`` then say so, by which `load_data` makes the same split again. Raises DataError for a share that is
+        not between 0 and 1, or that leaves either split without an example.
+        """
+        if "validation" in self.splits:
+            return self
+        train = self.splits["train"]
+        held = round(share * len(train)) if 0 < share < 1 else 0
+        if not 0 < held < len(train):
+            raise DataError(
+                f"data set {self.name!r}: a share of {share:g} of its {len(train)} training examples makes no "
+                "validation split: it must be above 0 and below 1, and leave both splits an example"
+            )
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).to(train.x.device)
+        rows = {"train": order[held:].sort().values, "validation": order[:held].sort().values}
+        made = {part: Split(train.x[i], None if train.y is None else train.y[i]) for part, i in rows.items()}
+        return replace(self, splits={**self.splits, **made}, options={**self.options, "validation": f"{share:g}"})
+
     def conditioned(self, columns: Sequence[str]) -> "Dataset":
         """A table whose ``columns`` are given, and no longer modelled: batches hold them as the context y (N, C).
 
@@ -301,6 +322,8 @@ class Source:
     seed: int = 0  # rules every random choice: which rows are held out, what a toy draws
     options: Mapping[str, str] = field(default_factory=dict)  # of READING, those that the user gave
     found: dict[str, str] = field(default_factory=dict)  # where the data was: its absolute "source", or its "root"
+    whole: bool = False  # nothing is held out
+    given: Any = None  # what `load_data` was given in place of a name
 
     def no_options(self) -> None:
         """Raise SettingsError if the user gave options of tables of text."""
@@ -350,8 +373,11 @@ class Source:
     def hold_out(self, count: int, what: str = "rows") -> dict[str, Tensor]:
         """Which of ``count`` examples are for training and which, one in five by chance, for testing.
 
-        Returns the indices of "train" and "test", in rising order. Raises DataError if there are fewer than five.
+        Returns the indices of "train" and "test", in rising order; if nothing is to be held out both have all. Raises
+        DataError if there are fewer than five.
         """
+        if self.whole:
+            return dict.fromkeys(("train", "test"), torch.arange(count))
         if count < 5:
             raise DataError(f"data set {self.name!r}: {count} {what} are too few: 5 or more, one in five is held out")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
@@ -371,7 +397,7 @@ def joined(names: Sequence[str]) -> str:
 
 
 def load_data(
-    name: str,
+    name: Any,
     *,
     root: str | Path | None = None,
     binarize: Binarize = "none",
@@ -380,6 +406,8 @@ def load_data(
     delimiter: str = ",",
     decimal: str = ".",
     condition: str | Sequence[str] = (),
+    validation: float | str = 0,
+    hold_out: bool = True,
 ) -> Dataset:
     """Load the data set that ``name`` stands for, wholly into memory.
 
@@ -388,6 +416,11 @@ def load_data(
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
     ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
+    ``validation`` is the share of the training examples that `Dataset.with_validation` makes a split of. Without
+    ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in their order.
+
+    In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or images,
+    a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
 
     Raises DataError if the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.
@@ -396,21 +429,30 @@ def load_data(
     >>> data.shape, data.levels, data.classes
     ((1, 8, 8), 17, 10)
     """
+    if isinstance(name, Dataset):
+        return name
+    given = None
+    if not isinstance(name, str):
+        given, name = name, f"<{type(name).__name__}>"
+    elif name.startswith("<"):
+        raise DataError(f"the data set {name} was given in memory, from Python, and can only be given there again")
     head, _, argument = name.partition(":")
-    if head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
+    if given is None and head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
         short, _, argument = argument.partition(":")
         head = f"{head}:{short}"
-    plugin = plugins.find("datasets", head)
+    plugin = plugins.find("datasets", "csv" if given is not None else head)
     root = root or os.environ.get("GENFUSE_DATA") or None
     options = {
         key: value
         for key, value in {"header": header, "delimiter": delimiter, "decimal": decimal}.items()
         if value != READING[key]
     }
-    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options)
+    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options,
+                    whole=not hold_out, given=given)  # fmt: skip
     if options and plugin.distribution == plugins.OURS and plugin.name != "csv":
         source.no_options()
-    make = plugin.load()
+    # By its name, as plugins are loaded: it imports this module.
+    make = plugin.load() if given is None else importlib.import_module("genfuse.data.objects").objects
     try:
         data = make(source)
     except Exception as error:
@@ -427,7 +469,8 @@ def load_data(
     columns = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
     if columns:
         data, options = data.conditioned(columns), {**options, "condition": joined(columns)}
-    return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]
+    data = replace(data, name=name, seed=seed, options=options, **source.found)  # type: ignore[arg-type]
+    return (data.with_validation(float(validation)) if float(validation) else data).binarized(binarize, seed)
 
 
 def _warn_of_unseen(data: Dataset) -> None:

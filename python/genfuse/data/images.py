@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genfuse._files import check_unpacked, gunzip
 from genfuse.data._dataset import Dataset, Source, Split
-from genfuse.data.tables import PART_OF, PARTS, find_arrays, in_order, read_arrays
+from genfuse.data.tables import PART_OF, PARTS, Arrays, find_arrays, in_order, read_arrays
 from genfuse.errors import DataError, DataWarning
 
 SUFFIXES = (
@@ -82,7 +82,10 @@ def folder(source: Source) -> Dataset:
     """
     root = source.path()
     if root.suffix in (".npy", ".npz") and root.is_file():
-        return _of_arrays(source, root)
+        return of_arrays(source, find_arrays(source, root), str(root))
+    if root.suffix.lower() in SUFFIXES and root.is_file():
+        picture, rows = _read_pictures([root]), source.hold_out(1, "picture")
+        return Dataset(source.name, {part: Split(picture[index]) for part, index in rows.items()}, levels=256)
     if not root.is_dir():
         raise DataError(f"data set {source.name!r}: {root} is no folder")
     found, others = _files(root)
@@ -253,9 +256,8 @@ def _not_as_shown(picture: Any) -> str | None:
     return None
 
 
-def _of_arrays(source: Source, path: Path) -> Dataset:
-    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers 0..255, in a NumPy file, perhaps with labels."""
-    found = find_arrays(source, path)
+def of_arrays(source: Source, found: Arrays, path: str) -> Dataset:
+    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers 0..255, perhaps with labels."""
     parts = {part: _images(*each) for part, each in found.x.items()}
     y: dict[str, Tensor] = found.y
     if "all" in parts:

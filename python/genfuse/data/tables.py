@@ -117,8 +117,13 @@ def npz(source: Source) -> Dataset:
 
 
 def _of_arrays(source: Source, path: Path) -> Dataset:
-    found = find_arrays(source, path)
-    return _dataset(source, {part: _table(*each) for part, each in found.x.items()}, found)
+    return of_arrays(source, find_arrays(source, path))
+
+
+def of_arrays(source: Source, found: Arrays, names: tuple[str, ...] | None = None) -> Dataset:
+    """A table of arrays (N, D), with the names of its columns if they have any."""
+    tables = {part: replace(_table(*each), names=names) for part, each in found.x.items()}
+    return _dataset(source, tables, found)
 
 
 def find_arrays(source: Source, path: Path) -> Arrays:
@@ -137,6 +142,11 @@ def find_arrays(source: Source, path: Path) -> Arrays:
         names = {name: f"{path}, {name}" for name in arrays}
     else:
         return Arrays({"all": (str(path), _array(path))}, {}, None, None)
+    return arrange(path, arrays, names)
+
+
+def arrange(path: Path | str, arrays: dict[str, np.ndarray], names: dict[str, str]) -> Arrays:
+    """What of some arrays are examples and what labels, by what they are called; ``names`` is for errors."""
     called = {name: _called(name) for name in arrays}
     unnamed = [name for name, of in called.items() if of is None]
     if len(unnamed) == 1 and not any(of and of[0] == "x" for of in called.values()):
@@ -149,7 +159,7 @@ def find_arrays(source: Source, path: Path) -> Arrays:
     if "all" in x and len(x) > 1:
         x.pop("all")
     if not ("all" in x or {"train", "test"} <= x.keys()):
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
             missing = [part + ".npy" for part in ("train", "test") if part not in x]
             raise DataError(f"the folder {path} has no {' and no '.join(missing)}; name a single file to have it split")
         raise DataError(f"{path} must hold one array, or train and test; it has: {', '.join(arrays) or 'none'}")

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
-from genfuse.data import Batch, Dataset
+from genfuse.data import Batch, Dataset, load_data
 from genfuse.errors import DataError, SettingsError
 from genfuse.nn import Features, OneHot
 
@@ -561,17 +561,17 @@ def load(name: str) -> type[GenerativeModel]:
     return cls
 
 
-def create(name: str, data: Dataset | None = None, **settings: Any) -> GenerativeModel:
+def create(name: str, data: Any = None, **settings: Any) -> GenerativeModel:
     """Make the model that ``name`` stands for, with the given settings.
 
-    Pass the data set to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
+    Pass the data set, or what `load_data` makes one of, to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
     the model's config, MNIST's for image models. Raises PluginError for an unknown or broken model and SettingsError
     for a setting that it does not take.
 
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
     cls = load(name)
-    model: GenerativeModel = cls.from_config(configure(cls, settings, data))
+    model: GenerativeModel = cls.from_config(configure(cls, settings, None if data is None else load_data(data)))
     model.plugin = name
     return model
 

@@ -388,6 +388,15 @@ class DiffusionModel(GenerativeModel):
             generator=generator,
         )
 
+    def denoising_error(self, x: Tensor, y: Tensor | None = None, *, levels: int = 10) -> Tensor:
+        """The mean over cells, and over so many noise levels of `sigma_schedule`, of |D(x + sigma eps, sigma) - x|^2 /
+        c_out(sigma)^2, (N,), without unit: the loss of x, with noise from torch's global generator."""
+        x0, context, error = self._inward(x), self.context_of(y, len(x)), x.new_zeros(len(x))
+        for sigma in self._sigmas(levels)[:-1]:
+            off = self.denoise(x0 + sigma * torch.randn_like(x0), sigma, context) - x0
+            error = error + (off / self.denoiser.c_out(sigma)).square().flatten(1).mean(1) / levels
+        return error
+
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """-elbo / (D ln 2), (N,): bits that each of the D cells costs, with the options of `elbo_and_error`."""
         return -self.elbo(x, y, **options) / (math.prod(x.shape[1:]) * math.log(2))

@@ -161,18 +161,12 @@ def _unit(t: Tensor) -> Tensor:
     return t + (t.clamp(0, 1) - t).detach()
 
 
-def _are(tails: Tensor | int, which: str, like: Tensor) -> Tensor:
-    """Whether tails are of that kind, made on the device: a copy from the host could not be captured in a CUDA graph."""
-    equal = tails == TAILS[which]
-    return equal if isinstance(equal, Tensor) else like.new_full((), equal, dtype=torch.bool)
-
-
 def _folded(x: Tensor, box: _Box, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x inside the box, how many times its size was taken from it, and where it was inside."""
     low, high = box[2:4] if inverse else box[:2]
     inside, turns = (x >= low) & (x <= high), torch.zeros_like(x)
     if isinstance(box.tails, Tensor) or box.tails == TAILS["circular"]:
-        circular = _are(box.tails, "circular", x)
+        circular = _are("circular", box, x)
         turns = torch.where(circular, torch.floor((x.detach() - low) / (high - low)), turns)
         inside = inside | circular
     return torch.where(inside, x - turns * (high - low), low), turns, inside
@@ -184,7 +178,13 @@ def _beyond(x: Tensor, box: _Box, *, inverse: bool) -> Tensor:
         y = torch.where(x < box.bottom, x - (box.bottom - box.left), x - (box.top - box.right))
     else:
         y = torch.where(x < box.left, x + (box.bottom - box.left), x + (box.top - box.right))
-    return torch.where(_are(box.tails, "none", x), math.nan, y)
+    return torch.where(_are("none", box, x), math.nan, y)
+
+
+def _are(tails: str, box: _Box, x: Tensor) -> Tensor:
+    """Whether the tails are these: of each coordinate, or one for all. By an operator, since tracers keep no others."""
+    found = box.tails == TAILS[tails]
+    return found if isinstance(found, Tensor) else x.new_full((), found, dtype=torch.bool)
 
 
 def formula(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:

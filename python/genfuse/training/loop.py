@@ -5,7 +5,7 @@ import signal
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ TEST_EXAMPLES = 10_000  # at most so many of the test split, by chance, are look
 MOMENTS = 8  # of a training, evenly spread, at which samples from the same noise are kept, beside those before it
 IMAGES, POINTS = 8, 1000  # that are then drawn
 
+Callback = Callable[[dict[str, Any]], Any]  # called with each line of the metrics; True ends the training
+
 
 class Loop:
     """One training: a model, its players' optimizers, and how far they are.
@@ -47,9 +49,17 @@ class Loop:
     """
 
     def __init__(
-        self, trainer: Options, fabric: "Fabric", model: GenerativeModel, players: list[Player], data: Dataset
+        self,
+        trainer: Options,
+        fabric: "Fabric",
+        model: GenerativeModel,
+        players: list[Player],
+        data: Dataset,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.trainer, self.fabric, self.model, self.players = trainer, fabric, model, players
+        self.callbacks = callbacks if fabric.is_global_zero else ()
+        self.ended = False  # as a callback said, or for want of patience
         self.data = data.to(fabric.device)
         self.trained = {p.name: [w for w in p.parameters if w.requires_grad] for p in players}
         self.optimizers = {p.name: p.optimizer(self.trained[p.name]) for p in players}
@@ -76,6 +86,7 @@ class Loop:
         self.checkpointed: int | None = None  # the step of the last checkpoint
         self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
         self.best: tuple[int, dict[str, Tensor]] | None = None
+        self.waited = 0  # epochs since then
         self.recorder: Recorder | None = None
         self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
         self.pending: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
@@ -134,7 +145,8 @@ class Loop:
         active = None
         self._restart_clock()
         self._keep_samples()
-        while self.step < self.total:
+        self.ended = self._impatient()  # a run that is resumed
+        while self.step < self.total and not self.ended:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
@@ -153,9 +165,10 @@ class Loop:
                 due = epoch_ends or self.step % checkpoint_every == 0
                 if due or len(self.pending) >= trainer.log_every or (world == 1 and interrupt()):
                     seconds += self._flush_log()
-                    stop = interrupt() if world == 1 else self._agreed(interrupt())
                     if epoch_ends:
                         self._end_epoch(seconds)
+                    ask = interrupt() or self.ended
+                    stop = ask if world == 1 else self._agreed(ask)
                     if stop or self.step == self.total or self.step % checkpoint_every == 0:
                         self._save()
                     if stop or self.step == self.total:
@@ -264,24 +277,30 @@ class Loop:
 
     def _end_epoch(self, seconds: float) -> None:
         """Log how long the epoch trained, and the loss on the splits that are held out."""
-        if self.recorder:  # else there is no folder, or another process has it
+        if self.recorder or self.callbacks:  # else nobody looks, or another process does
             facts = {"seconds": seconds}
             if self.fabric.device.type == "cuda":
                 facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
             self._log("epoch", facts)
             for player, means in self._evaluate_split("test"):
                 self._log("test", {"player": player, **means})
-        if self.trainer.keep == "best":
+        if self.trainer.keeps_best:
             self._validate()
 
     def _validate(self) -> None:
         """Log the loss on the whole validation split, and remember the weights if none had a lower one."""
+        self.waited += 1
         for player, means in self._evaluate_split("validation"):
             self._log("validation", {"player": player, **means})
             loss = float(self._reduced(torch.tensor(means["loss"], device=self.fabric.device), "mean"))
             if loss < self.lowest:  # which NaN is not
-                self.lowest = loss
+                self.lowest, self.waited = loss, 0
                 self.best = self.step, {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.ended = self.ended or self._impatient()
+
+    def _impatient(self) -> bool:
+        """Whether the validation loss has not fallen for as many epochs as the trainer waits."""
+        return self.trainer.patience is not None and self.waited >= self.trainer.patience
 
     @torch.no_grad()
     def _evaluate_split(self, split: str) -> Iterator[tuple[str, dict[str, float]]]:
@@ -306,9 +325,12 @@ class Loop:
         self.model.train()
 
     def _log(self, split: str, entry: dict[str, Any]) -> None:
+        shown = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in entry.items()}
+        line = {"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown}
         if self.recorder:
-            shown = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in entry.items()}
-            self.recorder.log({"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown})
+            self.recorder.log(line)
+        for callback in self.callbacks:
+            self.ended = callback(dict(line)) is True or self.ended
 
     def _epoch(self, step: int) -> int:
         """The epoch, from 1, that an update belongs to."""
@@ -415,7 +437,7 @@ class Loop:
         if self.essentials:
             facts["config"] = self.essentials
         if self.best:
-            facts["best"] = {"step": self.best[0], "loss": self.lowest}
+            facts["best"] = {"step": self.best[0], "loss": self.lowest, "waited": self.waited}
         return Checkpoint(self.model.state_dict(), tensors, facts, self.best[1] if self.best else {})
 
     def _load(self, path: Path) -> None:
@@ -455,6 +477,7 @@ class Loop:
         if checkpoint.best:
             best = checkpoint.facts["best"]
             self.best, self.lowest = (best["step"], checkpoint.best), best["loss"]
+            self.waited = best.get("waited", 0)  # a run may be older than that
         load_optimizers(self.optimizers, self.trained, checkpoint)
         for kind, generator in generators(self.fabric.device).items():
             if f"generator.{kind}" in checkpoint.others:  # a run may go on on another device

@@ -56,7 +56,7 @@ PICTURES, TENSORBOARD, PROGRESS, EVALUATION = "pictures", "tensorboard", "progre
 
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
 FREE = {
-    "epochs", "steps", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
+    "epochs", "steps", "patience", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
 }  # fmt: skip
 
 # What a run folder holds that a training or `genfuse evaluate` wrote, and in its folders.
@@ -86,7 +86,7 @@ FORMAT: dict[str, Any] = {
 FORMAT_OF_DATA = {  # what older runs do not have
     "root": str | None,
     "splits": dict[str, str],
-    "options": dict[typing.Literal["header", "delimiter", "decimal", "condition"], str],
+    "options": dict[typing.Literal["header", "delimiter", "decimal", "condition", "validation"], str],
     "class_names": list[str] | None,
 }
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}
@@ -163,16 +163,16 @@ class Run:
             raise RunError(f"{self.path / WEIGHTS} does not fit the model that {CONFIG} names: {error}") from None
         return model.to(device).eval()
 
-    def data(self, root: str | Path | None = None, name: str | None = None) -> Dataset:
+    def data(self, root: str | Path | None = None, name: Any = None) -> Dataset:
         """The data set that the run was trained on, from where it was then, or from ``root``.
 
-        ``name`` is for data that has moved: "csv:NEW/PATH". Raises DataError if it is not found, RunError, which says
-        what is other in it, if it has changed.
+        ``name`` is for data that has moved: "csv:NEW/PATH", or what was given in place of a name. Raises DataError if
+        it is not found, RunError, which says what is other in it, if it has changed.
         """
         was = self.config["data"]
         try:
             data = load_data(
-                name or was["name"],
+                was["name"] if name is None else name,
                 root=root or home(was),
                 binarize=was["binarize"],
                 seed=was["seed"],
@@ -309,6 +309,7 @@ def differences_of_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What of config.json has a say in the weights and in what they mean, by sections."""
     free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
+    impatient = {} if config["training"].get("patience") is None else {"keep": "best"}
     return {
         "model": {"name": config["model"]["name"], **config["model"]["settings"]},
         "data": {
@@ -317,7 +318,7 @@ def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 key: config["data"][key] for key in ("condition_scaling",) if config["data"].get(key)
             },  # a run may be older
         },
-        "training": {key: value for key, value in config["training"].items() if key not in free},
+        "training": {key: value for key, value in (config["training"] | impatient).items() if key not in free},
     }
 
 
