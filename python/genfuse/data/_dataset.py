@@ -8,20 +8,26 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from genfuse import plugins
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
+from genfuse.nn import Columns
 from genfuse.ops import bernoulli
+
+if TYPE_CHECKING:
+    from genfuse.data._schema import Schema
 
 Binarize = Literal["none", "static", "dynamic"]
 Header = Literal["auto", "yes", "no"]
 # How a table of text is read, and what is usual: whether its first row is names (auto: if none of its cells is a
 # number), what stands between cells, and the mark before decimals.
 READING = {"header": "auto", "delimiter": ",", "decimal": "."}
+# What the user says of the columns of such a table: those to keep, those to leave out, kinds, and the one to predict.
+COLUMNS = ("columns", "drop", "types", "target")
 
 
 class Batch(NamedTuple):
@@ -104,6 +110,8 @@ class Dataset:
     condition_scaling: Scaling | None = None  # of the columns that are given as the context y
     source: str | None = None  # the name with an absolute path in it, if it is that of a file or folder
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
+    schema: "Schema | None" = None  # of a table whose columns are not all numbers without end: what they are
+    condition_schema: "Schema | None" = None  # of the columns of such a table that are given as the context y
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -142,6 +150,8 @@ class Dataset:
                 return f"images must be (N, C, H, W), with the channels before the rows; x of the {part} split is " + (
                     f"{tuple(x.shape)}, which has them last: use x.permute(0, 3, 1, 2)"
                 )
+            if self.schema is not None and x.dim() == 2 and len(self.schema.columns) == x.shape[1]:
+                x = x.masked_fill(x.isnan() & x.new_tensor([c.missing for c in self.schema.columns]).bool(), 0.0)
             if stored is None and not x.isfinite().all():
                 return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
             if stored is not None and int(x.max()) >= stored:
@@ -175,6 +185,16 @@ class Dataset:
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+    @property
+    def columns(self) -> tuple[dict[str, Any], ...] | None:
+        """What `genfuse.nn.Columns` is made of, for a table whose columns are not all numbers without end."""
+        return None if self.schema is None else self.schema.specs()
+
+    @property
+    def plain(self) -> bool:
+        """Whether all values are numbers, with no cell missing and no code of a category among them."""
+        return self.schema is None or all(c.kind != "category" and c.categories in ((), ("0", "1")) and not c.missing for c in self.schema.columns)
 
     @property
     def condition(self) -> int:
@@ -275,8 +295,16 @@ class Dataset:
             mean, std = (tuple(values[i] for i in indices) for values in (self.scaling.mean, self.scaling.std))
             return Scaling(mean, std, names and tuple(names[i] for i in indices))
 
-        splits = {part: Split(split.x[:, rest], split.x[:, given].contiguous()) for part, split in self.splits.items()}
-        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None)
+        y = {part: split.x[:, given].contiguous() for part, split in self.splits.items()}
+        schemas = {}
+        if self.schema is not None:
+            kept, context = self.schema.some(rest), self.schema.some(given)
+            schemas = {"schema": None if kept.real else kept}
+            if not context.real:  # categories one-hot
+                y = {part: Columns(context.specs()).encode(each) for part, each in y.items()}
+                schemas["condition_schema"] = context
+        splits = {part: Split(split.x[:, rest], y[part]) for part, split in self.splits.items()}
+        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None, **schemas)
 
     def fingerprint(self, split: str | None = None) -> str:
         """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
@@ -284,6 +312,8 @@ class Dataset:
         if split is None:
             parts = [(part, self.fingerprint(part)) for part in sorted(self.splits)]
             digest.update(repr((parts, self.classes, self.scaling and asdict(self.scaling))).encode())
+            if not self.plain and self.schema is not None:  # what the codes in the splits mean
+                digest.update(repr([(c.name, c.kind, c.categories, c.form) for c in self.schema.columns]).encode())
             return digest.hexdigest()[:16]
         for tensor in (self.splits[split].x, self.splits[split].y):
             if tensor is not None:
@@ -370,6 +400,10 @@ def joined(names: Sequence[str]) -> str:
     return line.getvalue()
 
 
+def _assigned(types: Mapping[str, str]) -> list[str]:
+    return [f"{name}={kind}" for name, kind in types.items()]
+
+
 def load_data(
     name: str,
     *,
@@ -380,6 +414,10 @@ def load_data(
     delimiter: str = ",",
     decimal: str = ".",
     condition: str | Sequence[str] = (),
+    columns: str | Sequence[str] = (),
+    drop: str | Sequence[str] = (),
+    types: str | Mapping[str, str] = "",
+    target: str = "",
 ) -> Dataset:
     """Load the data set that ``name`` stands for, wholly into memory.
 
@@ -388,6 +426,9 @@ def load_data(
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
     ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
+    ``columns`` and ``drop`` name those of a CSV file that are read and that are left out; ``types`` says what kinds
+    columns are, "a=category,b=date:%d/%m/%Y" or a dict, in place of what is seen (`Schema`); ``target`` names the
+    column that metrics predict.
 
     Raises DataError if the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.
@@ -407,6 +448,9 @@ def load_data(
         for key, value in {"header": header, "delimiter": delimiter, "decimal": decimal}.items()
         if value != READING[key]
     }
+    said = {"columns": columns, "drop": drop, "types": types if isinstance(types, str) else _assigned(types)}
+    said = {key: value if isinstance(value, str) else joined([*map(str, value)]) for key, value in said.items()}
+    options |= {key: value for key, value in {**said, "target": target}.items() if value}
     source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options)
     if options and plugin.distribution == plugins.OURS and plugin.name != "csv":
         source.no_options()
@@ -424,9 +468,11 @@ def load_data(
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
     _warn_of_unseen(data)
-    columns = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
-    if columns:
-        data, options = data.conditioned(columns), {**options, "condition": joined(columns)}
+    if target and target not in (known := (data.schema.names if data.schema else data.scaling and data.scaling.names) or ()):
+        raise SettingsError(f"--data.target: the data set {name!r} has no column {target}; it has: {', '.join(known)}")
+    given = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
+    if given:
+        data, options = data.conditioned(given), {**options, "condition": joined(given)}
     return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]
 
 
