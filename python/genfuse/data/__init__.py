@@ -13,3 +13,5 @@ from genfuse.data._dataset import load_data as load_data
 from genfuse.data._dataset import names_in as names_in
 from genfuse.data._schema import Column as Column
 from genfuse.data._schema import Schema as Schema
+from genfuse.data._schema import schema_of as schema_of
+from genfuse.data.tables import read_rows as read_rows

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse.data._dataset import Scaling, names_in
+from genfuse.data._dataset import Dataset, Scaling, names_in
 from genfuse.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -283,6 +283,18 @@ def infer(
 def of_numbers(names: Sequence[str], values: np.ndarray) -> Schema:
     """The schema of a table of numbers (N, D) alone, all of them finite."""
     return Schema(tuple(_numeric(name, values[:, i]) for i, name in enumerate(names)))
+
+
+def schema_of(data: Dataset) -> Schema:
+    """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""
+    if data.schema is not None:
+        return data.schema
+    if data.scaling is None:
+        raise DataError(f"the data set {data.name!r} is no table")
+    names = data.scaling.names or tuple(str(i + 1) for i in range(data.shape[0]))
+    values = data.scaling.restore(data.splits["train"].x).numpy()
+    columns = tuple(Column(name) for name in names)
+    return Schema(columns).fitted(values, np.array(data.scaling.mean), np.array(data.scaling.std))
 
 
 def _types(text: str) -> dict[str, tuple[str, str]]:
