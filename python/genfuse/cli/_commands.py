@@ -127,7 +127,7 @@ def data(
     import warnings
 
     from genfuse.cli._arguments import show_columns
-    from genfuse.data import load_data, schema_of
+    from genfuse.data import load_data
     from genfuse.errors import DataWarning
 
     with warnings.catch_warnings():
@@ -136,7 +136,7 @@ def data(
             f"csv:{file}", header=header, delimiter=delimiter, decimal=decimal, columns=columns, drop=drop, types=types
         )
     print(plain(f"{file}: " + ", ".join(f"{part} {len(split):,}" for part, split in found.splits.items()) + " rows"))
-    show_columns(schema_of(found))
+    show_columns(found.described())
     return 0
 
 
@@ -163,12 +163,12 @@ def doctor(
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "list": list_,
-    "data": data,
     "plugins": plugins_,
     "new-plugin": new_plugin,
     "sample": sample,
     "evaluate": evaluate,
     "train-features": train_features,
     "compare": compare,
+    "data": data,
     "doctor": doctor,
 }

@@ -45,9 +45,9 @@ def sample(
     """Draw from the model of a run: a picture, or the numbers.
 
     A .png is a grid of images, or points in 2 dimensions beside those of the data. A .csv is the rows of a table, under
-    the names of its columns: integers whole, categories as words, and what is missing empty. A .npy is the array (n, *shape); a
-    .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model. Tables are in their
-    original units; discrete data, such as images, is in [0, 1].
+    the names of its columns: integers whole, categories as words, and what is missing empty. A .npy is the array
+    (n, *shape); a .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model.
+    Tables are in their original units; discrete data, such as images, is in [0, 1].
 
     example:
       genfuse sample runs/vae --n 64 --out grid.png
@@ -71,7 +71,7 @@ def sample(
         overwrite: replace an existing file
     """
     if out.suffix not in (".png", ".csv", ".npy", ".npz"):
-        raise SettingsError(f"--out must end in .png, .csv, .npy or .npz; got {out}")
+        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}; of tables in .csv, too")
     if n < 1:
         raise SettingsError(f"--n must be at least 1; got {n}")
     if temperature is not None and not 0 < temperature < math.inf:
@@ -176,7 +176,7 @@ def _rules(run: "Run", where: str | None) -> list[tuple[str, str, str]]:
     for each in names_in(where or ""):
         parts = re.fullmatch(r"(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*)", each)
         if parts is None:
-            raise SettingsError(f"--where must be COLUMN=VALUE, or with !=, <, <=, > or >=, joined by commas; got {each!r}")
+            raise SettingsError(f"--where must be COLUMN=VALUE, or by !=, <, <=, >, >=, joined by commas; got {each!r}")
         known = [*_names(run), *names_in(run.config["data"].get("options", {}).get("condition", ""))]
         if parts[1] not in known:
             raise SettingsError(f"--where: the table has no column {parts[1]}; it has: {', '.join(known)}")
@@ -224,7 +224,7 @@ def _rejected(
     rules: list[tuple[str, str, str]],
     where: str,
 ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-    """The first n draws that are as the rules say, and what was given with them. Raises SettingsError if too few are."""
+    """The first n draws that are as the rules say, and what was given with them. Raises SettingsError for too few."""
     import torch
 
     from genfuse.models import sample_in_parts
@@ -243,8 +243,8 @@ def _rejected(
         drawn, found = drawn + 1024, found + int(rows.sum())
     if found < n:
         raise SettingsError(
-            f"--where {where}: {found:,} of {drawn:,} rows drawn are so ({found / drawn:.2g} of them), and --n asks for "
-            f"{n:,}: ask for fewer, or train a model that is given these columns, by --data.condition"
+            f"--where {where}: {found:,} of {drawn:,} rows drawn are so ({found / drawn:.2%}), and --n asks for {n:,}: "
+            f"ask for fewer, or train a model that is given these columns, by --data.condition"
         )
     labels = None if y is None else torch.cat([given for _, given in kept if given is not None])[:n]
     return torch.cat([x for x, _ in kept])[:n], labels

@@ -204,7 +204,8 @@ def _sampling_seconds(model: GenerativeModel, data: Dataset) -> float:
 def _likelihood(model: GenerativeModel, data: Dataset) -> dict[str, Any]:
     """The log-likelihood, or its tightest bound, and what it is."""
     if not model.likelihoods:
-        return {"bound": "none (Bernoulli on grey)" if hasattr(model, "elbo") and model.levels else "none"}
+        grey = hasattr(model, "elbo") and data.columns is None
+        return {"bound": "none (Bernoulli on grey)" if grey else "none"}
     found = evaluate(model, data, splits=["test"])["test"]
     for name, value in reversed(found.items()):  # an IWAE bound comes after the ELBO, and is tighter
         if (name in ("log_prob", "elbo") or name.startswith("iwae_bound")) and isinstance(value, float):

@@ -1,25 +1,21 @@
 """What a data set is, and how a name becomes one."""
 
-import csv
 import hashlib
-import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from genfuse import plugins
+from genfuse.data._schema import Column, Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.nn import Columns
 from genfuse.ops import bernoulli
-
-if TYPE_CHECKING:
-    from genfuse.data._schema import Schema
 
 Binarize = Literal["none", "static", "dynamic"]
 Header = Literal["auto", "yes", "no"]
@@ -35,35 +31,6 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How the columns of a table were standardized: (value - mean) / std, by the training split's statistics.
-
-    ``std`` is 1 for a constant column. ``dataclasses.asdict`` gives what JSON can hold, and ``Scaling(**of_that)`` the
-    same scaling again.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    names: tuple[str, ...] | None = None  # of the columns, if the table has a header
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std", "names"):  # JSON has no tuples
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """From original units (N, D) to standardized values (N, D), computed in float64 and returned as float32."""
-        return ((x.double() - x.new_tensor(self.mean, dtype=torch.float64)) / self._std(x)).float()
-
-    def restore(self, x: Tensor) -> Tensor:
-        """From standardized values (N, D) to original units (N, D), in float64."""
-        return x.double() * self._std(x) + x.new_tensor(self.mean, dtype=torch.float64)
-
-    def _std(self, x: Tensor) -> Tensor:
-        return x.new_tensor(self.std, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -110,8 +77,8 @@ class Dataset:
     condition_scaling: Scaling | None = None  # of the columns that are given as the context y
     source: str | None = None  # the name with an absolute path in it, if it is that of a file or folder
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
-    schema: "Schema | None" = None  # of a table whose columns are not all numbers without end: what they are
-    condition_schema: "Schema | None" = None  # of the columns of such a table that are given as the context y
+    schema: Schema | None = None  # of a table whose columns are not all numbers without end: what they are
+    condition_schema: Schema | None = None  # of the columns of such a table that are given as the context y
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -194,7 +161,18 @@ class Dataset:
     @property
     def plain(self) -> bool:
         """Whether all values are numbers, with no cell missing and no code of a category among them."""
-        return self.schema is None or all(c.kind != "category" and c.categories in ((), ("0", "1")) and not c.missing for c in self.schema.columns)
+        columns = () if self.schema is None else self.schema.columns
+        return not any(c.missing or c.kind == "category" or c.categories not in ((), ("0", "1")) for c in columns)
+
+    def described(self) -> Schema:
+        """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""
+        if self.schema is not None:
+            return self.schema
+        if self.scaling is None:
+            raise DataError(f"the data set {self.name!r} is no table")
+        names = self.scaling.names or tuple(str(i + 1) for i in range(self.shape[0]))
+        values = self.scaling.restore(self.splits["train"].x).cpu().numpy()
+        return Schema(tuple(map(Column, names))).fitted(values, self.scaling.mean, self.scaling.std)
 
     @property
     def condition(self) -> int:
@@ -296,7 +274,7 @@ class Dataset:
             return Scaling(mean, std, names and tuple(names[i] for i in indices))
 
         y = {part: split.x[:, given].contiguous() for part, split in self.splits.items()}
-        schemas = {}
+        schemas: dict[str, Any] = {}
         if self.schema is not None:
             kept, context = self.schema.some(rest), self.schema.some(given)
             schemas = {"schema": None if kept.real else kept}
@@ -388,22 +366,6 @@ class Source:
         return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
 
 
-def names_in(text: str) -> list[str]:
-    """The names in "a,b": one that has a comma itself is in quotes."""
-    return [name for row in csv.reader([text], skipinitialspace=True) for name in map(str.strip, row) if name]
-
-
-def joined(names: Sequence[str]) -> str:
-    """The text in which `names_in` finds these names."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    return line.getvalue()
-
-
-def _assigned(types: Mapping[str, str]) -> list[str]:
-    return [f"{name}={kind}" for name, kind in types.items()]
-
-
 def load_data(
     name: str,
     *,
@@ -448,9 +410,10 @@ def load_data(
         for key, value in {"header": header, "delimiter": delimiter, "decimal": decimal}.items()
         if value != READING[key]
     }
-    said = {"columns": columns, "drop": drop, "types": types if isinstance(types, str) else _assigned(types)}
-    said = {key: value if isinstance(value, str) else joined([*map(str, value)]) for key, value in said.items()}
-    options |= {key: value for key, value in {**said, "target": target}.items() if value}
+    assigned = types if isinstance(types, str) else [f"{name}={kind}" for name, kind in types.items()]
+    for key, said in {"columns": columns, "drop": drop, "types": assigned, "target": target}.items():
+        if said:
+            options[key] = said if isinstance(said, str) else joined([*map(str, said)])
     source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options)
     if options and plugin.distribution == plugins.OURS and plugin.name != "csv":
         source.no_options()
@@ -468,7 +431,8 @@ def load_data(
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
     _warn_of_unseen(data)
-    if target and target not in (known := (data.schema.names if data.schema else data.scaling and data.scaling.names) or ()):
+    known = () if data.scaling is None else data.described().names
+    if target and target not in known:
         raise SettingsError(f"--data.target: the data set {name!r} has no column {target}; it has: {', '.join(known)}")
     given = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
     if given:

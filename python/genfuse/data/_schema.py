@@ -1,5 +1,8 @@
 """The columns of a table as people keep it: what kinds there are, and the way from text to numbers and back."""
 
+import csv
+import io
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse.data._dataset import Dataset, Scaling, names_in
 from genfuse.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -26,7 +28,43 @@ DATES = ["%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M",
 MOST = 1000  # categories of a column
 FINE = 1000.0  # standard deviation, in ones, beyond which whole numbers are modelled as numbers
 POINTS = [NormalDist().cdf(z / 4) for z in range(-11, 12)]  # at whose quantiles the knots of a column are
+# A number with marks in it that are not those of the file.
+MARKED = r"[+-]?(\d{1,3}([.,' ]\d{3})+([.,]\d+)?|\d+[.,]\d+)"
+EXACT = 2**53  # whole numbers up to it are float64's
+TOO_LONG = (
+    "a whole number beyond 2^53, which float64 cannot tell from its neighbours: subtract an offset, or leave the "
+    "column out if it is an identifier"
+)
 EPOCH = np.datetime64("1970-01-01", "s")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the columns of a table were standardized: (value - mean) / std, by the training split's statistics.
+
+    ``std`` is 1 for a constant column. ``dataclasses.asdict`` gives what JSON can hold, and ``Scaling(**of_that)`` the
+    same scaling again.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    names: tuple[str, ...] | None = None  # of the columns, if the table has a header
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "names"):  # JSON has no tuples
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """From original units (N, D) to standardized values (N, D), computed in float64 and returned as float32."""
+        return ((x.double() - x.new_tensor(self.mean, dtype=torch.float64)) / self._std(x)).float()
+
+    def restore(self, x: Tensor) -> Tensor:
+        """From standardized values (N, D) to original units (N, D), in float64."""
+        return x.double() * self._std(x) + x.new_tensor(self.mean, dtype=torch.float64)
+
+    def _std(self, x: Tensor) -> Tensor:
+        return x.new_tensor(self.std, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -69,7 +107,7 @@ class Column:
         there = values[~np.isnan(values)]
         gone = len(values) - len(there)
         if self.coded:
-            counts = [*np.bincount(there.astype(int), minlength=len(self.categories)), *([gone] if self.missing else [])]
+            counts = np.bincount(there.astype(int), minlength=len(self.categories)).tolist() + [gone] * self.missing
             return replace(self, mean=mean, std=std, shares=_shares(counts))
         known = replace(self, mean=mean, std=std, low=float(there.min()), high=float(there.max()),
                         shares=_shares([len(there), gone]) if self.missing else ())  # fmt: skip
@@ -162,26 +200,22 @@ class Schema:
         """Whether all are numbers without end, and none is missing: then no model needs to know more of them."""
         return all(c.kind == "number" and not c.missing for c in self.columns)
 
-    def fitted(self, train: np.ndarray, mean: np.ndarray, std: np.ndarray) -> "Schema":
+    def fitted(self, train: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> "Schema":
         """The schema with what is to be known of the training rows (N, D), their means and standard deviations (D,)."""
-        each = zip(self.columns, train.T, mean.tolist(), std.tolist(), strict=True)
+        each = zip(self.columns, train.T, mean, std, strict=True)
         return replace(self, columns=tuple(column.fitted(*of) for column, *of in each))
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
-        return {
-            "columns": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items()} for c in self.columns],
-            "left_out": [list(each) for each in self.left_out],
-            "decimal": self.decimal,
-        }
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # which has no tuples
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Schema":
         """Raises DataError for what `to_json` does not make."""
         try:
-            columns = tuple(
-                Column(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in content["columns"]
-            )
+            lists = [{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()} for c in content["columns"]]
+            columns = tuple(Column(**each) for each in lists)  # type: ignore[arg-type]
             return cls(columns, tuple((name, why) for name, why in content["left_out"]), content["decimal"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no schema of a table: {type(error).__name__}: {error}") from error
@@ -264,8 +298,8 @@ def infer(
     if len(set(names)) < len(names):
         raise DataError(f"{origin}: the names of the columns are not all different: {', '.join(names)}")
     for option, some in (("columns", wanted), ("drop", dropped), ("types", given)):
-        if unknown := [name for name in some if name not in names]:
-            raise SettingsError(f"--data.{option}: {origin} has no column {', '.join(unknown)}; it has: {', '.join(names)}")
+        if unknown := ", ".join(name for name in some if name not in names):
+            raise SettingsError(f"--data.{option}: {origin} has no column {unknown}; it has: {', '.join(names)}")
     found: list[Column] = []
     left_out: list[tuple[str, str]] = []
     for name in names:
@@ -283,18 +317,6 @@ def infer(
 def of_numbers(names: Sequence[str], values: np.ndarray) -> Schema:
     """The schema of a table of numbers (N, D) alone, all of them finite."""
     return Schema(tuple(_numeric(name, values[:, i]) for i, name in enumerate(names)))
-
-
-def schema_of(data: Dataset) -> Schema:
-    """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""
-    if data.schema is not None:
-        return data.schema
-    if data.scaling is None:
-        raise DataError(f"the data set {data.name!r} is no table")
-    names = data.scaling.names or tuple(str(i + 1) for i in range(data.shape[0]))
-    values = data.scaling.restore(data.splits["train"].x).numpy()
-    columns = tuple(Column(name) for name in names)
-    return Schema(columns).fitted(values, np.array(data.scaling.mean), np.array(data.scaling.std))
 
 
 def _types(text: str) -> dict[str, tuple[str, str]]:
@@ -335,23 +357,30 @@ def _column(
         if not odd.any() and not np.isfinite(values).all():
             raise refuse(~np.isfinite(values), "a finite number", "; remove or fill it")
         if not odd.any():
-            return _numeric(name, values, missing, kind, asked)
-        if kind or odd.mean() <= 0.5:
-            raise refuse(odd, "a number", f"; if it is a name and no number, say --data.types {name}=category")
+            found = _numeric(name, values, missing, kind, asked)
+            if isinstance(found, Column) and (np.abs(values) > EXACT).any():
+                raise refuse(np.abs(values) > EXACT, "a number that float64 holds", f": {TOO_LONG}")
+            return found
+        marked = there.map(lambda cell: bool(re.fullmatch(MARKED, cell))).to_numpy(bool) & odd
+        if kind or odd.mean() <= 0.5 or marked.any():
+            hint = f"; if it is a name and no number, say --data.types {name}=category"
+            if not frame.attrs.get("named", True) and odd[0] and not odd[1:].all():
+                hint = "; if the row holds names, say --data.header yes (in Python header='yes')"
+            raise refuse(marked if marked.any() else odd, "a number", hint)
     if kind in ("", "date") and (form or not kind or len(there)):
         fits = {each: _days(there, each) for each in ([form] if form else DATES)}
         whole = [each for each, days in fits.items() if not np.isnan(days).any()]
         if len(whole) > 1 and any((fits[whole[0]] != fits[each]).any() for each in whole):
             raise DataError(
-                f"{origin}: the column {name} has dates such as {there.iloc[0]}, which may be {' or '.join(whole)}: say "
-                f"which by --data.types {name}=date:{whole[0]}"
+                f"{origin}: the column {name} has dates such as {there.iloc[0]}, which may be {' or '.join(whole)}: "
+                f"say which by --data.types {name}=date:{whole[0]}"
             )
         best = whole[0] if whole else max(fits, key=lambda each: int((~np.isnan(fits[each])).sum()))
         share = float((~np.isnan(fits[best])).mean())
         if not whole and (kind or share >= 0.5):
-            of = f" as {share:.0%} of the column are" if share else ""
-            raise refuse(np.isnan(fits[best]), f"a date of the form {best},{of}", "; write all dates in one form, or say "
-                         f"--data.types {name}=category")  # fmt: skip
+            wanted = f"a date of the form {best}" + (f", as {share:.0%} of the column are" if share else "")
+            hint = f"; write all dates in one form, or say --data.types {name}=category"
+            raise refuse(np.isnan(fits[best]), wanted, hint)
         if whole:
             unit = "days" if (fits[best] == np.round(fits[best])).all() else "seconds"
             return Column(name, "date", unit=unit, form=best, missing=missing)
@@ -382,7 +411,7 @@ def _numeric(name: str, values: np.ndarray, missing: bool = False, kind: str = "
         raise DataError(f"the column {name} is to be of whole numbers, and has {odd:g}: say --data.types {name}=number")
     different = np.unique(values)
     if not kind and not asked and whole and len(different) == len(values) > 9:
-        called = re.search(r"(^|[^a-z])(id|uuid|key|index|nr|no)$|[a-z]I[dD]$", name, re.IGNORECASE) or name.endswith("Id")
+        called = re.search(r"(?i:(^|[^a-z])(id|uuid|guid|key|index|nr|no))$|[a-z]I[dD]$", name)
         if called or (np.diff(different) == 1).all():
             return name, "it numbers the rows; to have it modelled, say " + f"--data.types {name}=integer"
     if not kind and different.tolist() == [0, 1]:
@@ -440,6 +469,18 @@ def _expected(column: Column) -> str:
 def _shares(counts: Sequence[int]) -> tuple[float, ...]:
     """Shares of choices, none of them 0."""
     return tuple(float((count + 0.5) / (sum(counts) + 0.5 * len(counts))) for count in counts)
+
+
+def names_in(text: str) -> list[str]:
+    """The names in "a,b": one that has a comma itself is in quotes."""
+    return [name for row in csv.reader([text], skipinitialspace=True) for name in map(str.strip, row) if name]
+
+
+def joined(names: Sequence[str]) -> str:
+    """The text in which `names_in` finds these names."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(names)
+    return line.getvalue()
 
 
 def in_order(names: Iterable[str]) -> list[str]:

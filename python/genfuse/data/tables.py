@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,19 @@ import torch
 from torch import Tensor
 
 from genfuse._files import check_array, check_zip
-from genfuse.data._dataset import READING, Dataset, Scaling, Source, Split
-from genfuse.data._schema import Schema, in_order, infer, number_of, numbers, of_numbers, stripped
+from genfuse.data._dataset import READING, Dataset, Source, Split
+from genfuse.data._schema import (
+    EXACT,
+    TOO_LONG,
+    Scaling,
+    Schema,
+    in_order,
+    infer,
+    number_of,
+    numbers,
+    of_numbers,
+    stripped,
+)
 from genfuse.errors import DataError, DataWarning, SettingsError
 
 if TYPE_CHECKING:
@@ -27,7 +39,6 @@ PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "tes
 PART_OF = {name: part for part, names in PARTS.items() for name in names} | {"training": "train", "testing": "test"}
 EXAMPLES = {"x", "data", "images", "image", "features", "inputs", "input", "samples"}  # what arrays of these are called
 LABELS = {"y", "label", "labels", "target", "targets", "class", "classes"}
-EXACT = 2**53  # whole numbers up to it are float64's
 
 
 @dataclass(frozen=True)
@@ -122,8 +133,7 @@ def csv(source: Source) -> Dataset:
     for part, frame in frames.items():
         values = schema.parse(frame, str(paths[part]))
         names = schema.names if first.attrs["named"] else None
-        lines, at = list(frame.index), [list(frame.columns).index(name) for name in schema.names]
-        mixed[part] = Table(str(paths[part]), values, names, lambda lines=lines: lines, at[0], schema)
+        mixed[part] = Table(str(paths[part]), values, names, partial(list, frame.index), schema=schema)
     return _dataset(source, mixed)
 
 
@@ -152,6 +162,10 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
             f"{path}, row {odd[0]}: {len(odd[1])} cells, but the first row has {len(first)}"
             + _other_marks(odd[1], reading)
         )
+    line, last = rows[-1]
+    broken = [i for i, cell in enumerate(last) if "\n" in cell]
+    if broken and Path(path).read_text(encoding="utf-8-sig").count('"') % 2:
+        raise DataError(f"{path}, row {line}, column {broken[0] + 1} ({names[broken[0]]}): a quote is not closed")
     some = [row for _, row in rows[:50]]
     for mark in ";\t|":  # a table of one column of words may be one that is separated otherwise
         counts = {reading.delimiter.join(row).count(mark) for row in [first, *some]}
@@ -162,7 +176,7 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
             )
     if (hint := _other_marks(some[0], reading)) and all(_other_marks(row, reading) == hint for row in some):
         bad = next(i for i, cell in enumerate(some[0]) if not reading.is_number(cell))
-        if len(first) == 1 or any("," in cell or ";" in cell for cell in some[0]) and "--data.decimal" in hint:
+        if len(first) == 1 or (any("," in cell or ";" in cell for cell in some[0]) and "--data.decimal" in hint):
             name = f" ({names[bad]})" if named else ""
             raise DataError(
                 f"{path}, row {rows[0][0]}, column {bad + 1}{name}: expected a number; got {some[0][bad]!r}{hint}"
@@ -388,7 +402,7 @@ def _dataset(source: Source, tables: dict[str, Table], arrays: Arrays | None = N
     if schema is None and arrays is None and first.lines is not None:
         schema = of_numbers(names, np.concatenate([*{id(t): t.values for t in tables.values()}.values()]))
     if schema is not None:
-        schema = None if schema.real else schema.fitted(train, mean, std)
+        schema = None if schema.real else schema.fitted(train, mean.tolist(), std.tolist())
     x = {part: scaling.apply(torch.from_numpy(array)) for part, array in values.items()}
     for part, table in tables.items():
         _warn_of_extremes(table, part, values[part], x[part].numpy(), rows[part])
@@ -477,7 +491,7 @@ def _table(origin: str, array: np.ndarray) -> Table:
         big = np.argwhere((array > EXACT) | (array < -EXACT)) if array.dtype.kind == "i" else np.argwhere(array > EXACT)
         for row, column in big.tolist():
             if int(values[row, column]) != int(array[row, column]):
-                raise DataError(f"{origin}: row {row}, column {column} (from 0): {array[row, column]}: {_TOO_LONG}")
+                raise DataError(f"{origin}: row {row}, column {column} (from 0): {array[row, column]}: {TOO_LONG}")
     if len(bad := np.argwhere(~np.isfinite(values))):
         row, column = bad[0].tolist()
         raise DataError(
@@ -596,17 +610,11 @@ def _explain(path: Path, reading: Reading, names: tuple[str, ...] | None) -> Non
                     if not math.isfinite(value):
                         odd.append(f"{where}: {cell.strip()}")
                     elif abs(value) > EXACT and re.fullmatch(r"[+-]?\d+", cell.strip()) and int(cell) != int(value):
-                        raise DataError(f"{path}, {where}: {cell.strip()}: {_TOO_LONG}")
+                        raise DataError(f"{path}, {where}: {cell.strip()}: {TOO_LONG}")
     except (UnicodeDecodeError, csv_format.Error) as error:
         raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
     if odd:
         raise DataError(f"{path}: {len(odd)} cells are NaN or infinite, the first in {odd[0]}; remove or fill them")
-
-
-_TOO_LONG = (
-    "a whole number beyond 2^53, which float64 cannot tell from its neighbours: subtract an offset, or leave the "
-    "column out if it is an identifier"
-)
 
 
 def _other_marks(row: list[str], reading: Reading) -> str:

@@ -104,7 +104,8 @@ def _measure(model: Any, x: Tensor, given: dict[str, Tensor], samples: int, seed
     """What is measured of each example: (N,), or (N, D) per latent dimension. ``given`` holds the labels, if any."""
     found = {}
     torch.manual_seed(seed)
-    for verb in model.likelihoods or (("elbo",) if model.loss_unit.startswith("nats") and hasattr(model, "elbo") else ()):
+    trained = ("elbo",) if hasattr(model, "elbo") and getattr(model, "columns", None) is None else ()
+    for verb in model.likelihoods or trained:
         torch.manual_seed(seed)  # the same noise for each, so that bits per dimension are those of the ELBO
         found[verb] = getattr(model, verb)(x, **given)
     if hasattr(model, "iwae_bound"):

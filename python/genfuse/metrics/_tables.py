@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from genfuse.data import Schema, schema_of
+from genfuse.data import Schema
 from genfuse.metrics.scores import Samples
 from genfuse.nn import Columns
 
@@ -52,7 +51,7 @@ def correlations(samples: Samples) -> dict[str, float]:
     if schema is None or len(schema.columns) < 2:
         return {}
     columns = Columns(schema.specs()).to(samples.x.device)
-    owners = torch.cat([columns.numeric, columns.block_of[columns.block]])
+    owners = columns.owners
     pairs = owners[:, None] != owners
     a, b = (_correlation(columns.encode(x)) for x in (samples.x, samples.reference))
     return {"correlation_difference": (a - b)[pairs].abs().mean().item()}
@@ -79,7 +78,7 @@ def detection(samples: Samples) -> dict[str, float]:
 
 
 def usefulness(samples: Samples) -> dict[str, float]:
-    """How well trees that were trained on samples predict a column of test examples: AUROC of categories, R^2 of numbers.
+    """How well trees trained on samples predict a column of test examples: AUROC of categories, R^2 of numbers.
 
     Train on synthetic, test on real. The column is that of --data.target, else the last one of categories; the value
     for real examples is that of trees trained on these. AUROC is the mean of each category against the rest.
@@ -114,7 +113,8 @@ def usefulness(samples: Samples) -> dict[str, float]:
         return {"synthetic_auroc": 0.5}
     trees = HistGradientBoostingClassifier(max_iter=50, random_state=samples.seed).fit(x, y)
     odds = dict(zip(trees.classes_.tolist(), trees.predict_proba(tested).T, strict=True))
-    each = [roc_auc_score(truth == c, odds.get(c, np.zeros(len(truth)))) for c in (seen[1:] if len(seen) == 2 else seen)]
+    wanted = seen[1:] if len(seen) == 2 else seen
+    each = [roc_auc_score(truth == c, odds.get(c, np.zeros(len(truth)))) for c in wanted]
     return {"synthetic_auroc": float(np.mean(each))}
 
 
@@ -125,7 +125,7 @@ usefulness.better = "higher"  # type: ignore[attr-defined]
 
 def _schema(samples: Samples) -> Schema | None:
     """The schema of a table; None of other data, such as images and toys."""
-    return schema_of(samples.data) if samples.data.scaling is not None else None
+    return samples.data.described() if samples.data.scaling is not None else None
 
 
 def _correlation(v: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class ModelConfig:
     conditional: bool = False  # model p(x | label) in place of p(x)
     seen_labels: tuple[int, ...] | None = None  # that training examples have, if not all; taken from the data
     condition: int = 0  # numbers that are given with each example: the model is p(x | these); taken from the data
-    columns: tuple[dict[str, Any], ...] | None = None  # of tables: as `genfuse.nn.Columns` has them; taken from the data
+    columns: tuple[dict[str, Any], ...] | None = None  # of tables: for `genfuse.nn.Columns`; taken from the data
 
     def __post_init__(self) -> None:
         if not self.shape or any(size < 1 for size in self.shape):
@@ -426,8 +426,8 @@ class GenerativeModel(nn.Module):
         if columns != data.columns and not (columns is None and data.plain):
             kinds = "numbers alone" if columns is None else "other columns"
             raise SettingsError(
-                f"the data set {data.name!r} has columns of several kinds, or cells missing, and the model was made for "
-                f"{kinds}: pass the data set when you make it, as in genfuse.create(name, data); a model that has no "
+                f"the data set {data.name!r} has columns of several kinds, or cells missing, and the model was made "
+                f"for {kinds}: pass the data set when you make it, as in genfuse.create(name, data); a model without the "
                 "setting `columns` takes tables of numbers alone"
             )
         if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):

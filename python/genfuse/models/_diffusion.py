@@ -89,8 +89,8 @@ class DiffusionModel(GenerativeModel):
     smallest and the largest noise level of its probability flow, ``sigma_min`` and ``sigma_max``.
 
     Examples x (N, *shape) and y, labels (N,) or a context (N, C), are the data's. What `denoise` and `score` see is in
-    the model's space: real-valued examples as they are, discrete ones as 2 x - 1, rows of tables with columns of several
-    kinds as `genfuse.nn.Columns` encodes them. Densities are in nats; of such tables there are none.
+    the model's space: real-valued examples as they are, discrete ones as 2 x - 1, rows of tables with columns of
+    several kinds as `genfuse.nn.Columns` encodes them. Densities are in nats; of such tables there are none.
     """
 
     loss_unit: ClassVar[str] = "per cell, without unit"

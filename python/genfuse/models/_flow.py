@@ -122,8 +122,9 @@ class FlowModel(GenerativeModel):
         noise = _variational_noise(config.shape) if config.dequantization == "variational" else None
         columns = None if config.columns is None else Columns(config.columns)
         seen = config if columns is None else replace(config, shape=(columns.latents,), columns=None)
-        parts = {"levels": config.levels, "logit": config.logit, "noise": noise, "columns": columns}
-        return cls(cls.flow_of(seen), config=config, **parts)
+        return cls(
+            cls.flow_of(seen), levels=config.levels, logit=config.logit, noise=noise, columns=columns, config=config
+        )
 
     @classmethod
     def flow_of(cls, config: Any) -> Flow:
@@ -171,7 +172,8 @@ class FlowModel(GenerativeModel):
         if self.columns is not None:
             context = self.context_of(y, len(x))
             v, log_weight = self.columns.dequantize(self.checked(x), generator)
-            return self.flow.base_log_prob(*self.flow.transform(v, context), context) + log_weight
+            z, logdet = self.flow.transform(v, context)
+            return self.flow.base_log_prob(z, logdet, context) + log_weight
         if self.dequantize is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
         v, log_weight = self.dequantize(self.checked(x), generator)

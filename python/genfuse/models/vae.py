@@ -148,14 +148,13 @@ def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module
     one."""
     shape, hidden, cells, context = config.shape, config.hidden, config.dimensions, config.context
     inputs = config.latent_dim + context
+    encoder: nn.Module
+    decoder: nn.Module
     if config.columns is not None:
         columns = Columns(config.columns)
         encoder = nn.Sequential(columns, mlp([columns.width + context, *hidden, outputs]))
         decoder = mlp([inputs, *hidden[::-1], columns.outputs])
-        return (WithContext(encoder, False), WithContext(decoder, False)) if context else (encoder, decoder)
-    encoder: nn.Module
-    decoder: nn.Module
-    if config.network == "conv":
+    elif config.network == "conv":
         channels, height, width = shape
         encoder = conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
         decoder = ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)

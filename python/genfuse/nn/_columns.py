@@ -31,11 +31,32 @@ class Columns(nn.Module):
 
     Args:
         columns: of each column ``kind`` (number, integer or category), ``mean`` and ``std``, by which it was
-            standardized, and ``missing``, whether cells are; of numbers and integers ``knots``, standardized and rising,
-            their ``scores``, and ``low`` and ``high``, between which samples are held; of categories ``shares``, how
-            often each is among the training rows, the missing ones last. `genfuse.data.Schema` makes them.
+            standardized, and ``missing``, whether cells are; of numbers and integers ``knots``, standardized and
+            rising, their ``scores``, and ``low`` and ``high``, between which samples are held; and ``shares``, how often
+            each category is among the training rows, of numbers how often there and missing, where some are; the
+            missing ones last. `genfuse.data.Schema` makes them.
         mixtures: logistic densities in each mixture.
     """
+
+    numeric: Tensor  # the columns of numbers and integers
+    knots: Tensor
+    heights: Tensor  # the scores at the knots
+    centre: Tensor  # by which columns were standardized
+    spread: Tensor
+    low: Tensor
+    high: Tensor
+    step: Tensor  # from one integer to the next, standardized; 0 for numbers
+    block_of: Tensor  # the column of each block
+    category: Tensor  # whether a block is of categories, or of a number's being there
+    missing: Tensor  # the choice that is "missing"; one beyond the last if no cell is
+    last: Tensor  # the last choice of each block
+    start: Tensor  # the first one's place among all
+    block: Tensor  # of each choice
+    place: Tensor  # of each choice in its block
+    share: Tensor  # of each choice
+    end: Tensor  # of the part of [0, 1] that is a choice's
+    indicated: Tensor  # the numbers that may be missing, and the blocks that say so
+    indicator: Tensor
 
     def __init__(self, columns: Sequence[Mapping[str, Any]], mixtures: int = 5) -> None:
         super().__init__()
@@ -62,21 +83,26 @@ class Columns(nn.Module):
         keep("high", [columns[i]["high"] for i in numeric])
         keep("step", [1 / columns[i]["std"] if columns[i]["kind"] == "integer" else 0.0 for i in numeric])
         category = [columns[i]["kind"] == "category" for i, _ in blocks]
-        keep("block_of", [i for i, _ in blocks], torch.long)  # the column of each block
-        keep("category", category, torch.bool)  # whether it is of categories, or of a number's being there
+        keep("block_of", [i for i, _ in blocks], torch.long)
+        keep("category", category, torch.bool)
         codes = [size - 1 if columns[i]["missing"] else size for (i, _), size in zip(blocks, sizes, strict=True)]
-        keep("missing", codes, torch.long)  # the choice that is "missing"; one beyond the last if no cell is
+        keep("missing", codes, torch.long)
         keep("last", [size - 1 for size in sizes], torch.long)
         keep("start", [sum(sizes[:i]) for i in range(len(sizes))], torch.long)
-        keep("block", [i for i, size in enumerate(sizes) for _ in range(size)], torch.long)  # of each choice
-        keep("place", [k for size in sizes for k in range(size)], torch.long)  # of each choice in its block
+        keep("block", [i for i, size in enumerate(sizes) for _ in range(size)], torch.long)
+        keep("place", [k for size in sizes for k in range(size)], torch.long)
         shares = [share / sum(of) for _, of in blocks for share in of]
         keep("share", shares)
         ends = [sum(share / sum(of) for share in of[: k + 1]) for _, of in blocks for k in range(len(of))]
-        keep("end", ends)  # of the part of [0, 1] that is a choice's
+        keep("end", ends)
         owners = {column: b for b, (column, _) in enumerate(blocks)}
-        keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)  # numbers that may be missing
-        keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)  # and the blocks that say so
+        keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)
+        keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)
+
+    @property
+    def owners(self) -> Tensor:
+        """The column of each cell of v, (width,)."""
+        return torch.cat([self.numeric, self.block_of[self.block]])
 
     # What networks see.
 
