@@ -427,8 +427,8 @@ class GenerativeModel(nn.Module):
             kinds = "numbers alone" if columns is None else "other columns"
             raise SettingsError(
                 f"the data set {data.name!r} has columns of several kinds, or cells missing, and the model was made "
-                f"for {kinds}: pass the data set when you make it, as in genfuse.create(name, data); a model without the "
-                "setting `columns` takes tables of numbers alone"
+                f"for {kinds}: pass the data set when you make it, as in genfuse.create(name, data); models without "
+                "`columns` take tables of numbers alone"
             )
         if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):
             raise SettingsError(

@@ -32,8 +32,8 @@ class Columns(nn.Module):
     Args:
         columns: of each column ``kind`` (number, integer or category), ``mean`` and ``std``, by which it was
             standardized, and ``missing``, whether cells are; of numbers and integers ``knots``, standardized and
-            rising, their ``scores``, and ``low`` and ``high``, between which samples are held; and ``shares``, how often
-            each category is among the training rows, of numbers how often there and missing, where some are; the
+            rising, their ``scores``, and ``low`` and ``high``, between which samples are held; and ``shares``, how
+            often each category is among the training rows, of numbers how often there and missing, if some are; the
             missing ones last. `genfuse.data.Schema` makes them.
         mixtures: logistic densities in each mixture.
     """
