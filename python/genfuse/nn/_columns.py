@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ class Columns(nn.Module):
         most = max((len(columns[i]["knots"]) for i in numeric), default=2)
         curves = [_curve(columns[i]["knots"], columns[i]["scores"], most) for i in numeric]
         keep("numeric", numeric, torch.long)
-        keep("knots", [knots for knots, _ in curves] or torch.zeros(0, 2).tolist(), torch.float64)
-        keep("heights", [heights for _, heights in curves] or torch.zeros(0, 2).tolist(), torch.float64)
+        for i, name in enumerate(("knots", "heights")):
+            keep(name, [curve[i] for curve in curves], torch.float64)
+            self.register_buffer(name, getattr(self, name).view(self.scores, most), persistent=False)
         keep("centre", [column["mean"] for column in columns], torch.float64)
         keep("spread", [column["std"] for column in columns], torch.float64)
         keep("low", [columns[i]["low"] for i in numeric])
@@ -88,13 +90,11 @@ class Columns(nn.Module):
         codes = [size - 1 if columns[i]["missing"] else size for (i, _), size in zip(blocks, sizes, strict=True)]
         keep("missing", codes, torch.long)
         keep("last", [size - 1 for size in sizes], torch.long)
-        keep("start", [sum(sizes[:i]) for i in range(len(sizes))], torch.long)
+        keep("start", list(accumulate(sizes, initial=0))[:-1], torch.long)
         keep("block", [i for i, size in enumerate(sizes) for _ in range(size)], torch.long)
         keep("place", [k for size in sizes for k in range(size)], torch.long)
-        shares = [share / sum(of) for _, of in blocks for share in of]
-        keep("share", shares)
-        ends = [sum(share / sum(of) for share in of[: k + 1]) for _, of in blocks for k in range(len(of))]
-        keep("end", ends)
+        keep("share", [share / total for _, of in blocks for total in [sum(of)] for share in of])
+        keep("end", [end / total for _, of in blocks for total in [sum(of)] for end in accumulate(of)])
         owners = {column: b for b, (column, _) in enumerate(blocks)}
         keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)
         keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)
@@ -272,7 +272,7 @@ def _curve(knots: Sequence[float], scores: Sequence[float], most: int) -> tuple[
 
 def _piecewise(x: Tensor, knots: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
     """Piecewise linear functions (P,) of x (..., P), linear on beyond the outer knots (P, Q), and their slopes."""
-    flat = x.detach().reshape(-1, x.shape[-1]).double().T.contiguous()
+    flat = x.detach().flatten(0, -2).double().T.contiguous()
     place = torch.searchsorted(knots, flat).clamp(1, knots.shape[1] - 1)  # (P, M)
     left, right = ((knots.gather(1, at), heights.gather(1, at)) for at in (place - 1, place))
     slope = ((right[1] - left[1]) / (right[0] - left[0])).T.reshape(x.shape)
