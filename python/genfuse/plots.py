@@ -242,12 +242,13 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
     with _figure(path, (3.6 * columns, 2.8 * math.ceil(count / columns))) as figure:
         for i in range(count):
             axes = figure.add_subplot(math.ceil(count / columns), columns, i + 1)
-            low, high = np.quantile(data[:, i], (0.001, 0.999))
+            shown = [values[:, i][~np.isnan(values[:, i])] for values in (data, drawn)]
+            low, high = np.quantile(shown[0], (0.001, 0.999))
             bins = np.linspace(low, high if high > low else low + 1, 40)
-            for values, colour, label in ((data, DATA, "data"), (drawn, MODEL, "samples")):
+            for values, colour, label in zip(shown, (DATA, MODEL), ("data", "samples"), strict=True):
                 # Per example, so that samples outside the bins lower the histogram and do not sharpen it.
-                weights = np.full(len(values), 1 / len(values))
-                axes.hist(values[:, i], list(bins), weights=weights, color=colour, alpha=0.55, label=label)
+                weights = np.full(len(values), 1 / len(data if label == "data" else drawn))
+                axes.hist(values, list(bins), weights=weights, color=colour, alpha=0.55, label=label)
             axes.set(title=names[i], yticks=[])
             if i == 0:
                 axes.legend()

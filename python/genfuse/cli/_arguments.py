@@ -8,6 +8,8 @@ from genfuse.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
+    from genfuse.data import Schema
+
 
 def find_device(name: str) -> "torch.device":
     """The device that a user means. Raises SettingsError if this machine or this PyTorch does not have it."""
@@ -28,3 +30,18 @@ def refuse_existing(file: Path, overwrite: bool) -> None:
     """Raise SettingsError if a file is there that may not be replaced."""
     if file.exists() and not overwrite:
         raise SettingsError(f"{file} exists: name another file, or pass --overwrite")
+
+
+def show_columns(schema: "Schema") -> None:
+    """Print what the columns of a table are taken for."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from genfuse._files import plain
+
+    table = Table("column", "kind", "values", "missing", box=box.SIMPLE_HEAD)
+    for row in schema.describe():
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    Console().print(table)

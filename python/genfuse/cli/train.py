@@ -18,6 +18,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
+from genfuse.cli._arguments import show_columns
 from genfuse.cli._yaml import read_yaml
 from genfuse.data import load_data
 from genfuse.errors import SettingsError
@@ -37,6 +38,10 @@ class DataOptions:
     header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
     delimiter: str = ","  # csv: what stands between cells, such as ; or tab
     decimal: str = "."  # csv: the mark before decimals: . or ,
+    columns: str = ""  # csv: columns that are read, as a,b; left out: all
+    drop: str = ""  # csv: columns that are left out, as a,b
+    types: str = ""  # csv: kinds of columns, as a=category,b=date:%d/%m/%Y: number, integer, category, boolean or date
+    target: str = ""  # tables: the column that `genfuse evaluate` predicts; left out, the last of categories
     condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
     validation: float = 0.0  # share of the training examples to make a validation split of; 0.1 if one is needed
 
@@ -88,6 +93,11 @@ def train(args: list[str]) -> int:
 
     trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
     data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
+    if data.schema is not None:
+        show_columns(data.schema)
+    if given.resume and "columns" in {field.name for field in fields(models.load(name).Config)}:
+        columns = Run(given.resume).config["model"]["settings"].get("columns")  # a run may be older than these
+        job.model["columns"] = columns and tuple(columns)
     torch.manual_seed(trainer.seed)  # of the first weights
     model = models.create(name, data, **job.model)
     try:

@@ -1,9 +1,7 @@
 """What a data set is, and how a name becomes one."""
 
-import csv
 import hashlib
 import importlib
-import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,9 @@ import torch
 from torch import Tensor
 
 from genfuse import plugins
+from genfuse.data._schema import Column, Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
+from genfuse.nn import Columns
 from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
@@ -23,6 +23,8 @@ Header = Literal["auto", "yes", "no"]
 # How a table of text is read, and what is usual: whether its first row is names (auto: if none of its cells is a
 # number), what stands between cells, and the mark before decimals.
 READING = {"header": "auto", "delimiter": ",", "decimal": "."}
+# What the user says of the columns of such a table: those to keep, those to leave out, kinds, and the one to predict.
+COLUMNS = ("columns", "drop", "types", "target")
 
 
 class Batch(NamedTuple):
@@ -30,35 +32,6 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How the columns of a table were standardized: (value - mean) / std, by the training split's statistics.
-
-    ``std`` is 1 for a constant column. ``dataclasses.asdict`` gives what JSON can hold, and ``Scaling(**of_that)`` the
-    same scaling again.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    names: tuple[str, ...] | None = None  # of the columns, if the table has a header
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std", "names"):  # JSON has no tuples
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """From original units (N, D) to standardized values (N, D), computed in float64 and returned as float32."""
-        return ((x.double() - x.new_tensor(self.mean, dtype=torch.float64)) / self._std(x)).float()
-
-    def restore(self, x: Tensor) -> Tensor:
-        """From standardized values (N, D) to original units (N, D), in float64."""
-        return x.double() * self._std(x) + x.new_tensor(self.mean, dtype=torch.float64)
-
-    def _std(self, x: Tensor) -> Tensor:
-        return x.new_tensor(self.std, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -105,6 +78,8 @@ class Dataset:
     condition_scaling: Scaling | None = None  # of the columns that are given as the context y
     source: str | None = None  # the name with an absolute path in it, if it is that of a file or folder
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
+    schema: Schema | None = None  # of a table whose columns are not all numbers without end: what they are
+    condition_schema: Schema | None = None  # of the columns of such a table that are given as the context y
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -143,6 +118,8 @@ class Dataset:
                 return f"images must be (N, C, H, W), with the channels before the rows; x of the {part} split is " + (
                     f"{tuple(x.shape)}, which has them last: use x.permute(0, 3, 1, 2)"
                 )
+            if self.schema is not None and x.dim() == 2 and len(self.schema.columns) == x.shape[1]:
+                x = x.masked_fill(x.isnan() & x.new_tensor([c.missing for c in self.schema.columns]).bool(), 0.0)
             if stored is None and not x.isfinite().all():
                 return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
             if stored is not None and int(x.max()) >= stored:
@@ -176,6 +153,27 @@ class Dataset:
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+    @property
+    def columns(self) -> tuple[dict[str, Any], ...] | None:
+        """What `genfuse.nn.Columns` is made of, for a table whose columns are not all numbers without end."""
+        return None if self.schema is None else self.schema.specs()
+
+    @property
+    def plain(self) -> bool:
+        """Whether all values are numbers, with no cell missing and no code of a category among them."""
+        columns = () if self.schema is None else self.schema.columns
+        return not any(c.missing or c.kind == "category" or c.categories not in ((), ("0", "1")) for c in columns)
+
+    def described(self) -> Schema:
+        """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""
+        if self.schema is not None:
+            return self.schema
+        if self.scaling is None:
+            raise DataError(f"the data set {self.name!r} is no table")
+        names = self.scaling.names or tuple(str(i + 1) for i in range(self.shape[0]))
+        values = self.scaling.restore(self.splits["train"].x).cpu().numpy()
+        return Schema(tuple(map(Column, names))).fitted(values, self.scaling.mean, self.scaling.std)
 
     @property
     def condition(self) -> int:
@@ -296,8 +294,16 @@ class Dataset:
             mean, std = (tuple(values[i] for i in indices) for values in (self.scaling.mean, self.scaling.std))
             return Scaling(mean, std, names and tuple(names[i] for i in indices))
 
-        splits = {part: Split(split.x[:, rest], split.x[:, given].contiguous()) for part, split in self.splits.items()}
-        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None)
+        y = {part: split.x[:, given].contiguous() for part, split in self.splits.items()}
+        schemas: dict[str, Any] = {}
+        if self.schema is not None:
+            kept, context = self.schema.some(rest), self.schema.some(given)
+            schemas = {"schema": None if kept.real else kept}
+            if not context.real:  # categories one-hot
+                y = {part: Columns(context.specs()).encode(each) for part, each in y.items()}
+                schemas["condition_schema"] = context
+        splits = {part: Split(split.x[:, rest], y[part]) for part, split in self.splits.items()}
+        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None, **schemas)
 
     def fingerprint(self, split: str | None = None) -> str:
         """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
@@ -305,6 +311,8 @@ class Dataset:
         if split is None:
             parts = [(part, self.fingerprint(part)) for part in sorted(self.splits)]
             digest.update(repr((parts, self.classes, self.scaling and asdict(self.scaling))).encode())
+            if not self.plain and self.schema is not None:  # what the codes in the splits mean
+                digest.update(repr([(c.name, c.kind, c.categories, c.form) for c in self.schema.columns]).encode())
             return digest.hexdigest()[:16]
         for tensor in (self.splits[split].x, self.splits[split].y):
             if tensor is not None:
@@ -384,18 +392,6 @@ class Source:
         return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
 
 
-def names_in(text: str) -> list[str]:
-    """The names in "a,b": one that has a comma itself is in quotes."""
-    return [name for row in csv.reader([text], skipinitialspace=True) for name in map(str.strip, row) if name]
-
-
-def joined(names: Sequence[str]) -> str:
-    """The text in which `names_in` finds these names."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    return line.getvalue()
-
-
 def load_data(
     name: Any,
     *,
@@ -408,6 +404,10 @@ def load_data(
     condition: str | Sequence[str] = (),
     validation: float | str = 0,
     hold_out: bool = True,
+    columns: str | Sequence[str] = (),
+    drop: str | Sequence[str] = (),
+    types: str | Mapping[str, str] = "",
+    target: str = "",
 ) -> Dataset:
     """Load the data set that ``name`` stands for, wholly into memory.
 
@@ -416,6 +416,9 @@ def load_data(
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
     ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
+    ``columns`` and ``drop`` name those of a CSV file that are read and that are left out; ``types`` says what kinds
+    columns are, "a=category,b=date:%d/%m/%Y" or a dict, in place of what is seen (`Schema`); ``target`` names the
+    column that metrics predict.
     ``validation`` is the share of the training examples that `Dataset.with_validation` makes a split of. Without
     ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in their order.
 
@@ -447,6 +450,10 @@ def load_data(
         for key, value in {"header": header, "delimiter": delimiter, "decimal": decimal}.items()
         if value != READING[key]
     }
+    assigned = types if isinstance(types, str) else [f"{name}={kind}" for name, kind in types.items()]
+    for key, said in {"columns": columns, "drop": drop, "types": assigned, "target": target}.items():
+        if said:
+            options[key] = said if isinstance(said, str) else joined([*map(str, said)])
     source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options,
                     whole=not hold_out, given=given)  # fmt: skip
     if options and plugin.distribution == plugins.OURS and plugin.name != "csv":
@@ -466,9 +473,12 @@ def load_data(
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
     _warn_of_unseen(data)
-    columns = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
-    if columns:
-        data, options = data.conditioned(columns), {**options, "condition": joined(columns)}
+    known = () if data.scaling is None else data.described().names
+    if target and target not in known:
+        raise SettingsError(f"--data.target: the data set {name!r} has no column {target}; it has: {', '.join(known)}")
+    conditions = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
+    if conditions:
+        data, options = data.conditioned(conditions), {**options, "condition": joined(conditions)}
     data = replace(data, name=name, seed=seed, options=options, **source.found)  # type: ignore[arg-type]
     return (data.with_validation(float(validation)) if float(validation) else data).binarized(binarize, seed)
 

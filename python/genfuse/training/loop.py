@@ -102,6 +102,8 @@ class Loop:
         try:
             if out is not None and self.trainer.resume:
                 self._load(out)
+            if self.step == 0:
+                self._prepare()
             if out is not None and config is not None:
                 self._open(out, config)
             self._run()
@@ -152,7 +154,7 @@ class Loop:
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
             seconds = 0.0
             for index in order.to(self.fabric.device).split(batch_size)[first:]:
-                player = self.turns[self.step % len(self.turns)]
+                player = self._turn()
                 if player != active:
                     self._activate(active := player)
                 self._update(player, index if world == 1 else index[rank::world])
@@ -174,6 +176,22 @@ class Loop:
                     if stop or self.step == self.total:
                         return
                     self._restart_clock()
+
+    def _turn(self) -> int:
+        """Whose update is next: the player that the model names, else each in turn."""
+        name = self.model.turn(self.step, self.total)
+        if name is None:
+            return self.turns[self.step % len(self.turns)]
+        return [player.name for player in self.players].index(self.model.named_player(name))
+
+    def _prepare(self) -> None:
+        """Show the model the training split before its first step."""
+        if type(self.model).prepare is GenerativeModel.prepare:
+            return
+        generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, ORDER))
+        order = torch.randperm(len(self.data.splits["train"]), generator=generator).to(self.fabric.device)
+        with torch.no_grad():
+            self.model.prepare(self.data.batch("train", index) for index in order.split(self.trainer.batch_size))
 
     def _update(self, player: int, index: Tensor) -> None:
         name, stepper = self.players[player].name, self._steppers[player]
@@ -377,7 +395,7 @@ class Loop:
             )
         x = self.data.splits["train"].x
         if len(self.data.shape) == 1:
-            largest = x.abs().amax(0)
+            largest = x.abs().nan_to_num().amax(0)
             column = int(largest.argmax())
             names = self.data.scaling.names if self.data.scaling else None
             found.append(

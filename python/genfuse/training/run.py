@@ -44,7 +44,7 @@ from genfuse._files import (
     writing,
 )
 from genfuse._version import __version__
-from genfuse.data import Dataset, Scaling, load_data
+from genfuse.data import Dataset, Scaling, Schema, load_data
 from genfuse.errors import DataError, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel, configure
 from genfuse.training.checkpoint import BEFORE, STATE, WEIGHTS, Checkpoint, before
@@ -86,7 +86,12 @@ FORMAT: dict[str, Any] = {
 FORMAT_OF_DATA = {  # what older runs do not have
     "root": str | None,
     "splits": dict[str, str],
-    "options": dict[typing.Literal["header", "delimiter", "decimal", "condition", "validation"], str],
+    "options": dict[
+        typing.Literal[
+            "header", "delimiter", "decimal", "condition", "validation", "columns", "drop", "types", "target"
+        ],
+        str,
+    ],
     "class_names": list[str] | None,
 }
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}
@@ -126,6 +131,20 @@ class Run:
         self._check("data")
         scaling = self.config["data"].get("condition_scaling")
         return scaling and Scaling(**scaling)
+
+    @property
+    def schema(self) -> Schema | None:
+        """The columns of a table that are not all numbers without end: by it rows are read and written. Else None."""
+        return self._schema("schema")
+
+    @property
+    def condition_schema(self) -> Schema | None:
+        """`schema` of the columns of such a table that were given as the context. Else None."""
+        return self._schema("condition_schema")
+
+    def _schema(self, name: str) -> Schema | None:
+        content = self.config["data"].get(name)
+        return content and Schema.from_json(content)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -274,6 +293,7 @@ def describe_data(data: Dataset) -> dict[str, Any]:
         "shape": list(data.shape),
         "scaling": scaling,
         "condition_scaling": given,
+        **{name: of.to_json() for name in ("schema", "condition_schema") if (of := getattr(data, name)) is not None},
         "options": dict(data.options),
         "class_names": data.class_names and list(data.class_names),
     }
@@ -558,6 +578,15 @@ def _check_data(data: dict[str, Any], where: str) -> None:
     if not 0 <= data["seed"] < 2**63:
         raise RunError(f"{where}: 'data.seed' is {data['seed']}")
     demand({"data": data}, {f"data.{key}": kind for key, kind in FORMAT_OF_DATA.items() if key in data}, where)
+    for section in ("schema", "condition_schema"):
+        if (content := data.get(section)) is not None:
+            demand({"data": data}, {f"data.{section}": dict[str, Any]}, where)
+            try:
+                columns = len(Schema.from_json(content).columns)
+            except DataError as error:
+                raise RunError(f"{where}: 'data.{section}': {error}") from None
+            if section == "schema" and [columns] != data["shape"]:
+                raise RunError(f"{where}: 'data.schema' has {columns} columns, but the shape is {data['shape']}")
     for section in ("scaling", "condition_scaling"):
         if (scaling := data.get(section)) is None:
             continue
