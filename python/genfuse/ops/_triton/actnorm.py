@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import TILE, block_of, launch, launch_rows, rows_of
+from genfuse.ops._triton._launch import TILE, block_of, cdiv, launch, launch_rows, rows_of
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def backward(
 ) -> None:  # fmt: skip
     images = cells != 1
     block = block_of(cells) if images else min(32, block_of(channels))
-    grid = (channels if images else triton.cdiv(channels, block), chunks)
+    grid = (channels if images else cdiv(channels, block), chunks)
     sizes = {"INVERSE": inverse, "IMAGES": images, "BLOCK": block, "ROWS": 2 * TILE // block, "num_warps": 8}
     given = (x, x_stride, log_scale, shift, gy, glogdet, gx, partial, rows, channels, cells)
     launch(backward_kernel, grid, gx, *given, **sizes)

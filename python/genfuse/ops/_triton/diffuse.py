@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import launch, launch_rows, rows_of
+from genfuse.ops._triton._launch import cdiv, launch, launch_rows, rows_of
 from genfuse.ops._triton._noise import normals
 
 BLOCK = 1024
@@ -76,7 +76,7 @@ def forward(
     partial: Tensor | None, kind: int, alpha: Tensor, sigma: Tensor, x_t: Tensor, target: Tensor,
 ) -> None:  # fmt: skip
     given = (x0, x0_stride, seed, noise, alpha, sigma, x_t, target, rows, cols)
-    launch(forward_kernel, (triton.cdiv(rows * cols, BLOCK),), x_t, *given, TARGET=kind, BLOCK=BLOCK)
+    launch(forward_kernel, (cdiv(rows * cols, BLOCK),), x_t, *given, TARGET=kind, BLOCK=BLOCK)
 
 
 def backward(
