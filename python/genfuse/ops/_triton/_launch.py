@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genfuse.ops._op import LONG
+
 TILE, PROGRAMS = 1024, 1024  # how many elements a program takes at a time; how many programs keep a GPU busy
 
 
@@ -37,11 +39,12 @@ def launch_rows(
     """`launch` one program a tile of rows, of several if they are short, which goes over the columns in blocks; with
     ``split``, up to as many programs a tile as there are blocks, if there are few rows. A kernel takes the first ones
     from `rows_of`, and blocks of columns from program_id(1), num_programs(1) of them apart."""
-    block = block_of(cols)
-    tiles, pieces = cdiv(rows, TILE // block), 1
+    block = block_of(cols) if split or cols < LONG else 4 * TILE  # more loads under way in sums that are not shared
+    height = max(1, TILE // block)
+    tiles, pieces = cdiv(rows, height), 1
     if split and tiles and 0 < cols < 1 << 30:  # a step over all pieces must not leave 32 bits
         pieces = min(cdiv(cols, block), cdiv(PROGRAMS, tiles))
-    sizes = {"ROWS": TILE // block, "BLOCK": block, "num_warps": 4 if block < TILE else 8}
+    sizes = {"ROWS": height, "BLOCK": block, "num_warps": min(16, max(4, block // 128))}
     launch(kernel, (tiles, pieces), result, *arguments, **sizes, **constants)
 
 
