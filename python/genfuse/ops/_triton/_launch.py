@@ -44,7 +44,7 @@ def launch_rows(
     tiles, pieces = cdiv(rows, height), 1
     if split and tiles and 0 < cols < 1 << 30:  # a step over all pieces must not leave 32 bits
         pieces = min(cdiv(cols, block), cdiv(PROGRAMS, tiles))
-    sizes = {"ROWS": height, "BLOCK": block, "num_warps": min(16, max(4, block // 128))}
+    sizes = {"ROWS": height, "BLOCK": block, "num_warps": 8 if block <= TILE else 16}
     launch(kernel, (tiles, pieces), result, *arguments, **sizes, **constants)
 
 

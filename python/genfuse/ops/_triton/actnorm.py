@@ -94,7 +94,7 @@ def backward(
     images = cells != 1
     block = block_of(cells) if images else min(32, block_of(channels))
     grid = (channels if images else cdiv(channels, block), chunks)
-    sizes = {"INVERSE": inverse, "IMAGES": images, "BLOCK": block, "ROWS": 2 * TILE // block, "num_warps": 8}
+    sizes = {"INVERSE": inverse, "IMAGES": images, "BLOCK": block, "ROWS": TILE // block, "num_warps": 8}
     given = (x, x_stride, log_scale, shift, gy, glogdet, gx, partial, rows, channels, cells)
     launch(backward_kernel, grid, gx, *given, **sizes)
     sums = partial.sum(0)
