@@ -67,7 +67,9 @@ def test_the_density_of_a_number_is_that_of_a_mixture_of_logistics():
     weights, mu = raw[:, :2].softmax(1).numpy(), raw[:, 2:4].numpy()
     scale = np.exp(7 * np.tanh((raw[:, 4:].numpy() - 1) / 7))
     score = np.interp(x[:, 0], NUMBER["knots"], SCORES)
-    inside = (x[:, 0] > -1.5) & (x[:, 0] < 4) & ((x[:, 0] - torch.tensor(NUMBER["knots"])[:, None]).abs().amin(0) > 0.01)
+    inside = (
+        (x[:, 0] > -1.5) & (x[:, 0] < 4) & ((x[:, 0] - torch.tensor(NUMBER["knots"])[:, None]).abs().amin(0) > 0.01)
+    )
     slope = np.array([2, 1, 2, 1 / 3.5])[np.searchsorted(NUMBER["knots"], x[:, 0]).clip(1, 4) - 1]
     density = (weights * stats.logistic.pdf(score[:, None], mu, scale)).sum(1) * slope
     assert np.allclose(columns.log_prob(raw, x)[inside], np.log(density)[inside], atol=1e-3)
