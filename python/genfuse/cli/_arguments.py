@@ -1,12 +1,33 @@
 """What arguments of several commands mean."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How `load_data` reads what --data names."""
+
+    binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
+    seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
+    header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
+    delimiter: str = ","  # csv: what stands between cells, such as ; or tab
+    decimal: str = "."  # csv: the mark before decimals: . or ,
+    condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
+    size: str = ""  # pictures: one side in pixels, or HEIGHT,WIDTH, that all are made to have
+    fit: Literal["crop", "pad", "stretch"] = "crop"  # pictures: how that size is reached
+    mode: Literal["", "auto", "L", "RGB"] = ""  # pictures: make all grey (L) or RGB; auto: grey if all are
+    damaged: Literal["refuse", "skip"] = "refuse"  # pictures: what becomes of those that cannot be read
+    stream: Literal["auto", "yes", "no"] = "auto"  # pictures: read pixels from a file; auto: if memory is too small
+
+
+READ_AS_USUAL = DataOptions()
 
 
 def find_device(name: str) -> "torch.device":

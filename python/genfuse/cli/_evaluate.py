@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from genfuse._files import plain
-from genfuse.cli._arguments import find_device, refuse_existing
+from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device, refuse_existing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,11 +119,7 @@ def train_features(
     data: Annotated[str, arg(metavar="DATA")],
     /,
     *,
-    binarize: Annotated[Literal["none", "static", "dynamic"], arg(name="data.binarize")] = "none",
-    data_seed: Annotated[int, arg(name="data.seed")] = 0,
-    header: Annotated[Literal["auto", "yes", "no"], arg(name="data.header")] = "auto",
-    delimiter: Annotated[str, arg(name="data.delimiter")] = ",",
-    decimal: Annotated[str, arg(name="data.decimal")] = ".",
+    data_options: Annotated[DataOptions, arg(name="data")] = READ_AS_USUAL,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     steps: int = 2000,
     seed: int = 0,
@@ -139,11 +136,6 @@ def train_features(
 
     Args:
         data: data set, of `genfuse list datasets`
-        binarize: as it was given to `genfuse train`
-        data_seed: as it was given to `genfuse train`
-        header: as it was given to `genfuse train`
-        delimiter: as it was given to `genfuse train`
-        decimal: as it was given to `genfuse train`
         data_root: folder with the data sets that are read from files
         steps: updates on 128 examples each
         seed: of the first weights and of the order of the examples
@@ -153,9 +145,7 @@ def train_features(
     from genfuse.data import load_data
     from genfuse.metrics import train_features
 
-    loaded = load_data(
-        data, root=data_root, binarize=binarize, seed=data_seed, header=header, delimiter=delimiter, decimal=decimal
-    )
+    loaded = load_data(data, root=data_root, **asdict(data_options))
     path, accuracy = train_features(loaded, steps=steps, seed=seed, device=find_device(device), overwrite=overwrite)
     print(plain(path))
     print(f"held-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import torch
 import tyro
@@ -18,6 +18,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
+from genfuse.cli._arguments import DataOptions
 from genfuse.cli._yaml import read_yaml
 from genfuse.data import load_data
 from genfuse.errors import SettingsError
@@ -26,18 +27,6 @@ from genfuse.training import Run, Trainer
 from genfuse.training.run import check_config, home
 
 LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has options of its own
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How `load_data` reads what --data names."""
-
-    binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
-    seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
-    header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
-    delimiter: str = ","  # csv: what stands between cells, such as ; or tab
-    decimal: str = "."  # csv: the mark before decimals: . or ,
-    condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from genfuse.data import Dataset
+from genfuse.data import Dataset, augmented
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import Batch, GenerativeModel, Player
 from genfuse.training.checkpoint import STATE, Checkpoint, load_optimizers, optimizer_tensors
 from genfuse.training.options import Options
 from genfuse.training.process import (
+    AUGMENTATION,
     NOISE,
     ORDER,
     TEST,
@@ -139,11 +140,13 @@ class Loop:
             generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
             seconds = 0.0
-            for index in order.to(self.fabric.device).split(batch_size)[first:]:
+            chunks = order.to(self.data.splits["train"].x.device).split(batch_size)[first:]
+            batches = self.data.batches("train", (chunk[rank::world] if world > 1 else chunk for chunk in chunks))
+            for index, batch in zip(chunks, batches, strict=True):
                 player = self.turns[self.step % len(self.turns)]
                 if player != active:
                     self._activate(active := player)
-                self._update(player, index if world == 1 else index[rank::world])
+                self._update(player, batch)
                 self.step += 1
                 self.seen += len(index)
                 self.progress.step(self.step, epoch + 1)
@@ -162,10 +165,14 @@ class Loop:
                         return
                     self._restart_clock()
 
-    def _update(self, player: int, index: Tensor) -> None:
+    def _update(self, player: int, batch: Batch) -> None:
         name, stepper = self.players[player].name, self._steppers[player]
         optimizer = self.optimizers[name]
-        loss, terms = self._training_loss(self.data.batch("train", index), name)
+        if self.trainer.flip or self.trainer.shift:  # by the step, so that a run that is resumed goes on alike
+            generator = torch.Generator()
+            generator.manual_seed(seed_of(self.trainer.seed, AUGMENTATION, self.step, self.fabric.global_rank))
+            batch = batch._replace(x=augmented(batch.x, self.trainer.flip, self.trainer.shift, generator))
+        loss, terms = self._training_loss(batch, name)
         self.fabric.backward(loss)
         scaler, clip, several = getattr(self.precision, "scaler", None), self.trainer.grad_clip, len(self.players) > 1
         if clip is not None or (several and not scaler):  # the balance of players shows in their gradients

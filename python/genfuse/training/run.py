@@ -86,7 +86,10 @@ FORMAT: dict[str, Any] = {
 FORMAT_OF_DATA = {  # what older runs do not have
     "root": str | None,
     "splits": dict[str, str],
-    "options": dict[typing.Literal["header", "delimiter", "decimal", "condition"], str],
+    "options": dict[
+        typing.Literal["header", "delimiter", "decimal", "condition", "size", "fit", "mode", "damaged", "stream"],
+        str,
+    ],
     "class_names": list[str] | None,
 }
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}

@@ -64,6 +64,10 @@ class Trainer(Options):
                 f"{', '.join(data.splits)}: use keep='last', or data that has one, as a folder of train.csv, "
                 "validation.csv and test.csv"
             )
+        if (self.flip or self.shift) and not (data.is_image and self.shift < min(data.shape[1:])):
+            raise SettingsError(
+                f"flip and shift are of images, by less than a side; the shape of {data.name!r} is {data.shape}"
+            )
         fabric = self._fabric(len(players))
         out = None if self.out is None else Path(self.out)
         config = None
