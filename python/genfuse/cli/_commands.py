@@ -11,7 +11,9 @@ from tyro.conf import arg
 from genfuse import plugins
 from genfuse._files import plain
 from genfuse.cli._compare import compare
+from genfuse.cli._completion import completion
 from genfuse.cli._evaluate import evaluate, train_features
+from genfuse.cli._families import FAMILIES
 from genfuse.cli._sample import sample
 
 SLOW = 1.0  # seconds that the import of a plugin takes, beside those of torch and genfuse
@@ -20,7 +22,7 @@ Kind = Literal["models", "datasets", "metrics", "all"]
 
 
 def list_(kind: Kind = "all", /) -> int:
-    """Show the models, data sets and metrics that are installed, and the distribution that each comes from.
+    """Show the models, data sets and metrics that are installed, and what each is or which package it comes from.
 
     This reads metadata and imports no plugin; `genfuse plugins` imports them all and shows what fails.
 
@@ -30,7 +32,7 @@ def list_(kind: Kind = "all", /) -> int:
     Args:
         kind: what to show
     """
-    print(plain("\n\n".join("\n".join(plugins.table(group)) for group in _groups(kind))))
+    print(plain("\n\n".join("\n".join(plugins.table(group, FAMILIES[group])) for group in _groups(kind))))
     return 0
 
 
@@ -125,4 +127,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train-features": train_features,
     "compare": compare,
     "doctor": doctor,
+    "completion": completion,
 }

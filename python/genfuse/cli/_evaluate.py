@@ -25,7 +25,7 @@ def evaluate(
     limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
     features: Annotated[str, arg(metavar="NAME")] = "auto",
     n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, 10000 at most)")] = None,
-    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = None,
+    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME,...", help_behavior_hint="(default: all)")] = None,
     seed: int = 0,
     inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     pictures: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: RUN/pictures)")] = None,
@@ -74,10 +74,12 @@ def evaluate(
     if json is not None:
         refuse_existing(json, overwrite)
 
+    from genfuse.data import names_in
     from genfuse.metrics import evaluate, evaluate_samples
     from genfuse.models import GenerativeModel
     from genfuse.training import Run
 
+    metrics = metrics and tuple(name for each in metrics for name in names_in(each))
     trained = Run(run)
     found = trained.data(data_root, data)
     model = trained.model(find_device(device))

@@ -14,14 +14,20 @@ from typing import Annotated, Any, cast, get_type_hints
 import torch
 import tyro
 from tyro.conf import arg
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
 from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
 from genfuse.cli._arguments import DataOptions
 from genfuse.cli._yaml import read_yaml
 from genfuse.data import load_data
-from genfuse.errors import SettingsError
+from genfuse.errors import SettingsError, near
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
 from genfuse.training.run import check_config, home
@@ -75,6 +81,7 @@ def train(args: list[str]) -> int:
         raise SettingsError(f"--resume {out} continues in that folder: leave out --out {job.out}")
 
     trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
+    before = max((entry["step"] for entry in Run(out).metrics()), default=0) if given.resume else None
     data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
     torch.manual_seed(trainer.seed)  # of the first weights
     model = models.create(name, data, **job.model)
@@ -84,6 +91,8 @@ def train(args: list[str]) -> int:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
     if run is not None and os.environ.get("RANK", "0") == "0":
         _summarize(run)
+        if before and before == max(entry["step"] for entry in run.metrics()):
+            print("nothing was to be done: the run had ended; to train on, ask for more, by --epochs or --steps")
     return 0
 
 
@@ -103,6 +112,19 @@ def parse(model: str, args: list[str]) -> Job:
         left_out[info.type] = names
         assert isinstance(spec, StructConstructorSpec)
         return replace(spec, instantiate=dict, fields=tuple(f for f in spec.fields if f.name not in names))
+
+    @registry.primitive_rule
+    def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        """Read 64,64 as 64 64."""
+        if info.type != tuple[int, ...]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="N,N,...",
+            instance_from_str=lambda words: tuple(int(n) for word in words for n in word.split(",") if n.strip()),
+            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(n, int) for n in value),
+            str_from_instance=lambda value: [",".join(map(str, value))],
+        )
 
     def job(
         data: Annotated[str, arg(metavar="NAME")],
@@ -173,21 +195,29 @@ def arguments_of(model: str, file: Path) -> list[str]:
     return list(_as_arguments(model, file, settings))
 
 
-def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[str]:
-    """The arguments of ``genfuse train MODEL`` that say what a file says. Raises SettingsError for unknown names."""
+def known_options(model: str) -> dict[str, Any]:
+    """What ``genfuse train MODEL`` takes, and its types, as a file names them."""
 
     def types(cls: type, but: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
         hints = get_type_hints(cls)
         return {prefix + f.name: hints[f.name] for f in fields(cls) if f.name not in but}
 
     known = {"data.name": str, "data_root": Path, "out": Path, **types(Trainer, LEFT_OUT)}
-    known |= types(DataOptions, prefix="data.") | types(models.load(model).Config, FACTS, "model.")
+    return known | types(DataOptions, prefix="data.") | types(models.load(model).Config, FACTS, "model.")
+
+
+def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """The arguments of ``genfuse train MODEL`` that say what a file says. Raises SettingsError for unknown names."""
+
+    known = known_options(model)
     flat = {key: value for key, value in settings.items() if key not in ("model", "data")}
     flat |= {f"{section}.{key}": value for section in ("model", "data") for key, value in settings[section].items()}
     for key, value in flat.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise SettingsError(f"{file}: there is no option {key!r}; known: {', '.join(sorted(known))}")
+            raise SettingsError(
+                f"{file}: there is no option {key!r}; known: {', '.join(sorted(known))}{near(name, known)}"
+            )
         option = "data" if name == "data.name" else name.replace("_", "-")
         if known[name] is bool and isinstance(value, bool):
             section, dot, last = option.rpartition(".")

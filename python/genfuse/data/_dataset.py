@@ -32,6 +32,8 @@ READING = {"header": "auto", "delimiter": ",", "decimal": "."}
 # be; how the size is reached; what becomes of damaged ones; and whether they are read from a file of the cache.
 READING_OF_IMAGES = {"size": "", "fit": "crop", "mode": "", "damaged": "refuse", "stream": "auto"}
 
+AHEAD = 8  # batches of a stream that are fetched at once, as a disk is slow to find each example but finds many alike
+
 
 class Batch(NamedTuple):
     """Examples (N, *shape), and what is given with them, if the data set has it: labels (N,) or a context (N, C)."""
@@ -228,15 +230,15 @@ class Dataset:
 
     def batches(self, split: str, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """`batch` of each of ``indices``. Where the data is not on the device of the batches, or is streamed, the next
-        one is fetched by a thread meanwhile; what is random is drawn in turn, as `batch` does."""
+        ones are fetched by threads meanwhile; what is random is drawn in turn, as `batch` does."""
         if not (self.streamed or self.batches_on):
             yield from (self.batch(split, index) for index in indices)
             return
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(AHEAD) as pool:
             ahead: deque[Future[tuple[Tensor, Tensor | None]]] = deque()
             for index in indices:
                 ahead.append(pool.submit(self._rows, split, index))
-                if len(ahead) > 2:
+                if len(ahead) > AHEAD:
                     yield self._finished(*ahead.popleft().result())
             while ahead:
                 yield self._finished(*ahead.popleft().result())
@@ -455,9 +457,9 @@ def load_data(
     ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
 
     All of a folder of pictures are made to be of ``size``, one side in pixels or a height and a width, if it is given:
-    by ``fit`` cropped to the middle, padded with black, or stretched. ``mode`` makes all grey ("L") or "RGB", or grey if
-    all are ("auto"). ``damaged="skip"`` leaves out, with a warning, those that cannot be read. ``stream`` says whether pixels
-    are read from a file in $GENFUSE_CACHE ("yes"), as they are ("auto") if they would fill half of the memory.
+    by ``fit`` cropped to the middle, padded with black, or stretched. ``mode`` makes all grey ("L") or "RGB", or grey
+    if all are ("auto"). ``damaged="skip"`` leaves out, with a warning, those that cannot be read. ``stream`` says
+    whether pixels are read from a file in $GENFUSE_CACHE ("yes"); "auto": if they would fill half of the memory.
 
     Raises DataError if the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.

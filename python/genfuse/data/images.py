@@ -48,6 +48,46 @@ def digits(source: Source) -> Dataset:
     return Dataset(source.name, splits, levels=17)
 
 
+def glyphs(source: Source) -> Dataset:
+    """Digits of matplotlib's fonts, bent by chance: 10,000 + 2,000 images (1, 28, 28) of 256 levels, labels 0..9.
+
+    They look like MNIST's and need no files. Each is a glyph that was turned, sheared, stretched and moved, under a
+    displacement that is smooth over the image, as hands do it (Simard et al., 2003). Always the same.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+    from torch.nn import functional as F
+
+    source.no_argument()
+    fonts = [f"DejaVu{name}.ttf" for name in ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Italic")]
+    drawn = np.zeros((10, len(fonts), 1, 64, 64), np.float32)
+    for i, name in enumerate(fonts):
+        font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf", name)), 52)
+        for digit in range(10):
+            canvas = Image.new("L", (64, 64))
+            ImageDraw.Draw(canvas).text((32, 32), str(digit), 255, font, anchor="mm")
+            drawn[digit, i, 0] = np.asarray(canvas) / 255
+    generator = torch.Generator().manual_seed(0)
+
+    def chance(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    y = torch.arange(12_000) % 10
+    turn, shear = 0.15 * chance(len(y)), 0.2 * chance(len(y))
+    scales = (0.1 * chance(len(y), 2)).exp()
+    turned = torch.stack([turn.cos(), shear - turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2) * scales[:, None]
+    where = torch.cat([turned, 0.07 * chance(len(y), 2, 1)], 2)
+    glyph = torch.from_numpy(drawn)[y, torch.randint(len(fonts), (len(y),), generator=generator)]
+    x = torch.empty(len(y), 1, 28, 28, dtype=torch.uint8)
+    for rows in torch.arange(len(y)).split(1000):
+        bent = F.interpolate(0.08 * chance(len(rows), 2, 4, 4), size=(56, 56), mode="bicubic").permute(0, 2, 3, 1)
+        grid = F.affine_grid(where[rows], [len(rows), 1, 56, 56], align_corners=False) + bent
+        seen = F.avg_pool2d(F.grid_sample(glyph[rows], grid, align_corners=False), 2)
+        x[rows] = (seen * 255).round().to(torch.uint8)
+    splits = {"train": Split(x[:10_000], y[:10_000]), "test": Split(x[10_000:], y[10_000:])}
+    return Dataset(source.name, splits, levels=256)
+
+
 def mnist(source: Source) -> Dataset:
     """MNIST (LeCun et al., 1998), four IDX files: 60,000 + 10,000 images (1, 28, 28) of 256 levels, labels 0..9."""
     return _idx_dataset(source, "mnist")
@@ -425,7 +465,9 @@ def _plain(picture: Any, notes: list[str]) -> Any:
         try:
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "srgb" not in ImageCms.getProfileDescription(own).lower():
-                seen = ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or picture
+                seen = (
+                    ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or picture
+                )
                 picture = seen.convert("L") if picture.mode == "L" else seen
         except (ImageCms.PyCMSError, OSError, ValueError):
             notes.append("have a colour profile that cannot be applied")

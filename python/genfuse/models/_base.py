@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 import typeguard
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
 from genfuse.data import Batch, Dataset
-from genfuse.errors import DataError, SettingsError
+from genfuse.errors import DataError, SettingsError, near
 from genfuse.nn import Features, OneHot
 
 
@@ -481,7 +483,7 @@ def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> N
 register_optimizer_step_post_hook(_tell_of_step)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable would import all of it here, for seconds
 def _settle(model: GenerativeModel) -> None:
     model.settle()
 
@@ -516,13 +518,17 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
     known = [field.name for field in dataclasses.fields(cls.Config)]
     for name in settings:
         if name not in known:
-            raise SettingsError(f"{cls.__name__} has no setting {name!r}; it has: {', '.join(known)}")
+            raise SettingsError(
+                f"{cls.__name__} has no setting {name!r}; it has: {', '.join(known)}{near(name, known)}"
+            )
     given = dict(settings)
     if data is not None:
         given = {**_facts(cls.Config, data), **given}
     for name, value in given.items():
         if isinstance(value, list):  # JSON has no tuples
             given[name] = value = tuple(value)
+        elif isinstance(value, str) and hints[name] == tuple[int, ...] and re.fullmatch(r"[\d\s]+(,[\d\s]+)*,?", value):
+            given[name] = value = tuple(int(each) for each in value.split(",") if each.strip())  # as the command has it
         elif type(value) is int and hints[name] == tuple[int, ...]:  # one width of one layer
             given[name] = value = (value,)
         try:
