@@ -13,12 +13,11 @@ ROOT = Path(genfuse.__file__).parent
 LAYERS = [
     {"errors", "_version"},
     {"_files", "ops"},
-    {"nn"},
+    {"nn", "plots"},
     {"flows", "diffusion"},
     {"plugins"},
     {"data"},
     {"models"},
-    {"plots"},
     {"training"},
     {"metrics"},
     {"comparison", "doctor"},

@@ -3,7 +3,9 @@
 Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is written beside its place and renamed.
 """
 
+import base64
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,7 @@ CONTEXT: Any = {  # for every figure
     "text.parse_math": False,  # a column may be called $a
     "font.size": 10,
     "figure.dpi": 150,
+    "svg.hashsalt": "genfuse",  # the same picture is the same file
 }
 
 
@@ -253,6 +256,22 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
                 axes.legend()
 
 
+def inline(file: Path, width: int | None = None) -> str:
+    """A picture as HTML that holds it, at most as many CSS pixels wide."""
+    kind = {".svg": "svg+xml"}.get(file.suffix, file.suffix[1:])
+    style = "" if width is None else f' style="max-width:{width}px"'
+    content = base64.b64encode(file.read_bytes()).decode()
+    return f'<img src="data:image/{kind};base64,{content}" alt="{file.stem}"{style}>'
+
+
+def as_html(draw: Callable[..., None], *args: Any, suffix: str = "svg") -> str:
+    """The picture that ``draw(*args, path)`` makes, as HTML that holds it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"picture.{suffix}")
+        draw(*args, file)
+        return inline(file)
+
+
 def evenly(items: list[Any], most: int) -> list[Any]:
     """The first, the last and others evenly between them, ``most`` at most."""
     last = len(items) - 1
@@ -348,4 +367,5 @@ def _figure(
         figure = Figure(size, layout=layout)
         yield figure
         with replacing(Path(path)) as file:
-            figure.savefig(file, format="png")
+            vector = file.suffix == ".svg"
+            figure.savefig(file, format=file.suffix[1:], metadata={"Date": None} if vector else None)

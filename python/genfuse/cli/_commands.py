@@ -11,7 +11,6 @@ from tyro.conf import arg
 from genfuse import plugins
 from genfuse._files import plain
 from genfuse.cli._compare import compare
-from genfuse.cli._completion import completion
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._families import FAMILIES
 from genfuse.cli._sample import sample
@@ -115,6 +114,24 @@ def doctor(
 
     for line in report(data_root):
         print(plain(line))
+    return 0
+
+
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], arg(metavar="SHELL")], /) -> int:
+    """Print what makes a shell complete commands, models, data sets and options; plugins of now are among them.
+
+    Put it where the shell reads it: for bash and zsh ~/.bashrc or ~/.zshrc, for fish
+    ~/.config/fish/completions/genfuse.fish.
+
+    example:
+      genfuse completion bash >> ~/.bashrc
+
+    Args:
+        shell: bash, zsh or fish
+    """
+    from genfuse.cli._completion import script
+
+    print(script(shell, COMMANDS))
     return 0
 
 

@@ -2,11 +2,9 @@
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal
-
-from tyro.conf import arg
+from typing import Any
 
 from genfuse import plugins
 from genfuse.errors import PluginError
@@ -27,38 +25,25 @@ _genfuse() {{
 complete -o default -F _genfuse genfuse"""
 
 
-def completion(shell: Annotated[Literal["bash", "zsh", "fish"], arg(metavar="SHELL")], /) -> int:
-    """Print what makes a shell complete commands, models, data sets and options; plugins of now are among them.
-
-    Put it where the shell reads it: for bash and zsh ~/.bashrc or ~/.zshrc, for fish
-    ~/.config/fish/completions/genfuse.fish.
-
-    example:
-      genfuse completion bash >> ~/.bashrc
-
-    Args:
-        shell: bash, zsh or fish
-    """
-    from genfuse.cli._commands import COMMANDS
-
+def script(shell: str, commands: Mapping[str, Callable[..., int]]) -> str:
+    """What bash, zsh or fish must read to complete ``commands`` and what stands behind them."""
     names = {kind: " ".join(map(plugins.typed, plugins.discover(kind))) for kind in ("models", "datasets")}
-    options = {**{name: sorted(_options(command)) for name, command in COMMANDS.items()}, **_of_training()}
-    commands = " ".join(("train", *COMMANDS, "help"))
+    options = {**{name: sorted(_options(command)) for name, command in commands.items()}, **_of_training()}
+    heads = " ".join(("train", *commands, "help"))
     if shell == "fish":
         seen = "complete -c genfuse -n '__fish_seen_subcommand_from"
-        print(f"complete -c genfuse -n __fish_use_subcommand -f -a '{commands}'")
-        print(
-            f"{seen} train compare' -a '{names['models']}'\n{seen} train compare' -l data -x -a '{names['datasets']}'"
-        )
+        lines = [
+            f"complete -c genfuse -n __fish_use_subcommand -f -a '{heads}'",
+            f"{seen} train compare' -a '{names['models']}'",
+            f"{seen} train compare train-features' -l data -x -a '{names['datasets']}'",
+        ]
         for name, words in options.items():
             where = "; and __fish_seen_subcommand_from ".join(name.split())
-            print(f"{seen} {where}' -a '{' '.join(words)}'")
-        return 0
+            lines.append(f"{seen} {where}' -a '{' '.join(words)}'")
+        return "\n".join(lines)
     cases = "\n".join(f'        "{name} "*-*) found="{" ".join(words)}" ;;' for name, words in options.items())
-    if shell == "zsh":
-        print("autoload -U +X bashcompinit && bashcompinit")
-    print(BASH.format(data=names["datasets"], commands=commands, models=names["models"], cases=cases))
-    return 0
+    head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return head + BASH.format(data=names["datasets"], commands=heads, models=names["models"], cases=cases)
 
 
 def _options(command: Callable[..., int]) -> Iterator[str]:

@@ -89,7 +89,7 @@ def train(args: list[str]) -> int:
         run = trainer.fit(model, data)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
-    if run is not None and os.environ.get("RANK", "0") == "0":
+    if isinstance(run, Run) and os.environ.get("RANK", "0") == "0":
         _summarize(run)
         if before and before == max(entry["step"] for entry in run.metrics()):
             print("nothing was to be done: the run had ended; to train on, ask for more, by --epochs or --steps")

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import html
 import io
 import os
 import warnings
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from genfuse import plugins
+from genfuse import plots, plugins
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.ops import bernoulli
 
@@ -179,6 +180,21 @@ class Dataset:
         values = "real-valued" if self.levels is None else f"{self.levels} levels"
         sizes = ", ".join(f"{part} {len(split)}" for part, split in self.splits.items())
         return f"<Dataset {self.name!r}: {sizes}; shape {self.shape}, {values}, classes {self.classes}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `repr`, and the first examples as pictures or rows in original units."""
+        x = self.batch("train", slice(0, 32)).x
+        if self.is_image:
+            shown = plots.as_html(plots.sample_grid, x, suffix="png")
+        elif len(self.shape) == 1:
+            names = (self.scaling and self.scaling.names) or [str(i + 1) for i in range(self.shape[0])]
+            rows = (x if self.scaling is None else self.scaling.restore(x))[:5].tolist()
+            cells = [[f"<td>{value:.6g}</td>" for value in row[:20]] for row in rows]
+            heads = "".join(f"<th>{html.escape(name)}</th>" for name in names[:20])
+            shown = f"<table><tr>{heads}</tr>{''.join(f'<tr>{chr(10).join(row)}</tr>' for row in cells)}</table>"
+        else:
+            shown = ""
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
 
     @property
     def shape(self) -> tuple[int, ...]:

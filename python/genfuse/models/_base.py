@@ -1,6 +1,7 @@
 """What every generative model is: a module with settings and a few verbs."""
 
 import dataclasses
+import html
 import math
 import re
 import typing
@@ -440,6 +441,20 @@ class GenerativeModel(nn.Module):
         norm of its gradient as ``gradient_norm`` among them if there are several players.
         """
         return {}
+
+    def extra_repr(self) -> str:
+        """How many parameters there are, and the settings: the head of what is printed of a model."""
+        settings = "" if self.config is None else f"\n{self.config}"
+        return f"{sum(weight.numel() for weight in self.parameters()):,} parameters{settings}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: parameters, and the settings as a table."""
+        head = f"{self.plugin or type(self).__name__}: {self.extra_repr().splitlines()[0]}"
+        rows = "".join(
+            f"<tr><td>{field.name}</td><td>{html.escape(str(getattr(self.config, field.name)))}</td></tr>"
+            for field in (dataclasses.fields(self.config) if dataclasses.is_dataclass(self.config) else ())
+        )
+        return f"<p>{html.escape(head)}</p><table>{rows}</table>"
 
     @property
     def device(self) -> torch.device:

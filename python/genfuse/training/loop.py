@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -78,6 +79,7 @@ class Loop:
         self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.recorder: Recorder | None = None
+        self.logged: list[dict[str, Any]] = []  # where there is no recorder
         self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
         self.pending: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
         self.snapshot_steps: set[int] = set()  # steps after which samples are kept
@@ -125,8 +127,16 @@ class Loop:
                 with suppress(OSError):  # it is closed already, or there is another error
                     self.recorder.close()
             if interrupt():  # which an error that came after it does not swallow
+                self._tell_of(interrupt())
                 signal.raise_signal(interrupt())
                 raise KeyboardInterrupt  # whoever handles the signal otherwise must not take the run for finished
+
+    def _tell_of(self, number: int) -> None:
+        """Say where the run is saved, before a signal ends the process that would end without a word."""
+        if self.recorder and number != signal.SIGINT and self.checkpointed is not None:
+            name = signal.Signals(number).name
+            said = f"genfuse: {name}: {self.trainer.out} is saved at step {self.checkpointed}"
+            print(said, file=sys.stderr, flush=True)
 
     def _train(self, interrupt: Callable[[], int]) -> None:
         trainer, batch_size = self.trainer, self.trainer.batch_size
@@ -313,9 +323,12 @@ class Loop:
         self.model.train()
 
     def _log(self, split: str, entry: dict[str, Any]) -> None:
+        shown = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in entry.items()}
+        entry = {"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown}
         if self.recorder:
-            shown = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in entry.items()}
-            self.recorder.log({"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown})
+            self.recorder.log(entry)
+        elif self.trainer.out is None:
+            self.logged.append(entry)
 
     def _epoch(self, step: int) -> int:
         """The epoch, from 1, that an update belongs to."""

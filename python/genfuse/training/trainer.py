@@ -37,8 +37,10 @@ class Trainer(Options):
         """The trainer that continues a run, with some options changed: ``Trainer.resuming(run, epochs=40)``."""
         return cls(**{**finished.config["training"], "out": finished.path, "resume": True, **changes})
 
-    def fit(self, model: GenerativeModel, data: Dataset) -> run.Run | None:
-        """Train ``model`` on the training split of ``data``; returns the run folder where ``out`` is given, else None.
+    def fit(self, model: GenerativeModel, data: Dataset) -> run.History:
+        """Train ``model`` on the training split of ``data``; returns its losses, as the run where ``out`` is given.
+
+        A progress bar is shown on a terminal and in notebooks, where what is returned shows itself.
 
         The model is trained in place, and left on its device in evaluation mode with the weights that ``keep`` names.
         torch's global generators are as before when it returns. The first interrupt (Ctrl-C, SIGTERM, or SIGHUP)
@@ -90,9 +92,10 @@ class Trainer(Options):
                 if self.resume and config is not None:
                     check_same(out, config)
             stack.enter_context(forked_rng(fabric.device))
-            Loop(self, fabric, model, players, data).run(out, config)
+            loop = Loop(self, fabric, model, players, data)
+            loop.run(out, config)
             if out is None:
-                return None
+                return run.History(loop.logged)
             fabric.barrier()
             finished = run.Run(out)
             if self.pictures and fabric.is_global_zero:
