@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -116,7 +116,7 @@ def parse(model: str, args: list[str]) -> Job:
     @registry.primitive_rule
     def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         """Read 64,64 as 64 64."""
-        if info.type != tuple[int, ...]:
+        if get_origin(info.type) is not tuple or get_args(info.type) != (int, ...):
             return None
         return PrimitiveConstructorSpec(
             nargs="*",
