@@ -13,9 +13,13 @@ namespace genfuse {
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 1 << 20;      // of a grid that strides over its work
 constexpr int64_t kManyBlocks = 1024;         // keep the largest GPU busy
+constexpr int64_t kEvenBlocks = 8192;         // and as many that its last, partly filled round costs little
+constexpr int64_t kManyRows = 1 << 16;        // keep it busy with a lane each
 constexpr int kPieces = 16;                   // of a row whose sums are of two steps, as PIECES in ops/_op.py
 template <class S>                            // What a lane takes at once: four values, or 16 bytes of smaller ones,
-constexpr int kPack = sizeof(S) < 4 ? 8 : 4;  // enough loads in flight to hide memory's latency.
+constexpr int kPack = sizeof(S) < 4 ? 8 : 4;  // and where registers suffice two times that, 32 bytes of each array:
+template <class S>                            // loads in flight hide memory's latency.
+constexpr int kWide = sizeof(S) < 8 ? 2 * kPack<S> : kPack<S>;
 
 // Blocks of a multiprocessor at once, which leave a thread 48 registers; and those that compute more, 64 for float32,
 // 80 for 16 bits and 128 for float64: with fewer they would spill.
@@ -164,12 +168,12 @@ __device__ void eps_at(const void* given, uint64_t key, int64_t first, Range ran
   }
 }
 
-// The columns of a lane in one of `pieces` pieces of a row, kPack<S> at a time: neighbours where whole packs of all
+// The columns of a lane in one of `pieces` pieces of a row, so many at a time: neighbours where whole packs of all
 // `rows` can be taken, and else such that neighbouring lanes touch neighbouring memory.
-template <class S>
+template <class S, int Width = kWide<S>>
 class Columns {
  public:
-  static constexpr int kWidth = kPack<S>;
+  static constexpr int kWidth = Width;
 
   template <class... Row>
   __device__ Columns(int64_t cols, int64_t piece, int64_t pieces, const Row*... rows) : end_(cols) {
@@ -249,7 +253,7 @@ void for_threads(int64_t work, F launch) {
 // few.
 inline int lanes_for(int64_t rows, int64_t packs) {
   if (packs > (rows > kManyBlocks * 8 ? 256 : 64)) return kThreads;
-  int lanes = 4;
+  int lanes = rows >= kManyRows ? 1 : 4;
   while (lanes < 32 && lanes < packs) lanes *= 2;
   return lanes;
 }
@@ -259,9 +263,9 @@ inline int lanes_for(int64_t rows, int64_t packs) {
 template <class S, class F>
 void for_columns(int64_t rows, int64_t cols, int64_t pieces, F launch) {
   if (rows == 0) return;
-  const int64_t packs = (cols + kPack<S> - 1) / kPack<S>;
+  const int64_t packs = (cols + kWide<S> - 1) / kWide<S>;
   const int lanes = lanes_for(rows, packs);
-  if (pieces == 0) pieces = std::max(int64_t(1), std::min(packs / lanes, kManyBlocks / rows));
+  if (pieces == 0) pieces = std::max(int64_t(1), std::min(packs / lanes, kEvenBlocks / rows));
   launch(dim3(blocks_for(lanes, rows), unsigned(pieces)), threads_for(lanes));
   check(cudaGetLastError());
 }
@@ -291,21 +295,25 @@ void run_sums(const Problem& p, const Out& out, void* stream, Of of) {
 }
 
 // Calls launch(lanes, blocks), where `lanes` is a constant, for a grid of as many lanes for each row: of a warp or
-// less, or of a block where a row has more than `most` columns.
-template <class F>
+// less, or of a block where a row has more than `most` columns. A lane for each column; or, from `Least` lanes on, for
+// eight of them where rows are many.
+template <int Least, class F>
 void for_rows(int64_t rows, int64_t cols, int64_t most, F launch) {
   if (rows == 0) return;
   const auto with = [&](auto lanes) { launch(lanes, blocks_for(lanes, rows)); };
+  const int64_t wanted = Least == 1 && rows >= kManyRows ? (cols + 7) / 8 : cols;
   if (cols > most) {
     with(std::integral_constant<int, kThreads>());
-  } else if (cols > 16) {
+  } else if (wanted > 16) {
     with(std::integral_constant<int, 32>());
-  } else if (cols > 8) {
+  } else if (wanted > 8) {
     with(std::integral_constant<int, 16>());
-  } else if (cols > 4) {
+  } else if (wanted > 4) {
     with(std::integral_constant<int, 8>());
-  } else {
+  } else if (wanted > Least || Least == 4) {
     with(std::integral_constant<int, 4>());
+  } else {
+    with(std::integral_constant<int, Least>());
   }
   check(cudaGetLastError());
 }

@@ -39,6 +39,20 @@ GENFUSE_HD const T* read(const S* from, int64_t n, T* buffer) {
   }
 }
 
+// The inner product of two rows, in blocks, whose sums are added up: a long sum would lose digits.
+template <class S, class T = compute_t<S>>
+GENFUSE_HD T dot(const S* a, const S* b, int64_t n) {
+  T sum = 0;
+  for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
+    T part = 0;
+    const int64_t end = std::min(j0 + kBlock, n);
+#pragma omp simd reduction(+ : part)
+    for (int64_t j = j0; j < end; ++j) part += load(a[j]) * load(b[j]);
+    sum += part;
+  }
+  return sum;
+}
+
 // Asks the cache for the start of a row that is worked on some rows from now. The rows of several arrays are more
 // streams than hardware foresees where each of them is short. Addresses beyond an array do no harm.
 constexpr int64_t kRowsAhead = 12;

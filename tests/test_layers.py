@@ -20,6 +20,7 @@ LAYERS = [
     {"models"},
     {"training"},
     {"metrics"},
+    {"applications"},
     {"comparison", "doctor"},
     {"cli"},
     {"testing"},

@@ -53,10 +53,11 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
     S* gx_row = static_cast<S*>(out.gx);
     if constexpr (Images) x_row += tile * p.cells, gy_row += tile * p.cells, gx_row += tile * p.cells;
     // Of the same columns in all examples: that of the second shows whether all are aligned alike.
-    const Columns<S> first = {
+    const Columns<S, kWidth> first = {
         width, Images ? 0 : tile, Images ? 1 : tiles, x_row, x_row + p.x_stride, gy_row, gx_row, gx_row + cols,
         shift, log_scale};
     T t[kWidth], scaling[kWidth], of_scale[kWidth] = {}, of_shift[kWidth] = {};
+    double of_logdet = 0;  // which all columns have in common: together with the rest it would cost them digits
     GENFUSE_UNROLL(kWidth)
     for (int k = 0; k < kWidth; ++k) {
       const int64_t c = Images ? tile : first[k];
@@ -64,13 +65,13 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
       scaling[k] = scale<Kind::exp>(c < p.channels ? log_scale[c] : T(0), p.inverse);
     }
     for (int64_t i = p.rows * chunk / out.chunks + threadIdx.y; i < end; i += blockDim.y) {
-      const T glogdet = static_cast<const T*>(out.glogdet)[i];
+      of_logdet += static_cast<const T*>(out.glogdet)[i];
       for (auto at = first; at; ++at) {
         const auto x = at.load(x_row + i * p.x_stride), gy = at.load(gy_row + i * cols);
         T gx[kWidth];
         GENFUSE_UNROLL(kWidth)
         for (int k = 0; k < kWidth; ++k) {
-          const Grad<T> g = grad(gy[k], glogdet, factor(x[k], t[k], p.inverse), scaling[k], T(1), p.inverse);
+          const Grad<T> g = grad(gy[k], T(0), factor(x[k], t[k], p.inverse), scaling[k], T(1), p.inverse);
           gx[k] = g.x;
           if (!at.has(k)) continue;
           of_scale[k] += g.raw;
@@ -81,15 +82,21 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
     }
     double* partial = out.partial + 2 * chunk * p.channels;
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    __shared__ double of_lines[kThreads];
+    __syncthreads();  // the previous tile's sums have been read
+    if (threadIdx.x == 0) of_lines[threadIdx.y] = of_logdet;
+    __syncthreads();
+    of_logdet = 0;
+    for (int line = 0; line < blockDim.y; ++line) of_logdet += of_lines[line];
+    of_logdet *= double(p.inverse ? -p.cells : p.cells);
     if constexpr (Images) {
       GENFUSE_UNROLL(kWidth)
       for (int k = 1; k < kWidth; ++k) of_scale[0] += of_scale[k], of_shift[0] += of_shift[k];
       of_scale[0] = row_sum(of_scale[0], kThreads, thread);
       of_shift[0] = row_sum(of_shift[0], kThreads, thread);
-      if (thread == 0) partial[tile] = of_scale[0], partial[p.channels + tile] = of_shift[0];
+      if (thread == 0) partial[tile] = of_scale[0] + of_logdet, partial[p.channels + tile] = of_shift[0];
     } else {
       __shared__ T sums[2 * kWidth][kThreads];
-      __syncthreads();  // the previous tile's sums have been read
       for (int k = 0; k < kWidth; ++k) sums[k][thread] = of_scale[k], sums[kWidth + k][thread] = of_shift[k];
       for (int lines = blockDim.y / 2; lines; lines /= 2) {  // a half is added to the other until one line is left
         __syncthreads();
@@ -99,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
       if (threadIdx.y) continue;
       for (int k = 0; k < kWidth; ++k) {
         if (!first.has(k)) continue;
-        partial[first[k]] = sums[k][thread];
+        partial[first[k]] = sums[k][thread] + of_logdet;
         partial[p.channels + first[k]] = sums[kWidth + k][thread];
       }
     }

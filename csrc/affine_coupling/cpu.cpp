@@ -134,13 +134,15 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       S* y = y_row + p.start + j0;
       const auto* moves = has_mask ? moving.at(j0, n) : nullptr;
       if constexpr (any) scales(p, raw, moves, j0, n, of);
-#pragma omp simd reduction(+ : sum)
+      T part = 0;  // a long sum would lose digits
+#pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < n; ++j) {
         const T s = any ? of.s[j] : masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j);
         const T t = masked<has_mask>(shift[j], moves, j);
         store(y[j], apply(factor(x[j], t, inverse), any ? of.scale[j] : scale<kind>(s, inverse), t, inverse));
-        sum += s;
+        part += s;
       }
+      sum += part;
       for (int64_t j = 0; by_element && j < n; ++j) logdet[p.start + j0 + j] = inverse ? -of.s[j] : of.s[j];
     }
     if (!by_element) *logdet = inverse ? -sum : sum;

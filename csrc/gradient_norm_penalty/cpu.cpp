@@ -11,20 +11,6 @@ GENFUSE_HD Penalty<T> penalty_of(const Problem& p) {
   return {T(p.target), T(p.eps), p.one_sided};
 }
 
-// In blocks, whose sums are added up: a long sum would lose digits.
-template <class S, class T = compute_t<S>>
-GENFUSE_HD T dot(const S* a, const S* b, int64_t n) {
-  T sum = 0;
-  for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
-    T part = 0;
-    const int64_t end = std::min(j0 + kBlock, n);
-#pragma omp simd reduction(+ : part)
-    for (int64_t j = j0; j < end; ++j) part += load(a[j]) * load(b[j]);
-    sum += part;
-  }
-  return sum;
-}
-
 template <class S>
 GENFUSE_HD bool past_caches(const Problem& p) {
   return p.rows * p.cols * int64_t(sizeof(S)) > kCached;

@@ -121,7 +121,7 @@ template <class Out>
 void run_rows(const Problem& p, const Out& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
     using S = decltype(storage);
-    for_rows(p.rows, p.cols, 32 * 8, [&](auto lanes, int blocks) {
+    for_rows<4>(p.rows, p.cols, 32 * 8, [&](auto lanes, int blocks) {
       const auto launch = [&](auto bins) {
         kernel<lanes, bins, S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, Constants<compute_t<S>>(p), out);
       };

@@ -23,11 +23,13 @@ GENFUSE_HD void forward_rows(const Problem& p, const Forward& out, int64_t begin
       const int64_t n = std::min(kBlock, p.cols - j0);
       const T* mu = read(element<S>(p.mu, i * p.mu_stride + j0), n, mu_buffer);
       const T* logvar = read(element<S>(p.logvar, i * p.logvar_stride + j0), n, logvar_buffer);
-#pragma omp simd reduction(+ : sum)
+      T part = 0;  // a long sum would lose digits
+#pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < n; ++j) {
         sigmas[j] = sigma(logvar[j]);
-        sum += kl(mu[j], logvar[j], sigmas[j]);
+        part += kl(mu[j], logvar[j], sigmas[j]);
       }
+      sum += part;
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + i) * p.cols + j0;
         const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);

@@ -11,9 +11,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   using T = compute_t<S>;
   for (int64_t i = begin; i < end; ++i) {
     const S* z = element<S>(p.z, i * p.z_stride);
-    T squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < p.cols; ++j) squares += load(z[j]) * load(z[j]);
+    const T squares = dot(z, z, p.cols);
     const T logdet = p.logdet ? *element<T>(p.logdet, i) : T(0);
     *element<T>(out.log_prob, i) = log_prob(squares, T(p.cols), logdet);
   }

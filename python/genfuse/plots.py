@@ -253,13 +253,14 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
     with _figure(path, (3.6 * columns, 2.8 * math.ceil(count / columns))) as figure:
         for i in range(count):
             axes = figure.add_subplot(math.ceil(count / columns), columns, i + 1)
-            low, high = np.quantile(data[:, i], (0.001, 0.999))
+            shown = [values[:, i][~np.isnan(values[:, i])] for values in (data, drawn)]
+            low, high = np.quantile(shown[0], (0.001, 0.999))
             bins = np.linspace(low, high if high > low else low + 1, 40)
-            outside = ((drawn[:, i] < bins[0]) | (drawn[:, i] > bins[-1])).mean()
-            for values, colour, label in ((data, DATA, "data"), (drawn, MODEL, "samples")):
+            outside = ((shown[1] < bins[0]) | (shown[1] > bins[-1])).mean()
+            for values, colour, label in zip(shown, (DATA, MODEL), ("data", "samples"), strict=True):
                 # Per example, so that samples outside the bins lower the histogram and do not sharpen it.
-                weights = np.full(len(values), 1 / len(values))
-                axes.hist(values[:, i], list(bins), weights=weights, color=colour, alpha=0.55, label=label)
+                weights = np.full(len(values), 1 / len(data if label == "data" else drawn))
+                axes.hist(values, list(bins), weights=weights, color=colour, alpha=0.55, label=label)
             axes.set(title=names[i], yticks=[])
             if outside >= 0.005:  # of the data it is 0.002
                 axes.set_xlabel(f"{outside:.0%} of the samples lie outside", color=MODEL, fontsize=8)
@@ -281,6 +282,24 @@ def as_html(draw: Callable[..., None], *args: Any, suffix: str = "svg") -> str:
         file = Path(folder, f"picture.{suffix}")
         draw(*args, file)
         return inline(file)
+
+
+def detection(
+    roc: Sequence[Sequence[float]], precision_recall: Sequence[Sequence[float]], share: float, path: str | Path
+) -> None:
+    """ROC curve, (false, true) positive rates, and precision over recall, (recall, precision), beside those of chance:
+    the diagonal, and the ``share`` of what is to be found."""
+    with _figure(path, (8.4, 4.2)) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot(*roc, color=MODEL, lw=1.6, label="scores")
+        left.plot([0, 1], [0, 1], color=DATA, ls="--", lw=1.2, label="chance")
+        left.set(title="ROC curve", xlabel="false-positive rate", ylabel="true-positive rate")
+        right.plot(*precision_recall, color=MODEL, lw=1.6)
+        right.axhline(share, color=DATA, ls="--", lw=1.2)
+        right.set(title="precision and recall", xlabel="recall", ylabel="precision")
+        for axes in (left, right):
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        left.legend(loc="lower right")
 
 
 def evenly(items: list[Any], most: int) -> list[Any]:

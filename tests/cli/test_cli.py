@@ -351,7 +351,12 @@ def test_the_best_weights_are_kept_and_named(capsys, tmp_path):
     assert f"kept: the weights of step {best['step']}, with the lowest validation loss, {best['loss']:.5g}" in said
     assert main(["evaluate", str(out), "--samples", "2"]) == 0
     assert list(json.loads((out / "evaluation.json").read_text())) == ["train", "validation", "test", "samples"]
-    assert "use keep='last'" in fails(capsys, "train", "vae", "--data", "digits", "--keep", "best", *QUICK)
+    assert "use keep='last'" in fails(capsys, "train", "gan", "--data", "digits", "--keep", "best", *QUICK)
+    assert main(["train", "vae", "--data", "digits", "--patience", "1", "--out", str(out), "--overwrite", *QUICK]) == 0
+    assert "'digits' has no validation split: 150 of its training examples" in capsys.readouterr().err
+    assert main(["train", "--resume", str(out), "--epochs", "2"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["evaluate", str(out), "--samples", "2", "--n", "0"]) == 0
 
 
 def test_the_folder_is_named_by_model_and_data_where_it_is_not_given(monkeypatch, tmp_path, table):
@@ -791,7 +796,9 @@ def test_sample_overwrites_nothing_unasked(capsys, run, tmp_path):
 
 
 def test_what_sample_cannot_do_is_said(capsys, run, tmp_path):
-    assert "--out must end in .png, .npy or .npz; got x.jpg" in fails(capsys, "sample", run, "--out", "x.jpg")
+    assert "--out must end in .png, .npy or .npz; got x.jpg; of tables in .csv, too" in fails(
+        capsys, "sample", run, "--out", "x.jpg"
+    )
     assert "--n must be at least 1; got 0" in fails(capsys, "sample", run, "--out", "x.png", "--n", "0")
     assert "--device must be" in fails(capsys, "sample", run, "--out", "x.png", "--device", "abacus")
     assert "there is no run folder" in fails(capsys, "sample", tmp_path / "absent", "--out", "x.png")

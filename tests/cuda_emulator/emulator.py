@@ -151,7 +151,8 @@ def _for_g_plus_plus(source: Path, target: Path, variant: str) -> None:
 
 def _link(jobs: list[tuple[Path, list[str]]], target: Path, flags: list[str], include: list[Path]) -> Path:
     """Compile sources, as many at a time as there are processors, and link them."""
-    (BUILD / "objects").mkdir(parents=True, exist_ok=True)
+    for folder in (BUILD / "objects", target.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     headers = "\0".join(p.read_text() for d in include for s in ("*.h", "*.cuh") for p in sorted(d.rglob(s)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _compile(job[0], job[1], headers), jobs))

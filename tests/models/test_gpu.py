@@ -11,9 +11,11 @@ import torch
 from required import skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import genfuse
 from benchmarks.operators import OPERATORS
 from genfuse import plugins
 from genfuse.ops import _op
+from genfuse.training import Trainer
 
 HERE = Path(__file__).resolve().parent
 MODELS = [plugin.name for plugin in plugins.discover("models") if plugin.distribution == plugins.OURS]
@@ -84,3 +86,58 @@ def test_an_operator_can_be_captured_in_a_cuda_graph(operator):
             kernel.native(*args)
     assert not launches.waiting
     assert not launches.copies
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    if not torch.cuda.is_available():
+        skip("cuda", "no CUDA device")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which is PyTorch's default for convolutions
+    return torch.device("cuda")
+
+
+def _made(name, source):
+    data = genfuse.load_data(source)
+    torch.manual_seed(0)
+    try:
+        return genfuse.create(name, data), data
+    except genfuse.errors.GenfuseError as error:
+        pytest.skip(f"{name} is not made for {source}: {error}")
+
+
+@pytest.mark.parametrize("source", ["digits", "toy:moons"])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_trains_and_resumes_on_a_gpu_and_is_there_what_it_is_on_the_cpu(name, source, gpu, tmp_path):
+    model, data = _made(name, source)
+    trainer = Trainer(steps=6, checkpoint_every=3, batch_size=32, device="cuda", pictures=False, out=tmp_path / "run")
+    run = trainer.fit(model, data)
+    Trainer.resuming(run, steps=9).fit(run.model(), data)
+    there, here = run.model(gpu), run.model()
+    x = data.batch("test", slice(16)).x
+    assert there.sample(4).isfinite().all()
+    for verb in ("log_prob", "encode", "decode", "reconstruct"):  # those of diffusion are solved by adaptive steps
+        if name not in ("edm", "ddpm", "score", "flow-matching") and hasattr(there, verb) and hasattr(there, "encode"):
+            given = here.encode(x) if verb == "decode" else x
+            torch.manual_seed(0)
+            torch.testing.assert_close(
+                getattr(there, verb)(given.to(gpu)).cpu(), getattr(here, verb)(given), rtol=1e-3, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_on_a_gpu_waits_for_nothing(name, gpu):
+    model, data = _made(name, "digits")
+    model.to(gpu).train()
+    batch = data.to(gpu).batch("train", slice(32))
+    optimizers = {player.name: player.optimizer(player.parameters) for player in model.players()}
+    for attempt in range(3):
+        for player in model.players():
+            torch.cuda.set_sync_debug_mode("error" if attempt == 2 else "default")  # what the first ones do once
+            try:
+                loss, _ = model.loss(batch, player.name)
+                loss.backward()
+                optimizers[player.name].step()
+                optimizers[player.name].zero_grad()
+                model.stepped(player.name)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

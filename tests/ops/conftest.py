@@ -40,7 +40,7 @@ class Guard:
 
     def empty(self, like: torch.Tensor, where: str) -> torch.Tensor:
         """A tensor of that one's shape, strides and dtype, full of NaN (of -1, if of integers)."""
-        if self.sanitized:
+        if self.sanitized or like.device.type != "cpu":  # a GPU's memory has compute-sanitizer
             like.untyped_storage().fill_(0xFF)
             return like
         size = (sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) + 1) * like.element_size()
@@ -72,14 +72,19 @@ class Guard:
                 raise AssertionError(f"a kernel wrote to byte {int(beyond[0])} beyond {what}")
 
     def around(self, allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """What allocates in place of that function of PyTorch: as it does, but for operators and on the CPU."""
+        """What allocates in place of that function of PyTorch: as it does, but for operators."""
 
         def guarded(*arguments: Any, **settings: Any) -> torch.Tensor:
             if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _stand_for_others():
                 return allocate(*arguments, **settings)
             tensor, caller = allocate(*arguments, **settings), sys._getframe(1)
             of_an_operator = caller.f_globals.get("__name__", "").startswith("genfuse.ops.")
-            if of_an_operator and type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.numel():
+            if (
+                of_an_operator
+                and type(tensor) is torch.Tensor
+                and tensor.device.type in ("cpu", "cuda")
+                and tensor.numel()
+            ):
                 return self.empty(tensor, _where(caller))
             return tensor
 

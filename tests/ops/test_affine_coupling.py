@@ -129,7 +129,7 @@ def test_images_are_coupled_along_their_channels(selection, device, implementati
 def test_any_strides_give_the_same(layout, device, implementation):
     torch.manual_seed(0)
     if layout == "channels last":
-        x, params = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+        x, params = torch.randn(2, 4, 3, 3, device=device), torch.randn(2, 4, 3, 3, device=device)
         x, params = (t.to(device).contiguous(memory_format=torch.channels_last) for t in (x, params))
     elif layout == "batch of batches":
         x, params = torch.randn(2, 3, 8, device=device)[..., :4], torch.randn(2, 3, 9, device=device)[..., 5:]
@@ -146,11 +146,11 @@ def test_any_strides_give_the_same(layout, device, implementation):
         torch.testing.assert_close(a, b)
 
 
-def test_rows_of_a_conditioners_output_are_not_copied(monkeypatch, implementation):
-    wide = torch.randn(6, 20)
+def test_rows_of_a_conditioners_output_are_not_copied(monkeypatch, device, implementation):
+    wide = torch.randn(6, 20, device=device)
     copies = []
     monkeypatch.setattr(ops._op, "rows", lambda t, rows=ops._op.rows: copies.append(rows(t)[0] is not t) or rows(t))
-    affine_coupling(torch.randn(6, 8)[:, :4], wide[:, 3:11], 0)
+    affine_coupling(torch.randn(6, 8, device=device)[:, :4], wide[:, 3:11], 0)
     assert not any(copies)
 
 

@@ -1,6 +1,7 @@
 """What holds of every operator, on every device, by every implementation."""
 
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -243,3 +244,69 @@ def test_a_fake_tensor_in_any_place_gives_a_fake_result(operator, device):
             outputs = operator.function(**{**arguments, name: fake})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         assert all(isinstance(o, FakeTensor) for o in outputs if o is not arguments.get("x0"))
+
+
+on_a_gpu = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("size", [(2, 6), (64, 63)], ids=str)
+def test_forward_and_backward_are_captured_in_a_cuda_graph(operator, size, device, implementation):
+    if implementation == "reference" and operator.name == "autoregressive_inverse":
+        pytest.skip("its formula visits the coordinates one by one")
+    arguments = operator.arguments(size, torch.float32, device)
+    everything = lambda: (operator.function(**arguments), run(operator, arguments))  # noqa: E731
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        everything()  # what is compiled or cached at the first call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a synchronisation, or a copy from pageable memory, would fail it
+        captured = everything()
+    changed = operator.arguments(size, torch.float32, device)
+    for name, tensor in changed.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            arguments[name].data.copy_(tensor.detach() / 2)
+    graph.replay()
+    if operator.replay(arguments):  # random: each replay draws anew
+        first = tree_map(torch.clone, captured)
+        graph.replay()
+        pairs = zip(tree_flatten(first)[0], tree_flatten(captured)[0], strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs)
+    else:
+        torch.testing.assert_close(captured, everything())
+
+
+@on_a_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LONG_ROWS, "affine_coupling", "bernoulli"])
+def test_beyond_2_to_the_31_elements_the_last_rows_are_as_if_alone(name, device, implementation):
+    if implementation == "reference":
+        pytest.skip("kernels count elements")
+    operator, few, rows = OPERATORS[name], 5, (1 << 31) // 64 + 5
+    function = partial(operator.function, reduction="none") if name == "gradient_norm_penalty" else operator.function
+    alone = operator.arguments((few, 64), torch.bfloat16, device)
+    noise = {name: value.to(torch.bfloat16) for name, value in operator.replay(alone).items()}
+    noise = {} if name == "bernoulli" else noise  # which takes none
+
+    def last_of_many(value):
+        if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != few:
+            return value  # no row an example
+        many = value.new_zeros(rows, *value.shape[1:])
+        many[-few:] = value.detach()
+        return many.requires_grad_(value.requires_grad)
+
+    def results(arguments):
+        outputs = function(**arguments)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        inputs = list(leaves(arguments).values())
+        made = torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs]) if inputs else ()
+        return [
+            t.detach()[-few:] for t in (*outputs, *made) if t.dim() and len(t) == len(next(iter(arguments.values())))
+        ]
+
+    many = tree_map(last_of_many, alone)
+    if noise or not operator.replay(alone):
+        for a, b in zip(results({**many, **tree_map(last_of_many, noise)}), results({**alone, **noise}), strict=True):
+            torch.testing.assert_close(a, b)
+    assert all(t.isfinite().all() for t in results(many))  # of its own noise; what is left unwritten is NaN

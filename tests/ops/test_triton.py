@@ -9,7 +9,8 @@ import pytest
 COMPILE = """
 import re
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource, compile, make_backend
+from triton.runtime.jit import create_function_from_signature
 from genfuse.ops._triton import (
     actnorm, affine_coupling, bernoulli, diffuse, gradient_norm_penalty, interpolate, standard_normal_log_prob,
 )
@@ -17,13 +18,18 @@ from genfuse.ops._triton import rational_quadratic_spline as spline
 from genfuse.ops._triton import reparameterize_kl as module
 
 
+gpu = GPUTarget("cuda", 90, 32)
+backend = make_backend(gpu)
 wrapping = set()
 
 
 def check(kernel, types, fixed):
+    # A launch binds arguments by a function that Triton writes, with local variables of its own (`params`).
+    given = dict.fromkeys(kernel.arg_names, 2)
+    assert create_function_from_signature(kernel.signature, kernel.params, backend)(**given)[0] == given, kernel
     # Triton gives a kernel integers below 2^31 in 32 bits, all together or one by one.
     signature = {name: "constexpr" if name in fixed else types.get(name, integers) for name in kernel.arg_names}
-    binary = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+    binary = compile(ASTSource(kernel, signature, fixed), target=gpu)
     assert len(binary.asm["cubin"]) > 1000
     # A product of two of them that is not widened first wraps from 2^31 on; that of an index and a block's size is less
     # than the number of elements on one axis.
@@ -40,7 +46,7 @@ for storage, wide, integers in (
     types = {"p": storage, "seed": "*i64", "x": storage}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
-    types = {"x": storage, "params": storage, "shift": storage, "factor": sums, "mask": "*u8", "y": storage,
+    types = {"x": storage, "theta": storage, "shift": storage, "factor": sums, "mask": "*u8", "y": storage,
              "logdet": sums,
              "gy": storage, "glogdet": sums, "gx": storage, "gparams": storage, "gshift": storage}
     for kind, inverse, given in (
@@ -98,7 +104,7 @@ for storage, wide, integers in (
         for inverse in (False, True):
             fixed = {**settings, "WIDTH": width, "TAILS": tails, "INVERSE": inverse, "BLOCK": 32, "WIDE": wide,
                      "clip": 6.9 if inverse else 0.0, **({} if tails == 3 else {"table": None})}
-            types = {"x": storage, "params": storage, "table": sums}
+            types = {"x": storage, "free": storage, "table": sums}
             check(spline.forward_kernel, {**types, "y": storage, "logdet": sums}, fixed)
             types |= {"gy": storage, "glogdet": sums, "gx": storage, "gparams": storage}
             check(spline.backward_kernel, types, fixed)

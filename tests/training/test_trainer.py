@@ -3,13 +3,15 @@ import math
 import sys
 from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_models import Config, Plain, Tiny, validated
 
 import genfuse
 from genfuse.data import Dataset, Split
-from genfuse.errors import NonFiniteLossError, SettingsError, TrainingWarning
+from genfuse.errors import DataError, DataWarning, NonFiniteLossError, RunError, SettingsError, TrainingWarning
 from genfuse.training import Run, Trainer
 from genfuse.training.process import NOISE, seed_of
 
@@ -264,13 +266,111 @@ def test_best_without_a_finite_validation_loss_keeps_the_last_weights(digits, tr
     assert model.mean.norm() > 0
 
 
-def test_best_needs_a_validation_split_and_one_player(make, digits, trainer, tmp_path):
-    best = trainer(keep="best", out=tmp_path / "run")
-    with pytest.raises(SettingsError, match=r"'digits' has none, only train, test: use keep='last', or data that has"):
-        best.fit(make("tiny"), digits)
+@pytest.mark.parametrize("option", [{"keep": "best"}, {"patience": 3}])
+def test_the_best_weights_are_those_of_one_player(option, make, digits, trainer, tmp_path):
+    best = trainer(**option, out=tmp_path / "run")
     with pytest.raises(SettingsError, match=r"one player.* Duel has 2 \(critic, generator\): use keep='last'"):
         best.fit(make("duel"), validated(digits))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_without_a_validation_split_gets_one_that_the_run_remembers(make, digits, trainer, tmp_path):
+    best = trainer(epochs=1, keep="best", out=tmp_path / "run")
+    with pytest.warns(DataWarning, match=r"'digits' has no validation split: 150 of .* and 1,350 are trained on"):
+        run = best.fit(make("tiny"), digits)
+    data = run.data()
+    assert {part: len(split) for part, split in data.splits.items()} == {"train": 1350, "test": 297, "validation": 150}
+    assert run.config["data"]["splits"]["validation"] == data.fingerprint("validation")
+    assert data.fingerprint() == genfuse.load_data("digits", validation=0.1).fingerprint() != digits.fingerprint()
+    both = torch.cat([data.splits[part].x for part in ("train", "validation")])
+    assert torch.equal(both.flatten(1).sum(1).sort().values, digits.splits["train"].x.flatten(1).sum(1).sort().values)
+    with pytest.warns(DataWarning):
+        Trainer.resuming(run, epochs=2).fit(run.model(), digits)
+    Trainer.resuming(run, epochs=3).fit(run.model(), data)
+
+
+class Falling(Plain):
+    """Its weights after each update are given, so that the validation loss falls for two epochs of 12, then rises."""
+
+    def after_step(self, player):
+        with torch.no_grad():
+            self.updates = getattr(self, "updates", 0) + 1
+            self.mean.fill_({12: 0.8, 24: 0.3}.get(self.updates, 2.0))
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_patience_ends_a_training_with_its_best_weights(folder, digits, trainer, tmp_path):
+    model = Falling(Config())
+    model.plugin = "plain"
+    run = trainer(epochs=50, patience=3, out=tmp_path / "run" if folder else None).fit(model, validated(digits))
+    assert model.updates == 5 * 12  # the second epoch was the best
+    assert torch.equal(model.mean, torch.full((64,), 0.3))
+    if folder:
+        assert run.step == 24
+        again = run.model()
+        Trainer.resuming(run).fit(again, validated(digits))  # which has nothing to do
+        assert run.metrics()[-1]["step"] == 60
+
+
+def test_a_training_that_patience_would_end_goes_on_as_one_with_more_of_it(make, digits, trainer, tmp_path):
+    data, options = validated(digits), {"epochs": 40, "lr": 1.0}
+    whole = trainer(**options, patience=4, out=tmp_path / "whole").fit(make("tiny"), data)
+    run = trainer(**options, patience=1, out=tmp_path / "run").fit(make("tiny"), data)
+    stopped = run.metrics()[-1]["step"]
+    run = Trainer.resuming(run, patience=4).fit(make("tiny"), data)
+    assert stopped < run.metrics()[-1]["step"] == whole.metrics()[-1]["step"] < 480
+    for file in ("model.safetensors", "state.safetensors"):
+        assert (whole.path / file).read_bytes() == (run.path / file).read_bytes()
+    with pytest.raises(RunError, match="training keep: was 'best', now 'last'"):
+        Trainer.resuming(run, patience=None).fit(make("tiny"), data)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_callbacks_see_the_metrics_as_they_are_made_and_can_end_the_training(folder, make, digits, trainer, tmp_path):
+    lines = []
+
+    def end(line):
+        lines.append(line)
+        return line["split"] == "test" and line["epoch"] == 2
+
+    options = {"epochs": 9, "log_every": 5, "out": tmp_path / "run" if folder else None}
+    run = trainer(**options).fit(make("tiny"), digits, [end])
+    assert {line["split"] for line in lines} == {"train", "epoch", "test"}
+    assert lines[-1]["step"] == 30
+    if folder:
+        timeless = [{k: v for k, v in line.items() if k not in ("seconds", "examples_per_second")} for line in lines]
+        kept = [
+            {k: v for k, v in line.items() if k not in ("seconds", "examples_per_second")} for line in run.metrics()
+        ]
+        assert kept == timeless
+        trainer(epochs=9, out=tmp_path / "whole").fit(make("tiny"), digits)
+        Trainer.resuming(run).fit(make("tiny"), digits)
+        assert (run.path / "state.safetensors").read_bytes() == (tmp_path / "whole/state.safetensors").read_bytes()
+
+
+def test_what_a_callback_raises_ends_the_training(make, digits, trainer):
+    class PrunedError(Exception):
+        pass
+
+    def prune(line):
+        raise PrunedError
+
+    with pytest.raises(PrunedError):
+        trainer().fit(make("tiny"), digits, [prune])
+
+
+@pytest.mark.parametrize("kind", ["array", "frame", "dataset", "loader"])
+def test_data_in_memory_is_trained_on_as_it_is(kind, trainer, tmp_path):
+    x = np.random.default_rng(0).normal([3, 500], [1, 90], (100, 2))
+    of = torch.utils.data.TensorDataset(torch.from_numpy(x))
+    given = {"array": x, "frame": pd.DataFrame(x, columns=["a", "b"]), "dataset": of,
+             "loader": torch.utils.data.DataLoader(of, batch_size=30)}[kind]  # fmt: skip
+    model = genfuse.create("nsf", given, hidden=8)
+    run = trainer(epochs=1, out=tmp_path / "run").fit(model, given)
+    assert run.scaling.mean == pytest.approx(run.data(name=given).scaling.mean)
+    assert run.data(name=given).fingerprint() == run.config["data"]["fingerprint"]
+    with pytest.raises(DataError, match="was given in memory, from Python"):
+        run.data()
 
 
 class Breaking(Plain):

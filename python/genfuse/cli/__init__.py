@@ -18,9 +18,13 @@ genfuse: train, sample and evaluate generative models
 usage: genfuse COMMAND [options]
 
   list [KIND]                what can be trained, on what, and how it is measured
+  data describe FILE         what the columns of a table are taken for
   train MODEL --data NAME    train a model and leave a run folder
-  sample RUN --out FILE      draw from a trained model: .png, .npy or .npz
+  sample RUN --out FILE      draw from a trained model: .png, .csv, .npy or .npz
   evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples
+  score RUN FILE --out FILE  how odd each example is, and which columns make it so; also encode, reconstruct and
+                             interpolate RUN FILE --out FILE
+  export RUN --out FILE      programs for other runtimes: .onnx or .pt2
   train-features DATA        train the classifier that samples are compared by
   compare MODEL ...          train several models equally long, in one table and page
   plugins                    state of every plugin that a package brought

@@ -9,6 +9,8 @@ from genfuse.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
+    from genfuse.data import Schema
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -19,7 +21,12 @@ class DataOptions:
     header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
     delimiter: str = ","  # csv: what stands between cells, such as ; or tab
     decimal: str = "."  # csv: the mark before decimals: . or ,
+    columns: str = ""  # csv: columns that are read, as a,b; left out: all
+    drop: str = ""  # csv: columns that are left out, as a,b
+    types: str = ""  # csv: kinds of columns, as a=category,b=date:%d/%m/%Y: number, integer, category, boolean or date
+    target: str = ""  # tables: the column that `genfuse evaluate` predicts; left out, the last of categories
     condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
+    validation: float = 0.0  # share of the training examples to make a validation split of; 0.1 if one is needed
     size: str = ""  # pictures: one side in pixels, or HEIGHT,WIDTH, that all are made to have
     fit: Literal["crop", "pad", "stretch"] = "crop"  # pictures: how that size is reached
     mode: Literal["", "auto", "L", "RGB"] = ""  # pictures: make all grey (L) or RGB; auto: grey if all are
@@ -49,3 +56,18 @@ def refuse_existing(file: Path, overwrite: bool) -> None:
     """Raise SettingsError if a file is there that may not be replaced."""
     if file.exists() and not overwrite:
         raise SettingsError(f"{file} exists: name another file, or pass --overwrite")
+
+
+def show_columns(schema: "Schema") -> None:
+    """Print what the columns of a table are taken for."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from genfuse._files import plain
+
+    table = Table("column", "kind", "values", "missing", box=box.SIMPLE_HEAD)
+    for row in schema.describe():
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    Console().print(table)

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from genfuse import plugins
 from genfuse._files import plain
+from genfuse.cli._apply import encode, export, interpolate, reconstruct, score
 from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._families import FAMILIES
@@ -96,6 +97,51 @@ def new_plugin(
     return 0
 
 
+def data(
+    action: Literal["describe"],
+    file: Annotated[Path, arg(metavar="FILE")],
+    /,
+    *,
+    header: Literal["auto", "yes", "no"] = "auto",
+    delimiter: str = ",",
+    decimal: str = ".",
+    columns: Annotated[str, arg(metavar="A,B", help_behavior_hint="(default: all)")] = "",
+    drop: Annotated[str, arg(metavar="A,B", help_behavior_hint="")] = "",
+    types: Annotated[str, arg(metavar="A=KIND", help_behavior_hint="")] = "",
+) -> int:
+    """Show what the columns of a CSV file are taken for: numbers, integers, categories, booleans, dates, or left out.
+
+    `genfuse train` takes the same options as --data.types and so on, to have it otherwise.
+
+    example:
+      genfuse data describe customers.csv --types zip=category
+
+    Args:
+        action: what to do
+        file: CSV file, or folder of train.csv and test.csv
+        header: yes: the first row is the names of the columns; no: it is an example; auto: if no cell is a number
+        delimiter: what stands between cells, such as ; or tab
+        decimal: the mark before decimals: . or ,
+        columns: columns to read
+        drop: columns to leave out
+        types: kinds of columns, in place of what is seen: number, integer, category, boolean, date or date:%d/%m/%Y
+    """
+    import warnings
+
+    from genfuse.cli._arguments import show_columns
+    from genfuse.data import load_data
+    from genfuse.errors import DataWarning
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).* is left out: ", DataWarning)  # which the table says
+        found = load_data(
+            f"csv:{file}", header=header, delimiter=delimiter, decimal=decimal, columns=columns, drop=drop, types=types
+        )
+    print(plain(f"{file}: " + ", ".join(f"{part} {len(split):,}" for part, split in found.splits.items()) + " rows"))
+    show_columns(found.described())
+    return 0
+
+
 def doctor(
     *, data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None
 ) -> int:
@@ -141,8 +187,14 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "new-plugin": new_plugin,
     "sample": sample,
     "evaluate": evaluate,
+    "score": score,
+    "encode": encode,
+    "reconstruct": reconstruct,
+    "interpolate": interpolate,
+    "export": export,
     "train-features": train_features,
     "compare": compare,
+    "data": data,
     "doctor": doctor,
     "completion": completion,
 }

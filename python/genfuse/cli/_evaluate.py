@@ -3,18 +3,24 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from genfuse._files import plain
 from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device, refuse_existing
+from genfuse.errors import GenfuseError, SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from genfuse.data import Dataset
+    from genfuse.training import Run
+
+SPLITS = ("train", "validation", "test")
 
 
 def evaluate(
@@ -32,6 +38,9 @@ def evaluate(
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: where it was)")] = None,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
+    labels: Annotated[str | None, arg(metavar="COLUMN|FILE", help_behavior_hint="")] = None,
+    method: Literal["auto", "likelihood", "reconstruction", "denoising", "critic"] = "auto",
+    fpr: Annotated[float, arg(metavar="SHARE")] = 0.05,
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
@@ -42,8 +51,13 @@ def evaluate(
     example, mean squared error of a reconstructed cell, KL of each latent dimension in nats, and how many latent
     dimensions are active (arXiv 1509.00519).
 
-    Data that has moved since the training is named by --data; data that has changed is refused. A run that cannot be
-    written to is measured all the same.
+    Data that has moved since the training is named by --data. Other data can be named too, and is measured as the run's
+    own would be, by its columns and units, as one split; data that has changed in its place is refused. A run that
+    cannot be written to is measured all the same.
+
+    With --labels, which say of each example of --data whether it is odd (1) or not (0), it is measured how well the
+    scores of `genfuse score` find the odd ones: AUROC, average precision, and a threshold for a share of false alarms;
+    the curves are detection.png.
 
     Samples of a model that can sample are compared with the test split in the space of --features: Fréchet, kernel and
     sliced Wasserstein distance, precision, recall, density, coverage, and the distance to the nearest training example;
@@ -66,13 +80,21 @@ def evaluate(
         inception_weights: for --features inception: a TorchScript file
         pictures: folder for neighbours.png
         json: also write the numbers to this file
-        data: the data set of the run, if it has moved, as csv:NEW/PATH
+        data: the data set of the run, if it has moved, as csv:NEW/PATH; or another one, or a file
         data_root: folder with the data sets that are read from files
+        labels: a column of --data, y for the labels in an npz file, or a file with a number a row: 1 is odd, 0 is not
+        method: of the scores, as of `genfuse score`
+        fpr: share of the examples that are not odd which may reach the threshold
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing --json file
     """
     if json is not None:
         refuse_existing(json, overwrite)
+    if labels is not None:
+        if data is None:
+            raise SettingsError("--labels are of the examples of --data: name those too")
+        folder = pictures or (run / "pictures" if os.access(run, os.W_OK) else None)
+        return _detect(run, data, data_root, labels, method, fpr, samples, seed, device, folder, json)
 
     from genfuse.data import names_in
     from genfuse.metrics import evaluate, evaluate_samples
@@ -81,7 +103,14 @@ def evaluate(
 
     metrics = metrics and tuple(name for each in metrics for name in names_in(each))
     trained = Run(run)
-    found = trained.data(data_root, data)
+    other = False
+    try:
+        found = trained.data(data_root, data)
+    except GenfuseError:
+        if data is None:
+            raise
+        found, other = _other_data(trained, data, data_root), True
+        n = n if "train" in found.splits else 0
     model = trained.model(find_device(device))
     # Someone else's run, or one on a disk for reading alone, is told apart before anything is measured.
     writable = os.access(run, os.W_OK)
@@ -99,7 +128,7 @@ def evaluate(
             inception_weights=inception_weights,
             picture=picture,
         )
-    result = evaluate(model, found, samples=samples, limit=limit)
+    result = evaluate(model, found, samples=samples, limit=limit, splits=("test",) if other else SPLITS)
     _print_evaluation(result)
     if of_samples is not None:
         _print_samples(of_samples)
@@ -109,11 +138,51 @@ def evaluate(
     if json is not None:
         _write_json(json, content)
         print(plain(f"written: {json}"))
-    if writable:
+    if other:
+        print(plain(f"{data} is not what {run} was trained on, so {run / 'evaluation.json'} stays as it is"))
+    elif writable:
         _write_json(run / "evaluation.json", content)
         print(plain(f"written: {run / 'evaluation.json'}"))
     else:
         print(plain(f"genfuse: {run} cannot be written to, so it has no evaluation.json of this"), file=sys.stderr)
+    return 0
+
+
+def _other_data(run: "Run", name: str, root: Path | None) -> "Dataset":
+    """Other data than a run's, as its test split beside the run's own training split, if that is still there."""
+    from genfuse.applications import examples
+
+    found = examples(run, name, root=root).data
+    splits = {"test": found.splits["test"]}
+    try:
+        splits["train"] = run.data(root).splits["train"]
+    except GenfuseError as error:
+        print(plain(f"genfuse: samples are not measured, for want of the run's own data: {error}"), file=sys.stderr)
+    return replace(found, splits={"train": found.splits["test"], **splits})
+
+
+def _detect(
+    run: Path, data: str, root: Path | None, labels: str, method: str, fpr: float, samples: int, seed: int, device: str,
+    pictures: Path | None, json: Path | None,
+) -> int:  # fmt: skip
+    """Measure how well the scores of labelled examples find those of label 1."""
+    from genfuse import plots
+    from genfuse.applications import detection, examples, find_method, labels_of, score
+
+    found = examples(run, data, root=root, device=find_device(device))
+    odd = labels_of(found, labels)
+    scores = score(found, method=method, samples=samples, seed=seed, explain=0)["score"]
+    result = {"method": find_method(found.model, method), "fpr": fpr, **detection(scores, odd, fpr=fpr)}
+    curves = {name: result.pop(name) for name in ("roc", "precision_recall")}
+    for name, value in result.items():
+        _show(f"{name.replace('_', ' ')}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        plots.detection(**curves, share=result["share"], path=pictures / "detection.png")
+        print(plain(f"picture: {pictures / 'detection.png'}"))
+    if json is not None:
+        _write_json(json, {**result, **curves})
+        print(plain(f"written: {json}"))
     return 0
 
 

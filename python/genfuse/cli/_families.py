@@ -53,5 +53,11 @@ FAMILIES = {
             "sliced-wasserstein": "of features, over random directions",
             "modes": "how many of a toy's known modes have samples",
         },
+        "of rows beside those of a table": {
+            "marginals": "each column by itself",
+            "correlations": "each two columns together",
+            "detection": "how well a classifier tells real from fake",
+            "usefulness": "train on samples, test on real rows",
+        },
     },
 }

@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import operator
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +15,11 @@ from genfuse.cli._arguments import find_device, refuse_existing
 from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
     import torch
 
+    from genfuse.data import Schema
     from genfuse.models import GenerativeModel
     from genfuse.training import Run
 
@@ -25,6 +31,7 @@ def sample(
     out: Annotated[Path, arg(metavar="FILE")],
     n: int = 64,
     label: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: drawn for each example)")] = None,
+    where: Annotated[str | None, arg(metavar="A=1,B>2", help_behavior_hint="")] = None,
     condition: Annotated[str | None, arg(metavar="A=1,B=2", help_behavior_hint="(default: test examples')")] = None,
     temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="(default: the model's)")] = None,
     sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None,
@@ -37,18 +44,22 @@ def sample(
 ) -> int:
     """Draw from the model of a run: a picture, or the numbers.
 
-    A .png is a grid of images, or points in 2 dimensions beside those of the data. A .npy is the array (n, *shape); a
-    .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model. Tables are in their
-    original units; discrete data, such as images, is in [0, 1].
+    A .png is a grid of images, or points in 2 dimensions beside those of the data. A .csv is the rows of a table, under
+    the names of its columns: integers whole, categories as words, and what is missing empty. A .npy is the array
+    (n, *shape); a .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model.
+    Tables are in their original units; discrete data, such as images, is in [0, 1].
 
     example:
       genfuse sample runs/vae --n 64 --out grid.png
+      genfuse sample runs/customers --n 1000 --where "churned=1,age>40" --out rows.csv
 
     Args:
         run: run folder
-        out: file to write: .png, .npy or .npz
+        out: file to write: .png, .csv, .npy or .npz
         n: number of examples
         label: conditional models: the label of all examples, a class's name or number
+        where: tables: what rows must be, by =, !=, <, <=, > or >=; what the model is given is given, of the rest rows
+            that are otherwise are drawn anew, up to 200,000 times
         condition: models of p(x | columns): a value of each of these columns, in their units, for all examples
         temperature: models that take one, such as flows: above 0; below 1 for samples nearer to the modes
         sampler: diffusion models: ancestral, ddim, heun, heun-stochastic, langevin or dpm-solver++
@@ -59,8 +70,8 @@ def sample(
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
     """
-    if out.suffix not in (".png", ".npy", ".npz"):
-        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}")
+    if out.suffix not in (".png", ".csv", ".npy", ".npz"):
+        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}; of tables in .csv, too")
     if n < 1:
         raise SettingsError(f"--n must be at least 1; got {n}")
     if temperature is not None and not 0 < temperature < math.inf:
@@ -72,7 +83,9 @@ def sample(
 
     from genfuse import plots
     from genfuse._files import writing
+    from genfuse.data import joined, names_in
     from genfuse.models import sample_in_parts
+    from genfuse.nn import Columns
     from genfuse.training import Run
     from genfuse.training.process import seed_of
 
@@ -83,6 +96,9 @@ def sample(
             f"a .png shows images or points in 2 dimensions, but {run} has examples of shape {shape}: "
             f"use --out {out.with_suffix('.npy')} or .npz"
         )
+    if len(shape) != 1 and (out.suffix == ".csv" or where is not None):
+        raise SettingsError(f"--where and a .csv are for tables, but {run} has examples of shape {shape}")
+    rules = _rules(trained, where)
     model = trained.model(find_device(device))
     generator = torch.Generator(model.device).manual_seed(seed)
     given_options = {"temperature": temperature, "sampler": sampler, "steps": steps, "guidance": guidance}
@@ -92,7 +108,13 @@ def sample(
             raise SettingsError(f"--{name}: the model of {run}, a {type(model).__name__}, takes none: leave it out")
     # Labels are of a generator of their own, so that the noise does not depend on how many there are.
     numbers = torch.Generator(model.device).manual_seed(seed_of(seed, 1))
-    if trained.config["data"].get("options", {}).get("condition"):
+    if given_columns := names_in(trained.config["data"].get("options", {}).get("condition", "")):
+        said = [rule for rule in rules if rule[0] in given_columns]
+        if any(sign != "=" for _, sign, _ in said):
+            raise SettingsError(f"--where: {', '.join(given_columns)} are given to the model, by =: got {where}")
+        rules = [rule for rule in rules if rule not in said]
+        if said and condition is None:
+            condition = joined([f"{name}={value}" for name, _, value in said])
         if label is not None:
             raise SettingsError(f"--label: the model of {run} is given columns, no labels: use --condition")
         y: torch.Tensor | None = _contexts(trained, n, condition, data, numbers).to(model.device)
@@ -100,7 +122,10 @@ def sample(
         raise SettingsError(f"--condition: the model of {run} was trained without --data.condition: leave it out")
     else:
         y = _labels(trained, model, n, label, numbers)
-    x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
+    if rules:
+        x, y = _rejected(trained, model, n, y, generator, options, rules, where or "")
+    else:
+        x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling
     if out.suffix == ".png" and len(shape) == 3:
@@ -115,11 +140,17 @@ def sample(
             alike = off <= off.quantile(0.1)
         points = test.x if alike is None or not alike.any() else test.x[alike]
         plots.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
+    elif out.suffix == ".csv":
+        frame, named = _rows(trained, x, y)
+        with writing(out) as file:
+            file.write(frame.to_csv(index=False, header=named).encode())
     else:
         array = (x if scaling is None else scaling.restore(x)).numpy()
         more: dict[str, Any] = {"names": np.array(scaling.names)} if scaling is not None and scaling.names else {}
         if y is not None:
             given = trained.condition_scaling
+            if trained.condition_schema is not None:
+                y = Columns(trained.condition_schema.specs()).decode(y.cpu())
             more["y"] = y.cpu().numpy() if given is None else given.restore(y.cpu()).numpy()
             if given is not None and given.names:
                 more["y_names"] = np.array(given.names)
@@ -132,6 +163,126 @@ def sample(
                 np.savez(file, x=array, **more)
     print(plain(out))
     return 0
+
+
+TRIES = 200_000  # rows that are drawn in search of those that --where asks for
+
+
+def _rules(run: "Run", where: str | None) -> list[tuple[str, str, str]]:
+    """Column, sign and value of each part of --where. Raises SettingsError for what is none of the table's."""
+    from genfuse.data import names_in
+
+    rules = []
+    for each in names_in(where or ""):
+        parts = re.fullmatch(r"(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*)", each)
+        if parts is None:
+            raise SettingsError(f"--where must be COLUMN=VALUE, or by !=, <, <=, >, >=, joined by commas; got {each!r}")
+        known = [*_names(run), *names_in(run.config["data"].get("options", {}).get("condition", ""))]
+        if parts[1] not in known:
+            raise SettingsError(f"--where: the table has no column {parts[1]}; it has: {', '.join(known)}")
+        rules.append((parts[1], parts[2], parts[3]))
+    return rules
+
+
+def _names(run: "Run") -> tuple[str, ...]:
+    if run.schema is not None:
+        return run.schema.names
+    return (run.scaling and run.scaling.names) or tuple(str(i + 1) for i in range(run.config["data"]["shape"][0]))
+
+
+def _rows(run: "Run", x: "torch.Tensor", y: "torch.Tensor | None") -> "tuple[pd.DataFrame, bool]":
+    """Examples as rows in original units, with what was given beside them, and whether their columns have names."""
+    import pandas as pd
+
+    from genfuse.data import Scaling, Schema, names_in
+    from genfuse.nn import Columns
+
+    def of(x: "torch.Tensor", schema: Schema | None, scaling: Scaling | None, names: Sequence[str]) -> pd.DataFrame:
+        if schema is not None:
+            return schema.texts(schema.decode(x))
+        return pd.DataFrame((x if scaling is None else scaling.restore(x)).numpy(), columns=list(names))
+
+    frame = of(x, run.schema, run.scaling, _names(run))
+    if given := names_in(run.config["data"].get("options", {}).get("condition", "")):
+        assert y is not None
+        y = y.cpu() if run.condition_schema is None else Columns(run.condition_schema.specs()).decode(y.cpu())
+        frame = pd.concat([frame, of(y, run.condition_schema, run.condition_scaling, given)], axis=1)
+    elif y is not None:
+        names = run.class_names
+        frame = frame.assign(label=[names[i] if names else i for i in y.tolist()])
+    headless = run.schema is None and not (run.scaling and run.scaling.names)
+    return frame, not headless
+
+
+def _rejected(
+    run: "Run",
+    model: "GenerativeModel",
+    n: int,
+    y: "torch.Tensor | None",
+    generator: "torch.Generator",
+    options: dict[str, Any],
+    rules: list[tuple[str, str, str]],
+    where: str,
+) -> "tuple[torch.Tensor, torch.Tensor | None]":
+    """The first n draws that are as the rules say, and what was given with them. Raises SettingsError for too few."""
+    import torch
+
+    from genfuse.models import sample_in_parts
+
+    kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    drawn = found = 0
+    while found < n and drawn < TRIES:
+        given = None if y is None else y[torch.arange(drawn, drawn + 1024, device=y.device) % len(y)]
+        part = torch.cat([each.cpu() for each in sample_in_parts(model, 1024, given, generator, **options)])
+        frame, fits = _rows(run, part, None)[0] if given is None else _rows(run, part, given)[0], None
+        for name, sign, value in rules:
+            fit = _fits(frame[name], sign, value)
+            fits = fit if fits is None else fits & fit
+        rows = torch.from_numpy(fits)
+        kept.append((part[rows], None if given is None else given.cpu()[rows]))
+        drawn, found = drawn + 1024, found + int(rows.sum())
+    if found < n:
+        raise SettingsError(
+            f"--where {where}: {found:,} of {drawn:,} rows drawn are so ({found / drawn:.2%}), and --n asks for {n:,}: "
+            f"ask for fewer, or train a model that is given these columns, by --data.condition"
+        )
+    labels = None if y is None else torch.cat([given for _, given in kept if given is not None])[:n]
+    return torch.cat([x for x, _ in kept])[:n], labels
+
+
+def _fits(cells: "pd.Series", sign: str, value: str) -> "np.ndarray":
+    """Which cells (N,) are as a rule says. Of numbers by size, of all else by text; what is missing fits != alone."""
+    import numpy as np
+    import pandas as pd
+
+    compare = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
+               ">=": operator.ge}[sign]  # fmt: skip
+    gone = cells.isna().to_numpy()
+    if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
+        try:
+            found = compare(cells.to_numpy(float, na_value=math.nan), float(value))
+        except ValueError:
+            raise SettingsError(f"--where: {cells.name} is a column of numbers; got {value!r}") from None
+    else:
+        found = compare(cells.astype(str).str.lower().to_numpy(), value.lower())
+    return np.where(gone, sign == "!=", found)
+
+
+def _context_of_kinds(schema: "Schema", columns: list[str], condition: str) -> "torch.Tensor":
+    """The context (1, C) of values as typed, for columns of several kinds."""
+    import pandas as pd
+
+    from genfuse.data import names_in
+    from genfuse.errors import DataError
+    from genfuse.nn import Columns
+
+    typed = {name.strip(): value.strip() for name, _, value in (each.partition("=") for each in names_in(condition))}
+    if typed.keys() != set(columns):
+        raise SettingsError(f"--condition must be {','.join(f'{name}=VALUE' for name in columns)}; got {condition}")
+    try:
+        return Columns(schema.specs()).encode(schema.encode(pd.DataFrame([typed], dtype=object), "--condition"))
+    except DataError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _labels(
@@ -174,6 +325,8 @@ def _contexts(
         assert y is not None
         return y[torch.randint(len(y), (n,), generator=generator, device=generator.device).cpu()]
     columns = names_in(run.config["data"]["options"]["condition"])
+    if run.condition_schema is not None:
+        return _context_of_kinds(run.condition_schema, columns, condition).expand(n, -1)
     values: dict[str, float] = {}
     for each in names_in(condition):
         name, _, number = (part.strip() for part in each.rpartition("="))

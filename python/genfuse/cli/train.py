@@ -24,7 +24,7 @@ from tyro.constructors import (
 
 from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
-from genfuse.cli._arguments import DataOptions
+from genfuse.cli._arguments import DataOptions, show_columns
 from genfuse.cli._yaml import read_yaml
 from genfuse.data import load_data
 from genfuse.errors import SettingsError, near
@@ -83,6 +83,11 @@ def train(args: list[str]) -> int:
     trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
     before = max((entry["step"] for entry in Run(out).metrics()), default=0) if given.resume else None
     data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
+    if data.schema is not None:
+        show_columns(data.schema)
+    if given.resume and "columns" in {field.name for field in fields(models.load(name).Config)}:
+        columns = Run(given.resume).config["model"]["settings"].get("columns")  # a run may be older than these
+        job.model["columns"] = columns and tuple(columns)
     torch.manual_seed(trainer.seed)  # of the first weights
     model = models.create(name, data, **job.model)
     try:

@@ -61,6 +61,30 @@ COLUMNS = (
         "nearest_training", "nearest training", "quality", "",
         "mean distance of a sample to its nearest training example; far below that of real examples: copies",
     ),
+    Column(
+        "marginal_wasserstein", "columns of numbers", "quality", "lower",
+        "of a table: Wasserstein distance of single columns of numbers, in standard deviations",
+    ),
+    Column(
+        "marginal_total_variation", "columns of categories", "quality", "lower",
+        "of a table: total variation of single columns of categories, and of which cells are missing",
+    ),
+    Column(
+        "correlation_difference", "correlations", "quality", "lower",
+        "of a table: mean absolute difference of the correlations between columns",
+    ),
+    Column(
+        "detection_auroc", "told from real", "quality", "lower",
+        "of a table: AUROC of trees that tell samples from test examples; 0.5: they cannot",
+    ),
+    Column(
+        "synthetic_auroc", "trained on samples", "quality", "higher",
+        "of a table: AUROC on test examples of trees that learned from samples to predict a column of categories",
+    ),
+    Column(
+        "synthetic_r2", "trained on samples, R²", "quality", "higher",
+        "of a table: R² on test examples of trees that learned from samples to predict a column of numbers",
+    ),
     Column("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
     Column("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
     Column("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
@@ -180,7 +204,8 @@ def _sampling_seconds(model: GenerativeModel, data: Dataset) -> float:
 def _likelihood(model: GenerativeModel, data: Dataset) -> dict[str, Any]:
     """The log-likelihood, or its tightest bound, and what it is."""
     if not model.likelihoods:
-        return {"bound": "none (Bernoulli on grey)" if hasattr(model, "elbo") else "none"}
+        grey = hasattr(model, "elbo") and data.columns is None
+        return {"bound": "none (Bernoulli on grey)" if grey else "none"}
     found = evaluate(model, data, splits=["test"])["test"]
     for name, value in reversed(found.items()):  # an IWAE bound comes after the ELBO, and is tighter
         if (name in ("log_prob", "elbo") or name.startswith("iwae_bound")) and isinstance(value, float):
@@ -202,8 +227,8 @@ def _latent_space(model: GenerativeModel, data: Dataset, extract: Extractor) -> 
                 x, y = data.batch("test", slice(start, start + 500))
                 given = {"y": y} if model.conditional else {}
                 off = (code.decode(code.encode(x, **given), **given) - x).flatten(1)
-                errors.append(off.square().mean(1))
-                returned.append((off.abs() <= tolerance).all(1))
+                errors.append(off.square().nan_to_num().mean(1))
+                returned.append(((off.abs() <= tolerance) | x.flatten(1).isnan()).all(1))
             found["reconstruction_error"] = torch.cat(errors).double().mean().item()
             found["inverted"] = torch.cat(returned).double().mean().item()
         if isinstance(model, Decodes | HasTrajectory):
@@ -218,7 +243,7 @@ def _smoothness(model: Any, data: Dataset, extract: Extractor) -> float:
     if isinstance(model, DrawsLatents):
         start, end = (model.latents(PATHS, generator=generator) for _ in range(2))
     else:
-        dimensions = math.prod(data.shape)
+        dimensions = model.columns.width if getattr(model, "columns", None) is not None else math.prod(data.shape)
         if isinstance(model, Encodes):
             few = data.batch("test", slice(0, 2))
             dimensions = model.encode(few.x, **({"y": few.y} if given else {})).shape[1]

@@ -1,9 +1,8 @@
 """What a data set is, and how a name becomes one."""
 
-import csv
 import hashlib
 import html
-import io
+import importlib
 import os
 import warnings
 from collections import deque
@@ -11,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from genfuse import plots, plugins
+from genfuse.data._schema import Column, Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
+from genfuse.nn import Columns
 from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
@@ -32,6 +33,8 @@ READING = {"header": "auto", "delimiter": ",", "decimal": "."}
 # How a folder of pictures is read, and what is usual: the size, or none, and the mode, or none, that all are made to
 # be; how the size is reached; what becomes of damaged ones; and whether they are read from a file of the cache.
 READING_OF_IMAGES = {"size": "", "fit": "crop", "mode": "", "damaged": "refuse", "stream": "auto"}
+# What the user says of the columns of such a table: those to keep, those to leave out, kinds, and the one to predict.
+COLUMNS = ("columns", "drop", "types", "target")
 
 AHEAD = 8  # batches of a stream that are fetched at once, as a disk is slow to find each example but finds many alike
 
@@ -41,35 +44,6 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How the columns of a table were standardized: (value - mean) / std, by the training split's statistics.
-
-    ``std`` is 1 for a constant column. ``dataclasses.asdict`` gives what JSON can hold, and ``Scaling(**of_that)`` the
-    same scaling again.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    names: tuple[str, ...] | None = None  # of the columns, if the table has a header
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std", "names"):  # JSON has no tuples
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """From original units (N, D) to standardized values (N, D), computed in float64 and returned as float32."""
-        return ((x.double() - x.new_tensor(self.mean, dtype=torch.float64)) / self._std(x)).float()
-
-    def restore(self, x: Tensor) -> Tensor:
-        """From standardized values (N, D) to original units (N, D), in float64."""
-        return x.double() * self._std(x) + x.new_tensor(self.mean, dtype=torch.float64)
-
-    def _std(self, x: Tensor) -> Tensor:
-        return x.new_tensor(self.std, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -116,6 +90,8 @@ class Dataset:
     condition_scaling: Scaling | None = None  # of the columns that are given as the context y
     source: str | None = None  # the name with an absolute path in it, if it is that of a file or folder
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
+    schema: Schema | None = None  # of a table whose columns are not all numbers without end: what they are
+    condition_schema: Schema | None = None  # of the columns of such a table that are given as the context y
     streamed: bool = False  # x lies in a file that may be larger than memory, and is not moved to a device
     batches_on: torch.device | None = None  # where batches go, if x is elsewhere
 
@@ -156,6 +132,8 @@ class Dataset:
                 return f"images must be (N, C, H, W), with the channels before the rows; x of the {part} split is " + (
                     f"{tuple(x.shape)}, which has them last: use x.permute(0, 3, 1, 2)"
                 )
+            if self.schema is not None and x.dim() == 2 and len(self.schema.columns) == x.shape[1]:
+                x = x.masked_fill(x.isnan() & x.new_tensor([c.missing for c in self.schema.columns]).bool(), 0.0)
             if stored is None and not x.isfinite().all():
                 return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
             if stored is not None and stored < 256 and int(x.max()) >= stored:
@@ -204,6 +182,27 @@ class Dataset:
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+    @property
+    def columns(self) -> tuple[dict[str, Any], ...] | None:
+        """What `genfuse.nn.Columns` is made of, for a table whose columns are not all numbers without end."""
+        return None if self.schema is None else self.schema.specs()
+
+    @property
+    def plain(self) -> bool:
+        """Whether all values are numbers, with no cell missing and no code of a category among them."""
+        columns = () if self.schema is None else self.schema.columns
+        return not any(c.missing or c.kind == "category" or c.categories not in ((), ("0", "1")) for c in columns)
+
+    def described(self) -> Schema:
+        """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""
+        if self.schema is not None:
+            return self.schema
+        if self.scaling is None:
+            raise DataError(f"the data set {self.name!r} is no table")
+        names = self.scaling.names or tuple(str(i + 1) for i in range(self.shape[0]))
+        values = self.scaling.restore(self.splits["train"].x).cpu().numpy()
+        return Schema(tuple(map(Column, names))).fitted(values, self.scaling.mean, self.scaling.std)
 
     @property
     def condition(self) -> int:
@@ -307,6 +306,28 @@ class Dataset:
         splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
         return replace(self, binarize="static", levels=2, splits=splits)
 
+    def with_validation(self, share: float = 0.1) -> "Dataset":
+        """The data with a validation split: if it has none, a share of the training examples, by chance and `seed`.
+
+        ``options`` then say so, by which `load_data` makes the same split again. Raises DataError for a share that is
+        not between 0 and 1, or that leaves either split without an example.
+        """
+        if "validation" in self.splits:
+            return self
+        if self.streamed:
+            raise DataError(f"data set {self.name!r} is streamed: make its validation split yourself, as a folder")
+        train = self.splits["train"]
+        held = round(share * len(train)) if 0 < share < 1 else 0
+        if not 0 < held < len(train):
+            raise DataError(
+                f"data set {self.name!r}: a share of {share:g} of its {len(train)} training examples makes no "
+                "validation split: it must be above 0 and below 1, and leave both splits an example"
+            )
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).to(train.x.device)
+        rows = {"train": order[held:].sort().values, "validation": order[:held].sort().values}
+        made = {part: Split(train.x[i], None if train.y is None else train.y[i]) for part, i in rows.items()}
+        return replace(self, splits={**self.splits, **made}, options={**self.options, "validation": f"{share:g}"})
+
     def conditioned(self, columns: Sequence[str]) -> "Dataset":
         """A table whose ``columns`` are given, and no longer modelled: batches hold them as the context y (N, C).
 
@@ -340,8 +361,16 @@ class Dataset:
             mean, std = (tuple(values[i] for i in indices) for values in (self.scaling.mean, self.scaling.std))
             return Scaling(mean, std, names and tuple(names[i] for i in indices))
 
-        splits = {part: Split(split.x[:, rest], split.x[:, given].contiguous()) for part, split in self.splits.items()}
-        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None)
+        y = {part: split.x[:, given].contiguous() for part, split in self.splits.items()}
+        schemas: dict[str, Any] = {}
+        if self.schema is not None:
+            kept, context = self.schema.some(rest), self.schema.some(given)
+            schemas = {"schema": None if kept.real else kept}
+            if not context.real:  # categories one-hot
+                y = {part: Columns(context.specs()).encode(each) for part, each in y.items()}
+                schemas["condition_schema"] = context
+        splits = {part: Split(split.x[:, rest], y[part]) for part, split in self.splits.items()}
+        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None, **schemas)
 
     def fingerprint(self, split: str | None = None) -> str:
         """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
@@ -349,6 +378,8 @@ class Dataset:
         if split is None:
             parts = [(part, self.fingerprint(part)) for part in sorted(self.splits)]
             digest.update(repr((parts, self.classes, self.scaling and asdict(self.scaling))).encode())
+            if not self.plain and self.schema is not None:  # what the codes in the splits mean
+                digest.update(repr([(c.name, c.kind, c.categories, c.form) for c in self.schema.columns]).encode())
             return digest.hexdigest()[:16]
         for tensor in (self.splits[split].x, self.splits[split].y):
             if tensor is not None:
@@ -379,11 +410,13 @@ class Source:
     seed: int = 0  # rules every random choice: which rows are held out, what a toy draws
     options: Mapping[str, str] = field(default_factory=dict)  # of READING, those that the user gave
     found: dict[str, str] = field(default_factory=dict)  # where the data was: its absolute "source", or its "root"
+    whole: bool = False  # nothing is held out
+    given: Any = None  # what `load_data` was given in place of a name
 
     def no_options(self, *but: str) -> None:
         """Raise SettingsError if the user gave options of tables of text or of folders of pictures, ``but`` these."""
         if given := [option for option in self.options if option not in but]:
-            kind = "csv:PATH" if given[0] in READING else "images:FOLDER"
+            kind = "images:FOLDER" if given[0] in READING_OF_IMAGES else "csv:PATH"
             raise SettingsError(f"data set {self.name!r}: {', '.join(given)} are for {kind}; leave them out")
 
     def no_argument(self) -> None:
@@ -428,28 +461,19 @@ class Source:
     def hold_out(self, count: int, what: str = "rows") -> dict[str, Tensor]:
         """Which of ``count`` examples are for training and which, one in five by chance, for testing.
 
-        Returns the indices of "train" and "test", in rising order. Raises DataError if there are fewer than five.
+        Returns the indices of "train" and "test", in rising order; if nothing is to be held out both have all. Raises
+        DataError if there are fewer than five.
         """
+        if self.whole:
+            return dict.fromkeys(("train", "test"), torch.arange(count))
         if count < 5:
             raise DataError(f"data set {self.name!r}: {count} {what} are too few: 5 or more, one in five is held out")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
 
 
-def names_in(text: str) -> list[str]:
-    """The names in "a,b": one that has a comma itself is in quotes."""
-    return [name for row in csv.reader([text], skipinitialspace=True) for name in map(str.strip, row) if name]
-
-
-def joined(names: Sequence[str]) -> str:
-    """The text in which `names_in` finds these names."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    return line.getvalue()
-
-
 def load_data(
-    name: str,
+    name: Any,
     *,
     root: str | Path | None = None,
     binarize: Binarize = "none",
@@ -458,6 +482,12 @@ def load_data(
     delimiter: str = ",",
     decimal: str = ".",
     condition: str | Sequence[str] = (),
+    validation: float | str = 0,
+    hold_out: bool = True,
+    columns: str | Sequence[str] = (),
+    drop: str | Sequence[str] = (),
+    types: str | Mapping[str, str] = "",
+    target: str = "",
     size: str | int | Sequence[int] = "",
     fit: Fit = "crop",
     mode: Mode = "",
@@ -471,6 +501,14 @@ def load_data(
     under ``root``, else under the environment variable GENFUSE_DATA. ``seed`` rules how tables are split, what toys
     draw, and static binarization. ``header``, ``delimiter`` and ``decimal`` say how text is read (`READING`).
     ``condition`` names columns of a table, "a,b" or a sequence, that are given, not modelled (`Dataset.conditioned`).
+    ``columns`` and ``drop`` name those of a CSV file that are read and that are left out; ``types`` says what kinds
+    columns are, "a=category,b=date:%d/%m/%Y" or a dict, in place of what is seen (`Schema`); ``target`` names the
+    column that metrics predict.
+    ``validation`` is the share of the training examples that `Dataset.with_validation` makes a split of. Without
+    ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in their order.
+
+    In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or images,
+    a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
 
     All of a folder of pictures are made to be of ``size``, one side in pixels or a height and a width, if it is given:
     by ``fit`` cropped to the middle, padded with black, or stretched. ``mode`` makes all grey ("L") or "RGB", or grey
@@ -484,20 +522,33 @@ def load_data(
     >>> data.shape, data.levels, data.classes
     ((1, 8, 8), 17, 10)
     """
+    if isinstance(name, Dataset):
+        return name
+    given = None
+    if not isinstance(name, str):
+        given, name = name, f"<{type(name).__name__}>"
+    elif name.startswith("<"):
+        raise DataError(f"the data set {name} was given in memory, from Python, and can only be given there again")
     head, _, argument = name.partition(":")
-    if head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
+    if given is None and head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
         short, _, argument = argument.partition(":")
         head = f"{head}:{short}"
-    plugin = plugins.find("datasets", head)
+    plugin = plugins.find("datasets", "csv" if given is not None else head)
     root = root or os.environ.get("GENFUSE_DATA") or None
     sides = str(size) if isinstance(size, (str, int)) else ",".join(map(str, size))
     of_images = {"size": sides, "fit": fit, "mode": mode, "damaged": damaged, "stream": stream}
-    given = {"header": header, "delimiter": delimiter, "decimal": decimal, **of_images}
-    options = {key: value for key, value in given.items() if value != {**READING, **READING_OF_IMAGES}[key]}
-    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options)
+    reading = {"header": header, "delimiter": delimiter, "decimal": decimal, **of_images}
+    options = {key: value for key, value in reading.items() if value != {**READING, **READING_OF_IMAGES}[key]}
+    assigned = types if isinstance(types, str) else [f"{name}={kind}" for name, kind in types.items()]
+    for key, said in {"columns": columns, "drop": drop, "types": assigned, "target": target}.items():
+        if said:
+            options[key] = said if isinstance(said, str) else joined([*map(str, said)])
+    source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options,
+                    whole=not hold_out, given=given)  # fmt: skip
     if plugin.distribution == plugins.OURS:
-        source.no_options(*{"csv": READING, "images": READING_OF_IMAGES}.get(plugin.name, ()))
-    make = plugin.load()
+        source.no_options(*{"csv": (*READING, *COLUMNS), "images": READING_OF_IMAGES}.get(plugin.name, ()))
+    # By its name, as plugins are loaded: it imports this module.
+    make = plugin.load() if given is None else importlib.import_module("genfuse.data.objects").objects
     try:
         data = make(source)
     except Exception as error:
@@ -511,10 +562,14 @@ def load_data(
     if not isinstance(data, Dataset):
         raise PluginError(f"{plugin} must return a genfuse.data.Dataset; it returned {type(data).__name__}")
     _warn_of_unseen(data)
-    columns = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
-    if columns:
-        data, options = data.conditioned(columns), {**options, "condition": joined(columns)}
-    return replace(data, name=name, seed=seed, options=options, **source.found).binarized(binarize, seed)  # type: ignore[arg-type]
+    known = () if data.scaling is None else data.described().names
+    if target and target not in known:
+        raise SettingsError(f"--data.target: the data set {name!r} has no column {target}; it has: {', '.join(known)}")
+    conditions = names_in(condition) if isinstance(condition, str) else [*map(str, condition)]
+    if conditions:
+        data, options = data.conditioned(conditions), {**options, "condition": joined(conditions)}
+    data = replace(data, name=name, seed=seed, options=options, **source.found)  # type: ignore[arg-type]
+    return (data.with_validation(float(validation)) if float(validation) else data).binarized(binarize, seed)
 
 
 def _warn_of_unseen(data: Dataset) -> None:

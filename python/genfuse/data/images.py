@@ -22,7 +22,7 @@ from torch import Tensor
 
 from genfuse._files import cache, check_unpacked, digest, gunzip, read_json, replacing, write_json
 from genfuse.data._dataset import READING_OF_IMAGES, Dataset, Source, Split
-from genfuse.data.tables import PART_OF, PARTS, find_arrays, in_order, read_arrays
+from genfuse.data.tables import PART_OF, PARTS, Arrays, find_arrays, in_order, read_arrays
 from genfuse.errors import DataError, DataWarning, SettingsError
 
 SUFFIXES = (
@@ -131,7 +131,10 @@ def folder(source: Source) -> Dataset:
     root = source.path()
     if root.suffix in (".npy", ".npz") and root.is_file():
         source.no_options()
-        return _of_arrays(source, root)
+        return of_arrays(source, find_arrays(source, root), str(root))
+    if root.suffix.lower() in SUFFIXES and root.is_file():
+        picture, rows = _read_pictures(root, [root], Reading.of(source)).x, source.hold_out(1, "picture")
+        return Dataset(source.name, {part: Split(picture[index]) for part, index in rows.items()}, levels=256)
     if not root.is_dir():
         raise DataError(f"data set {source.name!r}: {root} is no folder")
     found, others = _files(root)
@@ -154,7 +157,11 @@ def folder(source: Source) -> Dataset:
     label_of = {path: label for part, of in labels.items() for path, label in zip(pictures[part], of, strict=True)}
     if "test" not in pictures:
         (_, whole), *rest = pictures.items()
-        held = source.hold_out(len(whole), "pictures") if len(whole) > 4 else {"train": range(len(whole)), "test": ()}
+        held = (
+            source.hold_out(len(whole), "pictures")
+            if len(whole) > 4 or source.whole
+            else {"train": range(len(whole)), "test": ()}
+        )
         some = {part: [whole[i] for i in of] for part, of in held.items()}
         pictures = {"train": some["train"], **dict(rest), "test": some["test"]}
     stored = _read_pictures(root, [path for paths in pictures.values() for path in paths], Reading.of(source))
@@ -497,9 +504,8 @@ def _frames(picture: Any) -> str | None:
     return None
 
 
-def _of_arrays(source: Source, path: Path) -> Dataset:
-    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers 0..255, in a NumPy file, perhaps with labels."""
-    found = find_arrays(source, path)
+def of_arrays(source: Source, found: Arrays, path: str) -> Dataset:
+    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers 0..255, perhaps with labels."""
     parts = {part: _images(*each) for part, each in found.x.items()}
     y: dict[str, Tensor] = found.y
     if "all" in parts:

@@ -7,32 +7,50 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genfuse._files import check_array, check_zip
-from genfuse.data._dataset import READING, Dataset, Scaling, Source, Split
+from genfuse.data._dataset import READING, Dataset, Source, Split
+from genfuse.data._schema import (
+    EXACT,
+    TOO_LONG,
+    Scaling,
+    Schema,
+    in_order,
+    infer,
+    number_of,
+    numbers,
+    of_numbers,
+    stripped,
+)
 from genfuse.errors import DataError, DataWarning, SettingsError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+MARKS = ("header", "delimiter", "decimal")
 PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 PART_OF = {name: part for part, names in PARTS.items() for name in names} | {"training": "train", "testing": "test"}
 EXAMPLES = {"x", "data", "images", "image", "features", "inputs", "input", "samples"}  # what arrays of these are called
 LABELS = {"y", "label", "labels", "target", "targets", "class", "classes"}
-EXACT = 2**53  # whole numbers up to it are float64's
 
 
 @dataclass(frozen=True)
 class Table:
-    """Finite numbers, (N, D) in float64, and where they came from."""
+    """Numbers, (N, D) in float64, and where they came from."""
 
     origin: str
     values: np.ndarray
     names: tuple[str, ...] | None = None  # of the columns
     lines: Callable[[], list[int]] | None = None  # of a text: the line, from 1, that each row is on
     left_out: int = 0  # of a text: columns before the first one
+    schema: Schema | None = None  # if not all columns are numbers without end: as `Schema.parse` has made the values
 
     def place(self, row: int, column: int) -> str:
         """A cell, as errors name it: rows and columns of text from 1, those of arrays from 0."""
@@ -65,13 +83,9 @@ class Reading:
 
     def number(self, cell: str) -> float:
         """Raises ValueError: also for 1_000 and digits of other scripts, which only Python takes for numbers."""
-        if "_" in cell or not cell.strip().isascii():
+        if math.isnan(value := number_of(cell, self.decimal)) and cell.strip().lower().lstrip("+-") != "nan":
             raise ValueError(cell)
-        if self.decimal == ",":
-            if "." in cell:
-                raise ValueError(cell)
-            cell = cell.replace(",", ".")
-        return float(cell)
+        return value
 
     def is_number(self, cell: str) -> bool:
         """Whether `number` reads it."""
@@ -98,9 +112,94 @@ class Arrays:
 
 
 def csv(source: Source) -> Dataset:
-    """Numbers and commas, with or without a header; or a folder of train.csv, test.csv and maybe validation.csv."""
-    reading = Reading(**{**READING, **source.options})
-    return _dataset(source, {part: _read_csv(path, reading) for part, path in _paths(source, ".csv").items()})
+    """Rows of text, with or without a header; or a folder of train.csv, test.csv and maybe validation.csv.
+
+    If all cells are numbers, the table is one of numbers, and `Schema` says which of them are whole. Else the columns
+    are numbers, integers, categories, booleans or dates, and cells may be missing.
+    """
+    reading = Reading(**{key: source.options.get(key, usual) for key, usual in READING.items() if key in MARKS})
+    said = {key: source.options[key] for key in ("columns", "drop", "types") if source.options.get(key)}
+    paths = _paths(source, ".csv")
+    tables = {} if said else {part: _read_csv(path, reading) for part, path in paths.items()}
+    if tables and all(tables.values()):
+        return _dataset(source, tables)  # type: ignore[arg-type]
+    frames = {part: read_rows(path, **vars(reading)) for part, path in paths.items()}
+    first, path = next(iter(frames.values())), next(iter(paths.values()))
+    schema = infer(first, str(path), decimal=reading.decimal, **said)
+    for name, why in schema.left_out:
+        if "--data.drop" not in why and "--data.columns" not in why:
+            warnings.warn(f"{path}: the column {name} is left out: {why}", DataWarning, stacklevel=4)
+    mixed = {}
+    for part, frame in frames.items():
+        values = schema.parse(frame, str(paths[part]))
+        names = schema.names if first.attrs["named"] else None
+        mixed[part] = Table(str(paths[part]), values, names, partial(list, frame.index), schema=schema)
+    return _dataset(source, mixed)
+
+
+def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", decimal: str = ".") -> "pd.DataFrame":
+    """The cells of a CSV file as text, by the line that each row is on, under the names of the columns, or 1, 2, ...
+
+    The index that pandas writes is left out. Raises DataError for text that is no table, as `csv` does.
+    """
+    import pandas as pd
+
+    reading = Reading(header, delimiter, decimal)
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(reading.rows(file))
+    except (UnicodeDecodeError, csv_format.Error) as error:
+        raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
+    if not rows:
+        raise DataError(f"{path} is empty")
+    first = rows[0][1]
+    named = header == "yes" or (header == "auto" and not any(map(reading.is_number, first)))
+    names = [cell.strip() for cell in first] if named else [str(i + 1) for i in range(len(first))]
+    if not (rows := rows[named:]):
+        raise DataError(f"{path} has a header and no rows")
+    if odd := next(((line, row) for line, row in rows if len(row) != len(first)), None):
+        raise DataError(
+            f"{path}, row {odd[0]}: {len(odd[1])} cells, but the first row has {len(first)}"
+            + _other_marks(odd[1], reading)
+        )
+    line, last = rows[-1]
+    broken = [i for i, cell in enumerate(last) if "\n" in cell]
+    if broken and Path(path).read_text(encoding="utf-8-sig").count('"') % 2:
+        raise DataError(f"{path}, row {line}, column {broken[0] + 1} ({names[broken[0]]}): a quote is not closed")
+    some = [row for _, row in rows[:50]]
+    for mark in ";\t|":  # a table of one column of words may be one that is separated otherwise
+        counts = {reading.delimiter.join(row).count(mark) for row in [first, *some]}
+        if mark != reading.delimiter and len(first) == 1 and len(counts) == 1 and counts != {0}:
+            raise DataError(
+                f"{path}, row {rows[0][0]}, column 1 ({names[0]}): expected a number; got {some[0][0]!r}"
+                + (_other_marks(some[0], reading) or f"; are the cells separated by {mark}? --data.delimiter '{mark}'")
+            )
+    if (hint := _other_marks(some[0], reading)) and all(_other_marks(row, reading) == hint for row in some):
+        bad = next(i for i, cell in enumerate(some[0]) if not reading.is_number(cell))
+        if len(first) == 1 or (any("," in cell or ";" in cell for cell in some[0]) and "--data.decimal" in hint):
+            name = f" ({names[bad]})" if named else ""
+            raise DataError(
+                f"{path}, row {rows[0][0]}, column {bad + 1}{name}: expected a number; got {some[0][bad]!r}{hint}"
+            )
+    frame = pd.DataFrame([row for _, row in rows], columns=names, index=[line for line, _ in rows], dtype=object)
+    frame.attrs = {"named": named, "left_out": 0}
+    if named and names[0] in ("", "Unnamed: 0") and len(names) > 1:
+        index, gone = stripped(frame.iloc[:, 0])
+        values = numbers(index, decimal)
+        if not gone.any() and not np.isnan(values).any() and _numbers_rows(values):
+            _warn_of_index(path, names[0])
+            frame = frame.iloc[:, 1:]
+            frame.attrs = {"named": named, "left_out": 1}
+    return frame
+
+
+def _warn_of_index(path: Path | str, name: str) -> None:
+    warnings.warn(
+        f"{path}: the first column, {name or 'without a name'}, holds the numbers of the rows, as pandas writes them, "
+        "and is left out",
+        DataWarning,
+        stacklevel=5,
+    )
 
 
 def npy(source: Source) -> Dataset:
@@ -117,8 +216,13 @@ def npz(source: Source) -> Dataset:
 
 
 def _of_arrays(source: Source, path: Path) -> Dataset:
-    found = find_arrays(source, path)
-    return _dataset(source, {part: _table(*each) for part, each in found.x.items()}, found)
+    return of_arrays(source, find_arrays(source, path))
+
+
+def of_arrays(source: Source, found: Arrays, names: tuple[str, ...] | None = None) -> Dataset:
+    """A table of arrays (N, D), with the names of its columns if they have any."""
+    tables = {part: replace(_table(*each), names=names) for part, each in found.x.items()}
+    return _dataset(source, tables, found)
 
 
 def find_arrays(source: Source, path: Path) -> Arrays:
@@ -137,6 +241,11 @@ def find_arrays(source: Source, path: Path) -> Arrays:
         names = {name: f"{path}, {name}" for name in arrays}
     else:
         return Arrays({"all": (str(path), _array(path))}, {}, None, None)
+    return arrange(path, arrays, names)
+
+
+def arrange(path: Path | str, arrays: dict[str, np.ndarray], names: dict[str, str]) -> Arrays:
+    """What of some arrays are examples and what labels, by what they are called; ``names`` is for errors."""
     called = {name: _called(name) for name in arrays}
     unnamed = [name for name, of in called.items() if of is None]
     if len(unnamed) == 1 and not any(of and of[0] == "x" for of in called.values()):
@@ -149,7 +258,7 @@ def find_arrays(source: Source, path: Path) -> Arrays:
     if "all" in x and len(x) > 1:
         x.pop("all")
     if not ("all" in x or {"train", "test"} <= x.keys()):
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
             missing = [part + ".npy" for part in ("train", "test") if part not in x]
             raise DataError(f"the folder {path} has no {' and no '.join(missing)}; name a single file to have it split")
         raise DataError(f"{path} must hold one array, or train and test; it has: {', '.join(arrays) or 'none'}")
@@ -189,15 +298,6 @@ def _called(name: str) -> tuple[str, str] | None:
         return None
     kind = "x" if not rest or rest[0] in EXAMPLES else "y" if rest[0] in LABELS else None
     return None if kind is None else (kind, parts[0] if parts else "all")
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names sorted, and numbers as numbers, those within names too: 2 before 10."""
-    names = list(names)
-    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
-        return sorted(names, key=lambda name: (float(name), name))
-    parts = {name: re.split(r"(\d+)", name) for name in names}  # words and digits in turns
-    return sorted(names, key=lambda name: ([int(p) if i % 2 else p for i, p in enumerate(parts[name])], name))
 
 
 def _array(path: Path) -> np.ndarray:
@@ -303,23 +403,44 @@ def _dataset(source: Source, tables: dict[str, Table], arrays: Arrays | None = N
         rows = {part: np.arange(len(table.values)) for part, table in tables.items()}
     values = {part: table.values[rows[part]] for part, table in tables.items()}
     train = values["train"]
-    with np.errstate(all="ignore"):
-        near = train - train[0]  # small numbers, whatever the columns are far from
-        mean, std = train[0] + near.mean(0), near.std(0)
-        # By the extremes: of a constant column, mean and std as computed are off by rounding errors.
-        constant = train.min(0) == train.max(0)
-        mean, std = np.where(constant, train[0], mean), np.where(constant, 1.0, std)
+    mean, std = _moments(first, train)
     if len(bad := np.flatnonzero(~(np.isfinite(std) & (std > 0)))):
         raise DataError(f"{first.origin}: the spread of column {bad[0] + 1} is beyond float64's range; rescale it")
     scaling = Scaling(tuple(mean.tolist()), tuple(std.tolist()), first.names)
+    names = first.names or tuple(str(i + 1) for i in range(len(mean)))
+    schema = first.schema
+    if schema is None and arrays is None and first.lines is not None:
+        schema = of_numbers(names, np.concatenate([*{id(t): t.values for t in tables.values()}.values()]))
+    if schema is not None:
+        schema = None if schema.real else schema.fitted(train, mean.tolist(), std.tolist())
     x = {part: scaling.apply(torch.from_numpy(array)) for part, array in values.items()}
     for part, table in tables.items():
         _warn_of_extremes(table, part, values[part], x[part].numpy(), rows[part])
     if arrays is None:
-        return Dataset(source.name, {part: Split(x[part]) for part in x}, scaling=scaling)
+        return Dataset(source.name, {part: Split(x[part]) for part in x}, scaling=scaling, schema=schema)
     y = {part: arrays.y["all"][rows[part]] for part in x} if "all" in arrays.y else arrays.y
     splits = {part: Split(x[part], y.get(part)) for part in x}
     return Dataset(source.name, splits, classes=arrays.classes, class_names=arrays.class_names, scaling=scaling)
+
+
+def _moments(table: Table, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) of each column, of the cells that are there; 1 for that of a constant one."""
+    some = train[0]
+    if np.isnan(train).any():
+        if (bare := np.isnan(train).all(0)).any():
+            name = table.names[int(bare.argmax())] if table.names else int(bare.argmax()) + 1
+            raise DataError(f"{table.origin}: the column {name} is empty in all rows of the training split")
+        some = train[(~np.isnan(train)).argmax(0), np.arange(train.shape[1])]
+    of = NAN_AWARE if np.isnan(train).any() else (np.mean, np.std, np.min, np.max)
+    with np.errstate(all="ignore"):
+        near = train - some  # small numbers, whatever the columns are far from
+        mean, std = some + of[0](near, 0), of[1](near, 0)
+        # By the extremes: of a constant column, mean and std as computed are off by rounding errors.
+        constant = of[2](train, 0) == of[3](train, 0)
+        return np.where(constant, some, mean), np.where(constant, 1.0, std)
+
+
+NAN_AWARE = (np.nanmean, np.nanstd, np.nanmin, np.nanmax)
 
 
 def _in_columns_of(first: Table, table: Table) -> Table:
@@ -349,6 +470,8 @@ FLAT, FAR = 1000.0, 1e5  # how many times the middle's spread a column's is, and
 
 def _warn_of_extremes(table: Table, part: str, values: np.ndarray, x: np.ndarray, rows: np.ndarray) -> None:
     """Warn of columns in which few cells are so far out that all others become almost equal, and of cells far out."""
+    if np.isnan(x).any():
+        x, values = np.where(np.isnan(x), 0, x), np.where(np.isnan(values), np.nanmedian(values, axis=0), values)
     if part == "train":
         low, high = np.quantile(x, (0.25, 0.75), axis=0, method="nearest")
         flat = [
@@ -378,7 +501,7 @@ def _table(origin: str, array: np.ndarray) -> Table:
         big = np.argwhere((array > EXACT) | (array < -EXACT)) if array.dtype.kind == "i" else np.argwhere(array > EXACT)
         for row, column in big.tolist():
             if int(values[row, column]) != int(array[row, column]):
-                raise DataError(f"{origin}: row {row}, column {column} (from 0): {array[row, column]}: {_TOO_LONG}")
+                raise DataError(f"{origin}: row {row}, column {column} (from 0): {array[row, column]}: {TOO_LONG}")
     if len(bad := np.argwhere(~np.isfinite(values))):
         row, column = bad[0].tolist()
         raise DataError(
@@ -388,7 +511,8 @@ def _table(origin: str, array: np.ndarray) -> Table:
     return Table(origin, values)
 
 
-def _read_csv(path: Path, reading: Reading) -> Table:
+def _read_csv(path: Path, reading: Reading) -> Table | None:
+    """The table of a text of which all cells are numbers; None if some are words, dates or nothing."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             some = list(itertools.islice(reading.rows(file), 51))
@@ -412,21 +536,17 @@ def _read_csv(path: Path, reading: Reading) -> Table:
                 path, delimiter=reading.delimiter, quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig",
                 skiprows=line if names else 0, converters=reading.number if reading.decimal == "," else None,
             )  # fmt: skip
-    except ValueError as error:
-        _explain(path, reading, names)
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except ValueError:
+        return None
     if not values.size:
         raise DataError(f"{path} has a header and no rows")
+    if np.isnan(values).any() and not np.isinf(values).any():
+        return None
     if values.shape[1] != len(first) or not np.isfinite(values).all() or np.abs(values).max() > EXACT:
         _explain(path, reading, names)
     left_out = 0
     if names and names[0] in ("", "Unnamed: 0") and len(names) > 1 and _numbers_rows(values[:, 0]):
-        warnings.warn(
-            f"{path}: the first column, {names[0] or 'without a name'}, holds the numbers of the rows, as "
-            "pandas writes them, and is left out",
-            DataWarning,
-            stacklevel=4,
-        )
+        _warn_of_index(path, names[0])
         left_out = 1
     lines = lambda: _lines(path, reading, bool(names))  # noqa: E731
     table = Table(str(path), values[:, left_out:], names and names[left_out:], lines, left_out)
@@ -500,17 +620,11 @@ def _explain(path: Path, reading: Reading, names: tuple[str, ...] | None) -> Non
                     if not math.isfinite(value):
                         odd.append(f"{where}: {cell.strip()}")
                     elif abs(value) > EXACT and re.fullmatch(r"[+-]?\d+", cell.strip()) and int(cell) != int(value):
-                        raise DataError(f"{path}, {where}: {cell.strip()}: {_TOO_LONG}")
+                        raise DataError(f"{path}, {where}: {cell.strip()}: {TOO_LONG}")
     except (UnicodeDecodeError, csv_format.Error) as error:
         raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
     if odd:
         raise DataError(f"{path}: {len(odd)} cells are NaN or infinite, the first in {odd[0]}; remove or fill them")
-
-
-_TOO_LONG = (
-    "a whole number beyond 2^53, which float64 cannot tell from its neighbours: subtract an offset, or leave the "
-    "column out if it is an identifier"
-)
 
 
 def _other_marks(row: list[str], reading: Reading) -> str:

@@ -6,6 +6,7 @@ from genfuse.metrics._distances import frechet_distance as frechet_distance
 from genfuse.metrics._distances import kernel_distance as kernel_distance
 from genfuse.metrics._distances import sliced_wasserstein_distance as sliced_wasserstein_distance
 from genfuse.metrics._evaluate import evaluate as evaluate
+from genfuse.metrics._evaluate import undisturbed as undisturbed
 from genfuse.metrics._features import Extractor as Extractor
 from genfuse.metrics._features import classifier_path as classifier_path
 from genfuse.metrics._features import extractor as extractor

@@ -104,13 +104,14 @@ def _measure(model: Any, x: Tensor, given: dict[str, Tensor], samples: int, seed
     """What is measured of each example: (N,), or (N, D) per latent dimension. ``given`` holds the labels, if any."""
     found = {}
     torch.manual_seed(seed)
-    for verb in model.likelihoods or (("elbo",) if hasattr(model, "elbo") else ()):
+    trained = ("elbo",) if hasattr(model, "elbo") and getattr(model, "columns", None) is None else ()
+    for verb in model.likelihoods or trained:
         torch.manual_seed(seed)  # the same noise for each, so that bits per dimension are those of the ELBO
         found[verb] = getattr(model, verb)(x, **given)
     if hasattr(model, "iwae_bound"):
         found[f"iwae_bound_{samples}"] = model.iwae_bound(x, samples, **given)
     if hasattr(model, "reconstruct"):
-        found["reconstruction_error"] = (model.reconstruct(x, **given) - x).square().flatten(1).mean(1)
+        found["reconstruction_error"] = (model.reconstruct(x, **given) - x).square().nan_to_num().flatten(1).mean(1)
     if isinstance(model, HasPosterior):
         q = model.posterior(x, **given)
         if isinstance(q, Independent) and isinstance(q.base_dist, Normal):

@@ -15,7 +15,7 @@ from genfuse._version import __version__
 from genfuse.data import Dataset
 from genfuse.errors import DataError, SettingsError
 from genfuse.models import check_range
-from genfuse.nn import conv_encoder, mlp
+from genfuse.nn import Columns, conv_encoder, mlp
 
 FEATURES = ("auto", "columns", "pixels", "random-conv", "classifier", "inception")
 WIDTH = 64  # features of the networks here, few enough for a covariance of a few hundred examples
@@ -82,6 +82,9 @@ def _extractor(name: str, data: Dataset, device: torch.device | str, inception_w
     if inception_weights is not None and name != "inception":
         raise SettingsError(f"a file of inception weights goes with features 'inception', got {name!r}")
     if name == "columns":
+        if data.columns is not None:
+            about = "the columns as networks see them: normal scores, and one-hot categories and missing cells"
+            return Extractor(name, about, Columns(data.columns).to(device).encode)
         return Extractor(name, "the columns themselves" + (", standardized" if data.scaling else ""), nn.Flatten())
     if name == "pixels":
         return Extractor(name, "raw pixels", nn.Flatten())

@@ -13,6 +13,7 @@ from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
 from genfuse.nn import (
     EMA,
+    Columns,
     WithContext,
     dcgan_critic,
     dcgan_generator,
@@ -49,11 +50,14 @@ class AdversarialConfig(ModelConfig):
     spectral_norm: bool = False  # divide the critic's weights by their largest singular value
     layer_norm: bool = False  # in the critic; it has no batch norm
     bound: float = 1000.0  # a critic's loss beyond it, above or below 0, is warned of
+    pac: int = 1  # mlp: examples that the critic sees side by side, by which it notices those that repeat (PacGAN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choices(network=Network)
-        self.check_positive("latent_dim", "hidden", "channels", "bound")
+        self.check_positive("latent_dim", "hidden", "channels", "bound", "pac")
+        if self.network != "mlp" and (self.pac > 1 or self.columns is not None):
+            raise SettingsError(f"network {self.network!r} sees single images: use network 'mlp' for tables or pac")
         check_training(self)
         if not self.channels:
             raise SettingsError("channels must hold at least one width, got ()")
@@ -119,6 +123,9 @@ class AdversarialModel(GenerativeModel):
         penalty_weight: its weight.
         one_sided: of ``gradient``: only norms above 1 pay.
         bound: a critic's loss beyond it, above or below 0, is warned of by the trainer.
+        pac: examples that the critic sees side by side (arXiv 1712.04086): it is then given (N / pac, pac * cells).
+        columns: of a table whose columns are not all numbers: the generator then puts out (N, ``columns.width``), of
+            which `genfuse.nn.Columns.activate` makes examples, and the critic sees such.
         embedding: makes the context (N, C) of y. The generator owns its parameters, which are averaged as its own; the
             critic sees what it makes, and does not train it.
         config: the settings that it was made of, if it was.
@@ -143,6 +150,8 @@ class AdversarialModel(GenerativeModel):
         penalty_weight: float = 10.0,
         one_sided: bool = False,
         bound: float = 1000.0,
+        pac: int = 1,
+        columns: Columns | None = None,
         embedding: nn.Module | None = None,
         config: AdversarialConfig | None = None,
     ) -> None:
@@ -150,6 +159,7 @@ class AdversarialModel(GenerativeModel):
         self.objective = objective
         self.latent_dim, self.n_critic, self.ema, self.bound = latent_dim, n_critic, ema, bound
         self.penalty, self.penalty_weight, self.one_sided = penalty, penalty_weight, one_sided
+        self.pac, self.columns = pac, columns
         check_training(self)
         self.generator, self.critic = generator, critic
         self.averaged = EMA(generator, ema) if ema else None
@@ -183,6 +193,10 @@ class AdversarialModel(GenerativeModel):
             self.named_player(player)  # which refuses it
         x, n = self._centred(self.checked(batch.x)), len(batch.x)
         context = self.context_of(self.y_of(batch), n)
+        if self.pac > 1 and n % self.pac:  # the last ones wait, and of too few some come twice
+            some = torch.arange(max(self.pac, n - n % self.pac), device=x.device) % max(n, 1)
+            x, n = x[some], len(some)
+            context = None if context is None else context[some]
         seen = None if context is None else context.detach()  # by the critic
         z = torch.randn(n, self.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
@@ -193,6 +207,9 @@ class AdversarialModel(GenerativeModel):
             fake = self._generate(self.generator, z, context).to(x.dtype)
         both = None if seen is None else seen.repeat(2, *[1] * (seen.dim() - 1))
         real_out, fake_out = self._criticise(torch.cat([x, fake]), both).chunk(2)
+        if self.pac > 1:
+            x, fake = self._packed(x), self._packed(fake)
+            seen = None if seen is None else self._packed(seen)
         loss = self.objective.real(real_out).mean() + self.objective.fake(fake_out).mean()
         terms = self.critic_terms(real_out.detach(), fake_out.detach())
         penalty = self.gradient_penalty(x, fake, seen)
@@ -234,6 +251,11 @@ class AdversarialModel(GenerativeModel):
         self._settle_averages()
         z = self.latents(n, generator=generator)
         return self._decode(z, self.draw_context(n, y, generator, **self._embedding()))
+
+    def realness(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The critic's output for x (N, *shape), (N,): the higher, the more it takes x for a real example. It tells
+        real from generated examples, and is no density: far from both it may be anything."""
+        return self._criticise(self._centred(self.checked(x)), self.context_of(y, len(x)))
 
     def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """x on the arcs between latents a and b, (N, D) each, both ends included: (steps, N, *shape).
@@ -286,21 +308,32 @@ class AdversarialModel(GenerativeModel):
 
     def _centred(self, x: Tensor) -> Tensor:
         """Examples as the critic is shown them: discrete data in [-1, 1]. From data in [0, 1] it learns badly."""
+        if self.columns is not None:
+            return self.columns.encode(x, noise=True)
         return x if self.levels is None else 2 * x - 1
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x) // self.pac, -1)
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         x = self._generate(self.averaged or self.generator, z, context)
+        if self.columns is not None:
+            return self.columns.decode(x)
         return x if self.levels is None else (x + 1) / 2
 
     def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None) -> Tensor:
         """Examples as `_centred` gives them."""
         x = at_least_float32(network(z) if context is None else network(z, context))
+        if self.columns is not None:
+            return self.columns.activate(x)
         if self.shape is not None and x.shape[1:] != self.shape:
             raise SettingsError(f"the generator must make examples (N, *{self.shape}); it made {tuple(x.shape)}")
         return x if self.levels is None else x.tanh()
 
     def _criticise(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """The critic's output, (N,), for examples that are `_centred`."""
+        """The critic's output, (N,), for examples that are `_centred`; of those that it sees together, (N / pac,)."""
+        if self.pac > 1:
+            x, context = self._packed(x), None if context is None else self._packed(context)
         out = at_least_float32(self.critic(x) if context is None else self.critic(x, context))
         if out.shape not in ((len(x),), (len(x), 1)):
             raise SettingsError(
@@ -328,10 +361,11 @@ def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:
 
 def options(config: AdversarialConfig) -> dict[str, Any]:
     """The settings that `AdversarialModel` takes by the same names."""
-    names = ["latent_dim", "n_critic", "ema", "bound"]
+    names = ["latent_dim", "n_critic", "ema", "bound", "pac"]
     if isinstance(config, PenaltyConfig):
         names += ["penalty", "penalty_weight", "one_sided"]
-    return {"config": config, **{name: getattr(config, name) for name in names}}
+    columns = None if config.columns is None else Columns(config.columns)
+    return {"config": config, "columns": columns, **{name: getattr(config, name) for name in names}}
 
 
 def networks(config: AdversarialConfig) -> tuple[nn.Module, nn.Module]:
@@ -340,10 +374,15 @@ def networks(config: AdversarialConfig) -> tuple[nn.Module, nn.Module]:
     return generator, _critic(config)
 
 
+def _cells(config: AdversarialConfig) -> tuple[int, ...]:
+    """The shape of an example as the networks see it."""
+    return config.shape if config.columns is None else (Columns(config.columns).width,)
+
+
 def _generator(config: AdversarialConfig) -> nn.Module:
     inputs = config.latent_dim + config.context
     if config.network == "mlp":
-        return mlp_generator(inputs, config.shape, config.hidden)
+        return mlp_generator(inputs, _cells(config), config.hidden)
     channels, height, width = config.shape
     make = dcgan_generator if config.network == "dcgan" else resnet_generator
     return make(inputs, (channels, height, width), config.channels)
@@ -351,7 +390,8 @@ def _generator(config: AdversarialConfig) -> nn.Module:
 
 def _critic(config: AdversarialConfig) -> nn.Module:
     if config.network == "mlp":
-        critic = mlp_critic(config.dimensions + config.context, config.hidden[::-1], config.layer_norm)
+        cells = config.pac * (math.prod(_cells(config)) + config.context)
+        critic = mlp_critic(cells, config.hidden[::-1], config.layer_norm)
     else:
         channels, height, width = config.shape
         make = dcgan_critic if config.network == "dcgan" else resnet_critic

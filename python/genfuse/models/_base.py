@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
-from genfuse.data import Batch, Dataset
+from genfuse.data import Batch, Dataset, load_data
 from genfuse.errors import DataError, SettingsError, near
 from genfuse.nn import Features, OneHot
 
@@ -53,6 +53,7 @@ class ModelConfig:
     conditional: bool = False  # model p(x | label) in place of p(x)
     seen_labels: tuple[int, ...] | None = None  # that training examples have, if not all; taken from the data
     condition: int = 0  # numbers that are given with each example: the model is p(x | these); taken from the data
+    columns: tuple[dict[str, Any], ...] | None = None  # of tables: for `genfuse.nn.Columns`; taken from the data
 
     def __post_init__(self) -> None:
         if not self.shape or any(size < 1 for size in self.shape):
@@ -194,6 +195,17 @@ class GenerativeModel(nn.Module):
     def players(self) -> list[Player]:
         """Who is optimised: by default one player, ``model``, that owns every parameter, with Adam at 1e-3."""
         return [Player("model", self.parameters(), adam())]
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Called once before the first update of a training, without gradients, with the training split in batches, in
+        an order by the seed: to set what data decides, such as codebooks, centres of k-means or scales. A run that is
+        resumed has it in its state. Take as many batches as are needed: those that are not asked for cost nothing."""
+
+    def turn(self, step: int, steps: int) -> str | None:
+        """Whose update the one after ``step`` of ``steps`` updates is, by the name of a player, for a model that is
+        trained in stages: first one player, then the next. None: each player in turn, as often as `Player.steps` says.
+        """
+        return None
 
     def loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
         """What ``player`` minimises: the total and its named terms, each a scalar mean per example, in nats."""
@@ -413,6 +425,14 @@ class GenerativeModel(nn.Module):
                 f"for {condition}: pass the data set when you make it, as in genfuse.create(name, data), or take data "
                 "without --data.condition"
             )
+        columns = getattr(self.config, "columns", None)
+        if columns != data.columns and not (columns is None and data.plain):
+            kinds = "numbers alone" if columns is None else "other columns"
+            raise SettingsError(
+                f"the data set {data.name!r} has columns of several kinds, or cells missing, and the model was made "
+                f"for {kinds}: pass the data set when you make it, as in genfuse.create(name, data); models without "
+                "`columns` take tables of numbers alone"
+            )
         if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):
             raise SettingsError(
                 f"the model is conditional and needs labels, but the data set {data.name!r} has none in its splits "
@@ -515,6 +535,7 @@ FACTS = (
     "classes",
     "seen_labels",
     "condition",
+    "columns",
 )  # settings that the data decides, where a model has them
 
 
@@ -582,17 +603,17 @@ def load(name: str) -> type[GenerativeModel]:
     return cls
 
 
-def create(name: str, data: Dataset | None = None, **settings: Any) -> GenerativeModel:
+def create(name: str, data: Any = None, **settings: Any) -> GenerativeModel:
     """Make the model that ``name`` stands for, with the given settings.
 
-    Pass the data set to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
+    Pass the data set, or what `load_data` makes one of, to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
     the model's config, MNIST's for image models. Raises PluginError for an unknown or broken model and SettingsError
     for a setting that it does not take.
 
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
     cls = load(name)
-    model: GenerativeModel = cls.from_config(configure(cls, settings, data))
+    model: GenerativeModel = cls.from_config(configure(cls, settings, None if data is None else load_data(data)))
     model.plugin = name
     return model
 

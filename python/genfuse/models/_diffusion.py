@@ -20,7 +20,7 @@ from genfuse.data import Batch, Dataset
 from genfuse.diffusion import Denoiser, drop_rows, likelihood, samplers
 from genfuse.errors import SettingsError
 from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, transformed
-from genfuse.nn import EMA, DenoisingMLP, Features, OneHot, UNet
+from genfuse.nn import EMA, Columns, DenoisingMLP, Features, OneHot, UNet
 from genfuse.ops import philox
 
 Network = Literal["auto", "mlp", "unet"]
@@ -64,7 +64,8 @@ class DiffusionConfig(ModelConfig):
         context = self.context + bool(self.condition)  # `FeaturesOrNone` adds one
         if self.network == "unet" or (self.network == "auto" and len(self.shape) == 3):
             return UNet(self.shape[0], self.channels, self.blocks, self.attention, context, self.dropout)
-        return DenoisingMLP(self.dimensions, self.hidden, context, self.dropout)
+        cells = self.dimensions if self.columns is None else Columns(self.columns).width
+        return DenoisingMLP(cells, self.hidden, context, self.dropout)
 
     def parts(self) -> dict[str, Any]:
         """What a model of these settings is made of beside its network, by the arguments of its ``__init__``."""
@@ -88,7 +89,8 @@ class DiffusionModel(GenerativeModel):
     smallest and the largest noise level of its probability flow, ``sigma_min`` and ``sigma_max``.
 
     Examples x (N, *shape) and y, labels (N,) or a context (N, C), are the data's. What `denoise` and `score` see is in
-    the model's space: real-valued examples as they are, discrete ones as 2 x - 1. Densities are in nats.
+    the model's space: real-valued examples as they are, discrete ones as 2 x - 1, rows of tables with columns of
+    several kinds as `genfuse.nn.Columns` encodes them. Densities are in nats; of such tables there are none.
     """
 
     loss_unit: ClassVar[str] = "per cell, without unit"
@@ -139,8 +141,11 @@ class DiffusionModel(GenerativeModel):
         trained = self.embedding is not None and next(self.embedding.parameters(), None) is not None
         self.averaged_embedding = EMA(self.embedding, ema) if self.embedding is not None and trained else None
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(self.shape))
-        self.register_buffer("variance", torch.zeros(self.shape))
+        columns = getattr(config, "columns", None)
+        self.columns = None if columns is None else Columns(columns)
+        inner = self.shape if self.columns is None else (self.columns.width,)
+        self.register_buffer("mean", torch.zeros(inner))
+        self.register_buffer("variance", torch.zeros(inner))
 
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> Self:
@@ -317,6 +322,8 @@ class DiffusionModel(GenerativeModel):
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
+        if self.columns is not None:
+            return ()
         return ("log_prob",) if self.levels is None else ("elbo", "bits_per_dim")
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
@@ -340,6 +347,7 @@ class DiffusionModel(GenerativeModel):
         sigma_max)^3; with labels, whose means differ, of its square. Raises SettingsError for discrete data, which has
         `elbo`.
         """
+        self._check_density()
         if self.levels is not None:
             raise SettingsError("log_prob is for real-valued data; discrete data has the bounds elbo and bits_per_dim")
         return likelihood.log_prob(
@@ -373,6 +381,7 @@ class DiffusionModel(GenerativeModel):
         That of `genfuse.diffusion.likelihood.elbo`, by the probability flow and a decoder at a small noise level; the
         rest is as for `log_prob_and_error`. Raises SettingsError for real-valued data.
         """
+        self._check_density()
         if self.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
         return likelihood.elbo(
@@ -387,6 +396,15 @@ class DiffusionModel(GenerativeModel):
             tolerance=tolerance,
             generator=generator,
         )
+
+    def denoising_error(self, x: Tensor, y: Tensor | None = None, *, levels: int = 10) -> Tensor:
+        """The mean over cells, and over so many noise levels of `sigma_schedule`, of |D(x + sigma eps, sigma) - x|^2 /
+        c_out(sigma)^2, (N,), without unit: the loss of x, with noise from torch's global generator."""
+        x0, context, error = self._inward(x), self.context_of(y, len(x)), x.new_zeros(len(x))
+        for sigma in self._sigmas(levels)[:-1]:
+            off = self.denoise(x0 + sigma * torch.randn_like(x0), sigma, context) - x0
+            error = error + (off / self.denoiser.c_out(sigma)).square().flatten(1).mean(1) / levels
+        return error
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """-elbo / (D ln 2), (N,): bits that each of the D cells costs, with the options of `elbo_and_error`."""
@@ -403,6 +421,13 @@ class DiffusionModel(GenerativeModel):
         variance = torch.where(self.seen > 0, self.variance, self.denoiser.sigma_data**2)
         return self.mean, (variance + sigma**2).sqrt()
 
+    def _check_density(self) -> None:
+        if self.columns is not None:
+            raise SettingsError(
+                "a diffusion model of a table with categories, integers or cells missing has no likelihood: use a flow "
+                "or a VAE for one"
+            )
+
     # Between the data and the model.
 
     def _trained_on(self, x: Tensor) -> Tensor:
@@ -418,10 +443,14 @@ class DiffusionModel(GenerativeModel):
         return x
 
     def _inward(self, x: Tensor) -> Tensor:
+        if self.columns is not None:
+            return self.columns.encode(self.checked(x), noise=True)
         return self.checked(x) if self.levels is None else 2 * self.checked(x) - 1
 
     def _outward(self, x: Tensor) -> Tensor:
         """What `_inward` undoes; discrete x are put on their levels."""
+        if self.columns is not None:
+            return self.columns.decode(x)
         if self.levels is None:
             return x
         return ((x.clamp(-1, 1) + 1) / 2 * (self.levels - 1)).round() / (self.levels - 1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from genfuse.models._base import GenerativeModel, ModelConfig
 from genfuse.nn import (
     AffineCoupling,
     Centre,
+    Columns,
     Composite,
     ConvConditioner,
     Dequantize,
@@ -70,7 +71,9 @@ class FlowModel(GenerativeModel):
 
     Real-valued examples x are (N, *shape), with exact densities in nats. Discrete ones, x = k / (levels - 1), are
     dequantised: `elbo` is a lower bound of log P(x), and `bits_per_dim` the same in bits per cell. Latents z are
-    (N, D), as many as an example has cells. What is given, y, is a context (N, C), labels (N,), or what else the flow's
+    (N, D), as many as an example has cells. Tables with integers, categories or cells missing are dequantised too, by
+    `genfuse.nn.Columns.dequantize`: `elbo` is then a lower bound of the log-density of the numbers and log-probability
+    of all else, and `log_prob` is the same. What is given, y, is a context (N, C), labels (N,), or what else the flow's
     ``embedding`` takes.
 
     >>> model = FlowModel(genfuse.flows.NSF(2))
@@ -84,6 +87,7 @@ class FlowModel(GenerativeModel):
         logit: discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a, or with 0 v - 1/2.
         noise: discrete data: a transform that makes the dequantisation noise, as in `genfuse.nn.Dequantize`; uniform
             noise if it is left out.
+        columns: of a table whose columns are not all numbers; the flow then has its ``latents``.
         config: the settings that the flow was made of.
     """
 
@@ -97,10 +101,13 @@ class FlowModel(GenerativeModel):
         levels: int | None = None,
         logit: float = 0.05,
         noise: Transform | None = None,
+        columns: Columns | None = None,
         config: FlowConfig | None = None,
     ) -> None:
         embedding = Features(flow.context) if flow.embedding is None and flow.context else flow.embedding
-        super().__init__(config, shape=shape or flow.event_shape, levels=levels, embedding=embedding)
+        shape = shape or ((columns.columns,) if columns is not None else flow.event_shape)
+        super().__init__(config, shape=shape, levels=levels, embedding=embedding)
+        self.columns = columns
         self.dequantize = None if levels is None else Dequantize(levels, noise)
         self.reals: Transform | None = None if levels is None else Logit(logit) if logit else Centre()
         self.flow = flow
@@ -113,7 +120,11 @@ class FlowModel(GenerativeModel):
     @classmethod
     def from_config(cls, config: Any) -> Self:
         noise = _variational_noise(config.shape) if config.dequantization == "variational" else None
-        return cls(cls.flow_of(config), levels=config.levels, logit=config.logit, noise=noise, config=config)
+        columns = None if config.columns is None else Columns(config.columns)
+        seen = config if columns is None else replace(config, shape=(columns.latents,), columns=None)
+        return cls(
+            cls.flow_of(seen), levels=config.levels, logit=config.logit, noise=noise, columns=columns, config=config
+        )
 
     @classmethod
     def flow_of(cls, config: Any) -> Flow:
@@ -122,6 +133,8 @@ class FlowModel(GenerativeModel):
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
+        if self.columns is not None:
+            return ("elbo",)
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
 
     def check_data(self, data: Dataset) -> None:
@@ -135,7 +148,10 @@ class FlowModel(GenerativeModel):
         return nll, {} if self.dequantize is None else {"bits_per_dim": nll.detach() / self._nats_per_bit}
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p(x), exact, (N,) nats. If the data is discrete, x are dequantised values in [0, 1)."""
+        """log p(x), exact, (N,) nats. If the data is discrete, x are dequantised values in [0, 1); of a table with
+        columns of several kinds it is a lower bound, `elbo`."""
+        if self.columns is not None:
+            return self.elbo(x, y)
         context = self.context_of(y, len(x))
         z, logdet = self._to_base(self.checked(x), context)
         return self.flow.base_log_prob(z, logdet, context)
@@ -153,6 +169,11 @@ class FlowModel(GenerativeModel):
 
         Raises SettingsError for a model of real-valued data, which has `log_prob`.
         """
+        if self.columns is not None:
+            context = self.context_of(y, len(x))
+            v, log_weight = self.columns.dequantize(self.checked(x), generator)
+            z, logdet = self.flow.transform(v, context)
+            return self.flow.base_log_prob(z, logdet, context) + log_weight
         if self.dequantize is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
         v, log_weight = self.dequantize(self.checked(x), generator)
@@ -163,8 +184,10 @@ class FlowModel(GenerativeModel):
         return -self.elbo(x, y, generator=generator) / self._nats_per_bit
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """z = f(x), (N, D); of discrete x at the middle of its bins."""
+        """z = f(x), (N, D); of discrete x at the middle of its bins, of a table at a draw of its dequantisation."""
         x = self.checked(x)
+        if self.columns is not None:
+            x = self.columns.dequantize(x)[0]
         if self.levels is not None:
             x = ((x * (self.levels - 1)).round() + 0.5) / self.levels
         return self._to_base(x, self.context_of(y, len(x)))[0]
@@ -175,6 +198,8 @@ class FlowModel(GenerativeModel):
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         x, _ = self.flow.transform.inverse(z, context)
+        if self.columns is not None:
+            return self.columns.quantize(x)
         return x if self.reals is None or self.dequantize is None else self.dequantize.inverse(self.reals.inverse(x)[0])
 
     def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]:
@@ -182,6 +207,8 @@ class FlowModel(GenerativeModel):
         steps, context = [z], self.context_of(y, len(z))
         for transform in reversed(self.flow.transform.transforms):
             steps.append(transform.inverse(steps[-1], context)[0])  # type: ignore[operator]
+        if self.columns is not None:
+            return [*steps[:-1], self.columns.quantize(steps[-1])]
         return steps if self.reals is None else [*steps, self.reals.inverse(steps[-1])[0]]
 
     @torch.no_grad()
@@ -216,7 +243,7 @@ class FlowModel(GenerativeModel):
 
         Raises SettingsError for discrete data, whose log-probability has only bounds: use sample and elbo.
         """
-        if self.dequantize is not None:
+        if self.dequantize is not None or self.columns is not None:
             raise SettingsError("sample_and_log_prob is for real-valued data; of discrete data use sample, then elbo")
         z, context = self._draw(n, y, temperature, generator)
         x, logdet = self.flow.transform.inverse(z, context)

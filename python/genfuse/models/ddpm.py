@@ -59,6 +59,8 @@ class DDPM(DiffusionModel):
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
+        if self.columns is not None:
+            return ()
         return ("log_prob", "elbo") if self.levels is None else ("elbo", "bits_per_dim")
 
     def draw_sigmas(self, n: int) -> Tensor:
@@ -86,6 +88,7 @@ class DDPM(DiffusionModel):
         that of the other models, by the probability-flow ODE, with its options. p(x_T) is the Gaussian that samples
         start from: N(0, I), with the mean and variances of the training examples. Raises SettingsError for others.
         """
+        self._check_density()
         if bound == "flow":
             return super().elbo_and_error(x, y, generator=generator, **options)
         if bound != "variational" or options or strata < 1:

@@ -18,6 +18,7 @@ from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, GenerativeModel, ModelConfig
 from genfuse.nn import (
     AutoregressiveAffine,
+    Columns,
     Composite,
     ConvDecoder,
     Permutation,
@@ -99,6 +100,8 @@ class VAEConfig(ModelConfig):
         for name in ("hidden", "channels", "posterior_hidden"):
             if any(size < 1 for size in getattr(self, name)):
                 raise SettingsError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
+        if self.columns is not None and self.network == "conv":
+            raise SettingsError("network 'conv' needs images, and the data is a table: use network 'mlp'")
         if self.network == "conv" and (len(self.shape) != 3 or not self.channels):
             raise SettingsError(
                 f"network 'conv' needs images, shape (C, H, W), and at least one entry of channels; "
@@ -113,7 +116,9 @@ class VAEConfig(ModelConfig):
             raise SettingsError("posterior 'iaf' needs at least one entry of posterior_hidden, got ()")
 
 
-def _likelihood(config: VAEConfig) -> Likelihood:
+def _likelihood(config: VAEConfig) -> Likelihood | Columns:
+    if config.columns is not None:
+        return Columns(config.columns)
     if config.decoder == "gaussian":
         return Gaussian(config.sigma, config.variance)
     if config.decoder == "bernoulli":
@@ -145,7 +150,11 @@ def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module
     inputs = config.latent_dim + context
     encoder: nn.Module
     decoder: nn.Module
-    if config.network == "conv":
+    if config.columns is not None:
+        columns = Columns(config.columns)
+        encoder = nn.Sequential(columns, mlp([columns.width + context, *hidden, outputs]))
+        decoder = mlp([inputs, *hidden[::-1], columns.outputs])
+    elif config.network == "conv":
         channels, height, width = shape
         encoder = conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
         decoder = ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
@@ -258,7 +267,7 @@ class VAE(GenerativeModel):
     def from_config(cls, config: VAEConfig) -> Self:
         likelihood, flow = _likelihood(config), _flow(config)
         outputs = 2 * config.latent_dim + (0 if flow is None else config.posterior_context)
-        encoder, decoder = _networks(config, outputs, likelihood.parameters_per_cell)
+        encoder, decoder = _networks(config, outputs, getattr(likelihood, "parameters_per_cell", 1))
         bound = {name: getattr(config, name) for name in ("beta", "beta_warmup", "free_bits", "iwae_samples")}
         return cls(
             encoder, decoder, likelihood, latent_dim=config.latent_dim, posterior_flow=flow, config=config, **bound

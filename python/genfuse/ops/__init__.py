@@ -13,6 +13,7 @@ from genfuse.ops._gradient_penalty import input_gradient as input_gradient
 from genfuse.ops._interpolate import interpolate as interpolate
 from genfuse.ops._op import available as available
 from genfuse.ops._op import build_info as build_info
+from genfuse.ops._op import decompositions as decompositions
 from genfuse.ops._op import fused as fused
 from genfuse.ops._op import implementations as implementations
 from genfuse.ops._op import include as include

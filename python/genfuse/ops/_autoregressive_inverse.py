@@ -75,7 +75,7 @@ def formula(
 ) -> tuple[Tensor, Tensor]:
     s = Settings(*settings)
     *blocks, outputs = [*by_layer(bounds, len(weights) - 1), [k * s.params for k in range(y.shape[1] + 1)]]
-    x, logdet = y[:, :0], y.new_zeros(len(y))
+    x, logdet = y[:, :0], y.new_zeros(y.shape[0])
     hidden = [x] * len(blocks)  # the units that are known
     with torch.autocast(y.device.type, enabled=False):
         for k in range(y.shape[1]):

@@ -628,6 +628,12 @@ def available(device: str) -> list[str]:
     ]
 
 
+def decompositions() -> dict[Any, Callable]:
+    """Each operator with its reference, as ``run_decompositions`` of a program of `torch.export` takes them: what is
+    left then are PyTorch's own operators, which ONNX and other runtimes know."""
+    return {kernel.operator: kernel.reference for kernel in KERNELS.values()}
+
+
 def implementations() -> list[tuple[str, str, str, str]]:
     """Operator, device, implementation and reason, for every kernel and every device."""
     rows = []

@@ -166,7 +166,7 @@ def _folded(x: Tensor, box: _Box, *, inverse: bool) -> tuple[Tensor, Tensor, Ten
     low, high = box[2:4] if inverse else box[:2]
     inside, turns = (x >= low) & (x <= high), torch.zeros_like(x)
     if isinstance(box.tails, Tensor) or box.tails == TAILS["circular"]:
-        circular = torch.as_tensor(box.tails == TAILS["circular"], device=x.device)
+        circular = _are("circular", box, x)
         turns = torch.where(circular, torch.floor((x.detach() - low) / (high - low)), turns)
         inside = inside | circular
     return torch.where(inside, x - turns * (high - low), low), turns, inside
@@ -178,7 +178,13 @@ def _beyond(x: Tensor, box: _Box, *, inverse: bool) -> Tensor:
         y = torch.where(x < box.bottom, x - (box.bottom - box.left), x - (box.top - box.right))
     else:
         y = torch.where(x < box.left, x + (box.bottom - box.left), x + (box.top - box.right))
-    return torch.where(torch.as_tensor(box.tails == TAILS["none"], device=x.device), math.nan, y)
+    return torch.where(_are("none", box, x), math.nan, y)
+
+
+def _are(tails: str, box: _Box, x: Tensor) -> Tensor:
+    """Whether the tails are these: of each coordinate, or one for all. By an operator, since tracers keep no others."""
+    found = box.tails == TAILS[tails]
+    return found if isinstance(found, Tensor) else x.new_full((), found, dtype=torch.bool)
 
 
 def formula(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:

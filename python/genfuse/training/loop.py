@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ TEST_EXAMPLES = 10_000  # at most so many of the test split, by chance, are look
 MOMENTS = 8  # of a training, evenly spread, at which samples from the same noise are kept, beside those before it
 IMAGES, POINTS = 8, 1000  # that are then drawn
 
+Callback = Callable[[dict[str, Any]], Any]  # called with each line of the metrics; True ends the training
+
 
 class Loop:
     """One training: a model, its players' optimizers, and how far they are.
@@ -49,9 +51,17 @@ class Loop:
     """
 
     def __init__(
-        self, trainer: Options, fabric: "Fabric", model: GenerativeModel, players: list[Player], data: Dataset
+        self,
+        trainer: Options,
+        fabric: "Fabric",
+        model: GenerativeModel,
+        players: list[Player],
+        data: Dataset,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.trainer, self.fabric, self.model, self.players = trainer, fabric, model, players
+        self.callbacks = callbacks if fabric.is_global_zero else ()
+        self.ended = False  # as a callback said, or for want of patience
         self.data = data.to(fabric.device)
         self.trained = {p.name: [w for w in p.parameters if w.requires_grad] for p in players}
         self.optimizers = {p.name: p.optimizer(self.trained[p.name]) for p in players}
@@ -78,6 +88,7 @@ class Loop:
         self.checkpointed: int | None = None  # the step of the last checkpoint
         self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
         self.best: tuple[int, dict[str, Tensor]] | None = None
+        self.waited = 0  # epochs since then
         self.recorder: Recorder | None = None
         self.logged: list[dict[str, Any]] = []  # where there is no recorder
         self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
@@ -94,6 +105,8 @@ class Loop:
         try:
             if out is not None and self.trainer.resume:
                 self._load(out)
+            if self.step == 0:
+                self._prepare()
             if out is not None and config is not None:
                 self._open(out, config)
             self._run()
@@ -145,7 +158,8 @@ class Loop:
         active = None
         self._restart_clock()
         self._keep_samples()
-        while self.step < self.total:
+        self.ended = self._impatient()  # a run that is resumed
+        while self.step < self.total and not self.ended:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
@@ -153,7 +167,7 @@ class Loop:
             chunks = order.to(self.data.splits["train"].x.device).split(batch_size)[first:]
             batches = self.data.batches("train", (chunk[rank::world] if world > 1 else chunk for chunk in chunks))
             for index, batch in zip(chunks, batches, strict=True):
-                player = self.turns[self.step % len(self.turns)]
+                player = self._turn()
                 if player != active:
                     self._activate(active := player)
                 self._update(player, batch)
@@ -166,14 +180,31 @@ class Loop:
                 due = epoch_ends or self.step % checkpoint_every == 0
                 if due or len(self.pending) >= trainer.log_every or (world == 1 and interrupt()):
                     seconds += self._flush_log()
-                    stop = interrupt() if world == 1 else self._agreed(interrupt())
                     if epoch_ends:
                         self._end_epoch(seconds)
+                    ask = interrupt() or self.ended
+                    stop = ask if world == 1 else self._agreed(ask)
                     if stop or self.step == self.total or self.step % checkpoint_every == 0:
                         self._save()
                     if stop or self.step == self.total:
                         return
                     self._restart_clock()
+
+    def _turn(self) -> int:
+        """Whose update is next: the player that the model names, else each in turn."""
+        name = self.model.turn(self.step, self.total)
+        if name is None:
+            return self.turns[self.step % len(self.turns)]
+        return [player.name for player in self.players].index(self.model.named_player(name))
+
+    def _prepare(self) -> None:
+        """Show the model the training split before its first step."""
+        if type(self.model).prepare is GenerativeModel.prepare:
+            return
+        generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, ORDER))
+        order = torch.randperm(len(self.data.splits["train"]), generator=generator).to(self.fabric.device)
+        with torch.no_grad():
+            self.model.prepare(self.data.batch("train", index) for index in order.split(self.trainer.batch_size))
 
     def _update(self, player: int, batch: Batch) -> None:
         name, stepper = self.players[player].name, self._steppers[player]
@@ -281,24 +312,30 @@ class Loop:
 
     def _end_epoch(self, seconds: float) -> None:
         """Log how long the epoch trained, and the loss on the splits that are held out."""
-        if self.recorder:  # else there is no folder, or another process has it
+        if self.recorder or self.callbacks:  # else nobody looks, or another process does
             facts = {"seconds": seconds}
             if self.fabric.device.type == "cuda":
                 facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
             self._log("epoch", facts)
             for player, means in self._evaluate_split("test"):
                 self._log("test", {"player": player, **means})
-        if self.trainer.keep == "best":
+        if self.trainer.keeps_best:
             self._validate()
 
     def _validate(self) -> None:
         """Log the loss on the whole validation split, and remember the weights if none had a lower one."""
+        self.waited += 1
         for player, means in self._evaluate_split("validation"):
             self._log("validation", {"player": player, **means})
             loss = float(self._reduced(torch.tensor(means["loss"], device=self.fabric.device), "mean"))
             if loss < self.lowest:  # which NaN is not
-                self.lowest = loss
+                self.lowest, self.waited = loss, 0
                 self.best = self.step, {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.ended = self.ended or self._impatient()
+
+    def _impatient(self) -> bool:
+        """Whether the validation loss has not fallen for as many epochs as the trainer waits."""
+        return self.trainer.patience is not None and self.waited >= self.trainer.patience
 
     @torch.no_grad()
     def _evaluate_split(self, split: str) -> Iterator[tuple[str, dict[str, float]]]:
@@ -324,11 +361,13 @@ class Loop:
 
     def _log(self, split: str, entry: dict[str, Any]) -> None:
         shown = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in entry.items()}
-        entry = {"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown}
+        line = {"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown}
         if self.recorder:
-            self.recorder.log(entry)
+            self.recorder.log(line)
         elif self.trainer.out is None:
-            self.logged.append(entry)
+            self.logged.append(line)
+        for callback in self.callbacks:
+            self.ended = callback(dict(line)) is True or self.ended
 
     def _epoch(self, step: int) -> int:
         """The epoch, from 1, that an update belongs to."""
@@ -375,7 +414,7 @@ class Loop:
             )
         x = self.data.splits["train"].x
         if len(self.data.shape) == 1:
-            largest = x.abs().amax(0)
+            largest = x.abs().nan_to_num().amax(0)
             column = int(largest.argmax())
             names = self.data.scaling.names if self.data.scaling else None
             found.append(
@@ -435,7 +474,7 @@ class Loop:
         if self.essentials:
             facts["config"] = self.essentials
         if self.best:
-            facts["best"] = {"step": self.best[0], "loss": self.lowest}
+            facts["best"] = {"step": self.best[0], "loss": self.lowest, "waited": self.waited}
         return Checkpoint(self.model.state_dict(), tensors, facts, self.best[1] if self.best else {})
 
     def _load(self, path: Path) -> None:
@@ -475,6 +514,7 @@ class Loop:
         if checkpoint.best:
             best = checkpoint.facts["best"]
             self.best, self.lowest = (best["step"], checkpoint.best), best["loss"]
+            self.waited = best.get("waited", 0)  # a run may be older than that
         load_optimizers(self.optimizers, self.trained, checkpoint)
         for kind, generator in generators(self.fabric.device).items():
             if f"generator.{kind}" in checkpoint.others:  # a run may go on on another device

@@ -30,6 +30,8 @@ class Options:
     """Images: move each training example by up to so many pixels along both axes, by chance; its edges are repeated."""
     keep: Literal["last", "best"] = "last"
     """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch."""
+    patience: int | None = None
+    """Stop after so many epochs without a lower validation loss, and end with the weights of the lowest."""
     seed: int = 0
     """Decides the order of the examples and the noise of the training; for the command the first weights too."""
     device: str = "auto"
@@ -54,7 +56,8 @@ class Options:
     """Replace the run in `out`."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "devices", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in ("epochs", "steps", "patience", "batch_size", "devices", "checkpoint_every", "keep_checkpoints",
+                     "log_every"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, got {value}")
@@ -76,6 +79,11 @@ class Options:
             raise SettingsError("resume and overwrite exclude each other")
         if self.resume and self.out is None:
             raise SettingsError("resume needs `out`, the run folder to continue")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the validation loss decides with which weights the training ends."""
+        return self.keep == "best" or self.patience is not None
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by in the update after ``step`` updates of ``total``."""

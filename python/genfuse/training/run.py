@@ -45,7 +45,7 @@ from genfuse._files import (
     writing,
 )
 from genfuse._version import __version__
-from genfuse.data import Dataset, Scaling, load_data
+from genfuse.data import Dataset, Scaling, Schema, load_data
 from genfuse.errors import DataError, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel, configure
 from genfuse.training.checkpoint import BEFORE, STATE, WEIGHTS, Checkpoint, before
@@ -57,7 +57,7 @@ PICTURES, TENSORBOARD, PROGRESS, EVALUATION = "pictures", "tensorboard", "progre
 
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
 FREE = {
-    "epochs", "steps", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
+    "epochs", "steps", "patience", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
 }  # fmt: skip
 
 # What a run folder holds that a training or `genfuse evaluate` wrote, and in its folders.
@@ -88,7 +88,22 @@ FORMAT_OF_DATA = {  # what older runs do not have
     "root": str | None,
     "splits": dict[str, str],
     "options": dict[
-        typing.Literal["header", "delimiter", "decimal", "condition", "size", "fit", "mode", "damaged", "stream"],
+        typing.Literal[
+            "header",
+            "delimiter",
+            "decimal",
+            "condition",
+            "validation",
+            "columns",
+            "drop",
+            "types",
+            "target",
+            "size",
+            "fit",
+            "mode",
+            "damaged",
+            "stream",
+        ],
         str,
     ],
     "class_names": list[str] | None,
@@ -171,6 +186,20 @@ class Run(History):
         return scaling and Scaling(**scaling)
 
     @property
+    def schema(self) -> Schema | None:
+        """The columns of a table that are not all numbers without end: by it rows are read and written. Else None."""
+        return self._schema("schema")
+
+    @property
+    def condition_schema(self) -> Schema | None:
+        """`schema` of the columns of such a table that were given as the context. Else None."""
+        return self._schema("condition_schema")
+
+    def _schema(self, name: str) -> Schema | None:
+        content = self.config["data"].get(name)
+        return content and Schema.from_json(content)
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of labels 0, 1, ..., if the data has them. Else None."""
         names = self.config["data"].get("class_names")
@@ -206,16 +235,16 @@ class Run(History):
             raise RunError(f"{self.path / WEIGHTS} does not fit the model that {CONFIG} names: {error}") from None
         return model.to(device).eval()
 
-    def data(self, root: str | Path | None = None, name: str | None = None) -> Dataset:
+    def data(self, root: str | Path | None = None, name: Any = None) -> Dataset:
         """The data set that the run was trained on, from where it was then, or from ``root``.
 
-        ``name`` is for data that has moved: "csv:NEW/PATH". Raises DataError if it is not found, RunError, which says
-        what is other in it, if it has changed.
+        ``name`` is for data that has moved: "csv:NEW/PATH", or what was given in place of a name. Raises DataError if
+        it is not found, RunError, which says what is other in it, if it has changed.
         """
         was = self.config["data"]
         try:
             data = load_data(
-                name or was["name"],
+                was["name"] if name is None else name,
                 root=root or home(was),
                 binarize=was["binarize"],
                 seed=was["seed"],
@@ -317,6 +346,7 @@ def describe_data(data: Dataset) -> dict[str, Any]:
         "shape": list(data.shape),
         "scaling": scaling,
         "condition_scaling": given,
+        **{name: of.to_json() for name in ("schema", "condition_schema") if (of := getattr(data, name)) is not None},
         "options": dict(data.options),
         "class_names": data.class_names and list(data.class_names),
     }
@@ -352,6 +382,7 @@ def differences_of_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What of config.json has a say in the weights and in what they mean, by sections."""
     free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
+    impatient = {} if config["training"].get("patience") is None else {"keep": "best"}
     return {
         "model": {"name": config["model"]["name"], **config["model"]["settings"]},
         "data": {
@@ -360,7 +391,7 @@ def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 key: config["data"][key] for key in ("condition_scaling",) if config["data"].get(key)
             },  # a run may be older
         },
-        "training": {key: value for key, value in config["training"].items() if key not in free},
+        "training": {key: value for key, value in (config["training"] | impatient).items() if key not in free},
     }
 
 
@@ -600,6 +631,15 @@ def _check_data(data: dict[str, Any], where: str) -> None:
     if not 0 <= data["seed"] < 2**63:
         raise RunError(f"{where}: 'data.seed' is {data['seed']}")
     demand({"data": data}, {f"data.{key}": kind for key, kind in FORMAT_OF_DATA.items() if key in data}, where)
+    for section in ("schema", "condition_schema"):
+        if (content := data.get(section)) is not None:
+            demand({"data": data}, {f"data.{section}": dict[str, Any]}, where)
+            try:
+                columns = len(Schema.from_json(content).columns)
+            except DataError as error:
+                raise RunError(f"{where}: 'data.{section}': {error}") from None
+            if section == "schema" and [columns] != data["shape"]:
+                raise RunError(f"{where}: 'data.schema' has {columns} columns, but the shape is {data['shape']}")
     for section in ("scaling", "condition_scaling"):
         if (scaling := data.get(section)) is None:
             continue

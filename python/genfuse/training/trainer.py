@@ -4,7 +4,7 @@ import atexit
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genfuse._files import locked
-from genfuse.data import Dataset
-from genfuse.errors import RunError, RunWarning, SettingsError
+from genfuse.data import Dataset, load_data
+from genfuse.errors import DataWarning, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel
 from genfuse.training import gallery, run
-from genfuse.training.loop import Loop
+from genfuse.training.loop import Callback, Loop
 from genfuse.training.options import Options
 from genfuse.training.process import forked_rng
 
@@ -37,10 +37,17 @@ class Trainer(Options):
         """The trainer that continues a run, with some options changed: ``Trainer.resuming(run, epochs=40)``."""
         return cls(**{**finished.config["training"], "out": finished.path, "resume": True, **changes})
 
-    def fit(self, model: GenerativeModel, data: Dataset) -> run.History:
+    def fit(self, model: GenerativeModel, data: Any, callbacks: Sequence[Callback] = ()) -> run.History:
         """Train ``model`` on the training split of ``data``; returns its losses, as the run where ``out`` is given.
 
         A progress bar is shown on a terminal and in notebooks, where what is returned shows itself.
+
+        ``data`` is a Dataset, or what `load_data` makes one of: a name, a DataFrame, an array, a torch Dataset. If the
+        best weights are kept and it has no validation split, `Dataset.with_validation` makes one, as a warning says.
+
+        Each of ``callbacks`` is called, in the first process, with each line of metrics.jsonl when it is made: a dict
+        with ``step``, ``epoch``, ``split`` and, by split, ``player``, ``loss``, its terms and others. If it returns
+        True the training saves a checkpoint and ends; what it raises ends `fit`.
 
         The model is trained in place, and left on its device in evaluation mode with the weights that ``keep`` names.
         torch's global generators are as before when it returns. The first interrupt (Ctrl-C, SIGTERM, or SIGHUP)
@@ -50,21 +57,27 @@ class Trainer(Options):
         to the folder; NonFiniteLossError, with the step, the term and the last checkpoint, at a loss that is NaN or
         infinite; and RunError, with the last checkpoint, if the folder cannot be written to, as on a full disk.
         """
+        data = load_data(data)
         model.check_data(data)
         players = list(model.players())
         if not players or len({player.name for player in players}) < len(players):
             raise SettingsError(f"{type(model).__name__} needs players of different names, got {players}")
-        if self.keep == "best" and len(players) > 1:
+        if self.keeps_best and len(players) > 1:
             names = ", ".join(player.name for player in players)
+            option = "keep='best'" if self.patience is None else "patience"
             raise SettingsError(
-                f"keep='best' needs a model with one player, whose loss says which weights are best; "
+                f"{option} needs a model with one player, whose loss says which weights are best; "
                 f"{type(model).__name__} has {len(players)} ({names}): use keep='last'"
+                + ("" if self.patience is None else " and leave patience out")
             )
-        if self.keep == "best" and "validation" not in data.splits:
-            raise SettingsError(
-                f"keep='best' needs a validation split, and the data set {data.name!r} has none, only "
-                f"{', '.join(data.splits)}: use keep='last', or data that has one, as a folder of train.csv, "
-                "validation.csv and test.csv"
+        if self.keeps_best and "validation" not in data.splits:
+            data = data.with_validation()
+            warnings.warn(
+                f"the data set {data.name!r} has no validation split: {len(data.splits['validation']):,} of its "
+                f"training examples, by chance, are one now, and {len(data.splits['train']):,} are trained on; "
+                "--data.validation says how many (in Python load_data(..., validation=0.1))",
+                DataWarning,
+                stacklevel=2,
             )
         if (self.flip or self.shift) and not (data.is_image and self.shift < min(data.shape[1:])):
             raise SettingsError(
@@ -92,7 +105,7 @@ class Trainer(Options):
                 if self.resume and config is not None:
                     check_same(out, config)
             stack.enter_context(forked_rng(fabric.device))
-            loop = Loop(self, fabric, model, players, data)
+            loop = Loop(self, fabric, model, players, data, callbacks)
             loop.run(out, config)
             if out is None:
                 return run.History(loop.logged)

@@ -41,24 +41,24 @@ def _log_scale(raw, c, KIND: tl.constexpr):
 
 
 @triton.jit
-def _raw(params, shift, factor, step, moved, constant, j, there, KIND: tl.constexpr, wide: tl.constexpr):
+def _raw(theta, shift, factor, step, moved, constant, j, there, KIND: tl.constexpr, wide: tl.constexpr):
     """Log-scales, their derivatives, and shifts."""
     if shift is None:
-        shift = params + tl.where(step == 1, moved, 1)
+        shift = theta + tl.where(step == 1, moved, 1)
     c = tl.full(j.shape, constant, wide) if factor is None else tl.load(factor + j, there, 0.0).to(wide)
-    s, slope = _log_scale(tl.load(params + j.to(tl.int64) * step, there, 0.0).to(wide), c, KIND)
+    s, slope = _log_scale(tl.load(theta + j.to(tl.int64) * step, there, 0.0).to(wide), c, KIND)
     return s, slope, tl.load(shift + j.to(tl.int64) * step, there, 0.0).to(wide)
 
 
 @triton.jit
 def forward_kernel(
-    x, x_stride, params, params_stride, step, shift, shift_stride, factor, mask, y, logdet, cols, first, moved,
+    x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, y, logdet, cols, first, moved,
     constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    x, y, params = x + row * x_stride, y + row * cols, params + row * params_stride
+    x, y, theta = x + row * x_stride, y + row * cols, theta + row * theta_stride
     if shift is not None:
         shift += row * shift_stride
     for start in range(0, cols - moved, BLOCK):
@@ -72,7 +72,7 @@ def forward_kernel(
     for start in range(0, moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < moved
-        s, _, t = _raw(params, shift, factor, step, moved, constant, j, there, KIND, wide)
+        s, _, t = _raw(theta, shift, factor, step, moved, constant, j, there, KIND, wide)
         v = tl.load(x + first + j, there, 0.0).to(wide)
         if mask is not None:
             keep = tl.load(mask + j, there, 1) != 0
@@ -90,14 +90,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, x_stride, params, params_stride, step, shift, shift_stride, factor, mask, gy, glogdet, gx, gparams, gshift,
+    x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, gy, glogdet, gx, gparams, gshift,
     cols, first, moved,
     constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    x, params = x + row * x_stride, params + row * params_stride
+    x, theta = x + row * x_stride, theta + row * theta_stride
     gy, gx = gy + row * cols, gx + row * cols
     if shift is None:
         gstep = step
@@ -116,7 +116,7 @@ def backward_kernel(
     for start in range(0, moved, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < moved
-        s, slope, t = _raw(params, shift, factor, step, moved, constant, j, there, KIND, wide)
+        s, slope, t = _raw(theta, shift, factor, step, moved, constant, j, there, KIND, wide)
         v = tl.load(x + first + j, there, 0.0).to(wide)
         g = tl.load(gy + first + j, there, 0.0).to(wide)
         gl = tl.load(glogdet + row * cols + first + j, there, 0.0) if BY_ELEMENT else tl.load(glogdet + row)
@@ -148,11 +148,11 @@ def backward(dtype: int, *problem: Any) -> None:
 
 
 def _launch(
-    kernel: Any, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor, x_stride: int, params: Tensor,
-    params_stride: int, step: int, shift: Tensor | None, shift_stride: int, factor: Tensor | None, mask: Tensor | None,
+    kernel: Any, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor, x_stride: int, theta: Tensor,
+    theta_stride: int, step: int, shift: Tensor | None, shift_stride: int, factor: Tensor | None, mask: Tensor | None,
     rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
 ) -> None:  # fmt: skip
     mask = None if mask is None else mask.view(torch.uint8)
-    given = (x, x_stride, params, params_stride, step, shift, shift_stride, factor, mask, *tensors, cols, first, moved)
+    given = (x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, *tensors, cols, first, moved)
     settings = {"constant": constant, "KIND": kind, "BY_ELEMENT": by_element, "INVERSE": inverse}
     launch_rows(kernel, rows, max(moved, cols - moved), x, *given, **settings)

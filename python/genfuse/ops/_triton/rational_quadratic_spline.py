@@ -125,7 +125,7 @@ def _point(
 
 @triton.jit
 def forward_kernel(
-    x, x_stride, params, params_stride, y, logdet, cols,
+    x, x_stride, free, free_stride, y, logdet, cols,
     table, boxes, left: tl.constexpr, right: tl.constexpr, bottom: tl.constexpr, top: tl.constexpr,
     damping: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr, edge: tl.constexpr,
     clip: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TAILS: tl.constexpr,
@@ -138,7 +138,7 @@ def forward_kernel(
         column = start + tl.arange(0, BLOCK)
         mask = column < cols
         u = tl.load(x + row * x_stride + column, mask, 0.0).to(wide)
-        raw = params + row * params_stride + column.to(tl.int64) * WIDTH
+        raw = free + row * free_stride + column.to(tl.int64) * WIDTH
         lo, r, b, t, tails = _box(table, row * cols + column, boxes, left, right, bottom, top, TAILS, wide)
         (inside, turns, _bin, xk, yk, w, h, _r0, _r1, _d0, _d1, _delta, theta, _q, _t, _below, _m, slope, v,
          _ws, _w_before, _w_slope, _hs, _h_before, _h_slope) = _point(
@@ -169,7 +169,7 @@ def _raw_gradient(to, mask, share, before, slope, bin, gknot, gsize, damping: tl
 
 @triton.jit
 def backward_kernel(
-    x, x_stride, params, params_stride, gy, glogdet, gx, gparams, cols,
+    x, x_stride, free, free_stride, gy, glogdet, gx, gparams, cols,
     table, boxes, left: tl.constexpr, right: tl.constexpr, bottom: tl.constexpr, top: tl.constexpr,
     damping: tl.constexpr, min_w: tl.constexpr, min_h: tl.constexpr, min_d: tl.constexpr, edge: tl.constexpr,
     clip: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TAILS: tl.constexpr,
@@ -183,7 +183,7 @@ def backward_kernel(
         mask = column < cols
         u = tl.load(x + row * x_stride + column, mask, 0.0).to(wide)
         g_in = tl.load(gy + row * cols + column, mask, 0.0).to(wide)
-        raw = params + row * params_stride + column.to(tl.int64) * WIDTH
+        raw = free + row * free_stride + column.to(tl.int64) * WIDTH
         lo, r, b, u_top, tails = _box(table, row * cols + column, boxes, left, right, bottom, top, TAILS, wide)
         (inside, _turns, bin, _xk, _yk, w, h, by_d0, by_d1, d0, d1, delta, theta, q, t, below, m, slope, v,
          ws, w_before, w_slope, hs, h_before, h_slope) = _point(
@@ -236,7 +236,7 @@ def backward(dtype: int, *problem: Any) -> None:
 
 
 def _launch(
-    kernel: Any, x: Tensor, x_stride: int, params: Tensor, params_stride: int, rows: int, cols: int,
+    kernel: Any, x: Tensor, x_stride: int, free: Tensor, free_stride: int, rows: int, cols: int,
     bins: int, tails: int, inverse: bool, min_width: float, min_height: float, min_derivative: float,
     edge: float, damping: float, clip: float, left: float, right: float, bottom: float, top: float,
     table: Tensor | None, boxes: int, *tensors: Tensor,
@@ -244,8 +244,8 @@ def _launch(
     tile = triton.next_power_of_2(bins)
     least = torch.finfo(wide(x)).eps
     settings = {"min_w": max(min_width, least), "min_h": max(min_height, least), "min_d": min_derivative, "edge": edge}
-    sizes = {"BINS": bins, "WIDTH": params.shape[-1] // max(cols, 1), "TILE": tile, "TAILS": tails, "INVERSE": inverse}
-    block = max(1, min(triton.next_power_of_2(max(cols, 1)), 1024 // tile))
+    sizes = {"BINS": bins, "WIDTH": free.shape[-1] // max(cols, 1), "TILE": tile, "TAILS": tails, "INVERSE": inverse}
+    block = max(1, min(triton.next_power_of_2(max(cols, 8)), 1024 // tile))  # Triton 3.6 fails on blocks of 4
     sides = {"left": left, "right": right, "bottom": bottom, "top": top}
-    given = (x, x_stride, params, params_stride, *tensors, cols, table, boxes)
+    given = (x, x_stride, free, free_stride, *tensors, cols, table, boxes)
     launch(kernel, (rows,), x, *given, **sides, **settings, **sizes, damping=damping, clip=clip, BLOCK=block)

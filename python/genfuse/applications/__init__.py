@@ -1,0 +1,15 @@
+"""What a trained model is used for: scores, codes, reconstructions, programs for other runtimes."""
+
+from genfuse.applications._codes import encode as encode
+from genfuse.applications._codes import interpolate as interpolate
+from genfuse.applications._codes import reconstruct as reconstruct
+from genfuse.applications._examples import Examples as Examples
+from genfuse.applications._examples import examples as examples
+from genfuse.applications._examples import labels_of as labels_of
+from genfuse.applications._export import export as export
+from genfuse.applications._score import METHODS as METHODS
+from genfuse.applications._score import detection as detection
+from genfuse.applications._score import find_method as find_method
+from genfuse.applications._score import score as score
+from genfuse.applications._score import scores as scores
+from genfuse.applications._score import weights as weights

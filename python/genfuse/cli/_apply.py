@@ -1,0 +1,256 @@
+"""``genfuse score``, ``encode``, ``reconstruct``, ``interpolate`` and ``export``: results out of a trained model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from genfuse._files import plain, writing
+from genfuse.cli._arguments import find_device, refuse_existing
+from genfuse.errors import SettingsError
+
+if TYPE_CHECKING:
+    from genfuse.applications import Examples
+
+RUN = Annotated[Path, arg(metavar="RUN")]
+FILE = Annotated[str, arg(metavar="FILE")]
+OUT = Annotated[Path, arg(metavar="FILE")]
+ROOT = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")]
+SPLIT = Literal["train", "validation", "test"]
+
+
+def score(
+    run: RUN,
+    file: FILE,
+    /,
+    *,
+    out: OUT,
+    method: Literal["auto", "likelihood", "reconstruction", "denoising", "critic"] = "auto",
+    explain: int = 100,
+    samples: int = 50,
+    split: SPLIT = "test",
+    seed: int = 0,
+    data_root: ROOT = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Score examples by the model of a run: the higher, the odder.
+
+    A .csv has the row, from 0, its score and, for a table, in the oddest rows the three columns that weigh most: by how
+    much the score falls where the best of 16 usual values, which the model draws, stands in that column alone. A .npy
+    has the scores.
+
+    example:
+      genfuse score runs/people new.csv --out scores.csv
+
+    Args:
+        run: run folder
+        file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
+        out: file to write: .csv or .npy
+        method: likelihood: -log p(x) in nats, exact or bounded; reconstruction: squared error of a cell; denoising:
+            of diffusion models, the loss; critic: of adversarial ones, no density; auto: the first that the model has
+        explain: how many of the oddest rows of a table get the columns that weigh most
+        samples: draws of a bound by importance sampling
+        split: of a data set that comes in splits
+        seed: of the draws
+        data_root: folder with the data sets that are read from files
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing file
+    """
+    found, to = _begin(run, file, out, (".csv", ".npy"), split, data_root, device, overwrite)
+    from genfuse.applications import METHODS, find_method
+    from genfuse.applications import score as scored
+
+    frame = scored(found, method=method, explain=explain if out.suffix == ".csv" else 0, samples=samples, seed=seed)
+    name = find_method(found.model, method)
+    print(plain(f"score: {name}: {METHODS[name].about}; the higher, the odder"))
+    for _, row in frame.sort_values("score", ascending=False, kind="stable").head(5).iterrows():
+        named = [f"{row[f'column_{i}']} {row[f'weight_{i}']:.3g}" for i in (1, 2, 3) if f"column_{i}" in row]
+        print(plain(f"row {row['row']}: {row['score']:.5g}" + (f": {', '.join(named)}" if named else "")))
+    return to(frame=frame, array=frame["score"].to_numpy())
+
+
+def encode(
+    run: RUN,
+    file: FILE,
+    /,
+    *,
+    out: OUT,
+    split: SPLIT = "test",
+    data_root: ROOT = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Write the code z of each example: of a VAE the posterior's mean, of a flow what it makes of it.
+
+    A .csv has a column for each dimension, a .npy the array (N, D), a .png two dimensions as points.
+
+    example:
+      genfuse encode runs/vae digits --out codes.csv
+
+    Args:
+        run: run folder
+        file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
+        out: file to write: .csv, .npy or .png
+        split: of a data set that comes in splits
+        data_root: folder with the data sets that are read from files
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing file
+    """
+    found, to = _begin(run, file, out, (".csv", ".npy", ".png"), split, data_root, device, overwrite)
+    import pandas as pd
+
+    from genfuse import plots
+    from genfuse.applications import encode as encoded
+
+    z = encoded(found)
+    y = None if found.data.condition else found.data.splits[found.split].y
+    frame = pd.DataFrame(z.numpy(), columns=[f"z{i + 1}" for i in range(z.shape[1])])
+    return to(frame=frame, array=z.numpy(), picture=lambda: plots.latent_space(z, y, out, "the examples, encoded"))
+
+
+def reconstruct(
+    run: RUN,
+    file: FILE,
+    /,
+    *,
+    out: OUT,
+    split: SPLIT = "test",
+    data_root: ROOT = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Write of each example what its code keeps of it: rows of a table in their units, or images in [0, 1].
+
+    A .png shows the first 64 images, each over its reconstruction.
+
+    example:
+      genfuse reconstruct runs/vae digits --out pairs.png
+
+    Args:
+        run: run folder
+        file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
+        out: file to write: .csv for tables, .png for images, or .npy
+        split: of a data set that comes in splits
+        data_root: folder with the data sets that are read from files
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing file
+    """
+    found, to = _begin(run, file, out, _kinds(run), split, data_root, device, overwrite)
+    from genfuse import plots
+    from genfuse.applications import reconstruct as reconstructed
+
+    made, x = reconstructed(found), found.batch.x.cpu()
+    restored = found.restored(made)
+    return to(frame=restored, array=restored, picture=lambda: plots.reconstructions(x[:64], made[:64], out))
+
+
+def interpolate(
+    run: RUN,
+    file: FILE,
+    /,
+    *,
+    out: OUT,
+    steps: int = 10,
+    pairs: int = 8,
+    split: SPLIT = "test",
+    data_root: ROOT = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Write what lies between examples: the first and the second, the third and the fourth, and so on.
+
+    A .png has a row of images for each pair, a .csv the steps of a pair under each other, a .npy the array (pairs,
+    steps, *shape).
+
+    example:
+      genfuse interpolate runs/vae digits --out between.png
+
+    Args:
+        run: run folder
+        file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
+        out: file to write: .csv for tables, .png for images, or .npy
+        steps: from one example to the other, both included
+        pairs: at most so many
+        split: of a data set that comes in splits
+        data_root: folder with the data sets that are read from files
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace an existing file
+    """
+    found, to = _begin(run, file, out, _kinds(run), split, data_root, device, overwrite)
+    import numpy as np
+
+    from genfuse import plots
+    from genfuse.applications import interpolate as interpolated
+
+    between = interpolated(found, steps, pairs)
+    restored = found.restored(between.flatten(0, 1))
+    array = np.asarray(restored).reshape(between.shape)
+    return to(frame=restored, array=array, picture=lambda: plots.sample_grid(between.flatten(0, 1), out, steps))
+
+
+def export(
+    run: RUN,
+    /,
+    *,
+    out: OUT,
+    verbs: tuple[Literal["log_prob", "encode", "decode", "sample"], ...] = (),
+    overwrite: bool = False,
+) -> int:
+    """Write a model as programs that run without genfuse, for any number of examples: OUT-VERB.pt2 or OUT-VERB.onnx.
+
+    log_prob: x to nats; encode: x to z; decode: z to x; sample: noise z ~ N(0, I) to x. Tables are in their own units. A
+    .pt2 is read by torch.export.load, a .onnx by onnxruntime and others.
+
+    example:
+      genfuse export runs/people --out people.onnx
+
+    Args:
+        run: run folder
+        out: file to write, less the verb: .pt2 or .onnx
+        verbs: those to write; left out, all that the model has
+        overwrite: replace existing files
+    """
+    from genfuse.applications import export as exported
+
+    for verb in verbs or ("log_prob", "encode", "decode", "sample"):
+        refuse_existing(out.with_name(f"{out.stem}-{verb}{out.suffix}"), overwrite)
+    exported(run, out, verbs, say=lambda line: print(plain(line), flush=True))
+    return 0
+
+
+def _kinds(run: Path) -> tuple[str, ...]:
+    """The kinds of files that examples of a run's data can be written to."""
+    from genfuse.training import Run
+
+    return (".csv" if len(Run(run).config["data"]["shape"]) == 1 else ".png", ".npy")
+
+
+def _begin(
+    run: Path, file: str, out: Path, kinds: tuple[str, ...], split: str, root: Path | None, device: str, overwrite: bool
+) -> tuple["Examples", Callable[..., int]]:
+    """The examples, and what writes a DataFrame, an array or a picture to ``out`` by its suffix, and says so."""
+    if out.suffix not in kinds:
+        raise SettingsError(f"--out must end in {', '.join(kinds[:-1])} or {kinds[-1]}; got {out}")
+    refuse_existing(out, overwrite)
+    from genfuse.applications import examples
+
+    found = examples(run, file, split=split, root=root, device=find_device(device))
+
+    def to(frame: Any, array: Any, picture: Callable[[], None] | None = None) -> int:
+        import numpy as np
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png" and picture is not None:
+            picture()
+        else:
+            with writing(out) as written:
+                if out.suffix == ".csv":
+                    frame.to_csv(written, index=False)
+                else:
+                    np.save(written, np.asarray(array))
+        print(plain(f"written: {out}"))
+        return 0
+
+    return found, to

@@ -1,0 +1,113 @@
+"""Data that is given in Python: DataFrames, arrays, tensors, torch Datasets and DataLoaders."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import data as torch_data
+
+from genfuse.data import images, tables
+from genfuse.data._dataset import Dataset, Source
+from genfuse.errors import DataError, DataWarning
+
+
+def objects(source: Source) -> Dataset:
+    """The data set of what ``source.given`` holds: examples alone; (examples, labels); or a dict of them by what they
+    are, as a npz file has them: train, test, validation, x_train, y_train and so on.
+
+    Examples are a DataFrame or an array or tensor: (N, D) are rows of a table; (N, H, W), (N, C, H, W) or (N, H, W, C)
+    images, whole numbers 0..255 or floats in [0, 1], which are then 256 levels. A torch Dataset or DataLoader is read
+    once, to the end; its items are examples or (example, label).
+
+    Raises DataError for anything else, and what is wrong in a file is an error here too.
+    """
+    given = source.given
+    if isinstance(given, Mapping):
+        parts = dict(given)
+    elif isinstance(given, tuple) and len(given) == 2:
+        parts = dict(zip("xy", given, strict=True))
+    else:
+        parts = {"x": given}
+    for name in [name for name, part in parts.items() if isinstance(part, (torch_data.Dataset, torch_data.DataLoader))]:
+        suffix = "" if name == "x" else f"_{name}"
+        x, y = _collected(parts.pop(name), source.name + suffix.replace("_", ", "))
+        parts |= {f"x{suffix}": x} if y is None else {f"x{suffix}": x, f"y{suffix}": y}
+    columns = {tuple(map(str, part.columns)) for part in parts.values() if getattr(part, "ndim", 0) == 2
+               and hasattr(part, "columns")}  # fmt: skip
+    if len(columns) > 1:
+        raise DataError(f"{source.name}: its tables have other columns: {' and '.join(map(', '.join, columns))}")
+    origins = {name: source.name if name == "x" else f"{source.name}, {name}" for name in parts}
+    found = tables.arrange(source.name, {name: _array(part, origins[name]) for name, part in parts.items()}, origins)
+    if all(array.ndim < 3 for _, array in found.x.values()):
+        return tables.of_arrays(source, found, next(iter(columns), None))
+    levels = {part: (origin, _levels(array, origin)) for part, (origin, array) in found.x.items()}
+    return images.of_arrays(source, tables.Arrays(levels, found.y, found.classes, found.class_names), source.name)
+
+
+def _array(part: Any, origin: str) -> np.ndarray:
+    """An array, a tensor on any device, a DataFrame of numbers, or what numpy makes an array of."""
+    if isinstance(part, torch.Tensor):
+        part = part.detach().cpu()
+        return (part.float() if part.dtype == torch.bfloat16 else part).numpy()
+    if hasattr(part, "columns"):
+        for name in part.columns:
+            if getattr(part[name].dtype, "kind", "O") not in "biuf":
+                cell = next((cell for cell in part[name] if not isinstance(cell, (int, float))), part[name].dtype)
+                raise DataError(f"{origin}, column {name!s}: expected numbers; got {cell!r}")
+        return np.asarray(part.to_numpy(dtype=np.float64))
+    try:
+        array = np.asarray(part)
+    except ValueError as error:  # rows of several lengths
+        raise DataError(f"{origin}: no array can be made of it: {error}") from None
+    if array.dtype == object and array.size and not isinstance(array.flat[0], str):
+        raise DataError(
+            f"{origin}: expected a DataFrame, array, tensor, torch Dataset or DataLoader, a tuple (examples, labels) or "
+            f"a dict of them; got {type(part).__name__}, of {type(array.flat[0]).__name__}"
+        )
+    return array.astype(str) if array.dtype == object else array
+
+
+def _levels(array: np.ndarray, origin: str) -> np.ndarray:
+    """Images as whole numbers: floats in [0, 1] as 0..255, or as they are if all are 0 or 1."""
+    if array.dtype.kind != "f":
+        return array
+    if not (array.size and array.min() >= 0 and array.max() <= 1):  # which NaN is not
+        spread = f" from {array.min():.4g} to {array.max():.4g}" if array.size else ""
+        raise DataError(
+            f"{origin}: images must be whole numbers 0..255 or floats in [0, 1]; got {array.dtype}{spread}: divide "
+            "0..255 by 255, and take (x + 1) / 2 of [-1, 1]"
+        )
+    scaled = array * (255 if ((array > 0) & (array < 1)).any() else 1)
+    if np.abs(scaled - scaled.round()).max() > 0.01:
+        warnings.warn(f"{origin}: intensities are rounded to 256 levels", DataWarning, stacklevel=6)
+    return scaled.round().astype(np.uint8)
+
+
+def _collected(given: Iterable[Any], origin: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """All examples, and labels if there are any, of a torch Dataset or of the batches of a DataLoader."""
+    batched = isinstance(given, torch_data.DataLoader)
+    items = given if batched or not hasattr(given, "__len__") else (given[i] for i in range(len(given)))  # type: ignore[index]
+    x, y = [], []
+    for item in items:
+        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        if (
+            not pair
+            and isinstance(item, (tuple, list, dict))
+            and not (isinstance(item, (tuple, list)) and len(item) == 1)
+        ):
+            raise DataError(f"{origin}: its items must be examples or (example, label); got {type(item).__name__}")
+        first = item[0] if isinstance(item, (tuple, list)) else item
+        x.append(_array(first, origin))
+        if pair:
+            y.append(_array(item[1], origin))
+    if not x:
+        raise DataError(f"{origin} is empty")
+    if y and len(y) < len(x):
+        raise DataError(f"{origin}: {len(y)} of its {len(x)} items have a label: give one to all, or to none")
+    join = np.concatenate if batched else np.stack
+    try:
+        return join(x), join(y) if y else None
+    except ValueError as error:
+        raise DataError(f"{origin}: its examples are not of one shape: {error}") from None

@@ -1,0 +1,298 @@
+"""How networks see the columns of a table, numbers, integers and categories with cells missing, and a head for them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfuse.nn.likelihoods import at_least_float32
+
+WIDTH = 1e-3  # of the interval, in scores, over which the density of a number is averaged, so that it is bounded
+BOUND = 4.0  # of the scores that `activate` makes: one row in 16,000 of a Gaussian is beyond
+EDGE = 1e-6  # probabilities nearer to 0 or 1 have no score in float32
+
+
+class Columns(nn.Module):
+    """The D columns of a table for networks, and a likelihood of all columns at once.
+
+    Examples x are (N, D), one float per column, NaN where a cell is missing: standardized numbers and integers, and the
+    standardized codes 0, 1, ... of categories. Networks see v (N, `width`): for each column of numbers or integers its
+    *score*, what a monotonic, piecewise linear function makes of it that leads the quantiles of the training split to
+    those of N(0, 1), so that heavy tails and several modes are no matter; then for each *block* as many cells as it has
+    choices, 1 for the one that is there and -1 for the others. A column of categories is a block, in which "missing" is
+    one more category; a column of numbers of which some are missing has one of two, there or missing.
+
+    As a likelihood it reads raw (..., N, `outputs`) as `genfuse.nn.likelihoods.AnyLikelihood` says: for each score the
+    logits, locations and log-scales of a mixture of logistic densities (arXiv 1701.05517, section 2.1), for integers
+    integrated over their bins; and the logits of all blocks. All columns are one computation, by index and scatter.
+
+    Args:
+        columns: of each column ``kind`` (number, integer or category), ``mean`` and ``std``, by which it was
+            standardized, and ``missing``, whether cells are; of numbers and integers ``knots``, standardized and
+            rising, their ``scores``, and ``low`` and ``high``, between which samples are held; and ``shares``, how
+            often each category is among the training rows, of numbers how often there and missing, if some are; the
+            missing ones last. `genfuse.data.Schema` makes them.
+        mixtures: logistic densities in each mixture.
+    """
+
+    numeric: Tensor  # the columns of numbers and integers
+    knots: Tensor
+    heights: Tensor  # the scores at the knots
+    centre: Tensor  # by which columns were standardized
+    spread: Tensor
+    low: Tensor
+    high: Tensor
+    step: Tensor  # from one integer to the next, standardized; 0 for numbers
+    block_of: Tensor  # the column of each block
+    category: Tensor  # whether a block is of categories, or of a number's being there
+    missing: Tensor  # the choice that is "missing"; one beyond the last if no cell is
+    last: Tensor  # the last choice of each block
+    start: Tensor  # the first one's place among all
+    block: Tensor  # of each choice
+    place: Tensor  # of each choice in its block
+    share: Tensor  # of each choice
+    end: Tensor  # of the part of [0, 1] that is a choice's
+    indicated: Tensor  # the numbers that may be missing, and the blocks that say so
+    indicator: Tensor
+
+    def __init__(self, columns: Sequence[Mapping[str, Any]], mixtures: int = 5) -> None:
+        super().__init__()
+        numeric = [i for i, column in enumerate(columns) if column["kind"] != "category"]
+        blocks = [(i, column["shares"]) for i, column in enumerate(columns) if column["shares"]]
+        sizes = [len(shares) for _, shares in blocks]
+        self.columns, self.mixtures = len(columns), mixtures
+        self.scores, self.blocks, self.choices = len(numeric), len(blocks), sum(sizes)
+        self.width = self.scores + self.choices  # of v
+        self.outputs = 3 * mixtures * self.scores + self.choices  # a network's, as a likelihood
+        self.latents = self.scores + self.blocks  # cells of what `dequantize` makes
+
+        def keep(name: str, values: Any, dtype: torch.dtype = torch.float32) -> None:
+            self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
+
+        most = max((len(columns[i]["knots"]) for i in numeric), default=2)
+        curves = [_curve(columns[i]["knots"], columns[i]["scores"], most) for i in numeric]
+        keep("numeric", numeric, torch.long)
+        for i, name in enumerate(("knots", "heights")):
+            keep(name, [curve[i] for curve in curves], torch.float64)
+            self.register_buffer(name, getattr(self, name).view(self.scores, most), persistent=False)
+        keep("centre", [column["mean"] for column in columns], torch.float64)
+        keep("spread", [column["std"] for column in columns], torch.float64)
+        keep("low", [columns[i]["low"] for i in numeric])
+        keep("high", [columns[i]["high"] for i in numeric])
+        keep("step", [1 / columns[i]["std"] if columns[i]["kind"] == "integer" else 0.0 for i in numeric])
+        category = [columns[i]["kind"] == "category" for i, _ in blocks]
+        keep("block_of", [i for i, _ in blocks], torch.long)
+        keep("category", category, torch.bool)
+        codes = [size - 1 if columns[i]["missing"] else size for (i, _), size in zip(blocks, sizes, strict=True)]
+        keep("missing", codes, torch.long)
+        keep("last", [size - 1 for size in sizes], torch.long)
+        keep("start", list(accumulate(sizes, initial=0))[:-1], torch.long)
+        keep("block", [i for i, size in enumerate(sizes) for _ in range(size)], torch.long)
+        keep("place", [k for size in sizes for k in range(size)], torch.long)
+        keep("share", [share / total for _, of in blocks for total in [sum(of)] for share in of])
+        keep("end", [end / total for _, of in blocks for total in [sum(of)] for end in accumulate(of)])
+        owners = {column: b for b, (column, _) in enumerate(blocks)}
+        keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)
+        keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)
+
+    @property
+    def owners(self) -> Tensor:
+        """The column of each cell of v, (width,)."""
+        return torch.cat([self.numeric, self.block_of[self.block]])
+
+    # What networks see.
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`encode` of the first D columns of x (N, D + C), and the rest as it is, as an encoder sees it."""
+        return torch.cat([self.encode(x[..., : self.columns]), x[..., self.columns :]], -1)
+
+    def encode(self, x: Tensor, noise: bool = False) -> Tensor:
+        """v (N, width) of x (N, D). With ``noise`` integers are spread over their bins, so that v has a density."""
+        there = self._numbers(x)
+        if noise:
+            there = there + self.step * (torch.rand_like(there) - 0.5)
+        scores = torch.where(x[..., self.numeric].isnan(), 0.0, self._score(there)[0])
+        codes = self._codes(x)
+        chosen = codes[..., self.block] == self.place
+        return torch.cat([scores, 2 * chosen.to(scores) - 1], -1).to(x.dtype)
+
+    def decode(self, v: Tensor) -> Tensor:
+        """x (N, D) of v (N, width): integers are whole, and of each block the largest choice is taken."""
+        return self._cells(v[..., : self.scores], self._largest(v[..., self.scores :]))
+
+    def activate(self, raw: Tensor, temperature: float = 0.2) -> Tensor:
+        """v (N, width) of what a generator puts out (N, width), with gradients: scores by tanh, and of each block a
+        draw, relaxed (Gumbel-softmax, arXiv 1611.01144), as CTGAN does (1907.00503, section 4.4)."""
+        scores, logits = raw[..., : self.scores], raw[..., self.scores :]
+        drawn = self._log_softmax((logits + _gumbel(logits)) / temperature).exp()
+        return torch.cat([BOUND * torch.tanh(scores / BOUND), 2 * drawn - 1], -1)
+
+    # A likelihood.
+
+    def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
+        """log p(x), (..., N) nats, of raw (..., N, outputs): a density of the numbers that are there and a probability
+        of all else. That of a number is of its standardized value."""
+        raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
+        logits, mu, log_scale = self._mixture(raw[..., :c])
+        number, (low, high) = self.step == 0, self._edges(x)
+        precision = torch.exp(-log_scale)
+        upper, lower = ((edge[..., None] - mu) * precision for edge in (high, low))
+        gap = (high - low)[..., None] * precision
+        inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+        of_numbers = (inside + logits.log_softmax(-1)).logsumexp(-1)
+        slope = self._score(self._numbers(x))[1]
+        of_numbers = of_numbers + torch.where(number, slope.log() - math.log(WIDTH), 0.0).to(raw.dtype)
+        of_numbers = of_numbers.masked_fill(x[..., self.numeric].isnan(), 0.0)
+        of_choices = self._log_softmax(raw[..., c:])
+        places = (self.start + self._codes(x)).expand(*of_choices.shape[:-1], self.blocks)
+        return of_numbers.sum(-1) + of_choices.gather(-1, places).sum(-1)
+
+    def mean(self, raw: Tensor) -> Tensor:
+        """The middle of p(x), (N, D): of numbers that of their scores, of categories the likeliest."""
+        raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
+        logits, mu, _ = self._mixture(raw[..., :c])
+        return self._cells((logits.softmax(-1) * mu).sum(-1), self._largest(raw[..., c:]))
+
+    def sample(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A draw x ~ p(x), (N, D), of which numbers are held within those of the training split."""
+        raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
+        logits, mu, log_scale = self._mixture(raw[..., :c])
+        chosen = (logits + _gumbel(logits, generator)).argmax(-1, keepdim=True)
+        u = _uniform(mu[..., 0], generator)
+        logistic = torch.log(u) - torch.log1p(-u)
+        scores = mu.gather(-1, chosen)[..., 0] + log_scale.gather(-1, chosen)[..., 0].exp() * logistic
+        choices = raw[..., c:]
+        return self._cells(scores, self._largest(choices + _gumbel(choices, generator)))
+
+    # As real numbers with a density, for flows.
+
+    def dequantize(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Real numbers v (N, latents), and log w (N,), with E[log p(v) + log w] <= log p(x) (arXiv 1511.01844).
+
+        A category becomes a draw from its part of N(0, 1), which is divided into parts as large as the categories are
+        often; an integer a point of its bin; and in place of a number that is missing there is a draw from N(0, 1).
+        """
+        x, missing = at_least_float32(x), x[..., self.numeric].isnan()
+        noise = _uniform(x.new_zeros(*x.shape[:-1], self.latents), generator)
+        spread, within = noise[..., : self.scores], noise[..., self.scores :]
+        scores, slope = self._score(self._numbers(x) + self.step * (spread - 0.5))
+        log_w = slope.log() + torch.where(self.step > 0, self.step, 1.0).log()
+        free = _probit(spread)
+        scores, log_w = torch.where(missing, free, scores), torch.where(missing, -_log_normal(free), log_w)
+        place = self.start + self._codes(x)
+        share = self.share[place]
+        drawn = _probit(self.end[place] - share * (1 - within))
+        of_blocks = share.log() - _log_normal(drawn)
+        return torch.cat([scores, drawn], -1).to(x.dtype), (log_w.sum(-1) + of_blocks.sum(-1)).to(x.dtype)
+
+    def quantize(self, v: Tensor) -> Tensor:
+        """x (N, D) of real numbers v (N, latents), the opposite of `dequantize`."""
+        p = torch.special.ndtr(v[..., self.scores :])[..., self.block]
+        beyond = (p >= self.end).long()
+        codes = torch.zeros(*v.shape[:-1], self.blocks, dtype=torch.long, device=v.device)
+        codes = codes.index_add(-1, self.block, beyond)
+        return self._cells(v[..., : self.scores], codes.minimum(self.last))
+
+    # Between the two.
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """Numbers and integers (N, P); of those that are missing any."""
+        return x[..., self.numeric].nan_to_num(0.0)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        """The choice (N, B) of each block."""
+        cells = x[..., self.block_of]
+        codes = (cells.nan_to_num(0.0) * self.spread[self.block_of] + self.centre[self.block_of]).round().long()
+        codes = torch.where(self.category, codes.clamp(min=0), 0).minimum((self.missing - 1).clamp(min=0))
+        return torch.where(cells.isnan(), self.missing.minimum(self.last), codes)
+
+    def _cells(self, scores: Tensor, codes: Tensor) -> Tensor:
+        """x (N, D) of scores (N, P) and choices (N, B)."""
+        x = self._value(scores)
+        whole = (x.double() * self.spread[self.numeric] + self.centre[self.numeric]).round()
+        x = torch.where(self.step > 0, ((whole - self.centre[self.numeric]) / self.spread[self.numeric]).to(x.dtype), x)
+        x = torch.maximum(torch.minimum(x, self.high), self.low)
+        gone = codes == self.missing
+        out = x.new_zeros(*x.shape[:-1], self.columns)
+        labels = ((codes - self.centre[self.block_of]) / self.spread[self.block_of]).masked_fill(gone, math.nan)
+        of_numbers = torch.where(gone[..., self.indicator], math.nan, x[..., self.indicated])
+        out[..., self.block_of] = labels.to(x.dtype)
+        out[..., self.numeric] = x
+        out[..., self.numeric[self.indicated]] = of_numbers
+        return out
+
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (N, P) of numbers, and the slope."""
+        return _piecewise(x, self.knots, self.heights)
+
+    def _value(self, scores: Tensor) -> Tensor:
+        return _piecewise(scores, self.heights, self.knots)[0]
+
+    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores (N, P) between which a number or integer is."""
+        x, half = self._numbers(x), self.step / 2
+        middle, spread = self._score(x)[0], torch.where(self.step == 0, WIDTH / 2, 0.0)
+        low, high = self._score(x - half)[0], self._score(x + half)[0]
+        number = self.step == 0
+        return torch.where(number, middle - spread, low), torch.where(number, middle + spread, high)
+
+    def _mixture(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, locations and log-scales (..., P, K)."""
+        logits, mu, log_scale = raw.unflatten(-1, (self.scores, 3 * self.mixtures)).chunk(3, -1)
+        return logits, mu, 7 * torch.tanh((log_scale - 1) / 7)  # from a spread of about 1 on
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (..., S) of the choices of each block."""
+        shifted = logits - self._top(logits.detach())[..., self.block]
+        total = shifted.new_zeros(*shifted.shape[:-1], self.blocks).index_add(-1, self.block, shifted.exp())
+        return shifted - total.log()[..., self.block]
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """The choice (..., B) of the largest of values (..., S) in each block."""
+        hit = torch.where(values == self._top(values)[..., self.block], self.place, 0)
+        codes = torch.zeros(*values.shape[:-1], self.blocks, dtype=torch.long, device=values.device)
+        return codes.scatter_reduce(-1, self.block.expand_as(hit), hit, "amax")
+
+    def _top(self, values: Tensor) -> Tensor:
+        """The largest (..., B) of values (..., S) in each block."""
+        top = values.new_full((*values.shape[:-1], self.blocks), -math.inf)
+        return top.scatter_reduce(-1, self.block.expand_as(values), values, "amax")
+
+
+def _curve(knots: Sequence[float], scores: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+    """Knots and scores, ``most`` of them: more follow on the line through the last two, which changes nothing."""
+    dx, ds = knots[-1] - knots[-2], scores[-1] - scores[-2]
+    more = range(1, most - len(knots) + 1)
+    return [*knots, *(knots[-1] + i * dx for i in more)], [*scores, *(scores[-1] + i * ds for i in more)]
+
+
+def _piecewise(x: Tensor, knots: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
+    """Piecewise linear functions (P,) of x (..., P), linear on beyond the outer knots (P, Q), and their slopes."""
+    flat = x.detach().flatten(0, -2).double().T.contiguous()
+    place = torch.searchsorted(knots, flat).clamp(1, knots.shape[1] - 1)  # (P, M)
+    left, right = ((knots.gather(1, at), heights.gather(1, at)) for at in (place - 1, place))
+    slope = ((right[1] - left[1]) / (right[0] - left[0])).T.reshape(x.shape)
+    x0, y0 = (each.T.reshape(x.shape) for each in left)
+    return (y0 + (x.double() - x0) * slope).to(x.dtype), slope.to(x.dtype)
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    where = like.device if generator is None else generator.device
+    u = torch.rand(like.shape, dtype=like.dtype, device=where, generator=generator)
+    return u.to(like.device).clamp(EDGE, 1 - EDGE)
+
+
+def _gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return -torch.log(-torch.log(_uniform(like, generator)))
+
+
+def _probit(p: Tensor) -> Tensor:
+    return torch.special.ndtri(p.clamp(EDGE, 1 - EDGE))
+
+
+def _log_normal(v: Tensor) -> Tensor:
+    return -0.5 * (v.square() + math.log(2 * math.pi))
