@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from sklearn.datasets import load_breast_cancer
 from torch.distributions import MultivariateNormal, Normal
 
 import genfuse
@@ -19,7 +21,7 @@ from genfuse.errors import DataError, SettingsError
 from genfuse.flows import Flow, StandardNormal
 from genfuse.metrics import evaluate
 from genfuse.models import Batch, FlowModel, configure
-from genfuse.nn import Flatten, LULinear, Planar, Transform
+from genfuse.nn import ActNorm, AffineCoupling, Flatten, LULinear, Planar, Transform
 from genfuse.training.run import differences
 
 SMALL = {
@@ -398,6 +400,7 @@ def test_calls_that_a_model_cannot_answer_are_refused():
         ("glow", {"coupling": "spline"}, "coupling"),
         ("nsf", {"dropout": 0.1, "reversible": True}, "reversible computes each layer twice"),
         ("nsf", {"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ("nsf", {"bins": 1}, "bins must be at least 2"),
         ("nsf", {"bins": 1001}, "bins must be at most 1000"),
         ("nsf-ar", {"bound": math.inf}, "bound must be above 0 and finite"),
         ("planar", {"layers": -1}, "layers must be above 0"),
@@ -419,6 +422,86 @@ def test_data_that_the_model_was_not_made_for_is_refused():
 def test_shape_levels_and_classes_come_from_the_data():
     config = configure(type(create("glow")), {}, genfuse.load_data("digits"))
     assert (config.shape, config.levels, config.classes) == ((1, 8, 8), 17, 10)
+
+
+# What is learned of a table, with every setting as it is offered.
+
+OFFERED = {
+    "realnvp": [
+        *({"scale": scale} for scale in ("softclip", "tanh", "exp", "sigmoid")),
+        {"linear": False}, {"squash": False}, {"layers": 4}, {"reversible": True},
+    ],
+    "maf": [
+        *({"scale": scale} for scale in ("softclip", "tanh", "exp", "sigmoid")),
+        {"actnorm": False}, {"squash": False}, {"layers": 2}, {"hidden": (64,)}, {"reversible": True},
+    ],
+    "iaf": [{}, {"scale": "sigmoid"}, {"squash": False}],
+    "nsf": [
+        {}, {"damped": True}, {"squash": False}, {"bins": 2}, {"bins": 32}, {"bound": 1.0}, {"bound": 6.0},
+        {"dropout": 0.5}, {"reversible": True},
+    ],
+    "nsf-ar": [{}, {"damped": True}, {"squash": False}, {"bins": 2}, {"bins": 32}, {"bound": 1.0}, {"bound": 6.0}],
+    "glow": [{}, {"coupling": "additive"}, {"squash": False}, {"steps": 2}, {"reversible": True}],
+    "planar": [{}], "radial": [{}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """30 measurements of 569 tumours, real and strongly correlated: rows to train on, and others."""
+    x = torch.tensor(load_breast_cancer().data, dtype=torch.float32)
+    x = x[torch.randperm(len(x), generator=seeded())]
+    return ((x - x[:400].mean(0)) / x[:400].std(0)).split([400, 169])
+
+
+def trained(name, x, updates=60, **settings):
+    torch.manual_seed(0)
+    network = {} if name in ("planar", "radial") else {"hidden": (32, 32)}
+    model = genfuse.create(name, shape=tuple(x.shape[1:]), levels=None, **{**network, **settings})
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        model.loss(Batch(x[torch.randint(len(x), (100,))]))[0].backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [(name, each) for name, offered in OFFERED.items() for each in offered], ids=str
+)
+def test_every_setting_that_is_offered_learns(name, settings, cells):
+    train, test = cells
+    model = trained(name, train, 150 if name == "iaf" else 60, **settings)
+    with torch.no_grad():
+        gain = model.log_prob(test).mean() - Normal(0, 1).log_prob(test).sum(1).mean()
+    assert gain > (0.3 if name == "radial" else 5)
+    assert model.sample(100, generator=seeded()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "nsf-ar", "glow"])
+def test_no_row_explodes_however_far_outside(name):
+    torch.manual_seed(0)
+    a, noise = torch.randn(2000, 2), 0.05 * torch.randn(2000, 4)
+    x = torch.cat([a, a.square() + noise[:, :2], (3 * a).sin() + noise[:, 2:]], 1)
+    x = (x - x.mean(0)) / x.std(0)
+    model = trained(name, x, 150)
+    with torch.no_grad():
+        for far in (30 * torch.eye(6), -30 * torch.eye(6), torch.full((1, 6), 30.0)):
+            assert model.log_prob(far).min() > -1e8  # of a standard normal -450; with zuko's bounds below -1e10
+        assert model.log_prob(x).min() > -200
+
+
+def test_what_flows_learn_with_by_default():
+    for name in ("nsf", "nsf-ar"):
+        assert {"damped": False, "squash": True}.items() <= asdict(genfuse.create(name).config).items()
+    for name in ("realnvp", "maf", "iaf"):
+        assert {"scale": "softclip", "squash": True}.items() <= asdict(genfuse.create(name).config).items()
+    first = genfuse.create("realnvp", shape=(4,), levels=None).flow.transform.transforms[:3]
+    assert [type(layer) for layer in first] == [ActNorm, LULinear, AffineCoupling]
+    damping = [
+        layer.settings["damping"] for layer in genfuse.create("nsf-ar").flow.modules() if hasattr(layer, "settings")
+    ]
+    assert set(damping) == {1.0}
 
 
 # Whole runs.
@@ -581,6 +664,26 @@ def test_settings_and_weights_of_former_versions_are_read(name):
     other.load_state_dict(former)
     x = torch.rand(3, *settings["shape"])
     assert torch.equal(other.log_prob(x), made.log_prob(x))
+
+
+@pytest.mark.parametrize("name", ["nsf", "nsf-ar", "maf", "realnvp", "glow"])
+def test_a_run_of_before_networks_saw_features_squashed_has_its_densities(name):
+    made = {
+        "nsf": lambda: flows.NSF(3, damped=True, squash=False, hidden=(16,)),
+        "nsf-ar": lambda: flows.NSFAR(3, damped=True, squash=False, hidden=(16,)),
+        "maf": lambda: flows.MAF(3, scale="tanh", squash=False, hidden=(16,)),
+        "realnvp": lambda: flows.RealNVP(3, scale="tanh", linear=False, squash=False, hidden=(16,)),
+        "glow": lambda: flows.Glow(3, squash=False, hidden=(16,)),
+    }[name]()
+    cls = plugins.load("models", name)
+    settings = {"shape": [3], "levels": None, "hidden": [16], **({"scale": "tanh"} if name == "realnvp" else {})}
+    now = cls.from_config(configure(cls, cls.current(settings))).eval()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    now.flow.load_state_dict(made.state_dict())
+    x = 9 * torch.randn(20, 3)  # where squashed features would be others
+    assert torch.equal(now.log_prob(x), made.eval().log_prob(x))
 
 
 def test_a_width_without_a_number_of_blocks_means_as_many_as_there_were():

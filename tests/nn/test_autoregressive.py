@@ -9,6 +9,9 @@ LAYERS = {
     "tanh": lambda *sizes, **kw: AutoregressiveAffine(*sizes, scale="tanh", **kw),
     "exp": lambda *sizes, **kw: AutoregressiveAffine(*sizes, scale="exp", **kw),
     "sigmoid": lambda *sizes, **kw: AutoregressiveAffine(*sizes, scale="sigmoid", **kw),
+    "softclip": lambda *sizes, **kw: AutoregressiveAffine(*sizes, scale="softclip", **kw),
+    "squashed": lambda *sizes, **kw: AutoregressiveAffine(*sizes, squash=True, **kw),
+    "squashed-spline": lambda *sizes, **kw: AutoregressiveSpline(*sizes, bins=5, squash=True, **kw),
     "linear": lambda *sizes, **kw: AutoregressiveSpline(*sizes, bins=5, **kw),
     "circular": lambda *sizes, **kw: AutoregressiveSpline(*sizes, bins=5, tails="circular", **kw),
     "none": lambda *sizes, **kw: AutoregressiveSpline(*sizes, bins=5, tails="none", **kw),
@@ -101,8 +104,26 @@ def test_the_mask_holds_under_an_optimizer_that_decays_and_carries_momentum(kind
         (y.square().sum(1) / 2 - logdet).mean().backward()
         optimizer.step()
     jacobian = torch.autograd.functional.jacobian(lambda x: transform.made(x).sum(0), x).abs().sum(1)
-    outputs = jacobian.view(2, 4, 4).sum(0) if kind in ("tanh", "exp", "sigmoid") else jacobian.view(4, -1, 4).sum(1)
+    outputs = (
+        jacobian.view(2, 4, 4).sum(0)
+        if kind in ("tanh", "exp", "sigmoid", "softclip", "squashed")
+        else jacobian.view(4, -1, 4).sum(1)
+    )
     assert not outputs.triu().any()
+
+
+@pytest.mark.parametrize("kind", ["squashed", "squashed-spline"])
+@every_shape
+@pytest.mark.parametrize("context", [0, 2])
+def test_the_sweep_sees_features_as_squashed_as_the_network_does(kind, features, hidden, context):
+    transform = layer(kind, features, hidden, context)
+    x, c = 5 * points(9, features, context)[0], points(9, features, context)[1]
+    assert (x.abs() > 5).any()
+    y, logdet = transform(x, c)
+    again, back = transform.inverse(y, c)
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(back, -logdet, rtol=0, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda y: transform.inverse(y, c), y.detach().requires_grad_())
 
 
 @every_layer
@@ -151,7 +172,11 @@ def test_under_autocast_both_ways_compute_in_the_inputs_type(kind):
         (lambda: MADE(3, (4, 0), 2), r"hidden must be at least one positive width, got \(4, 0\)"),
         (
             lambda: AutoregressiveAffine(3, (4,), scale="linear"),
-            "scale must be one of tanh, exp, sigmoid, got 'linear'",
+            "scale must be one of tanh, exp, sigmoid, softclip, got 'linear'",
+        ),
+        (
+            lambda: MADE(3, (4, 4, 4), 2, residual=True, limit=5.0),
+            "limit is for networks without residual blocks, got 5",
         ),
         (lambda: AutoregressiveSpline(3, (4,), bins=0), "bins must be at least 1, got 0"),
         (

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.distributions import Normal, TransformedDistribution, transforms
 from benchmarks._measure import Side, peak_memory
 from genfuse.errors import SettingsError
 from genfuse.nn import (
+    MADE,
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
@@ -419,6 +421,23 @@ def test_the_context_of_images_may_be_an_image(residual):
     assert changed[0, 0, 0]
     assert not changed[0, 3, 4]
     assert not changed[1].any()
+
+
+@pytest.mark.parametrize(
+    ("network", "how", "seen"),
+    [
+        (partial(MLPConditioner, 4, 8, hidden=(8,)), {"squash": True}, torch.asinh),
+        (partial(ResidualMLP, 4, 8, hidden=(8,)), {"squash": True}, torch.asinh),
+        (partial(MADE, 4, (8,), 2), {"squash": True}, lambda x: x.clamp(-5, 5)),
+    ],
+    ids=["mlp", "residual", "made"],
+)
+def test_a_network_sees_features_squashed_and_the_context_as_it_is(network, how, seen):
+    squashed, plain = scrambled(network(context=3, **how)), network(context=3).double()
+    plain.load_state_dict(squashed.state_dict())
+    x, context = 9 * torch.randn(5, 4).double(), 9 * torch.randn(5, 3).double()
+    assert torch.equal(squashed(x, context), plain(seen(x), context))
+    assert not torch.equal(squashed(x, context), plain(x, context))
 
 
 def test_dropout_is_for_training_alone():

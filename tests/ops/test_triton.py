@@ -39,10 +39,12 @@ def check(kernel, types, fixed):
             wrapping.add(f"{kernel.__module__}.{kernel.__name__}: {a} * {b} in 32 bits")
 
 
-for storage, wide, integers in (
-    ("*fp32", False, "i32"), ("*fp32", False, "i64"), ("*fp64", True, "i32"), ("*bf16", False, "i32"),
-    ("*fp16", False, "i32"),
+# Programs of long rows, of short ones and of the shortest.
+for storage, wide, integers, block in (
+    ("*fp32", False, "i32", 1024), ("*fp32", False, "i64", 8), ("*fp64", True, "i32", 64), ("*bf16", False, "i32", 4),
+    ("*fp16", False, "i32", 32),
 ):
+    tile = {"ROWS": 1024 // block, "BLOCK": block}
     types = {"p": storage, "seed": "*i64", "x": storage}
     check(bernoulli.draw_kernel, types, {"BLOCK": 1024, "WIDE": wide})
     sums = "*fp64" if wide else "*fp32"
@@ -54,26 +56,25 @@ for storage, wide, integers in (
         (4, True, ()), (5, False, ("factor", "mask")),
     ):
         fixed = {name: None for name in ("mask", "shift", "factor") if name not in given}
-        fixed |= {"constant": 0.1, "KIND": kind, "BY_ELEMENT": kind > 2, "INVERSE": inverse, "BLOCK": 64, "WIDE": wide}
+        fixed |= {"constant": 0.1, "KIND": kind, "BY_ELEMENT": kind > 2, "INVERSE": inverse, **tile, "WIDE": wide}
         check(affine_coupling.forward_kernel, types, fixed)
         check(affine_coupling.backward_kernel, types, fixed if "shift" in given else {**fixed, "gshift": None})
     types = {"x0": storage, "seed": "*i64", "noise": storage, "alpha": sums, "sigma": sums,
              "x_t": storage, "target": storage, "gx_t": storage, "gv": storage, "galpha": sums, "gsigma": sums,
              }
-    for target, given, aligned in (
-        (0, True, True), (1, False, False), (2, False, True), (2, True, False), (3, True, True),
-    ):
+    for target, given, aligned in ((0, True, 4), (1, False, 1), (2, False, 4), (2, True, 2), (3, True, 4)):
         fixed = {"BLOCK": 1024, "WIDE": wide, "seed" if given else "noise": None}
         check(diffuse.forward_kernel, types, {**fixed, "TARGET": target})
-        check(diffuse.backward_kernel, types, {**fixed, "ALIGNED": aligned, **({} if target == 2 else {"gv": None})})
+        fixed |= {**tile, "ALIGNED": aligned, **({} if target == 2 else {"gv": None})}
+        check(diffuse.backward_kernel, types, fixed)
     types = {"z": storage, "logdet": sums, "log_prob": sums, "g": sums, "gz": storage}
     for missing in ({}, {"logdet": None}):
-        check(standard_normal_log_prob.forward_kernel, types, {"BLOCK": 64, "WIDE": wide, **missing})
-    check(standard_normal_log_prob.backward_kernel, types, {"BLOCK": 64, "WIDE": wide})
+        check(standard_normal_log_prob.forward_kernel, types, {**tile, "WIDE": wide, **missing})
+    check(standard_normal_log_prob.backward_kernel, types, {**tile, "WIDE": wide})
     types = {"gradient": storage, "penalty": sums, "norm": sums, "gpenalty": sums,
              "ggradient": storage, "v": storage, "of_gpenalty": sums, "of_gradient": storage}
     for one_sided, mean, summed in ((False, True, True), (True, False, True), (True, False, False)):
-        fixed = {"TARGET": 1.0, "ONE_SIDED": one_sided, "BLOCK": 64, "WIDE": wide}
+        fixed = {"TARGET": 1.0, "ONE_SIDED": one_sided, **tile, "WIDE": wide}
         check(gradient_norm_penalty.forward_kernel, types, fixed)
         fixed |= {"EPS": 1e-12, "MEAN": mean, "SUMMED": summed}
         check(gradient_norm_penalty.backward_kernel, types, fixed)
@@ -81,20 +82,20 @@ for storage, wide, integers in (
     types = {"real": storage, "fake": storage, "seed": "*i64",
              "epsilon": sums, "x": storage}
     for missing in ({"epsilon": None}, {"seed": None, "real": None}, {"epsilon": None, "fake": None}):
-        check(interpolate.between_kernel, types, {"BLOCK": 64, "WIDE": wide, **missing})
+        check(interpolate.between_kernel, types, {**tile, "WIDE": wide, **missing})
     types = {"x": storage, "log_scale": sums, "shift": sums, "y": storage, "logdet": sums,
-             "gy": storage, "glogdet": sums, "gx": storage, "partial": sums}
+             "gy": storage, "glogdet": sums, "gx": storage, "partial": "*fp64"}
     for inverse, images in ((False, True), (True, False)):
-        fixed = {"INVERSE": inverse, "IMAGES": images, "BLOCK": 64, "WIDE": wide}
+        fixed = {"INVERSE": inverse, "IMAGES": images, **tile, "WIDE": wide}
         check(actnorm.forward_kernel, types, fixed)
-        check(actnorm.backward_kernel, types, {**fixed, "ROWS": 4})
-    for aligned in (True, False):
+        check(actnorm.backward_kernel, types, fixed)
+    for aligned in (4, 2, 1):
         for noise in (True, False):
             for kernel, tensors in (
                 (module.forward_kernel, {"z": storage, "kl": sums}),
                 (module.backward_kernel, {"gz": storage, "gkl": sums, "gmu": storage, "glogvar": storage}),
             ):
-                fixed = {"BLOCK": 128, "ALIGNED": aligned, "WIDE": wide, "seed" if noise else "noise": None}
+                fixed = {**tile, "ALIGNED": aligned, "WIDE": wide, "seed" if noise else "noise": None}
                 types = {"mu": storage, "logvar": storage, "seed": "*i64",
                          "noise": storage, **tensors}
                 check(kernel, types, fixed)

@@ -26,7 +26,7 @@ from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
 from genfuse.cli._arguments import DataOptions, show_columns
 from genfuse.cli._yaml import read_yaml
-from genfuse.data import load_data
+from genfuse.data import Dataset, load_data
 from genfuse.errors import SettingsError, near
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
@@ -91,7 +91,7 @@ def train(args: list[str]) -> int:
     torch.manual_seed(trainer.seed)  # of the first weights
     model = models.create(name, data, **job.model)
     try:
-        run = trainer.fit(model, data)
+        run = trainer.fit(model, data, [_Length(model, data, trainer).tell])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
     if isinstance(run, Run) and os.environ.get("RANK", "0") == "0":
@@ -99,6 +99,26 @@ def train(args: list[str]) -> int:
         if before and before == max(entry["step"] for entry in run.metrics()):
             print("nothing was to be done: the run had ended; to train on, ask for more, by --epochs or --steps")
     return 0
+
+
+class _Length:
+    """Says before a training of the usual length how many steps it takes, and once that is known, how long."""
+
+    def __init__(self, model: models.GenerativeModel, data: Dataset, trainer: Trainer) -> None:
+        self.examples = 0.0  # still to be told about
+        if trainer.epochs or trainer.steps or os.environ.get("RANK", "0") != "0":
+            return
+        n, self.examples = len(data.splits["train"]), model.usual_steps * trainer.batch_size
+        print(f"{model.usual_steps:,} steps of {trainer.batch_size} examples, as {model.plugin} usually needs: "
+              f"{self.examples / n:.3g} passes over {n:,}; --epochs or --steps to choose", flush=True)  # fmt: skip
+
+    def tell(self, entry: dict[str, Any]) -> None:
+        """Called with each line of metrics."""
+        if self.examples and entry["split"] == "train" and entry["step"] > 1:
+            seconds = self.examples / entry["examples_per_second"]
+            time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+            print(f"about {time}, at {entry['examples_per_second']:,.0f} examples/s", flush=True)
+            self.examples = 0.0
 
 
 def parse(model: str, args: list[str]) -> Job:

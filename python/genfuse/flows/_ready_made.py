@@ -83,8 +83,11 @@ class NSF(_ReadyMade):
         transforms: how many couplings.
         bins: of each spline.
         bound: the splines are in [-bound, bound], in the units of x, and the identity outside.
+        damped: whether raw widths and heights are divided by the square root of the network's width, as in nflows.
         hidden: width of each residual block of the couplings' networks, all the same.
         dropout: share of the units that each block drops while it is trained.
+        squash: whether networks see features squashed, as in `genfuse.nn.MLPConditioner`, so that a row far outside of
+            the data is not led further away.
         network: makes the couplings' networks, if they are to be others: see `Conditioner`. Its outputs are 3 ``bins``
             - 1 raw parameters for each feature, those of a feature beside each other.
         options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
@@ -100,14 +103,16 @@ class NSF(_ReadyMade):
         transforms: int = 5,
         bins: int = 8,
         bound: float = 3.0,
+        damped: bool = False,
         hidden: Sequence[int] = (128, 128),
         dropout: float = 0.0,
+        squash: bool = True,
         network: Conditioner | None = None,
         **options: Unpack[Options],
     ) -> None:
         if dropout and options.get("reversible"):
             raise SettingsError("reversible computes each layer twice, and dropout would differ: set dropout to 0")
-        make = network or partial(ResidualMLP, hidden=hidden, dropout=dropout)
+        make = network or partial(ResidualMLP, hidden=hidden, dropout=dropout, squash=squash)
         d = math.prod(_shape(features))
         kept = split_size(d)
 
@@ -115,7 +120,7 @@ class NSF(_ReadyMade):
             for i in range(transforms):
                 yield LULinear(d, first=d - kept if i else 0)  # no feature is kept, or moved, by all couplings
                 conditioner = make(kept, (d - kept) * (3 * bins - 1), context)
-                yield SplineCoupling(conditioner, split=kept, bins=bins, bound=bound)
+                yield SplineCoupling(conditioner, split=kept, bins=bins, bound=bound, damped=damped)
             yield LULinear(d)
 
         super().__init__(features, context, layers(), options)
@@ -131,7 +136,9 @@ class NSFAR(_ReadyMade):
         transforms: how many autoregressive layers; before each, and after the last, stands a linear layer by LU.
         bins: of each spline.
         bound: the splines are in [-bound, bound], in the units of x, and the identity outside.
+        damped: as in `NSF`.
         hidden: widths of each masked network's hidden layers.
+        squash: whether the networks see features squashed, as in `genfuse.nn.MADE`.
         options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
     """
 
@@ -143,7 +150,9 @@ class NSFAR(_ReadyMade):
         transforms: int = 5,
         bins: int = 8,
         bound: float = 3.0,
+        damped: bool = False,
         hidden: Sequence[int] = (256, 256),
+        squash: bool = True,
         **options: Unpack[Options],
     ) -> None:
         d = math.prod(_shape(features))
@@ -151,7 +160,9 @@ class NSFAR(_ReadyMade):
         def layers() -> Iterator[Transform]:
             for _ in range(transforms):
                 yield LULinear(d)
-                yield AutoregressiveSpline(d, hidden, context=context, bins=bins, bound=bound)
+                yield AutoregressiveSpline(
+                    d, hidden, context=context, bins=bins, bound=bound, damped=damped, squash=squash
+                )
             yield LULinear(d)
 
         super().__init__(features, context, layers(), options)
@@ -166,8 +177,9 @@ class MAF(_ReadyMade):
         context: C, the features of the context (N, C) that all depends on, or 0.
         transforms: how many autoregressive layers; the order of the features is reversed between two.
         hidden: widths of each masked network's hidden layers.
-        scale: how the log-scales are bounded, as in `genfuse.ops.affine_coupling`.
+        scale: how the log-scales are bounded, as in `genfuse.nn.AffineCoupling`.
         actnorm: whether to normalise activations between layers, where the paper has batch normalisation.
+        squash: as in `NSFAR`.
         options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
     """
 
@@ -178,8 +190,9 @@ class MAF(_ReadyMade):
         *,
         transforms: int = 5,
         hidden: Sequence[int] = (256, 256),
-        scale: Scale = "tanh",
+        scale: Scale = "softclip",
         actnorm: bool = True,
+        squash: bool = True,
         **options: Unpack[Options],
     ) -> None:
         d = math.prod(_shape(features))
@@ -190,7 +203,8 @@ class MAF(_ReadyMade):
                     yield Permutation.reversed(d)
                 if i and actnorm:
                     yield ActNorm(d)
-                yield self._autoregressive(AutoregressiveAffine(d, hidden, context=context, scale=scale))
+                layer = AutoregressiveAffine(d, hidden, context=context, scale=scale, squash=squash)
+                yield self._autoregressive(layer)
 
         super().__init__(features, context, layers(), options)
 
@@ -251,7 +265,7 @@ def _as_image(features: Shape, scales: int, halvings: int) -> tuple[int, int, in
 class RealNVP(_ReadyMade):
     """Real-valued non-volume-preserving transformations (arXiv 1605.08803): affine couplings.
 
-    Vectors: couplings that keep the first half and the last in turn. Images: at each scale three checkerboard
+    Vectors: couplings that keep one half, which linear layers choose. Images: at each scale three checkerboard
     couplings, a squeeze and three couplings of channels; then half of the channels leave, with a learned prior given
     those that stay. The last scale has four checkerboard couplings. Activation normalisation stands in the place of the
     paper's batch normalisation, so that an example's density does not depend on the others of its batch.
@@ -263,7 +277,10 @@ class RealNVP(_ReadyMade):
         hidden: widths of the hidden layers of each network of vectors.
         scales: of images, at least 1; between two, height and width are halved and half of the cells leave.
         channels: width of each residual block of the networks of images, all the same.
-        scale: how the log-scales are bounded, as in `genfuse.ops.affine_coupling`.
+        scale: how the log-scales are bounded, as in `genfuse.nn.AffineCoupling`.
+        linear: of vectors, whether activations are normalised before each coupling, as those of images, and mixed by a
+            learned linear layer by LU; without, couplings keep the first half and the last in turn.
+        squash: of vectors, as in `NSF`.
         network: makes the couplings' networks, if they are to be others: see `Conditioner`. Its outputs are first all
             log-scales, then all shifts.
         multiscale: whether examples are images at several scales, or vectors; by default those of shape (C, H, W) are.
@@ -281,7 +298,9 @@ class RealNVP(_ReadyMade):
         hidden: Sequence[int] = (256, 256),
         scales: int = 2,
         channels: Sequence[int] = (64, 64),
-        scale: Scale = "tanh",
+        scale: Scale = "softclip",
+        linear: bool = True,
+        squash: bool = True,
         network: Conditioner | None = None,
         multiscale: bool | None = None,
         **options: Unpack[Options],
@@ -289,10 +308,14 @@ class RealNVP(_ReadyMade):
         images = len(_shape(features)) == 3 if multiscale is None else multiscale
 
         def vectors(d: int) -> Iterator[Transform]:
-            make, kept = network or partial(MLPConditioner, hidden=hidden), split_size(d)
+            make, kept = network or partial(MLPConditioner, hidden=hidden, squash=squash), split_size(d)
             for i in range(transforms):
                 conditioner = make(kept, 2 * (d - kept), context)
-                yield AffineCoupling(conditioner, split=-kept if i % 2 else kept, scale=scale)
+                if linear:
+                    yield ActNorm(d)
+                    yield LULinear(d, first=d - kept if i else 0)
+                split = -kept if i % 2 and not linear else kept
+                yield AffineCoupling(conditioner, split=split, scale=scale)
 
         make = network or partial(ConvConditioner, channels=channels, residual=True)
         make_prior = network or partial(ConvConditioner, channels=channels[:1])
@@ -347,6 +370,7 @@ class Glow(_ReadyMade):
         hidden: widths of the hidden layers of each network of vectors.
         scales: of images, at least 1; each halves height and width.
         channels: width of the networks of images, one number.
+        squash: of vectors, as in `NSF`.
         network: makes the couplings' networks, if they are to be others: see `Conditioner`. Its outputs are first all
             log-scales, then all shifts; or shifts alone.
         multiscale: whether examples are images at several scales, or vectors; by default those of shape (C, H, W) are.
@@ -365,6 +389,7 @@ class Glow(_ReadyMade):
         hidden: Sequence[int] = (256, 256),
         scales: int = 2,
         channels: Sequence[int] = (64,),
+        squash: bool = True,
         network: Conditioner | None = None,
         multiscale: bool | None = None,
         **options: Unpack[Options],
@@ -372,8 +397,8 @@ class Glow(_ReadyMade):
         if coupling not in get_args(CouplingKind):
             raise SettingsError(f"coupling must be one of {', '.join(get_args(CouplingKind))}, got {coupling!r}")
         images = len(_shape(features)) == 3 if multiscale is None else multiscale
-        default = partial(ConvConditioner, channels=channels) if images else partial(MLPConditioner, hidden=hidden)
-        make = network or default
+        default = partial(MLPConditioner, hidden=hidden, squash=squash)
+        make = network or (partial(ConvConditioner, channels=channels) if images else default)
 
         def steps(d: int) -> Iterator[Transform]:
             kept = split_size(d)

@@ -133,6 +133,7 @@ class AdversarialModel(GenerativeModel):
     Raises SettingsError for values outside their range.
     """
 
+    usual_steps = 8000
     critic_name: ClassVar[str] = "critic"
 
     def __init__(

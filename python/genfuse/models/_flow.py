@@ -57,6 +57,17 @@ class FlowConfig(ModelConfig):
         return {"context": self.context, "embedding": embedding, "reversible": self.reversible}
 
 
+@dataclass(frozen=True)
+class NetworkConfig(FlowConfig):
+    """Settings of a flow whose layers' parameters are made by networks."""
+
+    squash: bool = True  # networks of vectors see features squashed, so that no row far outside explodes
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "squash": self.squash}
+
+
 def one_per_block(settings: dict[str, Any], name: str, width: int, blocks: int) -> dict[str, Any]:
     """Settings of former versions, in which ``name`` was one width, by default this, and ``blocks`` said how many, as
     JSON has those of now."""
@@ -92,6 +103,7 @@ class FlowModel(GenerativeModel):
     """
 
     Config: ClassVar[type] = FlowConfig
+    former: ClassVar[dict[str, Any]] = {}  # settings that runs of former versions lack, as they were then
 
     def __init__(
         self,
@@ -116,6 +128,10 @@ class FlowModel(GenerativeModel):
             f"flow.transforms.{first + i}.": f"flow.transform.transforms.{i}."
             for i in range(len(flow.transform.transforms))
         }
+
+    @classmethod
+    def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**cls.former, **settings} if "shape" in settings else settings  # only a run's have a shape
 
     @classmethod
     def from_config(cls, config: Any) -> Self:

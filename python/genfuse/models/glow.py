@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from genfuse import flows
-from genfuse.models._flow import FlowConfig, FlowModel, one_per_block
+from genfuse.models._flow import FlowModel, NetworkConfig, one_per_block
 from genfuse.models.realnvp import Network, check_network, multiscale
 
 
 @dataclass(frozen=True)
-class GlowConfig(FlowConfig):
+class GlowConfig(NetworkConfig):
     """Settings of a Glow. Raises SettingsError for values outside their range."""
 
     logit: float = 0.0  # discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a; 0: v - 1/2
@@ -31,6 +31,7 @@ class Glow(FlowModel):
     """The flow `genfuse.flows.Glow`: steps of activation normalisation, an invertible linear map, and a coupling."""
 
     Config = GlowConfig
+    former = {"squash": False}
 
     @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 
 from genfuse import flows
-from genfuse.models._flow import FlowConfig, FlowModel
+from genfuse.models._flow import FlowModel, NetworkConfig
 from genfuse.ops import Scale
 
 
 @dataclass(frozen=True)
-class MAFConfig(FlowConfig):
+class MAFConfig(NetworkConfig):
     """Settings of an autoregressive flow. Raises SettingsError for values outside their range."""
 
     layers: int = 5  # each a MADE; the order of the coordinates is reversed between two
     hidden: tuple[int, ...] = (256, 256)  # widths of each MADE's hidden layers
-    scale: Scale = "tanh"  # how the log-scales are bounded
+    scale: Scale = "softclip"  # how the log-scales are bounded
     actnorm: bool = True  # normalise activations between layers, where the paper has batch normalisation
 
     def __post_init__(self) -> None:
@@ -26,6 +26,7 @@ class MAF(FlowModel):
     """The flow `genfuse.flows.MAF`: the density takes one pass, and sampling one sweep over the hidden units."""
 
     Config = MAFConfig
+    former = {"squash": False, "scale": "tanh"}
     flow_class: type[flows.MAF] = flows.MAF
 
     @classmethod

@@ -5,20 +5,27 @@ from typing import Any
 
 from genfuse import flows
 from genfuse.errors import SettingsError
-from genfuse.models._flow import FlowConfig, FlowModel, one_per_block
+from genfuse.models._flow import FlowModel, NetworkConfig, one_per_block
 
 
 @dataclass(frozen=True)
-class _SplineConfig(FlowConfig):
+class _SplineConfig(NetworkConfig):
     layers: int = 5  # splines; before each, and after the last, there is a linear layer
     bins: int = 8  # of each spline
     bound: float = 3.0  # the splines are in [-bound, bound], and the identity outside
+    damped: bool = False  # divide raw widths and heights by the square root of the networks' width
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("layers", "bins", "bound")
+        if self.bins == 1:
+            raise SettingsError("bins must be at least 2: of a spline with one bin nothing is left to learn; got 1")
         if self.bins > 1000:
             raise SettingsError(f"bins must be at most 1000, as each takes at least 1/1000 of the box; got {self.bins}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "bins": self.bins, "bound": self.bound, "damped": self.damped}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class NSF(FlowModel):
     """The flow `genfuse.flows.NSF`: splines in couplings, and linear layers by LU between them."""
 
     Config = NSFConfig
+    former = {"squash": False, "damped": True}
 
     @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -58,23 +66,16 @@ class NSF(FlowModel):
     @classmethod
     def flow_of(cls, config: NSFConfig) -> flows.Flow:
         c = config
-        return flows.NSF(
-            c.shape,
-            transforms=c.layers,
-            bins=c.bins,
-            bound=c.bound,
-            hidden=c.hidden,
-            dropout=c.dropout,
-            **c.options,
-        )
+        return flows.NSF(c.shape, transforms=c.layers, hidden=c.hidden, dropout=c.dropout, **c.options)
 
 
 class NSFAR(FlowModel):
     """The flow `genfuse.flows.NSFAR`: each coordinate's spline is decided by the coordinates before it."""
 
     Config = NSFARConfig
+    former = {"squash": False, "damped": True}
 
     @classmethod
     def flow_of(cls, config: NSFARConfig) -> flows.Flow:
         c = config
-        return flows.NSFAR(c.shape, transforms=c.layers, bins=c.bins, bound=c.bound, hidden=c.hidden, **c.options)
+        return flows.NSFAR(c.shape, transforms=c.layers, hidden=c.hidden, **c.options)

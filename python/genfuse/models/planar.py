@@ -1,8 +1,12 @@
 """Planar and radial flows (arXiv 1505.05770)."""
 
+import math
+import warnings
 from dataclasses import dataclass
 
 from genfuse import flows
+from genfuse.data import Dataset
+from genfuse.errors import TrainingWarning
 from genfuse.models._flow import FlowConfig, FlowModel
 
 
@@ -22,6 +26,16 @@ class PlanarFlow(FlowModel):
 
     Config = PlanarConfig
     flow_class: type[flows.Planar] = flows.Planar
+
+    def check_data(self, data: Dataset) -> None:
+        super().check_data(data)
+        if data.is_image:
+            warnings.warn(
+                f"a {self.plugin or 'planar'} flow is made for a few dimensions: each layer bends space along one "
+                f"direction, and {data.name!r} has {math.prod(data.shape)}, so samples will be noise; realnvp and glow "
+                "are made for images",
+                TrainingWarning, stacklevel=3,
+            )  # fmt: skip
 
     @classmethod
     def flow_of(cls, config: PlanarConfig) -> flows.Flow:

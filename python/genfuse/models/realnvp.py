@@ -5,20 +5,21 @@ from typing import Any, Literal
 
 from genfuse import flows
 from genfuse.errors import SettingsError
-from genfuse.models._flow import FlowConfig, FlowModel, one_per_block
+from genfuse.models._flow import FlowModel, NetworkConfig, one_per_block
 from genfuse.ops import Scale
 
 Network = Literal["auto", "mlp", "conv"]
 
 
 @dataclass(frozen=True)
-class RealNVPConfig(FlowConfig):
+class RealNVPConfig(NetworkConfig):
     """Settings of a RealNVP. Raises SettingsError for values outside their range."""
 
     network: Network = "auto"  # conv: images, at several scales; mlp: any shape, as vectors; auto: conv for images
-    scale: Scale = "tanh"  # how the log-scales of the couplings are bounded
+    scale: Scale = "softclip"  # how the log-scales of the couplings are bounded
     layers: int = 10  # mlp: couplings
     hidden: tuple[int, ...] = (256, 256)  # mlp: widths of each coupling's network
+    linear: bool = True  # mlp: learned linear layers between couplings; or halves that are kept in turn
     scales: int = 2  # conv: how many; between two, height and width are halved and half of the cells leave
     channels: tuple[int, ...] = (64, 64)  # conv: width of each residual block of a coupling's network, all the same
 
@@ -45,6 +46,7 @@ class RealNVP(FlowModel):
     channels of images at several scales."""
 
     Config = RealNVPConfig
+    former = {"squash": False, "scale": "tanh", "linear": False}
 
     @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class RealNVP(FlowModel):
             scales=c.scales,
             channels=c.channels,
             scale=c.scale,
+            linear=c.linear,
             multiscale=multiscale(c.shape, c.network),
             **c.options,
         )

@@ -42,9 +42,10 @@ from genfuse.nn.likelihoods import (
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
 
 Network = Literal["mlp", "conv"]
-Decoder = Literal["bernoulli", "gaussian", "categorical", "discretized-logistic"]
+Decoder = Literal["auto", "bernoulli", "gaussian", "categorical", "discretized-logistic"]
 Variance = Literal["fixed", "shared", "per-cell"]
 Posterior = Literal["gaussian", "planar", "radial", "iaf"]
+COLLAPSED = 0.1  # nats of KL per example, all dimensions together
 DISCRETE = {Bernoulli: "bernoulli", Categorical: "categorical", DiscretizedLogistic: "discretized-logistic"}
 
 
@@ -79,7 +80,7 @@ class VAEConfig(ModelConfig):
     network: Network = "mlp"  # conv takes images and puts convolutions before the dense layers
     hidden: tuple[int, ...] = (256, 256)  # widths of the encoder's dense layers; the decoder has them in reverse
     channels: tuple[int, ...] = (32, 64)  # conv: widths of the encoder's stages, each of which halves the image
-    decoder: Decoder = "bernoulli"  # p(x | z) of a cell
+    decoder: Decoder = "auto"  # p(x | z) of a cell; auto: gaussian for real-valued data, else bernoulli
     sigma: float = 1.0  # gaussian: standard deviation; where it is learned, its start
     variance: Variance = "shared"  # gaussian: sigma^2, one learned number, or an output
     beta: float = 1.0  # weight of the KL
@@ -93,6 +94,8 @@ class VAEConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.decoder == "auto":
+            object.__setattr__(self, "decoder", "gaussian" if self.levels is None else "bernoulli")
         check_bound(self, flow=self.posterior != "gaussian")
         check_at_least(self, posterior_layers=1, posterior_context=1)
         self.check_choices(network=Network, decoder=Decoder, variance=Variance, posterior=Posterior)
@@ -289,6 +292,15 @@ class VAE(GenerativeModel):
                 f"the data set {data.name!r} has {data.levels} levels, but the decoder was made for "
                 f"{levels}: pass the data set when you make the model, as in genfuse.create('vae', data)"
             )
+
+    def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
+        if step < max(500, self.beta_warmup) or self.beta == 0 or not terms.get("kl", math.inf) < COLLAPSED:
+            return {}
+        return {
+            "collapse": f"the posterior has collapsed: q(z | x) is {terms['kl']:.2g} nats from the prior, so that z "
+            "tells nothing of x and the decoder has to do without. Try --model.beta-warmup, --model.free-bits, a smaller "
+            "--model.beta, or a decoder that is less sure of itself"
+        }
 
     @property
     def likelihoods(self) -> tuple[str, ...]:

@@ -53,6 +53,8 @@ WASSERSTEIN = Objective(torch.neg, as_it_is, torch.neg)
 class _Wasserstein(AdversarialModel):
     """Trains on E D(x) - E D(G(z)), which of the best D with slopes of at most 1 is the Wasserstein-1 distance."""
 
+    usual_steps = 12000
+
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """``wasserstein``, the critic's estimate of the distance (of discrete data x, of 2x - 1), and its means."""
         terms = super().critic_terms(real, fake)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import Tails, spline_settings
+from genfuse.nn._conditioners import Tails, soft_slope, spline_settings
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
+
+LIMIT = 5.0  # of what squashed networks see
 
 
 class MADE(nn.Module):
@@ -23,9 +25,11 @@ class MADE(nn.Module):
     numbers for each feature, (N, D outputs): by feature, or with ``by_feature=False`` first the first of each feature.
 
     With ``residual``, hidden layers after the first are in pairs, which make blocks h + W2 relu(W1 relu(h) + b1) + b2,
-    without ReLU after the last one, as in nflows.
+    without ReLU after the last one, as in nflows. If ``squash``, it sees x as within
+    [-5, 5], for the reason that `MLPConditioner` gives.
 
-    Raises SettingsError for no features, no hidden layer, widths that are not positive, or blocks that do not fit.
+    Raises SettingsError for no features, no hidden layer, widths that are not positive, blocks that do not fit, or
+    squash in a residual network.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class MADE(nn.Module):
         context: int = 0,
         by_feature: bool = True,
         residual: bool = False,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         if features < 1:
@@ -48,7 +53,9 @@ class MADE(nn.Module):
                 "hidden of a residual network must be one width and pairs of widths, of which the second is the first "
                 f"width again; got {tuple(hidden)}"
             )
-        self.residual = residual
+        if residual and squash:
+            raise SettingsError("squash is for networks without residual blocks: leave one of the two out")
+        self.residual, self.squash = residual, squash
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None
         # Without a context, units of degree 0 would be constants.
         first = 0 if context or features == 1 else 1
@@ -82,10 +89,31 @@ class MADE(nn.Module):
             raise ValueError(f"context: this network was made for {wanted}, got {got}")
         return None if context is None or self.context is None else self.context(context)
 
+    def inverse(self, y: Tensor, context: Tensor | None = None, **settings: Any) -> tuple[Tensor, Tensor]:
+        """x (N, D) whose coordinates, transformed by what this network makes of those before them, are y; and the
+        log-determinant (N,). The transform's settings are those of `genfuse.ops.autoregressive_inverse`."""
+        weights, biases, bounds, added = self.weights(), self.biases(), self.bounds, self.project(context)
+        if self.squash and (features := y.shape[1]) > 1:
+            # The sweep knows ReLU alone. As clamp(x) = relu(x + 5) - relu(x - 5) - 5, a layer of two units
+            # for each feature but the last comes first; the context passes it as relu(c) - relu(-c).
+            first, many = weights[0][:, :-1], 0
+            pairs = [torch.stack([first, -first], 2).flatten(1)]
+            if context is not None and self.context is not None:
+                many = 2 * context.shape[1]
+                pairs = [self.context.weight, -self.context.weight, *pairs]
+                added = F.pad(torch.cat([context, -context], 1), (0, 2 * features - 2))
+            ends = torch.stack([biases[0].new_full((features - 1,), each) for each in (LIMIT, -LIMIT)], 1)
+            ones = torch.eye(features, dtype=y.dtype, device=y.device)[:-1].repeat_interleave(2, 0).to(first)
+            weights = [F.pad(ones, (0, 0, many, 0)), torch.cat(pairs, 1), *weights[1:]]
+            biases = [F.pad(ends.flatten(), (many, 0)), biases[0] - LIMIT * first.sum(1), *biases[1:]]
+            bounds = ((0, *range(many, many + 2 * features, 2)), *bounds)
+        added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
+        return autoregressive_inverse(y, weights, biases, bounds, context=added, residual=self.residual, **settings)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         added = self.project(context)
         first, *hidden, last = zip(self.weights(), self.biases(), strict=True)
-        h = F.linear(x, *first)
+        h = F.linear(x.clamp(-LIMIT, LIMIT) if self.squash else x, *first)
         h = h if added is None else h + added
         if self.residual:
             for one, two in zip(hidden[::2], hidden[1::2], strict=True):
@@ -108,8 +136,10 @@ class AutoregressiveAffine(Transform):
         features: D; x is (N, D).
         hidden: widths of MADE's hidden layers.
         context: C features of the context (N, C) that all depends on, or 0.
-        scale: how the log-scale s is bounded: "tanh", "exp" (not at all) or "sigmoid", as in `affine_coupling`.
+        scale: how the log-scale s is bounded: "tanh", "softclip", "exp" (not at all) or
+            "sigmoid", as in `AffineCoupling`.
         residual: whether the hidden layers make residual blocks, as in `MADE`.
+        squash: whether the network sees features squashed, as in `MADE`.
     """
 
     def __init__(
@@ -120,20 +150,21 @@ class AutoregressiveAffine(Transform):
         context: int = 0,
         scale: Scale = "tanh",
         residual: bool = False,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         if scale not in get_args(Scale):
             raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}")
         self.features = features
         self.scale: Scale = scale
-        self.made = MADE(features, hidden, 2, context=context, by_feature=False, residual=residual)
+        self.made = MADE(features, hidden, 2, context=context, by_feature=False, residual=residual, squash=squash)
         _start_near_zero(self.made)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale)
+        return affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale, slope=soft_slope(self.scale))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _inverse(self.made, y, context, scale=self.scale)
+        return self.made.inverse(y, context, scale=self.scale, slope=soft_slope(self.scale))
 
 
 class AutoregressiveSpline(Transform):
@@ -151,6 +182,7 @@ class AutoregressiveSpline(Transform):
         bound: each maps [-bound, bound] to itself, in the units of x.
         tails: what is outside: "linear" (the identity), "circular" or "none", as in `rational_quadratic_spline`.
         residual: whether the hidden layers make residual blocks, as in `MADE`.
+        squash: whether the network sees features squashed, as in `MADE`.
     """
 
     def __init__(
@@ -162,16 +194,17 @@ class AutoregressiveSpline(Transform):
         bins: int = 8,
         bound: float = 3.0,
         tails: Tails = "linear",
+        damped: bool = False,
         residual: bool = False,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         settings = spline_settings(bins, bound, tails)
         self.features, self.parameters_each = features, settings.params
         if tails == "none":
             self.domain = self.codomain = constraints.interval(-float(bound), float(bound))
-        self.made = MADE(features, hidden, settings.params, context=context, residual=residual)
-        # As in `SplineCoupling`.
-        damping = self.made.weights()[-1].shape[1] ** -0.5
+        self.made = MADE(features, hidden, settings.params, context=context, residual=residual, squash=squash)
+        damping = self.made.weights()[-1].shape[1] ** -0.5 if damped else 1.0
         self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails, "damping": damping}
         _start_near_zero(self.made)
         with torch.no_grad():  # equal bins and slopes of 1 make the identity
@@ -182,7 +215,7 @@ class AutoregressiveSpline(Transform):
         return rational_quadratic_spline(x, params, **self.settings)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _inverse(self.made, y, context, **self.settings)
+        return self.made.inverse(y, context, **self.settings)
 
 
 def _start_near_zero(made: MADE) -> None:
@@ -190,11 +223,3 @@ def _start_near_zero(made: MADE) -> None:
     with torch.no_grad():
         weight.mul_(0.01)
         bias.zero_()
-
-
-def _inverse(made: MADE, y: Tensor, context: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
-    added = made.project(context)
-    added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
-    return autoregressive_inverse(
-        y, made.weights(), made.biases(), made.bounds, context=added, residual=made.residual, **settings
-    )

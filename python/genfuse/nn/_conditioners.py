@@ -5,6 +5,7 @@ same height and width. All are made by (inputs, outputs, context, ...), which ar
 last layer of each starts near 0, so that a flow starts near the identity.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -15,18 +16,23 @@ from torch.nn.parameter import is_lazy
 
 from genfuse.errors import SettingsError
 from genfuse.nn._mlp import mlp
-from genfuse.ops import SplineSettings, rational_quadratic_spline
+from genfuse.ops import Scale, SplineSettings, rational_quadratic_spline
 
 Tails = Literal["linear", "none", "circular"]
-START = 1e-3  # largest weight that a last layer starts with
+START = 1e-3  # largest weight that a last layer starts with, and of plain MLPs, which learn faster so, 10 times as much
 
 
-def last_layer(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+def last_layer(layer: nn.Linear | nn.Conv2d, start: float = START) -> nn.Linear | nn.Conv2d:
     """The layer, started near 0."""
-    nn.init.uniform_(layer.weight, -START, START)
+    nn.init.uniform_(layer.weight, -start, start)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def soft_slope(scale: Scale) -> float | None:
+    """The least scale of a soft clip. With the operator's 1e-3, as in zuko, ten layers stretch what is far by e^69."""
+    return math.exp(-2) if scale == "softclip" else None
 
 
 def _one_width(name: str, widths: Sequence[int]) -> int:
@@ -39,15 +45,23 @@ def _one_width(name: str, widths: Sequence[int]) -> int:
 
 
 class MLPConditioner(nn.Module):
-    """Linear layers with ReLU between them, of widths ``hidden``; the context is a part of the input."""
+    """Linear layers with ReLU between them, of widths ``hidden``; the context is a part of the input.
 
-    def __init__(self, inputs: int, outputs: int, context: int = 0, hidden: Sequence[int] = (256, 256)) -> None:
+    If ``squash``, they see asinh(x) of x: a row far outside of what the network was trained on, where it is a linear
+    function, then does not get parameters that are as far from all others, whose exponential explodes.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, context: int = 0, hidden: Sequence[int] = (256, 256), squash: bool = False
+    ) -> None:
         super().__init__()
+        self.squash = squash
         widths = [inputs + context, *hidden]
         self.layers = nn.Sequential(mlp(widths), nn.ReLU(inplace=True)) if hidden else nn.Identity()
-        self.last = last_layer(nn.Linear(widths[-1], outputs))
+        self.last = last_layer(nn.Linear(widths[-1], outputs), 10 * START)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x.asinh() if self.squash else x
         return self.last(self.layers(x if context is None else torch.cat([x, context.to(x.dtype)], -1)))
 
 
@@ -55,17 +69,24 @@ class ResidualMLP(nn.Module):
     """Residual blocks of two linear layers, activation first (arXiv 1603.05027), as neural spline flows use them.
 
     ``hidden`` is the width of each block, all the same; ``dropout`` the share of units that each block drops while it
-    is trained. The context is a part of the input, and gates each block (arXiv 1906.04032, appendix B).
+    is trained. The context is a part of the input, and gates each block (arXiv 1906.04032, appendix B). ``squash``
+    is as in `MLPConditioner`.
 
     Raises SettingsError for no blocks, or blocks of several widths.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, context: int = 0, hidden: Sequence[int] = (128, 128), dropout: float = 0.0
+        self,
+        inputs: int,
+        outputs: int,
+        context: int = 0,
+        hidden: Sequence[int] = (128, 128),
+        dropout: float = 0.0,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         width = _one_width("hidden", hidden)
-        self.dropout = dropout
+        self.dropout, self.squash = dropout, squash
         self.first = nn.Linear(inputs + context, width)
         self.blocks = nn.ModuleList()
         self.gates = nn.ModuleList()
@@ -79,6 +100,7 @@ class ResidualMLP(nn.Module):
         self.last = last_layer(nn.Linear(width, outputs))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x.asinh() if self.squash else x
         if context is not None:
             context = context.to(x.dtype)
         h = self.first(x if context is None else torch.cat([x, context], -1))  # (N, width)
@@ -151,21 +173,21 @@ def spline_settings(bins: int, bound: float, tails: Tails = "linear") -> SplineS
     return settings
 
 
-def start_spline(network: nn.Module, settings: SplineSettings) -> float:
+def start_spline(network: nn.Module, settings: SplineSettings, damped: bool) -> float:
     """Start a network whose outputs are, coordinate by coordinate, a spline's raw parameters: the biases of its output
-    layer make the identity, bins of one size and slopes of 1; and its weights are PyTorch's usual ones, if it is one of
-    ours.
+    layer make the identity, bins of one size and slopes of 1, and its weights are small.
 
-    Returns the damping of raw widths and heights, by the square root of the layer's inputs, as the paper's code
-    has it; 1 if there is no such layer, and the network stays as it is.
+    Returns the damping of raw widths and heights: if they are ``damped``, by the square root of the layer's inputs; 1
+    otherwise, or if there is no such layer, and the network stays as it is.
     """
     last = output_layer(network, settings.params)
     if last is None:
         return 1.0
-    if isinstance(network, MLPConditioner | ResidualMLP | ConvConditioner):
-        last.reset_parameters()
+    damping: float = last.weight[0].numel() ** -0.5
     with torch.no_grad():
+        if not damped and not isinstance(network, MLPConditioner | ResidualMLP | ConvConditioner):
+            last.weight.mul_(damping)  # of ours they are small already
         bias = last.bias.view(-1, settings.params)  # type: ignore[union-attr]
         bias[:, : 2 * settings.bins] = 0
         bias[:, 2 * settings.bins :] = settings.unit_derivative
-    return last.weight[0].numel() ** -0.5
+    return damping if damped else 1.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import output_layer, spline_settings, start_spline
+from genfuse.nn._conditioners import output_layer, soft_slope, spline_settings, start_spline
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
 
@@ -88,7 +88,8 @@ class Coupling(Transform):
 
 
 class AffineCoupling(Coupling):
-    """y = x exp(s) + t (RealNVP, arXiv 1605.08803, section 3.2); ``scale`` bounds s, as in `ops.affine_coupling`.
+    """y = x exp(s) + t (RealNVP, arXiv 1605.08803, section 3.2); ``scale`` bounds s, as in `ops.affine_coupling`,
+    "softclip" to [-2, 2].
 
     The conditioner makes 2 raw parameters per moved feature: first all log-scales, then all shifts.
     """
@@ -103,7 +104,8 @@ class AffineCoupling(Coupling):
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         where = self.split if self.mask is None else self.mask
-        return affine_coupling(x, self.raw(x, context), where, scale=self.scale, inverse=inverse)
+        slope = soft_slope(self.scale)
+        return affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
 
 
 class AdditiveCoupling(Coupling):
@@ -125,17 +127,19 @@ class SplineCoupling(Coupling):
     """A rational-quadratic spline per moved feature (arXiv 1906.04032) of vectors, or of images by channels.
 
     The conditioner makes 3 ``bins`` - 1 raw parameters per moved feature, those of a feature beside each other. Outside
-    [-bound, bound] the spline is the identity. Raw widths and heights are divided by the square root of the last
-    layer's inputs, as the paper's code does: without it bins move faster than the rest, and small data is overfitted.
-    The last linear or convolutional layer of the conditioner, if its size fits, starts with biases that make the
-    identity; a conditioner without one stays as it is, and nothing is divided.
+    [-bound, bound] the spline is the identity. The last linear or convolutional layer of the conditioner, if its size
+    fits, starts near the identity; a conditioner without one stays as it is. If ``damped``, raw widths and heights are
+    divided by the square root of that layer's inputs, as in the paper's code: bins then move slowly.
     """
 
-    def __init__(self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0) -> None:
+    def __init__(
+        self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0, damped: bool = False
+    ) -> None:
         settings = spline_settings(bins, bound)
         self.parameters_each = settings.params  # 3 bins - 1
         super().__init__(conditioner, split=split)
-        self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": start_spline(conditioner, settings)}
+        damping = start_spline(conditioner, settings, damped)
+        self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": damping}
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         kept, moved = self.halves(x)

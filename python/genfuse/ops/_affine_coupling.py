@@ -9,9 +9,9 @@ from torch import Tensor
 
 from genfuse.ops import _op
 
-Scale = Literal["tanh", "exp", "sigmoid"]
+Scale = Literal["tanh", "exp", "sigmoid", "softclip"]
 SCALES: tuple[Scale, ...] = get_args(Scale)  # as math.h numbers them
-KINDS = (*SCALES, "softclip", "floored", "factored")
+KINDS = (*SCALES, "floored", "factored")
 SLOPE = 1e-3  # of "softclip" by default
 
 
@@ -80,8 +80,8 @@ def _settings(
 
 def checked_slope(scale: str, slope: float | None, factor: Tensor | None) -> float:
     """The slope, or its default; raises a ValueError for scales, slopes and factors that do not go together."""
-    if scale not in KINDS[:4]:
-        raise ValueError(f"scale must be one of {', '.join(KINDS[:4])}, got {scale!r}")
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     if factor is not None and scale != "tanh":
         raise ValueError(f"factor goes with scale tanh, got {scale}")
     if slope is None:
@@ -153,7 +153,7 @@ def affine_coupling(
     params: Tensor | tuple[Tensor, Tensor],
     mask_or_split: Tensor | int = 0,
     *,
-    scale: Scale | Literal["softclip"] = "tanh",
+    scale: Scale = "tanh",
     slope: float | None = None,
     factor: Tensor | None = None,
     by_element: bool = False,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -321,7 +321,7 @@ def autoregressive_inverse(
     bounds: Sequence[Sequence[int]],
     *,
     context: Tensor | None = None,
-    scale: Scale | Literal["softclip"] = "tanh",
+    scale: Scale = "tanh",
     slope: float | None = None,
     factor: Tensor | None = None,
     bins: int = 0,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 TEST_EXAMPLES = 10_000  # at most so many of the test split, by chance, are looked at after each epoch
 MOMENTS = 8  # of a training, evenly spread, at which samples from the same noise are kept, beside those before it
+LAP = 100  # steps, at least, between two looks at held-out data in a training of the usual length
 IMAGES, POINTS = 8, 1000  # that are then drawn
 
 Callback = Callable[[dict[str, Any]], Any]  # called with each line of the metrics; True ends the training
@@ -82,13 +83,18 @@ class Loop:
         # Every process takes as many examples of a batch: the few that are too many wait for another epoch's order.
         self.examples = len(data.splits["train"]) // fabric.world_size * fabric.world_size
         self.steps_per_epoch = math.ceil(self.examples / trainer.batch_size)
-        self.total = trainer.steps or trainer.epochs * self.steps_per_epoch
+        self.total = trainer.steps or (trainer.epochs or 0) * self.steps_per_epoch or model.usual_steps
+        # Steps between two looks at the splits that are held out, each with a checkpoint.
+        self.lap = self.steps_per_epoch
+        if not (trainer.steps or trainer.epochs):  # the passes over small data are many and short
+            self.lap *= math.ceil(LAP / self.steps_per_epoch)
         self.turns = [i for i, player in enumerate(players) for _ in range(player.steps)]
         self.step = 0
         self.checkpointed: int | None = None  # the step of the last checkpoint
         self.lowest = math.inf  # the lowest mean loss on the validation split, and the step and weights that had it
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.waited = 0  # epochs since then
+        self.curve: list[tuple[int, float]] = []  # steps, and the loss on the test split after them
         self.recorder: Recorder | None = None
         self.logged: list[dict[str, Any]] = []  # where there is no recorder
         self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
@@ -127,6 +133,8 @@ class Loop:
         try:
             with deferred_interrupts() as interrupt, Progress(self.total, self.step) as self.progress:
                 self._train(interrupt)
+            if self.step == self.total:
+                self._judge()
             if self.best:
                 self.model.load_state_dict(self.best[1])
             if self.recorder:
@@ -154,16 +162,16 @@ class Loop:
     def _train(self, interrupt: Callable[[], int]) -> None:
         trainer, batch_size = self.trainer, self.trainer.batch_size
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        checkpoint_every = trainer.checkpoint_every or self.steps_per_epoch
+        checkpoint_every = trainer.checkpoint_every or self.lap
         active = None
         self._restart_clock()
         self._keep_samples()
         self.ended = self._impatient()  # a run that is resumed
+        seconds = 0.0  # of this lap
         while self.step < self.total and not self.ended:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
-            seconds = 0.0
             chunks = order.to(self.data.splits["train"].x.device).split(batch_size)[first:]
             batches = self.data.batches("train", (chunk[rank::world] if world > 1 else chunk for chunk in chunks))
             for index, batch in zip(chunks, batches, strict=True):
@@ -176,12 +184,13 @@ class Loop:
                 self.progress.step(self.step, epoch + 1)
                 self._keep_samples()
 
-                epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total
-                due = epoch_ends or self.step % checkpoint_every == 0
+                lap_ends = self.step % self.lap == 0 or self.step == self.total
+                due = lap_ends or self.step % checkpoint_every == 0
                 if due or len(self.pending) >= trainer.log_every or (world == 1 and interrupt()):
                     seconds += self._flush_log()
-                    if epoch_ends:
-                        self._end_epoch(seconds)
+                    if lap_ends:
+                        self._end_lap(seconds)
+                        seconds = 0.0
                     ask = interrupt() or self.ended
                     stop = ask if world == 1 else self._agreed(ask)
                     if stop or self.step == self.total or self.step % checkpoint_every == 0:
@@ -310,8 +319,8 @@ class Loop:
         self.model.train()
         self.clock += time.perf_counter() - began  # it is no part of the training's speed
 
-    def _end_epoch(self, seconds: float) -> None:
-        """Log how long the epoch trained, and the loss on the splits that are held out."""
+    def _end_lap(self, seconds: float) -> None:
+        """Log how long the lap took, and the loss on the splits that are held out."""
         if self.recorder or self.callbacks:  # else nobody looks, or another process does
             facts = {"seconds": seconds}
             if self.fabric.device.type == "cuda":
@@ -319,8 +328,26 @@ class Loop:
             self._log("epoch", facts)
             for player, means in self._evaluate_split("test"):
                 self._log("test", {"player": player, **means})
+                self.curve.append((self.step, means["loss"]))
         if self.trainer.keeps_best:
             self._validate()
+
+    def _judge(self) -> None:
+        """Tell of the loss on the test split whether it was still falling at the end, or had long been rising. That of
+        one player against another says neither."""
+        if len(self.players) > 1 or len(self.curve) < 5 or not all(math.isfinite(loss) for _, loss in self.curve):
+            return
+        (lowest_at, lowest), span = min(self.curve, key=lambda point: point[1]), self.curve[0][1]
+        span = max(span - lowest, 1e-12)
+        name, end = self.players[0].name, self.curve[-1][1]
+        before = next(loss for step, loss in self.curve if step >= 0.75 * self.total)
+        if end - lowest > 0.05 * span and not self.best:
+            self._warn(name, "overfitting", f"the loss on the test split was lowest, {lowest:.5g}, at step {lowest_at}, "
+                       f"and has risen to {end:.5g} since: the model learns the training examples by heart. Try fewer "
+                       "--steps, --keep best with --data.validation 0.1, a smaller model, or more data")  # fmt: skip
+        elif before - end > 0.1 * span:
+            self._warn(name, "improving", f"the loss on the test split was still falling, from {before:.5g} to {end:.5g} "
+                       "in the last quarter: go on by --resume with more --steps")  # fmt: skip
 
     def _validate(self) -> None:
         """Log the loss on the whole validation split, and remember the weights if none had a lower one."""

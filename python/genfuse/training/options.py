@@ -12,8 +12,8 @@ from genfuse.errors import SettingsError
 class Options:
     """The options of a `Trainer`. Raises SettingsError for one out of its range."""
 
-    epochs: int = 20
-    """Passes over the training split."""
+    epochs: int | None = None
+    """Passes over the training split; left out, as many `steps` as the model usually needs."""
     steps: int | None = None
     """Updates in all; given, it takes the place of `epochs`, and the last pass may be cut short."""
     batch_size: int = 128

@@ -80,7 +80,7 @@ FORMAT: dict[str, Any] = {
     "data.scaling": dict[str, Any] | None,
     "training": dict[str, Any],
     "training.batch_size": int,
-    "training.epochs": int,
+    "training.epochs": int | None,
     "training.schedule": str,
     "training.seed": int,
 }

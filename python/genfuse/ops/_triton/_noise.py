@@ -35,7 +35,7 @@ def _pair(word0, word1, WIDE: tl.constexpr):
 def uniforms(seed, first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Elements [first, first + BLOCK) of the stream of uniforms; ``first`` is a multiple of 4."""
     w0, w1, w2, w3 = _words(seed, first // 4 + tl.arange(0, BLOCK // 4))
-    return _in_order(_uniform(w0, WIDE), _uniform(w1, WIDE), _uniform(w2, WIDE), _uniform(w3, WIDE), BLOCK)
+    return _in_order(_uniform(w0, WIDE), _uniform(w1, WIDE), _uniform(w2, WIDE), _uniform(w3, WIDE))
 
 
 @triton.jit
@@ -47,26 +47,28 @@ def uniform_at(seed, element, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _in_order(a, b, c, d, BLOCK: tl.constexpr):
-    """The four numbers of each counter, one after the other: (BLOCK,) from four (BLOCK // 4,)."""
-    # join puts its two operands on a new last axis: [[a, b], [c, d]] of each counter in that order.
-    return tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (BLOCK,))
+def _in_order(a, b, c, d):
+    """The four numbers of each counter, one after the other: (..., BLOCK) from four (..., BLOCK // 4)."""
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
 @triton.jit
 def normals(seed, first, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """Elements [first, first + BLOCK) of the stream of normals; ALIGNED says that ``first`` is a multiple of 4."""
-    if ALIGNED:
-        counter = first // 4 + tl.arange(0, BLOCK // 4)
-        w0, w1, w2, w3 = _words(seed, counter)
+    """Elements [first, first + BLOCK) of the stream of normals, of each of ``first`` if that is (ROWS, 1). It is a
+    multiple of ALIGNED, 4, 2 or 1: all of what a counter or a pair of words gives is then used."""
+    at = first // ALIGNED + tl.arange(0, BLOCK // ALIGNED)
+    if ALIGNED == 4:
+        w0, w1, w2, w3 = _words(seed, at)
         a, b = _pair(w0, w1, WIDE)
         c, d = _pair(w2, w3, WIDE)
-        return _in_order(a, b, c, d, BLOCK)
-    element = first + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = _words(seed, element // 4)
-    upper = (element & 2) != 0
-    cosine, sine = _pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1), WIDE)
-    return tl.where((element & 1) != 0, sine, cosine)
+        eps = _in_order(a, b, c, d)
+    else:
+        pair = at if ALIGNED == 2 else at // 2
+        w0, w1, w2, w3 = _words(seed, pair // 2)
+        upper = (pair & 1) != 0
+        cosine, sine = _pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1), WIDE)
+        eps = tl.interleave(cosine, sine) if ALIGNED == 2 else tl.where((at & 1) != 0, sine, cosine)
+    return eps
 
 
 @triton.jit

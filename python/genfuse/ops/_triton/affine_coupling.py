@@ -1,4 +1,4 @@
-"""Affine coupling: one program a row."""
+"""Affine coupling: one program a tile of rows."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import launch_rows
+from genfuse.ops._triton._launch import launch_rows, rows_of
 
 
 @triton.jit
@@ -41,41 +41,42 @@ def _log_scale(raw, c, KIND: tl.constexpr):
 
 
 @triton.jit
-def _raw(theta, shift, factor, step, moved, constant, j, there, KIND: tl.constexpr, wide: tl.constexpr):
+def _raw(theta, shift, factor, step, moved, constant, j, inside, here, KIND: tl.constexpr, wide: tl.constexpr):
     """Log-scales, their derivatives, and shifts."""
     if shift is None:
         shift = theta + tl.where(step == 1, moved, 1)
-    c = tl.full(j.shape, constant, wide) if factor is None else tl.load(factor + j, there, 0.0).to(wide)
-    s, slope = _log_scale(tl.load(theta + j.to(tl.int64) * step, there, 0.0).to(wide), c, KIND)
-    return s, slope, tl.load(shift + j.to(tl.int64) * step, there, 0.0).to(wide)
+    c = tl.full(j.shape, constant, wide) if factor is None else tl.load(factor + j, inside, 0.0).to(wide)
+    s, slope = _log_scale(tl.load(theta + j.to(tl.int64) * step, inside & here, 0.0).to(wide), c, KIND)
+    return s, slope, tl.load(shift + j.to(tl.int64) * step, inside & here, 0.0).to(wide)
 
 
 @triton.jit
 def forward_kernel(
-    x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, y, logdet, cols, first, moved,
-    constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, y, logdet, rows, cols, first, moved,
+    constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
+    row, here = rows_of(rows, ROWS)
     x, y, theta = x + row * x_stride, y + row * cols, theta + row * theta_stride
     if shift is not None:
         shift += row * shift_stride
     for start in range(0, cols - moved, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        there = j < cols - moved
+        j = start + tl.arange(0, BLOCK)[None, :]
+        there = here & (j < cols - moved)
         j = tl.where(j < first, j, j + moved)
         tl.store(y + j, tl.load(x + j, there), there)
         if BY_ELEMENT:
-            tl.store(logdet + row * cols + j, tl.zeros((BLOCK,), wide), there)
-    total = tl.zeros((BLOCK,), wide)
+            tl.store(logdet + row * cols + j, tl.zeros((ROWS, BLOCK), wide), there)
+    total = tl.zeros((ROWS, BLOCK), wide)
     for start in range(0, moved, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        there = j < moved
-        s, _, t = _raw(theta, shift, factor, step, moved, constant, j, there, KIND, wide)
+        j = start + tl.arange(0, BLOCK)[None, :]
+        inside = j < moved
+        there = here & inside
+        s, _, t = _raw(theta, shift, factor, step, moved, constant, j, inside, here, KIND, wide)
         v = tl.load(x + first + j, there, 0.0).to(wide)
         if mask is not None:
-            keep = tl.load(mask + j, there, 1) != 0
+            keep = tl.load(mask + j, inside, 1) != 0
             s = tl.where(keep, 0.0, s)
             t = tl.where(keep, 0.0, t)
         out = (v - t) * tl.exp(-s) if INVERSE else v * tl.exp(s) + t
@@ -84,19 +85,19 @@ def forward_kernel(
             tl.store(logdet + row * cols + first + j, -s if INVERSE else s, there)
         total += tl.where(there, s, 0.0)
     if not BY_ELEMENT:
-        sum = tl.sum(total, 0)
-        tl.store(logdet + row, -sum if INVERSE else sum)
+        sum = tl.sum(total, 1, keep_dims=True)
+        tl.store(logdet + row, -sum if INVERSE else sum, here)
 
 
 @triton.jit
 def backward_kernel(
     x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, gy, glogdet, gx, gparams, gshift,
-    cols, first, moved,
-    constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    rows, cols, first, moved,
+    constant: tl.constexpr, KIND: tl.constexpr, BY_ELEMENT: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
+    row, here = rows_of(rows, ROWS)
     x, theta = x + row * x_stride, theta + row * theta_stride
     gy, gx = gy + row * cols, gx + row * cols
     if shift is None:
@@ -108,18 +109,19 @@ def backward_kernel(
         shift += row * shift_stride
         gparams += row * moved
         gshift += row * moved
-    for start in range(0, cols - moved, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        there = j < cols - moved
+    for start in range(tl.program_id(1) * BLOCK, cols - moved, tl.num_programs(1) * BLOCK):
+        j = start + tl.arange(0, BLOCK)[None, :]
+        there = here & (j < cols - moved)
         j = tl.where(j < first, j, j + moved)
         tl.store(gx + j, tl.load(gy + j, there), there)
-    for start in range(0, moved, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        there = j < moved
-        s, slope, t = _raw(theta, shift, factor, step, moved, constant, j, there, KIND, wide)
+    for start in range(tl.program_id(1) * BLOCK, moved, tl.num_programs(1) * BLOCK):
+        j = start + tl.arange(0, BLOCK)[None, :]
+        inside = j < moved
+        there = here & inside
+        s, slope, t = _raw(theta, shift, factor, step, moved, constant, j, inside, here, KIND, wide)
         v = tl.load(x + first + j, there, 0.0).to(wide)
         g = tl.load(gy + first + j, there, 0.0).to(wide)
-        gl = tl.load(glogdet + row * cols + first + j, there, 0.0) if BY_ELEMENT else tl.load(glogdet + row)
+        gl = tl.load(glogdet + row * cols + first + j, there, 0.0) if BY_ELEMENT else tl.load(glogdet + row, here, 0.0)
         if INVERSE:
             scaled = g * tl.exp(-s)
             graw = -(scaled * (v - t) + gl) * slope
@@ -129,7 +131,7 @@ def backward_kernel(
             graw = (scaled * v + gl) * slope
             gt = g
         if mask is not None:
-            keep = tl.load(mask + j, there, 1) != 0
+            keep = tl.load(mask + j, inside, 1) != 0
             scaled = tl.where(keep, g, scaled)
             graw = tl.where(keep, 0.0, graw)
             gt = tl.where(keep, 0.0, gt)
@@ -139,20 +141,21 @@ def backward_kernel(
 
 
 def forward(dtype: int, *problem: Any) -> None:
-    _launch(forward_kernel, *problem)
+    _launch(forward_kernel, False, *problem)
 
 
 def backward(dtype: int, *problem: Any) -> None:
     pair = problem[9] is not None
-    _launch(backward_kernel, *problem, *(() if pair else (None,)))
+    _launch(backward_kernel, True, *problem, *(() if pair else (None,)))
 
 
 def _launch(
-    kernel: Any, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor, x_stride: int, theta: Tensor,
-    theta_stride: int, step: int, shift: Tensor | None, shift_stride: int, factor: Tensor | None, mask: Tensor | None,
-    rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
+    kernel: Any, split: bool, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor, x_stride: int,
+    theta: Tensor, theta_stride: int, step: int, shift: Tensor | None, shift_stride: int, factor: Tensor | None,
+    mask: Tensor | None, rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
 ) -> None:  # fmt: skip
     mask = None if mask is None else mask.view(torch.uint8)
-    given = (x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, *tensors, cols, first, moved)
-    settings = {"constant": constant, "KIND": kind, "BY_ELEMENT": by_element, "INVERSE": inverse}
-    launch_rows(kernel, rows, max(moved, cols - moved), x, *given, **settings)
+    sizes = (rows, cols, first, moved)
+    given = (x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, *tensors, *sizes)
+    settings: dict[str, Any] = {"constant": constant, "KIND": kind, "BY_ELEMENT": by_element, "INVERSE": inverse}
+    launch_rows(kernel, rows, max(moved, cols - moved), x, *given, split=split, **settings)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import launch
+from genfuse.ops._triton._launch import cdiv, launch
 from genfuse.ops._triton._noise import uniforms
 
 BLOCK = 1024
@@ -22,4 +22,4 @@ def draw_kernel(p, seed, x, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 def forward(dtype: int, p: Tensor, seed: Tensor, n: int, x: Tensor) -> None:
-    launch(draw_kernel, (triton.cdiv(n, BLOCK),), x, p, seed, x, n, BLOCK=BLOCK)
+    launch(draw_kernel, (cdiv(n, BLOCK),), x, p, seed, x, n, BLOCK=BLOCK)

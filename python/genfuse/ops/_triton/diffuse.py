@@ -1,10 +1,12 @@
-"""The forward process of diffusion: a block of elements a program; backward one program an example."""
+"""The forward process of diffusion: a block of elements a program; backward one program a tile of examples."""
+
+import math
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import launch, launch_rows
+from genfuse.ops._triton._launch import cdiv, launch, launch_rows, rows_of
 from genfuse.ops._triton._noise import normals
 
 BLOCK = 1024
@@ -13,7 +15,7 @@ NOISE, V, VELOCITY = (tl.constexpr(kind) for kind in (1, 2, 3))  # as math.h num
 
 @triton.jit
 def _eps(noise, key, first, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """The noise of elements [first, first + BLOCK)."""
+    """The noise of elements [first, first + BLOCK), of each row if there are several."""
     if noise is not None:
         return tl.load(noise + first + tl.arange(0, BLOCK), mask, 0.0).to(tl.float64 if WIDE else tl.float32)
     return normals(key, first, BLOCK, ALIGNED, WIDE)
@@ -30,7 +32,7 @@ def forward_kernel(
     i = first + tl.arange(0, BLOCK)
     mask = i < tl.cast(rows, tl.int64) * cols
     row = i // cols
-    eps = _eps(noise, key, first, mask, BLOCK, True, WIDE)
+    eps = _eps(noise, key, first, mask, BLOCK, 4, WIDE)
     x = tl.load(x0 + row * x0_stride + i % cols, mask, 0.0).to(wide)
     a = tl.load(alpha + row, mask, 0.0)
     s = tl.load(sigma + row, mask, 0.0)
@@ -46,16 +48,16 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     x0, x0_stride, seed, noise, gx_t, gv, galpha, gsigma, rows, cols,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     key = tl.load(seed) if seed is not None else 0
-    row = tl.program_id(0).to(tl.int64)
-    of_alpha = tl.zeros((BLOCK,), wide)
-    of_sigma = tl.zeros((BLOCK,), wide)
+    row, here = rows_of(rows, ROWS)
+    of_alpha = tl.zeros((ROWS, BLOCK), wide)
+    of_sigma = tl.zeros((ROWS, BLOCK), wide)
     for start in range(0, cols, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < cols
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = here & (columns < cols)
         eps = _eps(noise, key, row * cols + start, mask, BLOCK, ALIGNED, WIDE)
         x = tl.load(x0 + row * x0_stride + columns, mask, 0.0).to(wide)
         g = tl.load(gx_t + row * cols + columns, mask, 0.0).to(wide)
@@ -65,8 +67,8 @@ def backward_kernel(
             g = tl.load(gv + row * cols + columns, mask, 0.0).to(wide)
             of_alpha += g * eps
             of_sigma -= g * x
-    tl.store(galpha + row, tl.sum(of_alpha, 0))
-    tl.store(gsigma + row, tl.sum(of_sigma, 0))
+    tl.store(galpha + row, tl.sum(of_alpha, 1, keep_dims=True), here)
+    tl.store(gsigma + row, tl.sum(of_sigma, 1, keep_dims=True), here)
 
 
 def forward(
@@ -74,7 +76,7 @@ def forward(
     partial: Tensor | None, kind: int, alpha: Tensor, sigma: Tensor, x_t: Tensor, target: Tensor,
 ) -> None:  # fmt: skip
     given = (x0, x0_stride, seed, noise, alpha, sigma, x_t, target, rows, cols)
-    launch(forward_kernel, (triton.cdiv(rows * cols, BLOCK),), x_t, *given, TARGET=kind, BLOCK=BLOCK)
+    launch(forward_kernel, (cdiv(rows * cols, BLOCK),), x_t, *given, TARGET=kind, BLOCK=BLOCK)
 
 
 def backward(
@@ -82,4 +84,4 @@ def backward(
     partial: Tensor | None, *tensors: Tensor | None,
 ) -> None:  # fmt: skip
     given = (x0, x0_stride, seed, noise, *tensors, rows, cols)
-    launch_rows(backward_kernel, rows, cols, x0, *given, ALIGNED=cols % 4 == 0)
+    launch_rows(backward_kernel, rows, cols, x0, *given, ALIGNED=math.gcd(cols, 4))

@@ -1,32 +1,35 @@
-"""Points between real and fake examples: one program a row."""
+"""Points between real and fake examples: one program a tile of rows."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import launch_rows
+from genfuse.ops._triton._launch import launch_rows, rows_of
 from genfuse.ops._triton._noise import uniform_at
 
 
 @triton.jit
 def between_kernel(
-    real, real_stride, fake, fake_stride, seed, epsilon, x, cols, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
+    real, real_stride, fake, fake_stride, seed, epsilon, x, rows, cols,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
-    eps = tl.load(epsilon + row) if epsilon is not None else uniform_at(tl.load(seed), row, WIDE)
-    for start in range(0, cols, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        point = tl.zeros((BLOCK,), wide)
+    row, here = rows_of(rows, ROWS)
+    eps = tl.load(epsilon + row, here, 0.0) if epsilon is not None else uniform_at(tl.load(seed), row, WIDE)
+    for start in range(tl.program_id(1) * BLOCK, cols, tl.num_programs(1) * BLOCK):
+        j = start + tl.arange(0, BLOCK)[None, :]
+        there = here & (j < cols)
+        point = tl.zeros((ROWS, BLOCK), wide)
         if real is not None:
-            point += eps * tl.load(real + row * real_stride + j, j < cols, 0.0).to(wide)
+            point += eps * tl.load(real + row * real_stride + j, there, 0.0).to(wide)
         if fake is not None:
-            point += (1.0 - eps) * tl.load(fake + row * fake_stride + j, j < cols, 0.0).to(wide)
-        tl.store(x + row * cols + j, point.to(x.dtype.element_ty), j < cols)
+            point += (1.0 - eps) * tl.load(fake + row * fake_stride + j, there, 0.0).to(wide)
+        tl.store(x + row * cols + j, point.to(x.dtype.element_ty), there)
 
 
 def forward(
     dtype: int, real: Tensor | None, real_stride: int, fake: Tensor | None, fake_stride: int,
     seed: Tensor | None, epsilon: Tensor | None, rows: int, cols: int, x: Tensor,
 ) -> None:  # fmt: skip
-    launch_rows(between_kernel, rows, cols, x, real, real_stride, fake, fake_stride, seed, epsilon, x, cols)
+    given = (real, real_stride, fake, fake_stride, seed, epsilon, x, rows, cols)
+    launch_rows(between_kernel, rows, cols, x, *given, split=True)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfuse.ops._op import wide
-from genfuse.ops._triton._launch import launch
+from genfuse.ops._triton._launch import launch, power_of_2
 
 
 @triton.jit
@@ -241,11 +241,11 @@ def _launch(
     edge: float, damping: float, clip: float, left: float, right: float, bottom: float, top: float,
     table: Tensor | None, boxes: int, *tensors: Tensor,
 ) -> None:  # fmt: skip
-    tile = triton.next_power_of_2(bins)
+    tile = power_of_2(bins)
     least = torch.finfo(wide(x)).eps
     settings = {"min_w": max(min_width, least), "min_h": max(min_height, least), "min_d": min_derivative, "edge": edge}
     sizes = {"BINS": bins, "WIDTH": free.shape[-1] // max(cols, 1), "TILE": tile, "TAILS": tails, "INVERSE": inverse}
-    block = max(1, min(triton.next_power_of_2(max(cols, 8)), 1024 // tile))  # Triton 3.6 fails on blocks of 4
+    block = max(1, min(power_of_2(max(cols, 8)), 1024 // tile))  # Triton 3.6 fails on blocks of 4
     sides = {"left": left, "right": right, "bottom": bottom, "top": top}
     given = (x, x_stride, free, free_stride, *tensors, cols, table, boxes)
     launch(kernel, (rows,), x, *given, **sides, **settings, **sizes, damping=damping, clip=clip, BLOCK=block)

@@ -1,18 +1,19 @@
-"""Reparameterised sample and its KL divergence: one program a row."""
+"""Reparameterised sample and its KL divergence: one program a tile of rows."""
 
+import math
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfuse.ops._triton._launch import launch_rows
+from genfuse.ops._triton._launch import launch_rows, rows_of
 from genfuse.ops._triton._noise import normals
 
 
 @triton.jit
 def _eps(noise, seed, first, columns, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """The noise of elements [first, first + BLOCK) of z."""
+    """The noise of elements [first, first + BLOCK) of z, of each row."""
     if noise is not None:
         return tl.load(noise + first + columns, mask).to(tl.float64 if WIDE else tl.float32)
     return normals(seed, first, BLOCK, ALIGNED, WIDE)
@@ -21,15 +22,15 @@ def _eps(noise, seed, first, columns, mask, BLOCK: tl.constexpr, ALIGNED: tl.con
 @triton.jit
 def forward_kernel(
     mu, mu_stride, logvar, logvar_stride, seed, noise, z, kl, rows, cols, samples,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
+    row, here = rows_of(rows, ROWS)
     key = tl.load(seed) if seed is not None else 0
-    total = tl.zeros((BLOCK,), dtype)
+    total = tl.zeros((ROWS, BLOCK), dtype)
     for start in range(0, cols, BLOCK):
-        columns = tl.arange(0, BLOCK)
-        mask = start + columns < cols
+        columns = tl.arange(0, BLOCK)[None, :]
+        mask = here & (start + columns < cols)
         m = tl.load(mu + row * mu_stride + start + columns, mask, 0.0).to(dtype)
         lv = tl.load(logvar + row * logvar_stride + start + columns, mask, 0.0).to(dtype)
         sigma = tl.exp(0.5 * lv)
@@ -38,23 +39,23 @@ def forward_kernel(
             first = (tl.cast(s, tl.int64) * rows + row) * cols + start
             eps = _eps(noise, key, first, columns, mask, BLOCK, ALIGNED, WIDE)
             tl.store(z + first + columns, (m + sigma * eps).to(z.dtype.element_ty), mask)
-    tl.store(kl + row, tl.sum(total, 0))
+    tl.store(kl + row, tl.sum(total, 1, keep_dims=True), here)
 
 
 @triton.jit
 def backward_kernel(
     mu, mu_stride, logvar, logvar_stride, seed, noise, gz, gkl, gmu, glogvar, rows, cols, samples,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
+    row, here = rows_of(rows, ROWS)
     key = tl.load(seed) if seed is not None else 0
-    gk = tl.load(gkl + row)
-    for start in range(0, cols, BLOCK):
-        columns = tl.arange(0, BLOCK)
-        mask = start + columns < cols
-        gz_sum = tl.zeros((BLOCK,), dtype)
-        gz_eps_sum = tl.zeros((BLOCK,), dtype)
+    gk = tl.load(gkl + row, here, 0.0)
+    for start in range(tl.program_id(1) * BLOCK, cols, tl.num_programs(1) * BLOCK):
+        columns = tl.arange(0, BLOCK)[None, :]
+        mask = here & (start + columns < cols)
+        gz_sum = tl.zeros((ROWS, BLOCK), dtype)
+        gz_eps_sum = tl.zeros((ROWS, BLOCK), dtype)
         for s in range(samples):
             first = (tl.cast(s, tl.int64) * rows + row) * cols + start
             eps = _eps(noise, key, first, columns, mask, BLOCK, ALIGNED, WIDE)
@@ -70,16 +71,16 @@ def backward_kernel(
 
 
 def forward(dtype: int, *problem: Any) -> None:
-    _launch(forward_kernel, *problem)
+    _launch(forward_kernel, False, *problem)
 
 
 def backward(dtype: int, *problem: Any) -> None:
-    _launch(backward_kernel, *problem)
+    _launch(backward_kernel, True, *problem)
 
 
 def _launch(
-    kernel: Any, mu: Tensor, mu_stride: int, logvar: Tensor, logvar_stride: int, seed: Tensor | None,
+    kernel: Any, split: bool, mu: Tensor, mu_stride: int, logvar: Tensor, logvar_stride: int, seed: Tensor | None,
     noise: Tensor | None, rows: int, cols: int, samples: int, partial: Tensor | None, *tensors: Tensor,
 ) -> None:  # fmt: skip
     given = (mu, mu_stride, logvar, logvar_stride, seed, noise, *tensors, rows, cols, samples)
-    launch_rows(kernel, rows, cols, mu, *given, ALIGNED=cols % 4 == 0)
+    launch_rows(kernel, rows, cols, mu, *given, ALIGNED=math.gcd(cols, 4), split=split)
