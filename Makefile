@@ -6,6 +6,16 @@ COUNT ?= 100000
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# For the demo: what the package needs and no more, and the torch that is there, if there is one.
+RUNS := $(VENV)/.runs
+$(RUNS): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+	@test -e $(INSTALLED) && touch $@ || { \
+	echo "installing genfuse into $(VENV)" && \
+	{ test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV); } && \
+	{ $(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"; } && \
+	export GENFUSE_CUDA=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')") && \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on . && touch $@; }
+
 # Python is used where it lies; only what is compiled, or the list of dependencies, needs installing again.
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,10 +25,13 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*
 
 .PHONY: demo test test-slow sanitize fuzz fuzz-training faults lint bench clean
 
-demo: $(INSTALLED)  ## train a VAE on real images and leave pictures of what it learned
-	$(BIN)/genfuse train vae --data digits --out runs/demo --epochs 200 --model.latent-dim 10 --model.decoder discretized-logistic --overwrite
-	$(BIN)/genfuse evaluate runs/demo
-	$(BIN)/genfuse sample runs/demo --n 64 --out runs/demo/samples.png --overwrite
+DEMO_DATA ?= $(if $(wildcard $(GENFUSE_DATA)/mnist),mnist,glyphs)
+
+demo: $(RUNS)  ## train a VAE, on MNIST if it is there, and leave pictures of what it learned; minutes, no GPU needed
+	$(BIN)/genfuse train vae --data $(DEMO_DATA) --data.binarize dynamic --out runs/demo --steps 3000 --model.conditional --model.latent-dim 10 --overwrite
+	$(BIN)/genfuse evaluate runs/demo --limit 500 --n 500
+	$(BIN)/genfuse sample runs/demo --n 100 --out runs/demo/samples.png --overwrite
+	@echo && echo "Look at runs/demo/pictures: samples.png, traversal.png, reconstructions.png, latent.png"
 
 test: $(INSTALLED)  ## every test that takes seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from required import skip
+from required import DEVICES, skip
 
 # Read when Triton is first imported: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -18,7 +18,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=DEVICES)
 def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         skip("cuda", "no CUDA device")

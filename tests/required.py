@@ -3,8 +3,11 @@
 import os
 
 import pytest
+import torch
 
 REQUIRED = set(filter(None, os.environ.get("GENFUSE_REQUIRE", "").split(",")))
+# Cases for a GPU are there only where one is, or has to be.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() or "cuda" in REQUIRED else [])]
 
 
 def skip(what: str, reason: str) -> None:

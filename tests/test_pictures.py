@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from genfuse import plots
 from genfuse.data import Dataset, Scaling, Split
 from genfuse.models import GenerativeModel
 from genfuse.training import gallery
+
+DECODED = ["traversal.png", "manifold.png"]  # of two latent dimensions
 
 
 def opened(path):
@@ -67,6 +70,52 @@ def test_latent_spaces_of_any_size_and_number_of_labels(dimensions, classes, tmp
     plots.latent_space(torch.randn(300, dimensions), labels, tmp_path / "latent.png")
     colours = np.unique(opened(tmp_path / "latent.png").reshape(-1, 4), axis=0)
     assert len(colours) > 10
+
+
+def test_the_names_of_classes_are_in_the_legend_and_on_sheets(figures, tmp_path):
+    labels = torch.arange(30) % 3
+    plots.latent_space(torch.randn(30, 2), labels, tmp_path / "latent.png", "points", ("cat", "dog", "emu"))
+    (legend,) = [axes.get_legend() for axes in figures["latent.png"].axes]
+    assert [text.get_text() for text in legend.get_texts()] == ["cat", "dog", "emu"]
+    plots.rows(torch.rand(6, 1, 8, 8).split(2), ["cat", "dog", "emu"], tmp_path / "rows.png")
+    assert [text.get_text() for text in figures["rows.png"].axes[0].texts] == ["cat", "dog", "emu"]
+
+
+def test_samples_outside_a_histogram_are_counted(figures, tmp_path):
+    data = torch.linspace(0, 1, 1000)[:, None].repeat(1, 2)
+    samples = data.clone()
+    samples[:250, 1] = 50.0
+    plots.histograms(data, samples, tmp_path / "h.png")
+    assert [axes.get_xlabel() for axes in figures["h.png"].axes] == ["", "25% of the samples lie outside"]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (12, 4)])
+def test_ticks_do_not_run_into_each_other(tmp_path, size):
+    with plots._figure(tmp_path / "t.png", size) as figure:
+        figure.add_subplot().plot([0, 123_456], [0, 1])
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].get_xticklabels() if text.get_text()]
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_the_same_vector_picture_is_the_same_file(tmp_path):
+    for name in "ab":
+        plots.scatter(torch.zeros(5, 2), torch.ones(5, 2), tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert plots.inline(tmp_path / "a.svg").startswith('<img src="data:image/svg+xml;base64,')
+
+
+def test_data_sets_and_models_show_themselves_in_notebooks():
+    data = genfuse.load_data("digits")
+    assert "data:image/png" in data._repr_html_()
+    assert data._repr_html_().startswith("<p>&lt;Dataset &#x27;digits&#x27;: train 1500")
+    points = genfuse.load_data("toy:moons")
+    assert points._repr_html_().count("<tr>") == 6
+    model = genfuse.create("vae", data, latent_dim=3)
+    assert "vae: " in model._repr_html_()
+    assert "<td>latent_dim</td><td>3</td>" in model._repr_html_()
+    assert "parameters" in repr(model)
 
 
 @pytest.mark.filterwarnings("error")
@@ -260,7 +309,11 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
-        ("digits", {}, ["samples.png", "reconstructions.png", "interpolation.png", "latent.png"]),
+        (
+            "digits",
+            {},
+            [*(f"{name}.png" for name in ("samples", "reconstructions", "interpolation", "latent")), *DECODED],
+        ),
         ("toy:rings", {"decoder": "gaussian"}, ["samples.png", "latent.png"]),
     ],
 )

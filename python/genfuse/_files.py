@@ -304,6 +304,11 @@ def shown(value: object) -> str:
         return "nested too deeply"
 
 
+def cache(name: str) -> Path:
+    """A folder for what can be made again: in $GENFUSE_CACHE, by default ~/.cache/genfuse."""
+    return Path(os.environ.get("GENFUSE_CACHE") or "~/.cache/genfuse").expanduser() / name
+
+
 def check_unpacked(path: Path, packed: int, unpacked: int, what: str = "it") -> None:
     """Raise DataError if a file of ``packed`` bytes would unpack to more than is allowed."""
     given = os.environ.get(UNPACKED)

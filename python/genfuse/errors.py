@@ -4,6 +4,16 @@ The command line prints the message of these, without a traceback, and exits wit
 where, what was got, and what to do.
 """
 
+from collections.abc import Iterable
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What somebody who typed ``name`` may have meant, to be put behind a message; "" if nothing is alike."""
+    import difflib
+
+    found = difflib.get_close_matches(name, [*known], 1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
 
 class GenfuseError(ValueError):
     """Base of all errors that are the input's fault and not the program's."""

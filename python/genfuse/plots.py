@@ -3,7 +3,9 @@
 Images are (N, C, H, W) in [0, 1] with one channel or three. Every picture is written beside its place and renamed.
 """
 
+import base64
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,7 @@ CONTEXT: Any = {  # for every figure
     "text.parse_math": False,  # a column may be called $a
     "font.size": 10,
     "figure.dpi": 150,
+    "svg.hashsalt": "genfuse",  # the same picture is the same file
 }
 
 
@@ -67,7 +70,8 @@ def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> No
     grid = _tiled(np.concatenate([_filled(row, columns) for row in each]), columns)
     from matplotlib.transforms import blended_transform_factory
 
-    width, height, label = columns * 0.8, columns * 0.8 * grid.shape[0] / grid.shape[1], 1.2  # inches
+    width, height = columns * 0.8, columns * 0.8 * grid.shape[0] / grid.shape[1]  # inches
+    label = 1.2 / 14 * min(max(4, *map(len, names)), 30)
     with _figure(path, (label + width, height), layout=None) as figure:
         left = label / (label + width)
         axes = figure.add_axes((left, 0, 1 - left, 1))
@@ -86,7 +90,7 @@ def points_over_time(samples: dict[int, Tensor], x: Tensor, path: str | Path, sc
         panels = np.atleast_1d(figure.subplots(1, len(samples), sharey=True))
         for axes, (step, drawn) in zip(panels, samples.items(), strict=True):
             points = _original_units(drawn, scaling)
-            axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, color=MODEL, linewidths=0)
+            axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, color=MODEL, linewidths=0, rasterized=True)
             axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
             axes.tick_params(labelsize=7)
             axes.set_title(f"step {step:,}", fontsize=10)
@@ -109,12 +113,19 @@ def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
             figure.text(x / columns, (1 + top) / 2, text, ha=ha, va="center", size=9)
 
 
-def latent_space(latents: Tensor, labels: Tensor | None, path: str | Path, title: str = "posterior means") -> None:
-    """Latents (N, D) coloured by labels (N,); beyond two dimensions, their two principal components."""
+def latent_space(
+    latents: Tensor,
+    labels: Tensor | None,
+    path: str | Path,
+    title: str = "posterior means",
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Latents (N, D) coloured by labels (N,), which are the numbers of ``class_names``, if there are any; beyond
+    two dimensions, their two principal components."""
     points, names = latents.double().cpu().numpy(), ("z1", "z2")
     if points.shape[1] > 2:
         points, shares = principal_components(points)
-        title += f": 2 of {latents.shape[1]} principal components, {shares.sum():.0%} of the variance"
+        title += f":\n2 of {latents.shape[1]} principal components, {shares.sum():.0%} of the variance"
         names = f"component 1 ({shares[0]:.0%})", f"component 2 ({shares[1]:.0%})"
     elif points.shape[1] == 1:
         points = np.column_stack([points, np.random.default_rng(0).normal(size=len(points))])
@@ -123,7 +134,7 @@ def latent_space(latents: Tensor, labels: Tensor | None, path: str | Path, title
         axes = figure.add_subplot()
         axes.set(title=title, xlabel=names[0], ylabel=names[1])
         axes.set_aspect("equal", adjustable="datalim")
-        _coloured(axes, points, None if labels is None else labels.cpu().numpy())
+        _coloured(axes, points, None if labels is None else labels.cpu().numpy(), class_names)
 
 
 def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +187,7 @@ def scatter(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None) -
         for i, (title, points, colour) in enumerate((("data", both[0], DATA), ("samples", both[1], MODEL)), 1):
             axes = figure.add_subplot(1, 2, i)
             axes.set(title=title, xlabel=names[0], ylabel=names[1])
-            axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, color=colour, linewidths=0)
+            axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, color=colour, linewidths=0, rasterized=True)
             axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
 
 
@@ -209,7 +220,7 @@ def density(
         )  # fmt: skip
         figure.colorbar(shown, ax=panels[0])
         for axes, cloud, colour in zip(panels[1:], (points, drawn), (DATA, MODEL), strict=True):
-            axes.scatter(cloud[:, 0], cloud[:, 1], s=4, alpha=0.5, color=colour, linewidths=0)
+            axes.scatter(cloud[:, 0], cloud[:, 1], s=4, alpha=0.5, color=colour, linewidths=0, rasterized=True)
 
 
 def flow(trajectory: Sequence[Tensor], path: str | Path) -> None:
@@ -245,13 +256,32 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
             shown = [values[:, i][~np.isnan(values[:, i])] for values in (data, drawn)]
             low, high = np.quantile(shown[0], (0.001, 0.999))
             bins = np.linspace(low, high if high > low else low + 1, 40)
+            outside = ((shown[1] < bins[0]) | (shown[1] > bins[-1])).mean()
             for values, colour, label in zip(shown, (DATA, MODEL), ("data", "samples"), strict=True):
                 # Per example, so that samples outside the bins lower the histogram and do not sharpen it.
                 weights = np.full(len(values), 1 / len(data if label == "data" else drawn))
                 axes.hist(values, list(bins), weights=weights, color=colour, alpha=0.55, label=label)
             axes.set(title=names[i], yticks=[])
+            if outside >= 0.005:  # of the data it is 0.002
+                axes.set_xlabel(f"{outside:.0%} of the samples lie outside", color=MODEL, fontsize=8)
             if i == 0:
                 axes.legend()
+
+
+def inline(file: Path, width: int | None = None) -> str:
+    """A picture as HTML that holds it, at most as many CSS pixels wide."""
+    kind = {".svg": "svg+xml"}.get(file.suffix, file.suffix[1:])
+    style = "" if width is None else f' style="max-width:{width}px"'
+    content = base64.b64encode(file.read_bytes()).decode()
+    return f'<img src="data:image/{kind};base64,{content}" alt="{file.stem}"{style}>'
+
+
+def as_html(draw: Callable[..., None], *args: Any, suffix: str = "svg") -> str:
+    """The picture that ``draw(*args, path)`` makes, as HTML that holds it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"picture.{suffix}")
+        draw(*args, file)
+        return inline(file)
 
 
 def detection(
@@ -294,7 +324,9 @@ def _by_place(points: np.ndarray) -> np.ndarray:
     return hsv_to_rgb(np.stack([angle, 0.35 + 0.6 * rank, 0.95 - 0.35 * rank], 1))
 
 
-def _coloured(axes: "Axes", points: np.ndarray, labels: np.ndarray | None) -> None:
+def _coloured(
+    axes: "Axes", points: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] | None = None
+) -> None:
     """Points (N, 2) in the colours of their labels: with a legend for up to 20 of them, else with a colour bar."""
     style: Any = {"s": 9, "alpha": 0.75, "linewidths": 0}
     if labels is None:
@@ -307,8 +339,14 @@ def _coloured(axes: "Axes", points: np.ndarray, labels: np.ndarray | None) -> No
         return
     for i, label in enumerate(classes):
         x, y = points[labels == label].T
-        axes.scatter(x, y, color=f"C{i}" if len(classes) <= 10 else _hue(i), label=label, **style)
-    axes.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        axes.scatter(
+            x,
+            y,
+            color=f"C{i}" if len(classes) <= 10 else _hue(i),
+            label=class_names[label] if class_names else label,
+            **style,
+        )
+    axes.legend(title=None if class_names else "label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
 
 
 def _hue(i: int) -> Any:
@@ -362,9 +400,15 @@ def _figure(
     """A figure that becomes the picture ``path``, made without pyplot and so without a display or global state."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import AutoLocator, MaxNLocator
 
     with matplotlib.rc_context(CONTEXT):
         figure = Figure(size, layout=layout)
         yield figure
+        for axes in figure.axes:  # so that ticks do not run into each other
+            ticks = max(2, int(2.2 * axes.get_position().width * size[0]))
+            if axes.xaxis.get_major_locator().__class__ is AutoLocator:
+                axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=(1, 2, 2.5, 5, 10)))
         with replacing(Path(path)) as file:
-            figure.savefig(file, format="png")
+            more: Any = {"metadata": {"Date": None}} if file.suffix == ".svg" else {}
+            figure.savefig(file, format=file.suffix[1:], **more)

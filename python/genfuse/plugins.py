@@ -6,12 +6,12 @@ broken one fails its own user and nobody else.
 
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from genfuse.errors import PluginError
+from genfuse.errors import PluginError, near
 
 API = 1  # what `genfuse_api` on a model class is held against
 KINDS = {"models": "model", "datasets": "data set", "metrics": "metric"}  # groups are genfuse.models and so on
@@ -86,7 +86,7 @@ def find(kind: str, name: str) -> Plugin:
         return builtin[0]
     if not claims:
         known = ", ".join(sorted({p.name for p in plugins})) or "none; is genfuse installed?"
-        raise PluginError(f"there is no {KINDS[kind]} {name!r}; known: {known}")
+        raise PluginError(f"there is no {KINDS[kind]} {name!r}; known: {known}{near(name, (p.name for p in plugins))}")
     if len(claims) > 1:
         choices = " or ".join(f"{p.distribution}:{p.name}" for p in claims)
         raise PluginError(f"{KINDS[kind]} {name!r} is claimed by {len(claims)} distributions; write {choices}")
@@ -107,10 +107,17 @@ def load(kind: str, name: str, check: Check | None = None) -> Any:
     return find(kind, name).load(check)
 
 
-def table(kind: str) -> list[str]:
-    """The plugins of one kind as lines: what to type, the distribution, where it is defined. Nothing is imported."""
-    rows = [(f"{kind}:", "from", "defined in")]
-    for plugin in discover(kind):
-        rows.append((f"  {typed(plugin)}", f"{plugin.distribution} {plugin.version}", plugin.target))
-    first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
-    return [f"{a:{first}}{b:{second}}{c}" for a, b, c in rows]
+def table(kind: str, families: Mapping[str, Mapping[str, str]] = {}) -> list[str]:
+    """The plugins of one kind as lines: ours by ``families``, {family: {name: what it is}}, then those of others, with
+    what to type, the distribution, and where it is defined. Nothing is imported."""
+    found = [(plugin, typed(plugin)) for plugin in discover(kind)]
+    ours = {name for plugin, name in found if plugin.distribution == OURS}
+    width = max((len(name) for _, name in found), default=0) + 2
+    lines = [f"{kind}:"]
+    for family, members in families.items():
+        lines += [f" {family}", *(f"  {name:{width}}{about}" for name, about in members.items() if name in ours)]
+    known = ours.intersection(*[{name for members in families.values() for name in members}] if families else [set()])
+    others = [(plugin, name) for plugin, name in found if name not in known]
+    if others and families:
+        lines.append(" of other packages")
+    return [*lines, *(f"  {name:{width}}{of.distribution} {of.version}  {of.target}" for of, name in others)]

@@ -1,6 +1,8 @@
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -14,12 +16,17 @@ import torch
 import yaml
 from distributions import write_distribution
 from PIL import Image
+from required import skip
 from safetensors.torch import load_file
 
 import genfuse
 from genfuse import plugins
 from genfuse.cli import main
-from genfuse.cli.train import arguments_of
+from genfuse.cli._commands import COMMANDS
+from genfuse.cli._completion import script
+from genfuse.cli._families import FAMILIES
+from genfuse.cli.train import arguments_of, parse
+from genfuse.errors import SettingsError
 
 QUICK = ["--epochs", "1", "--no-pictures", "--device", "cpu", "--model.hidden", "16", "--model.latent-dim", "2"]
 GAUSSIAN = [*QUICK, "--model.decoder", "gaussian"]
@@ -111,20 +118,108 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["list", "plugins", "new-plugin", "train", "sample", "evaluate", "train-features", "compare", "doctor"]
+    "name",
+    [
+        "list",
+        "plugins",
+        "new-plugin",
+        "train",
+        "sample",
+        "evaluate",
+        "train-features",
+        "compare",
+        "doctor",
+        "completion",
+    ],
 )
 def test_every_command_has_help_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
     assert re.search(rf"example:\n +genfuse {name}\b", capsys.readouterr().out)
 
 
-def test_list_shows_names_and_where_they_come_from(capsys):
+def test_list_shows_what_each_name_is_by_family(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert re.search(rf"models:.*\n(  .*\n)*  vae +genfuse {genfuse.__version__} ", out)
-    assert re.search(r"datasets:.*\n(  .*\n)*  digits +genfuse ", out)
+    assert re.search(r"models:\n variational autoencoders\n  vae +encoder and decoder", out)
+    assert re.search(r"datasets:\n images\n  digits +1,797 digits", out)
+    assert max(map(len, out.splitlines())) <= 80
     assert main(["list", "models"]) == 0
     assert "digits" not in capsys.readouterr().out
+
+
+def test_each_of_our_plugins_has_its_line_in_a_family():
+    for kind, families in FAMILIES.items():
+        told = [name for members in families.values() for name in members]
+        assert sorted(told) == sorted(p.name for p in plugins.discover(kind) if p.distribution == plugins.OURS)
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "vea", "--data", "digits"], "did you mean vae?"),
+        (["train", "vae", "--data", "digitz"], "did you mean digits?"),
+        (["compare", "vae", "--data", "digits", "--set", "vae.latent_dims=3"], "did you mean latent_dim?"),
+    ],
+)
+def test_what_was_probably_meant_is_told(capsys, args, meant):
+    assert meant in fails(capsys, *args)
+    assert "did you mean" not in fails(capsys, "xyzzy")
+
+
+def test_help_is_a_command_too(capsys):
+    for typed, asked in ((["help"], ["--help"]), (["help", "sample"], ["sample", "--help"])):
+        assert main(typed) == 0
+        first = capsys.readouterr().out
+        assert main(asked) == 0
+        assert capsys.readouterr().out == first
+
+
+@functools.cache
+def completion_of(shell: str) -> str:
+    return script(shell, COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("genfuse tr", ["train", "train-features"]),
+        ("genfuse train flow", ["flow-matching"]),
+        ("genfuse train vae --model.latent", ["--model.latent-dim"]),
+        ("genfuse train vae --data bin", ["binarized-mnist"]),
+        ("genfuse compare vae --data.fi", ["--data.fit"]),
+        ("genfuse sample run --temp", ["--temperature"]),
+    ],
+)
+def test_a_shell_completes_commands_names_and_options(line, words):
+    if not shutil.which("bash"):
+        skip("bash", "no bash")
+    script = completion_of("bash")
+    ask = f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _genfuse; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == words
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_take_what_is_made_for_them(shell):
+    if not shutil.which(shell):
+        skip(shell, f"no {shell}")
+    start = "autoload -U compinit; compinit -u\n" if shell == "zsh" else ""
+    done = subprocess.run([shell, "-c", start + completion_of(shell)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("typed", [["16,8"], ["16", "8"], ["16,", "8"]])
+def test_a_list_is_typed_with_commas_or_without(typed):
+    assert parse("vae", ["--data", "digits", "--model.hidden", *typed]).model["hidden"] == (16, 8)
+    assert parse("vae", ["--data", "digits", "--model.hidden", "16"]).model["hidden"] == (16,)
+
+
+def test_a_list_is_typed_with_commas_in_settings_of_all_kinds():
+    data = genfuse.load_data("digits")
+    assert genfuse.create("vae", data, hidden="16,8").config.hidden == (16, 8)
+    with pytest.raises(SettingsError, match="setting 'hidden' of VAE: got '16;8'"):
+        genfuse.create("vae", data, hidden="16;8")
 
 
 def test_list_shows_what_to_type_where_two_distributions_claim_a_name(capsys, acme):
@@ -132,10 +227,10 @@ def test_list_shows_what_to_type_where_two_distributions_claim_a_name(capsys, ac
         write_distribution(acme, name, "models", {"flow": f"{name}_flow:Flow", "vae": f"{name}_flow:VAE"})
     plugins.discover.cache_clear()
     assert main(["list", "models"]) == 0
-    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:] if line.startswith("  ")]
     ours = {"flow", "vae"}
     claimed = [name for name in shown if name.rpartition(":")[2] in ours]
-    assert claimed == ["acme:flow", "zeta:flow", "acme:vae", "vae", "zeta:vae"]
+    assert claimed == ["vae", "acme:flow", "zeta:flow", "acme:vae", "zeta:vae"]
     assert "write acme:flow or zeta:flow" in fails(capsys, "train", "flow", "--data", "digits")
 
 
@@ -199,7 +294,7 @@ def test_a_reader_that_leaves_early_meets_no_traceback():
 
 def test_train_help_lists_the_models(capsys):
     assert main(["train", "--help"]) == 0
-    assert re.search(r"models:.*\n(  .*\n)*  vae +genfuse", capsys.readouterr().out)
+    assert re.search(r"models:\n variational autoencoders\n  vae ", capsys.readouterr().out)
 
 
 def test_help_of_a_model_shows_its_settings_with_meaning_and_default(capsys):
@@ -701,7 +796,9 @@ def test_sample_overwrites_nothing_unasked(capsys, run, tmp_path):
 
 
 def test_what_sample_cannot_do_is_said(capsys, run, tmp_path):
-    assert "--out must end in .png, .npy or .npz; got x.jpg; of tables in .csv, too" in fails(capsys, "sample", run, "--out", "x.jpg")
+    assert "--out must end in .png, .npy or .npz; got x.jpg; of tables in .csv, too" in fails(
+        capsys, "sample", run, "--out", "x.jpg"
+    )
     assert "--n must be at least 1; got 0" in fails(capsys, "sample", run, "--out", "x.png", "--n", "0")
     assert "--device must be" in fails(capsys, "sample", run, "--out", "x.png", "--device", "abacus")
     assert "there is no run folder" in fails(capsys, "sample", tmp_path / "absent", "--out", "x.png")

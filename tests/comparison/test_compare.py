@@ -18,7 +18,7 @@ import genfuse
 from genfuse import plugins
 from genfuse._files import locked, plain
 from genfuse.cli import main
-from genfuse.comparison import Budget, compare_runs, markdown
+from genfuse.comparison import Budget, Comparison, compare_runs, markdown, show
 from genfuse.comparison._columns import COLUMNS, training_seconds
 from genfuse.data import Dataset, Split
 from genfuse.errors import PluginError, RunError, SettingsError
@@ -608,6 +608,75 @@ def test_a_click_on_a_head_sorts_the_table_and_a_second_one_reverses_it(page, co
     labels = [label for label, _ in column(page, "Fréchet")]
     assert labels == sorted(MODEL.rpartition("=")[0] or MODEL for MODEL in MODELS)
     assert len(page.find_elements(By.CSS_SELECTOR, "[aria-sort]")) == 1
+
+
+def test_the_best_of_each_column_is_marked(page, compared):
+    _, result = compared
+    marked = (
+        "[...document.querySelectorAll('tbody td.best')].map(c => [c.cellIndex, c.parentElement.cells[0].innerText])"
+    )
+    heads = page.execute_script("return [...document.querySelectorAll('thead th:not(.group)')].map(h => h.innerText)")
+    best = {}
+    for at, label in page.execute_script(f"return {marked}"):
+        best.setdefault(heads[at], set()).add(label)
+    for key, head, pick in (("frechet_distance", "Fréchet distance", min), ("recall", "recall", max)):
+        values = {r["label"]: r["mean"][key] for r in result["rows"] if key in r["mean"]}
+        (seen,) = (labels for title, labels in best.items() if title.startswith(head))
+        assert seen == {label for label, value in values.items() if value == pick(values.values())}
+    assert not [title for title in best if title.startswith(("parameters", "runs"))]  # of which no direction is better
+
+
+def test_a_click_on_a_group_folds_its_columns_and_a_second_one_unfolds_them(page):
+    from selenium.webdriver.common.by import By
+
+    seen = "return [...document.querySelectorAll('tbody tr:first-child td')].filter(c => c.offsetWidth).length"
+    whole = page.execute_script(seen)
+    group = page.find_element(By.CSS_SELECTOR, "th.group")
+    columns = int(group.get_attribute("colspan"))
+    button = group.find_element(By.TAG_NAME, "button")
+    button.click()
+    assert page.execute_script(seen) == whole - columns + 1
+    assert button.get_attribute("aria-expanded") == "false"
+    button.click()
+    assert page.execute_script(seen) == whole
+
+
+def test_the_page_leads_to_the_runs_and_to_its_pictures(page, compared):
+    from selenium.webdriver.common.by import By
+
+    out, result = compared
+    hrefs = {a.get_attribute("href").rstrip("/") for a in page.find_elements(By.TAG_NAME, "a")}
+    for row in result["rows"]:
+        for run in row["runs"]:
+            assert (out / run["path"]).as_uri() in hrefs
+    assert (out / "pictures" / "real.png").as_uri() in hrefs
+
+
+def test_losses_of_models_of_one_player_lie_over_each_other_with_ticks(page, compared):
+    from selenium.webdriver.common.by import By
+
+    chart = page.find_element(By.CSS_SELECTOR, ".together svg")
+    one = [r["label"] for r in compared[1]["rows"] if r["runs"] and len(r["runs"][0].get("losses", ())) == 1]
+    assert len(chart.find_elements(By.TAG_NAME, "path")) == len(one) >= 2
+    ticks = [text.text for text in chart.find_elements(By.TAG_NAME, "text")]
+    assert ticks[-1] == "step"
+    assert len(ticks) >= 5
+
+
+def test_what_compare_returns_shows_the_report_in_a_notebook(compared):
+    out, result = compared
+    shown = Comparison(result, out)
+    assert shown == result
+    assert str(out / "report.html") in repr(shown)
+    assert html.unescape(shown._repr_html_()).count("<main>") == 1
+
+
+def test_a_table_of_many_columns_fits_a_terminal_of_80_columns(compared, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    show(compared[1])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
 
 
 def test_the_page_has_no_error_and_asks_the_network_for_nothing(browser, compared):

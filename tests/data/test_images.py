@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_digits
 
 import genfuse
@@ -452,6 +452,196 @@ def test_what_an_array_of_bytes_cannot_hold_is_refused(tmp_path, refused):
         file = tmp_path / name
         frames[0].save(file, save_all=True, append_images=frames[1:])
         refused(f"images:{tmp_path}", f"{file} has 2 frames")
+
+
+# Pictures of any size and mode, as asked for
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth picture whose left half is red and whose upper half is blue, more so at the corners."""
+    up, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    return Image.fromarray((255 * np.stack([1 - across, np.full_like(up, 0.1 * seed), 1 - up], 2)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_pictures_of_all_sizes_become_one_size(tmp_path, fit):
+    for i, (width, height) in enumerate([(40, 20), (20, 40), (64, 48), (16, 16), (300, 90), (7, 9)]):
+        photo(width, height, i).save(tmp_path / f"{i}.png")
+    data = load_data(f"images:{tmp_path}", size=(16, 24), fit=fit)
+    assert data.shape == (3, 16, 24)
+    assert data.options == {"size": "16,24", **({} if fit == "crop" else {"fit": fit})}
+    by_seed = {round(10 * int(x[1].max()) / 255): x for split in data.splits.values() for x in split.x}
+    wide, tall = by_seed[4].float() / 255, by_seed[1].float() / 255
+    if fit == "pad":  # all of it is there, between black bars
+        assert (wide[2, [0, -1]] == 0).all()
+        assert (tall[0, :, [0, -1]] == 0).all()
+    elif fit == "stretch":
+        assert (wide[0, :, 0] - wide[0, :, -1]).min() > 0.9
+    else:  # the middle: the ends of the long side are cut off
+        assert (wide[0, :, 0] - wide[0, :, -1]).max() < 0.6
+        assert (wide[2, 0] - wide[2, -1]).min() > 0.8
+
+
+@pytest.mark.parametrize("size", ["0", "-3", "a", "3,4,5", "0,4", "1.5", 0, (16, 0)])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    for i in range(5):
+        picture(tmp_path / f"{i}.png")
+    with pytest.raises(SettingsError, match="size must be a side in pixels"):
+        load_data(f"images:{tmp_path}", size=size)
+
+
+def test_options_of_pictures_are_of_folders_of_pictures_alone(tmp_path):
+    for name in ("digits", "toy:moons", f"csv:{tmp_path}"):
+        with pytest.raises(SettingsError, match="size, mode are for images:FOLDER; leave them out"):
+            load_data(name, size=8, mode="L")
+    with pytest.raises(SettingsError, match="mode must be one of auto, L, RGB; got 'P'"):
+        load_data(f"images:{picture(tmp_path / 'a.png').parent}", mode="P")
+
+
+def of_each_mode(folder: Path) -> None:
+    image = photo(12, 12, 5)
+    image.convert("L").save(folder / "L.png")
+    image.save(folder / "RGB.png")
+    image.convert("CMYK").save(folder / "CMYK.tif")
+    image.quantize(64).save(folder / "P.png")
+    image.convert("1").save(folder / "1.png")
+    image.convert("LA").save(folder / "LA.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "I.png")
+    sixteen_bit_png(folder / "RGB16.png", 2)
+    clear = image.copy()
+    clear.putalpha(0)
+    clear.save(folder / "RGBA.png")
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("auto", 3)])
+def test_pictures_of_all_modes_become_one_mode(tmp_path, mode, channels):
+    of_each_mode(tmp_path)
+    with pytest.warns(DataWarning) as said:
+        data = load_data(f"images:{tmp_path}", mode=mode, size=12)
+    assert data.shape == (channels, 12, 12)
+    text = " ".join(str(warning.message) for warning in said)
+    assert "2 of the pictures have 16 bits a channel, of which the upper 8 are read, such as" in text
+    assert "2 of the pictures are transparent in part, and are read as on white" in text
+    x = torch.cat([split.x for split in data.splits.values()])
+    assert any((each == 255).all() for each in x)  # RGBA.png, which is clear all over
+    grey = torch.from_numpy(np.asarray(photo(12, 12, 5).convert("L")))
+    assert sum(bool((each == grey).all()) for each in x) >= (7 if channels == 1 else 3) - 2  # L, I and LA at least
+
+
+def test_colour_that_is_none_is_told_and_read_as_grey_if_asked(tmp_path):
+    for i in range(5):
+        photo(8, 8, i).convert("L").convert("RGB").save(tmp_path / f"{i}.png")
+    with pytest.warns(DataWarning, match="5 of the pictures are RGB, but grey: --data.mode auto"):
+        assert load_data(f"images:{tmp_path}").shape == (3, 8, 8)
+    assert load_data(f"images:{tmp_path}", mode="auto").shape == (1, 8, 8)
+    photo(8, 8).save(tmp_path / "colour.png")
+    assert load_data(f"images:{tmp_path}", mode="auto").shape == (3, 8, 8)
+
+
+def test_colour_profiles_are_applied(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))  # a profile of another kind of colours
+    original = photo(8, 8, 3)
+    for i in range(5):
+        original.save(tmp_path / f"{i}.png", icc_profile=srgb.tobytes())
+    x = load_data(f"images:{tmp_path}").splits["train"].x[0]
+    assert np.array_equal(x.permute(1, 2, 0).numpy(), np.asarray(original))
+    for profile in (lab.tobytes(), b"nothing of the kind"):
+        original.save(tmp_path / "0.png", icc_profile=profile)
+        with pytest.warns(DataWarning, match=r"1 of the pictures have a colour profile that cannot be applied.*0\.png"):
+            load_data(f"images:{tmp_path}")
+    # sRGB's profile under another name, with red and green changed for each other
+    raw = bytearray(srgb.tobytes().replace(b"s\0R\0G\0B", b"r\0G\0R\0B").replace(b"sRGB", b"rGRB"))
+    tags = {bytes(raw[i : i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(raw[128:132], "big"), 12)}
+    red, green = (tags[name] + 4 for name in (b"rXYZ", b"gXYZ"))
+    raw[red : red + 8], raw[green : green + 8] = raw[green : green + 8], raw[red : red + 8]
+    for i in range(5):
+        Image.fromarray(np.asarray(original)[..., [1, 0, 2]].copy()).save(tmp_path / f"{i}.png", icc_profile=bytes(raw))
+    x = load_data(f"images:{tmp_path}").splits["train"].x[0]
+    assert np.abs(x.permute(1, 2, 0).numpy().astype(int) - np.asarray(original)).max() <= 2
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_damaged_pictures_are_left_out_if_asked(tmp_path, stream, refused, monkeypatch):
+    monkeypatch.setenv("GENFUSE_CACHE", str(tmp_path / "cache"))
+    for k, label in enumerate(("cat", "dog")):
+        for i in range(6):
+            picture(tmp_path / "p" / label / f"{i}.png", value=100 * k + 10)
+    (tmp_path / "p" / "cat" / "3.png").write_text("no picture at all")
+    (tmp_path / "p" / "dog" / "4.png").write_bytes((tmp_path / "p" / "dog" / "0.png").read_bytes()[:45])
+    refused(f"images:{tmp_path}/p", "cat/3.png cannot be read", "--data.damaged skip leaves it out", stream=stream)
+    for _ in range(2):  # the second time a stream is what was kept the first time
+        with pytest.warns(DataWarning, match=r"2 of the pictures are left out, such as .*cat/3\.png.*dog/4\.png"):
+            data = load_data(f"images:{tmp_path}/p", damaged="skip", stream=stream)
+        assert sum(map(len, data.splits.values())) == 10
+        for split in data.splits.values():
+            assert torch.equal(split.x[:, 0, 0, 0] > 100, split.y == 1)
+    for file in (tmp_path / "p").rglob("*.png"):
+        file.write_text("")
+    refused(f"images:{tmp_path}/p", "none of the 12 pictures in", damaged="skip", stream=stream)
+
+
+# Streams
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENFUSE_CACHE", str(tmp_path / "cache"))
+    for i in range(40):
+        photo(8, 8, i % 10).save(tmp_path / f"{i}.png")
+
+    def load(**options):
+        return load_data(f"images:{tmp_path}", **options)
+
+    return load
+
+
+@pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
+def test_a_stream_is_the_same_data(streamed, tmp_path):
+    data, memory = streamed(stream="yes"), streamed(stream="no")
+    assert data.streamed
+    assert not memory.streamed
+    assert data.fingerprint() == memory.fingerprint()
+    index = [torch.tensor(rows) for rows in ([3, 1], [0, 5, 9], [7])] * 3
+    for part, wanted in zip(data.batches("train", index), index, strict=True):
+        assert torch.equal(part.x, memory.batch("train", wanted).x)
+    changed = next((tmp_path / "cache" / "pictures").glob("*.pixels")).stat().st_mtime_ns
+    assert streamed(stream="yes").fingerprint() == memory.fingerprint()
+    assert [f.stat().st_mtime_ns for f in (tmp_path / "cache" / "pictures").glob("*.pixels")] == [changed]
+    photo(8, 8, 7).save(tmp_path / "0.png")  # one picture is another now
+    assert streamed(stream="yes").fingerprint() == streamed(stream="no").fingerprint() != memory.fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
+def test_pictures_are_streamed_if_they_would_fill_half_of_the_memory(streamed, monkeypatch):
+    size = 40 * 3 * 8 * 8
+    monkeypatch.setattr("genfuse.data.images._memory", lambda: 2 * size)
+    assert not streamed().streamed
+    monkeypatch.setattr("genfuse.data.images._memory", lambda: 2 * size - 1)
+    assert streamed().streamed
+
+
+@pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
+def test_a_stream_stays_where_it_is_and_its_batches_go_to_the_device(streamed):
+    data = streamed(stream="yes").to("cpu")
+    assert data.device == data.batches_on == torch.device("cpu")
+    elsewhere = streamed(stream="yes").to("meta")
+    assert elsewhere.splits["train"].x.device.type == "cpu"
+    assert elsewhere.batch("train", torch.tensor([0, 1])).x.device.type == elsewhere.device.type == "meta"
+
+
+def test_examples_are_flipped_and_shifted_by_chance_and_repeat_their_edges():
+    x = torch.arange(25.0).view(1, 1, 5, 5).repeat(400, 2, 1, 1)
+    moved = genfuse.data.augmented(x, True, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[:, 0], moved[:, 1])
+    rows, columns = (moved[:, 0] // 5).long(), (moved[:, 0] % 5).long()
+    assert (rows == rows[:, :, :1]).all()
+    assert (columns == columns[:, :1]).all()
+    seen = {(tuple(r[:, 0].tolist()), tuple(c[0].tolist())) for r, c in zip(rows, columns, strict=True)}
+    ways = {tuple(min(max(i + d, 0), 4) for i in range(5)) for d in range(-2, 3)}
+    assert seen == {(r, c) for r in ways for c in ways | {w[::-1] for w in ways}}
+    assert torch.equal(genfuse.data.augmented(x, False, 0), x)
+    assert torch.equal(genfuse.data.augmented(x, True, 2, torch.Generator().manual_seed(0)), moved)
 
 
 # Arrays of images

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from required import DEVICES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -246,7 +247,7 @@ def test_a_fake_tensor_in_any_place_gives_a_fake_result(operator, device):
         assert all(isinstance(o, FakeTensor) for o in outputs if o is not arguments.get("x0"))
 
 
-on_a_gpu = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+on_a_gpu = pytest.mark.parametrize("device", [d for d in DEVICES if d != "cpu"], indirect=True)
 
 
 @on_a_gpu

@@ -12,7 +12,7 @@ from tiny_models import Config, Plain, Tiny, validated
 import genfuse
 from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, DataWarning, NonFiniteLossError, RunError, SettingsError, TrainingWarning
-from genfuse.training import Trainer
+from genfuse.training import Run, Trainer
 from genfuse.training.process import NOISE, seed_of
 
 
@@ -33,9 +33,12 @@ def test_without_a_folder_nothing_is_written(make, digits, trainer, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     model = make("tiny")
     before = model.net[0].weight.clone()
-    assert trainer().fit(model, digits) is None
+    history = trainer().fit(model, digits)
     assert not torch.equal(model.net[0].weight, before)
     assert list(tmp_path.iterdir()) == []
+    assert [step for step, _ in history.losses["train"]] == [15, 30]
+    assert "train" in repr(history)
+    assert "<img src=" in history._repr_html_()
 
 
 def test_players_cycle_and_only_the_active_one_has_gradients(make, digits, trainer):
@@ -237,7 +240,7 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(folder, digits, tr
     run = trainer(steps=40, keep="best", out=tmp_path / "run" if folder else None).fit(model, data)
     assert torch.equal(model.mean, torch.full((64,), 0.3))
     if not folder:
-        assert run is None
+        assert not isinstance(run, Run)
         return
     assert torch.equal(run.model().mean, model.mean)
     lines = [entry for entry in run.metrics() if entry["split"] == "validation"]

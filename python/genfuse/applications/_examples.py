@@ -1,6 +1,5 @@
 """Examples as a trained model is shown them: of a file, in the columns, units and labels of its run."""
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse.data import READING, Batch, Dataset, Scaling, Split, load_data, names_in
-from genfuse.errors import DataError, DataWarning
+from genfuse.data import READING, READING_OF_IMAGES, Batch, Dataset, Split, load_data, names_in
+from genfuse.errors import DataError
 from genfuse.metrics import undisturbed
 from genfuse.models import GenerativeModel
 from genfuse.training import Run
@@ -82,8 +81,10 @@ def examples(
     was = run.config["data"]
     shape, image = tuple(was["shape"]), len(was["shape"]) == 3
     name = _name(file, image)
-    options = {key: value for key, value in was.get("options", {}).items() if key in READING}
-    if isinstance(name, str) and not name.startswith("csv:"):
+    kind = name.partition(":")[0] if isinstance(name, str) else "csv"
+    reading = {"csv": READING, "images": READING_OF_IMAGES}.get(kind, {})
+    options = {key: value for key, value in was.get("options", {}).items() if key in reading}
+    if kind == "images" and name.endswith((".npy", ".npz")):
         options = {}
     data = load_data(name, root=root or home(was), seed=was["seed"], hold_out=False, **options)
     if split not in data.splits:

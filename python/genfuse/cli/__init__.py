@@ -10,14 +10,14 @@ from typing import Any
 from genfuse import plugins
 from genfuse._files import plain
 from genfuse._version import __version__
-from genfuse.errors import DataWarning, GenfuseError, RunWarning, SettingsError, TrainingWarning
+from genfuse.errors import DataWarning, GenfuseError, RunWarning, SettingsError, TrainingWarning, near
 
 USAGE = """\
 genfuse: train, sample and evaluate generative models
 
 usage: genfuse COMMAND [options]
 
-  list [KIND]                models, data sets and metrics: what can be trained, on what, and how it is measured
+  list [KIND]                what can be trained, on what, and how it is measured
   data describe FILE         what the columns of a table are taken for
   train MODEL --data NAME    train a model and leave a run folder
   sample RUN --out FILE      draw from a trained model: .png, .csv, .npy or .npz
@@ -26,10 +26,12 @@ usage: genfuse COMMAND [options]
                              interpolate RUN FILE --out FILE
   export RUN --out FILE      programs for other runtimes: .onnx or .pt2
   train-features DATA        train the classifier that samples are compared by
-  compare MODEL ...          train several models equally long, and put them into one table and one page
-  plugins                    state of every model, data set and metric that a package brought, with its error
+  compare MODEL ...          train several models equally long, in one table and page
+  plugins                    state of every plugin that a package brought
   new-plugin NAME            write a package with a model of your own, to start from
-  doctor                     versions, hardware, chosen kernels and plugins of this installation
+  doctor                     versions, hardware, kernels and plugins found here
+  completion SHELL           what makes bash, zsh or fish complete all of these
+  help [COMMAND]             as --help
 
   --help      of genfuse, of a command, and of `genfuse train MODEL`: its settings
   --version   print the version
@@ -94,6 +96,8 @@ def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
 
 
 def _dispatch(args: list[str]) -> int:
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
     name, rest = (args[0], args[1:]) if args else ("", [])
     if name in ("", "-h", "--help"):
         print(USAGE, file=sys.stdout if name else sys.stderr)
@@ -103,7 +107,10 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if name == "train":
         if not rest or rest[0] in ("-h", "--help"):
-            print(TRAIN_USAGE, *map(plain, plugins.table("models")), sep="\n", file=sys.stdout if rest else sys.stderr)
+            from genfuse.cli._families import FAMILIES
+
+            lines = map(plain, plugins.table("models", FAMILIES["models"]))
+            print(TRAIN_USAGE, *lines, sep="\n", file=sys.stdout if rest else sys.stderr)
             return 0 if rest else 2
         from genfuse.cli.train import train
 
@@ -112,7 +119,8 @@ def _dispatch(args: list[str]) -> int:
     from genfuse.cli._commands import COMMANDS
 
     if name not in COMMANDS:
-        raise SettingsError(f"there is no command {name!r}; commands: train, {', '.join(COMMANDS)}")
+        known = ("train", *COMMANDS)
+        raise SettingsError(f"there is no command {name!r}; commands: {', '.join(known)}{near(name, known)}")
 
     import tyro
 

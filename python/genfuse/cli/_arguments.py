@@ -1,7 +1,8 @@
 """What arguments of several commands mean."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from genfuse.errors import SettingsError
 
@@ -9,6 +10,31 @@ if TYPE_CHECKING:
     import torch
 
     from genfuse.data import Schema
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How `load_data` reads what --data names."""
+
+    binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
+    seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
+    header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
+    delimiter: str = ","  # csv: what stands between cells, such as ; or tab
+    decimal: str = "."  # csv: the mark before decimals: . or ,
+    columns: str = ""  # csv: columns that are read, as a,b; left out: all
+    drop: str = ""  # csv: columns that are left out, as a,b
+    types: str = ""  # csv: kinds of columns, as a=category,b=date:%d/%m/%Y: number, integer, category, boolean or date
+    target: str = ""  # tables: the column that `genfuse evaluate` predicts; left out, the last of categories
+    condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
+    validation: float = 0.0  # share of the training examples to make a validation split of; 0.1 if one is needed
+    size: str = ""  # pictures: one side in pixels, or HEIGHT,WIDTH, that all are made to have
+    fit: Literal["crop", "pad", "stretch"] = "crop"  # pictures: how that size is reached
+    mode: Literal["", "auto", "L", "RGB"] = ""  # pictures: make all grey (L) or RGB; auto: grey if all are
+    damaged: Literal["refuse", "skip"] = "refuse"  # pictures: what becomes of those that cannot be read
+    stream: Literal["auto", "yes", "no"] = "auto"  # pictures: read pixels from a file; auto: if memory is too small
+
+
+READ_AS_USUAL = DataOptions()
 
 
 def find_device(name: str) -> "torch.device":

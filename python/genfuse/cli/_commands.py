@@ -13,6 +13,7 @@ from genfuse._files import plain
 from genfuse.cli._apply import encode, export, interpolate, reconstruct, score
 from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
+from genfuse.cli._families import FAMILIES
 from genfuse.cli._sample import sample
 
 SLOW = 1.0  # seconds that the import of a plugin takes, beside those of torch and genfuse
@@ -21,7 +22,7 @@ Kind = Literal["models", "datasets", "metrics", "all"]
 
 
 def list_(kind: Kind = "all", /) -> int:
-    """Show the models, data sets and metrics that are installed, and the distribution that each comes from.
+    """Show the models, data sets and metrics that are installed, and what each is or which package it comes from.
 
     This reads metadata and imports no plugin; `genfuse plugins` imports them all and shows what fails.
 
@@ -31,7 +32,7 @@ def list_(kind: Kind = "all", /) -> int:
     Args:
         kind: what to show
     """
-    print(plain("\n\n".join("\n".join(plugins.table(group)) for group in _groups(kind))))
+    print(plain("\n\n".join("\n".join(plugins.table(group, FAMILIES[group])) for group in _groups(kind))))
     return 0
 
 
@@ -162,6 +163,24 @@ def doctor(
     return 0
 
 
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], arg(metavar="SHELL")], /) -> int:
+    """Print what makes a shell complete commands, models, data sets and options; plugins of now are among them.
+
+    Put it where the shell reads it: for bash and zsh ~/.bashrc or ~/.zshrc, for fish
+    ~/.config/fish/completions/genfuse.fish.
+
+    example:
+      genfuse completion bash >> ~/.bashrc
+
+    Args:
+        shell: bash, zsh or fish
+    """
+    from genfuse.cli._completion import script
+
+    print(script(shell, COMMANDS))
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "list": list_,
     "plugins": plugins_,
@@ -177,4 +196,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "compare": compare,
     "data": data,
     "doctor": doctor,
+    "completion": completion,
 }

@@ -1,13 +1,14 @@
 """``genfuse compare``: models that it trains, or runs that exist."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from genfuse._files import plain
-from genfuse.cli._arguments import find_device
+from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device
 from genfuse.cli._yaml import read_yaml
 from genfuse.errors import SettingsError
 
@@ -31,18 +32,7 @@ def compare(
     limit: Annotated[int, arg(metavar="N")] = 500,
     inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
-    binarize: Annotated[
-        Literal["none", "static", "dynamic"] | None,
-        arg(name="data.binarize", metavar="none|static|dynamic", help_behavior_hint="(default: none)"),
-    ] = None,
-    data_seed: Annotated[int | None, arg(name="data.seed", metavar="N", help_behavior_hint="(default: 0)")] = None,
-    header: Annotated[
-        Literal["auto", "yes", "no"] | None,
-        arg(name="data.header", metavar="auto|yes|no", help_behavior_hint="(default: auto)"),
-    ] = None,
-    delimiter: Annotated[str | None, arg(name="data.delimiter", metavar="MARK", help_behavior_hint="")] = None,
-    decimal: Annotated[str | None, arg(name="data.decimal", metavar="MARK", help_behavior_hint="")] = None,
-    condition: Annotated[str | None, arg(name="data.condition", metavar="A,B", help_behavior_hint="")] = None,
+    data_options: Annotated[DataOptions, arg(name="data")] = READ_AS_USUAL,
     device: str = "auto",
 ) -> int:
     """Train several models equally long on the same data, measure them alike, and put them into one table.
@@ -70,12 +60,6 @@ def compare(
         limit: test examples that are encoded, decoded and asked for their likelihood
         inception_weights: for --features inception: a TorchScript file
         data_root: folder with the data sets that are read from files
-        binarize: draw each cell as 0 or 1: once, or anew for each batch
-        data_seed: of a table's split and of static binarization
-        header: of a csv, as of `genfuse train`
-        delimiter: of a csv, as of `genfuse train`
-        decimal: of a csv, as of `genfuse train`
-        condition: of a table, as of `genfuse train`
         device: auto, cpu, cuda, mps, or one of several: cuda:1
     """
     if not models:
@@ -91,7 +75,8 @@ def compare(
     from genfuse.training import Trainer
 
     where = str(find_device(device))
-    reading = {"header": header, "delimiter": delimiter, "decimal": decimal, "condition": condition}
+    usual = asdict(READ_AS_USUAL)
+    reading = {key: value for key, value in asdict(data_options).items() if value != usual[key]}
     measuring: dict[str, Any] = {
         "out": out,
         "features": features,
@@ -103,8 +88,7 @@ def compare(
     if runs:
         of_training = {
             "--data": data, "--budget": budget, "--seeds": seeds, "--set": set or None, "--batch-size": batch_size,
-            "--schedule": schedule, "--data.binarize": binarize, "--data.seed": data_seed,
-            **{f"--data.{key}": value for key, value in reading.items()},
+            "--schedule": schedule, **{f"--data.{key}": value for key, value in reading.items()},
         }  # fmt: skip
         if given := [option for option, value in of_training.items() if value is not None]:
             raise SettingsError(f"{runs[0]} is a run, which is trained already: leave out {', '.join(given)}")
@@ -116,8 +100,7 @@ def compare(
             batch_size=128 if batch_size is None else batch_size, schedule=schedule or "constant", device=where
         )
         settings = _settings(set)
-        given_reading: dict[str, Any] = {key: value for key, value in reading.items() if value is not None}
-        loaded = load_data(data, root=data_root, binarize=binarize or "none", seed=data_seed or 0, **given_reading)
+        loaded = load_data(data, root=data_root, **asdict(data_options))
         try:
             result = compare(
                 models,

@@ -3,14 +3,14 @@
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from genfuse._files import plain
-from genfuse.cli._arguments import find_device, refuse_existing
+from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device, refuse_existing
 from genfuse.errors import GenfuseError, SettingsError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def evaluate(
     limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
     features: Annotated[str, arg(metavar="NAME")] = "auto",
     n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, 10000 at most)")] = None,
-    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = None,
+    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME,...", help_behavior_hint="(default: all)")] = None,
     seed: int = 0,
     inception_weights: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     pictures: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: RUN/pictures)")] = None,
@@ -96,10 +96,12 @@ def evaluate(
         folder = pictures or (run / "pictures" if os.access(run, os.W_OK) else None)
         return _detect(run, data, data_root, labels, method, fpr, samples, seed, device, folder, json)
 
+    from genfuse.data import names_in
     from genfuse.metrics import evaluate, evaluate_samples
     from genfuse.models import GenerativeModel
     from genfuse.training import Run
 
+    metrics = metrics and tuple(name for each in metrics for name in names_in(each))
     trained = Run(run)
     other = False
     try:
@@ -149,7 +151,6 @@ def evaluate(
 def _other_data(run: "Run", name: str, root: Path | None) -> "Dataset":
     """Other data than a run's, as its test split beside the run's own training split, if that is still there."""
     from genfuse.applications import examples
-    from genfuse.data import Dataset
 
     found = examples(run, name, root=root).data
     splits = {"test": found.splits["test"]}
@@ -189,11 +190,7 @@ def train_features(
     data: Annotated[str, arg(metavar="DATA")],
     /,
     *,
-    binarize: Annotated[Literal["none", "static", "dynamic"], arg(name="data.binarize")] = "none",
-    data_seed: Annotated[int, arg(name="data.seed")] = 0,
-    header: Annotated[Literal["auto", "yes", "no"], arg(name="data.header")] = "auto",
-    delimiter: Annotated[str, arg(name="data.delimiter")] = ",",
-    decimal: Annotated[str, arg(name="data.decimal")] = ".",
+    data_options: Annotated[DataOptions, arg(name="data")] = READ_AS_USUAL,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     steps: int = 2000,
     seed: int = 0,
@@ -210,11 +207,6 @@ def train_features(
 
     Args:
         data: data set, of `genfuse list datasets`
-        binarize: as it was given to `genfuse train`
-        data_seed: as it was given to `genfuse train`
-        header: as it was given to `genfuse train`
-        delimiter: as it was given to `genfuse train`
-        decimal: as it was given to `genfuse train`
         data_root: folder with the data sets that are read from files
         steps: updates on 128 examples each
         seed: of the first weights and of the order of the examples
@@ -224,9 +216,7 @@ def train_features(
     from genfuse.data import load_data
     from genfuse.metrics import train_features
 
-    loaded = load_data(
-        data, root=data_root, binarize=binarize, seed=data_seed, header=header, delimiter=delimiter, decimal=decimal
-    )
+    loaded = load_data(data, root=data_root, **asdict(data_options))
     path, accuracy = train_features(loaded, steps=steps, seed=seed, device=find_device(device), overwrite=overwrite)
     print(plain(path))
     print(f"held-out accuracy: {accuracy:.2%} of {len(loaded.splits['test']):,} examples of the test split")

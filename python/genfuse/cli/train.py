@@ -9,41 +9,30 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 from tyro.conf import arg
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
 from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
-from genfuse.cli._arguments import show_columns
+from genfuse.cli._arguments import DataOptions, show_columns
 from genfuse.cli._yaml import read_yaml
 from genfuse.data import Dataset, load_data
-from genfuse.errors import SettingsError
+from genfuse.errors import SettingsError, near
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
 from genfuse.training.run import check_config, home
 
 LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has options of its own
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How `load_data` reads what --data names."""
-
-    binarize: Literal["none", "static", "dynamic"] = "none"  # draw each cell as 0 or 1: once, or anew for each batch
-    seed: int = 0  # of a table's split and of static binarization; --seed has no part in these
-    header: Literal["auto", "yes", "no"] = "auto"  # csv: the first row is names; auto: if no cell of it is a number
-    delimiter: str = ","  # csv: what stands between cells, such as ; or tab
-    decimal: str = "."  # csv: the mark before decimals: . or ,
-    columns: str = ""  # csv: columns that are read, as a,b; left out: all
-    drop: str = ""  # csv: columns that are left out, as a,b
-    types: str = ""  # csv: kinds of columns, as a=category,b=date:%d/%m/%Y: number, integer, category, boolean or date
-    target: str = ""  # tables: the column that `genfuse evaluate` predicts; left out, the last of categories
-    condition: str = ""  # tables: columns that are given and not modelled, as a,b: the model is p(the others | a, b)
-    validation: float = 0.0  # share of the training examples to make a validation split of; 0.1 if one is needed
 
 
 @dataclass(frozen=True)
@@ -92,6 +81,7 @@ def train(args: list[str]) -> int:
         raise SettingsError(f"--resume {out} continues in that folder: leave out --out {job.out}")
 
     trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
+    before = max((entry["step"] for entry in Run(out).metrics()), default=0) if given.resume else None
     data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
     if data.schema is not None:
         show_columns(data.schema)
@@ -104,8 +94,10 @@ def train(args: list[str]) -> int:
         run = trainer.fit(model, data, [_Length(model, data, trainer).tell])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
-    if run is not None and os.environ.get("RANK", "0") == "0":
+    if isinstance(run, Run) and os.environ.get("RANK", "0") == "0":
         _summarize(run)
+        if before and before == max(entry["step"] for entry in run.metrics()):
+            print("nothing was to be done: the run had ended; to train on, ask for more, by --epochs or --steps")
     return 0
 
 
@@ -145,6 +137,19 @@ def parse(model: str, args: list[str]) -> Job:
         left_out[info.type] = names
         assert isinstance(spec, StructConstructorSpec)
         return replace(spec, instantiate=dict, fields=tuple(f for f in spec.fields if f.name not in names))
+
+    @registry.primitive_rule
+    def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        """Read 64,64 as 64 64."""
+        if get_origin(info.type) is not tuple or get_args(info.type) != (int, ...):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="N,N,...",
+            instance_from_str=lambda words: tuple(int(n) for word in words for n in word.split(",") if n.strip()),
+            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(n, int) for n in value),
+            str_from_instance=lambda value: [",".join(map(str, value))],
+        )
 
     def job(
         data: Annotated[str, arg(metavar="NAME")],
@@ -215,21 +220,29 @@ def arguments_of(model: str, file: Path) -> list[str]:
     return list(_as_arguments(model, file, settings))
 
 
-def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[str]:
-    """The arguments of ``genfuse train MODEL`` that say what a file says. Raises SettingsError for unknown names."""
+def known_options(model: str) -> dict[str, Any]:
+    """What ``genfuse train MODEL`` takes, and its types, as a file names them."""
 
     def types(cls: type, but: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
         hints = get_type_hints(cls)
         return {prefix + f.name: hints[f.name] for f in fields(cls) if f.name not in but}
 
     known = {"data.name": str, "data_root": Path, "out": Path, **types(Trainer, LEFT_OUT)}
-    known |= types(DataOptions, prefix="data.") | types(models.load(model).Config, FACTS, "model.")
+    return known | types(DataOptions, prefix="data.") | types(models.load(model).Config, FACTS, "model.")
+
+
+def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """The arguments of ``genfuse train MODEL`` that say what a file says. Raises SettingsError for unknown names."""
+
+    known = known_options(model)
     flat = {key: value for key, value in settings.items() if key not in ("model", "data")}
     flat |= {f"{section}.{key}": value for section in ("model", "data") for key, value in settings[section].items()}
     for key, value in flat.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise SettingsError(f"{file}: there is no option {key!r}; known: {', '.join(sorted(known))}")
+            raise SettingsError(
+                f"{file}: there is no option {key!r}; known: {', '.join(sorted(known))}{near(name, known)}"
+            )
         option = "data" if name == "data.name" else name.replace("_", "-")
         if known[name] is bool and isinstance(value, bool):
             section, dot, last = option.rpartition(".")

@@ -62,7 +62,7 @@ def steps_of(budget: Budget, entry: Entry, data: Dataset, trainer: Trainer, say:
         )
         while True:
             run = trainer.fit(model, data)
-            assert run is not None
+            assert isinstance(run, Run)
             if budget.examples:
                 return math.ceil(budget.examples / trainer.batch_size)
             assert budget.seconds
@@ -86,5 +86,5 @@ def trained(trainer: Trainer, entry: Entry, data: Dataset, run: dict[str, Any], 
         torch.manual_seed(trainer.seed)
         trained = trainer.fit(create(entry.model, data, **entry.settings), data)
         run["peak_memory"] = peak()
-    assert trained is not None
+    assert isinstance(trained, Run)
     return trained

@@ -1,5 +1,6 @@
 """Train several models equally long, measure them alike, and keep what is found as it is found."""
 
+import html
 import json
 import os
 import warnings
@@ -127,7 +128,7 @@ def compare(
         measured = partial(
             _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
         )
-        draw(None, data, out / PICTURES / "real.png")
+        draw(None, data, _picture(out, "real", data))
         for entry in entries:
             row = rows[entry.label]
             for seed in range(seeds):
@@ -149,10 +150,10 @@ def compare(
                     )
                     trained_run = trained(of_seed, entry, data, run, say)
                     say(f"{what}: measuring")
-                    measured(trained_run, run, result, say, picture=out / PICTURES / f"{folder_of(entry.label)}.png")
+                    measured(trained_run, run, result, say, picture=_picture(out, folder_of(entry.label), data))
                 log_of(out / run["path"], run)
                 write(out, result)
-        return write(out, result)
+        return Comparison(write(out, result), out)
 
 
 def compare_runs(
@@ -201,7 +202,7 @@ def compare_runs(
         measured = partial(
             _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
         )
-        draw(None, data, out / PICTURES / "real.png")
+        draw(None, data, _picture(out, "real", data))
         for path, run in zip(runs, opened, strict=True):
             model = run.config["model"]
             found: dict[str, Any] = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
@@ -212,9 +213,25 @@ def compare_runs(
             with _failure_noted(found, str(path), say):
                 peaks = [e["peak_memory_bytes"] / 1e6 for e in run.metrics() if "peak_memory_bytes" in e]
                 found["peak_memory"] = max(peaks, default=None)
-                measured(run, found, result, say, picture=out / PICTURES / f"{folder_of(str(path))}.png")
+                measured(run, found, result, say, picture=_picture(out, folder_of(str(path)), data))
             log_of(run.path, found)
-        return write(out, result)
+        return Comparison(write(out, result), out)
+
+
+class Comparison(dict[str, Any]):
+    """The content of comparison.json, which shows itself as the report in a notebook."""
+
+    def __init__(self, result: dict[str, Any], out: Path) -> None:
+        super().__init__(result)
+        self.out = out
+
+    def __repr__(self) -> str:
+        labels = ", ".join(row["label"] for row in self["rows"])
+        return f"<Comparison of {labels} on {self['options']['data']['name']!r}: {self.out / 'report.html'}>"
+
+    def _repr_html_(self) -> str:
+        page = html.escape((self.out / "report.html").read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width:100%; height:40rem; border:0"></iframe>'
 
 
 def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: Dataset) -> list[Entry]:
@@ -239,6 +256,10 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
             with suppress(PluginError):
                 configure(load(entry.model), entry.settings, data)
     return entries
+
+
+def _picture(out: Path, name: str, data: Dataset) -> Path:
+    return out / PICTURES / f"{name}.{'png' if data.is_image else 'svg'}"
 
 
 def _resolved(device: str) -> str:

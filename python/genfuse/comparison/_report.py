@@ -1,15 +1,16 @@
 """A comparison as a table: in Markdown, on the terminal, and as a page that needs nothing but itself."""
 
-import base64
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from genfuse._files import plain
 from genfuse.comparison._columns import COLUMNS, Column
+from genfuse.plots import inline
 
 # The table is too wide for a terminal or a page of text, so it is shown there in parts.
 PARTS = (("quality", "diversity"), ("plugins",), ("stability",), ("latent space", "likelihood"), ("cost",))
@@ -38,7 +39,10 @@ class Table(NamedTuple):
 
     def part(self, groups: Sequence[str]) -> "Table":
         """The columns of some groups. Real examples are left out if nothing is measured of them."""
-        kept = [i for i, column in enumerate(self.columns) if column.group in groups]
+        return self.of([i for i, column in enumerate(self.columns) if column.group in groups])
+
+    def of(self, kept: Sequence[int]) -> "Table":
+        """The columns of these numbers."""
         rows = [Row(row.label, [row.cells[i] for i in kept]) for row in (*self.rows, self.real)]
         return Table([self.columns[i] for i in kept], rows[:-1], rows[-1])
 
@@ -134,11 +138,17 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     console.print(text(about(result)))
     whole = table(result)
-    for part in _parts(whole):
+    best = _best(whole)
+    for part in (piece for each in _parts(whole) for piece in _fitting(each, console.width)):
         shown = RichTable("", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for column in part.columns:
             shown.add_column(text(_title(column)))
-        for row in _with_real(part):
+        for row in part.rows:
+            cells = zip(part.columns, row.cells, strict=True)
+            shown.add_row(
+                text(row.label), *(Text(plain(c.text), "bold" if (m.key, c.value) in best else "") for m, c in cells)
+            )
+        for row in _with_real(part)[len(part.rows) :]:
             shown.add_row(text(row.label), *(text(cell.text) for cell in row.cells))
         console.print(shown)
 
@@ -147,9 +157,9 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
     """One page with all of it: pictures are within it, and it loads nothing. ``folder`` names the picture of a row."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    def picture(name: str) -> str | None:
-        file = pictures / f"{name}.png"
-        return base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
+    def picture(name: str) -> dict[str, str] | None:
+        found = [file for file in (pictures / f"{name}.png", pictures / f"{name}.svg") if file.is_file()]
+        return {"html": inline(found[0]), "href": quote(f"{pictures.name}/{found[0].name}")} if found else None
 
     whole = table(result)
     environment = Environment(
@@ -162,7 +172,7 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
             **row,
             "picture": picture(folder(row["label"])),
             "curves": list(_curves(row["runs"])),
-            "seeds": len(row["runs"]),
+            "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
             "distance": next(
                 (c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == COLUMNS[0].key), ""
             ),
@@ -175,6 +185,8 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         table=whole,
         groups={group: sum(column.group == group for column in whole.columns) for group in groups},
         models=models,
+        best=_best(whole),
+        together=_together(result["rows"]),
         warnings=[
             f"{row['label']}, seed {run['seed']}, {warning}"
             for row in result["rows"]
@@ -183,6 +195,8 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         ],
         real=picture("real"),
         title=_title,
+        colours=["#1f77b4", "#d1495b", "#2a9d5c", "#e09f3e", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d"],
+        dict=dict,
         width=WIDTH,
         height=HEIGHT,
     )
@@ -194,27 +208,77 @@ def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     for player in players:
         if not (lines := [run["losses"][player] for run in runs if run.get("losses", {}).get(player)]):
             continue
-        losses = sorted(loss for line in lines for _, loss in line)
-        # The steep fall of the first steps, and what shoots up, would press the rest into a line.
-        low, high = losses[int(0.02 * len(losses))], losses[math.ceil(0.95 * len(losses)) - 1]
-        margin = 0.05 * (high - low) or 0.5 * max(1.0, abs(high))
-        low, high, last = low - margin, high + margin, max(step for line in lines for step, _ in line)
+        yield {"player": player, **_chart(lines)}
 
-        def point(step: int, loss: float, low: float = low, high: float = high, last: int = last) -> str:
-            up = (min(max(loss, low), high) - low) / (high - low)
-            return f"{step / last * WIDTH:.1f},{(1 - up) * HEIGHT:.1f}"
 
-        yield {
-            "player": player,
-            "lines": [" ".join(point(*each) for each in line) for line in lines],
-            "low": f"{low:.3g}",
-            "high": f"{high:.3g}",
-            "last": f"{last:,}",
-        }
+def _together(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The losses of all models of one player over each other, of each its first run; None if there is but one."""
+    lines = {}
+    for row in rows:
+        losses: dict[str, Any] = next((run["losses"] for run in row["runs"] if run.get("losses")), {})
+        if len(losses) == 1 and (line := next(iter(losses.values()))):
+            lines[row["label"]] = line
+    return {"names": list(lines), **_chart(list(lines.values()))} if len(lines) > 1 else None
+
+
+def _chart(lines: list[Any]) -> dict[str, Any]:
+    """Lines of (step, loss) as points of an SVG, and its ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    losses = sorted(loss for line in lines for _, loss in line)
+    # The steep fall of the first steps, and what shoots up, would press the rest into a line.
+    low, high = losses[int(0.02 * len(losses))], losses[math.ceil(0.95 * len(losses)) - 1]
+    margin = 0.05 * (high - low) or 0.5 * max(1.0, abs(high))
+    low, high, last = low - margin, high + margin, max(step for line in lines for step, _ in line)
+
+    def x(step: float) -> str:
+        return f"{step / last * WIDTH:.1f}"
+
+    def y(loss: float) -> str:
+        return f"{(1 - (min(max(loss, low), high) - low) / (high - low)) * HEIGHT:.1f}"
+
+    ticks = [
+        [(at(tick), f"{tick:,.10g}") for tick in MaxNLocator(4).tick_values(*ends) if ends[0] <= tick <= ends[1]]
+        for at, ends in ((x, (0, last)), (y, (low, high)))
+    ]
+    return {
+        "lines": [" ".join(f"{x(step)},{y(loss)}" for step, loss in line) for line in lines],
+        "low": f"{low:.3g}",
+        "high": f"{high:.3g}",
+        "last": f"{last:,}",
+        "x": ticks[0],
+        "y": ticks[1],
+    }
 
 
 def _parts(whole: Table) -> list[Table]:
     return [part for groups in PARTS if (part := whole.part(groups)).columns]
+
+
+def _best(whole: Table) -> set[tuple[str, float]]:
+    """The key of each column of which one direction is better, with its best value, if several rows have one."""
+    found = set()
+    for i, column in enumerate(whole.columns):
+        values = [row.cells[i].value for row in whole.rows if row.cells[i].value is not None]
+        if column.better and len(values) > 1:
+            found.add((column.key, (min if column.better == "lower" else max)(values)))  # type: ignore[type-var]
+    return found  # type: ignore[return-value]
+
+
+def _fitting(part: Table, width: int) -> Iterator[Table]:
+    """Pieces of a table that are as wide as a terminal at most, where titles may break between words."""
+    first = max(len(row.label) for row in _with_real(part)) + 3
+    piece: list[int] = []
+    taken = first
+    for i, column in enumerate(part.columns):
+        needs = max(map(len, _title(column).split())) + 3
+        needs = max(needs, *(min(len(row.cells[i].text), 24) + 3 for row in _with_real(part)))
+        if piece and taken + needs > width:
+            yield part.of(piece)
+            piece, taken = [], first
+        piece.append(i)
+        taken += needs
+    yield part.of(piece)
 
 
 def _title(column: Column) -> str:

@@ -2,11 +2,13 @@
 
 from genfuse.data._dataset import COLUMNS as COLUMNS
 from genfuse.data._dataset import READING as READING
+from genfuse.data._dataset import READING_OF_IMAGES as READING_OF_IMAGES
 from genfuse.data._dataset import Batch as Batch
 from genfuse.data._dataset import Dataset as Dataset
 from genfuse.data._dataset import Mixture as Mixture
 from genfuse.data._dataset import Source as Source
 from genfuse.data._dataset import Split as Split
+from genfuse.data._dataset import augmented as augmented
 from genfuse.data._dataset import load_data as load_data
 from genfuse.data._schema import Column as Column
 from genfuse.data._schema import Scaling as Scaling

@@ -1,10 +1,13 @@
 """What a data set is, and how a name becomes one."""
 
 import hashlib
+import html
 import importlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from genfuse import plugins
+from genfuse import plots, plugins
 from genfuse.data._schema import Column, Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.nn import Columns
@@ -20,11 +23,20 @@ from genfuse.ops import bernoulli
 
 Binarize = Literal["none", "static", "dynamic"]
 Header = Literal["auto", "yes", "no"]
+Fit = Literal["crop", "pad", "stretch"]
+Mode = Literal["", "auto", "L", "RGB"]
+Damaged = Literal["refuse", "skip"]
+Stream = Literal["auto", "yes", "no"]
 # How a table of text is read, and what is usual: whether its first row is names (auto: if none of its cells is a
 # number), what stands between cells, and the mark before decimals.
 READING = {"header": "auto", "delimiter": ",", "decimal": "."}
+# How a folder of pictures is read, and what is usual: the size, or none, and the mode, or none, that all are made to
+# be; how the size is reached; what becomes of damaged ones; and whether they are read from a file of the cache.
+READING_OF_IMAGES = {"size": "", "fit": "crop", "mode": "", "damaged": "refuse", "stream": "auto"}
 # What the user says of the columns of such a table: those to keep, those to leave out, kinds, and the one to predict.
 COLUMNS = ("columns", "drop", "types", "target")
+
+AHEAD = 8  # batches of a stream that are fetched at once, as a disk is slow to find each example but finds many alike
 
 
 class Batch(NamedTuple):
@@ -80,6 +92,8 @@ class Dataset:
     root: str | None = None  # absolute path of the folder that files of a data set by name were found in
     schema: Schema | None = None  # of a table whose columns are not all numbers without end: what they are
     condition_schema: Schema | None = None  # of the columns of such a table that are given as the context y
+    streamed: bool = False  # x lies in a file that may be larger than memory, and is not moved to a device
+    batches_on: torch.device | None = None  # where batches go, if x is elsewhere
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -122,7 +136,7 @@ class Dataset:
                 x = x.masked_fill(x.isnan() & x.new_tensor([c.missing for c in self.schema.columns]).bool(), 0.0)
             if stored is None and not x.isfinite().all():
                 return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
-            if stored is not None and int(x.max()) >= stored:
+            if stored is not None and stored < 256 and int(x.max()) >= stored:
                 return f"x of the {part} split has the value {int(x.max())}, but levels={stored} ends at {stored - 1}"
             if y is None:
                 continue
@@ -144,6 +158,21 @@ class Dataset:
         values = "real-valued" if self.levels is None else f"{self.levels} levels"
         sizes = ", ".join(f"{part} {len(split)}" for part, split in self.splits.items())
         return f"<Dataset {self.name!r}: {sizes}; shape {self.shape}, {values}, classes {self.classes}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `repr`, and the first examples as pictures or rows in original units."""
+        x = self.batch("train", slice(0, 32)).x
+        if self.is_image:
+            shown = plots.as_html(plots.sample_grid, x, suffix="png")
+        elif len(self.shape) == 1:
+            names = (self.scaling and self.scaling.names) or [str(i + 1) for i in range(self.shape[0])]
+            rows = (x if self.scaling is None else self.scaling.restore(x))[:5].tolist()
+            cells = [[f"<td>{value:.6g}</td>" for value in row[:20]] for row in rows]
+            heads = "".join(f"<th>{html.escape(name)}</th>" for name in names[:20])
+            shown = f"<table><tr>{heads}</tr>{''.join(f'<tr>{chr(10).join(row)}</tr>' for row in cells)}</table>"
+        else:
+            shown = ""
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,13 +217,22 @@ class Dataset:
         seen = None if y is None or y.dim() > 1 else tuple(y.unique().tolist())
         return None if seen is None or len(seen) == self.classes else seen
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.batches_on or self.splits["train"].x.device
+
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same data on another device."""
+        """The same data on another device; of what is streamed, or would fill half of its memory, the batches."""
+        device = torch.device(device)
+        size = sum(split.x.nbytes for split in self.splits.values() if split.x.device != device)
+        if self.streamed or (device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2):
+            return replace(self, batches_on=device)
         moved = {
             part: Split(split.x.to(device), None if split.y is None else split.y.to(device))
             for part, split in self.splits.items()
         }
-        return replace(self, splits=moved)
+        return replace(self, splits=moved, batches_on=None)
 
     def batch(self, split: str, index: Tensor | slice, generator: torch.Generator | None = None) -> Batch:
         """Examples of a split: x (N, *shape) float32, in [0, 1] for discrete data; y (N,) or None.
@@ -203,6 +241,25 @@ class Dataset:
         call, Bernoulli(intensity), from ``generator``, on the data's device (default: torch's global generator).
         A slice of real-valued data shares its memory with the data set.
         """
+        return self._finished(*self._rows(split, index), generator)
+
+    def batches(self, split: str, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """`batch` of each of ``indices``. Where the data is not on the device of the batches, or is streamed, the next
+        ones are fetched by threads meanwhile; what is random is drawn in turn, as `batch` does."""
+        if not (self.streamed or self.batches_on):
+            yield from (self.batch(split, index) for index in indices)
+            return
+        with ThreadPoolExecutor(AHEAD) as pool:
+            ahead: deque[Future[tuple[Tensor, Tensor | None]]] = deque()
+            for index in indices:
+                ahead.append(pool.submit(self._rows, split, index))
+                if len(ahead) > AHEAD:
+                    yield self._finished(*ahead.popleft().result())
+            while ahead:
+                yield self._finished(*ahead.popleft().result())
+
+    def _rows(self, split: str, index: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        """Examples as they are stored, on the device of the batches."""
         source = self.splits[split]
         if isinstance(index, slice):
             x, y = source.x[index], None if source.y is None else source.y[index]
@@ -210,6 +267,12 @@ class Dataset:
             index = index.to(source.x.device)
             x = source.x.index_select(0, index)
             y = None if source.y is None else source.y.index_select(0, index)
+        if self.batches_on:
+            x = (x.pin_memory() if self.batches_on.type == "cuda" else x).to(self.batches_on, non_blocking=True)
+            y = None if y is None else y.to(self.batches_on)
+        return x, y
+
+    def _finished(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None = None) -> Batch:
         if self.levels is None:
             return Batch(x, y)
         x = x.float().div_((self.stored_levels or self.levels) - 1)
@@ -232,6 +295,8 @@ class Dataset:
         drawn = replace(self, binarize="dynamic", levels=2, stored_levels=self.levels)
         if how == "dynamic":
             return drawn
+        if self.streamed:
+            raise DataError(f"data set {self.name!r} is too large to be binarized once: use dynamic")
         generator = torch.Generator().manual_seed(seed)
 
         def draw(part: str) -> Tensor:
@@ -249,6 +314,8 @@ class Dataset:
         """
         if "validation" in self.splits:
             return self
+        if self.streamed:
+            raise DataError(f"data set {self.name!r} is streamed: make its validation split yourself, as a folder")
         train = self.splits["train"]
         held = round(share * len(train)) if 0 < share < 1 else 0
         if not 0 < held < len(train):
@@ -320,6 +387,19 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
+def augmented(x: Tensor, flip: bool, shift: int, generator: torch.Generator | None = None) -> Tensor:
+    """Images (N, C, H, W), each mirrored left to right with probability 1/2 if ``flip``, and moved along both axes by
+    -shift..shift pixels; what comes in at an edge repeats it. ``generator`` is one of the CPU."""
+    n, c, h, w = x.shape
+    moves = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
+    mirrored = torch.randint(2, (n, 1), generator=generator).bool() & flip
+    rows = (torch.arange(h) + moves[0]).clamp(0, h - 1)
+    columns = (torch.arange(w) + moves[1]).clamp(0, w - 1)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    cells = (rows[:, :, None] * w + columns[:, None]).view(n, 1, h * w).to(x.device)
+    return x.reshape(n, c, h * w).gather(2, cells.expand(-1, c, -1)).view_as(x)
+
+
 @dataclass(frozen=True)
 class Source:
     """What a data set plugin is given: where to take the data from."""
@@ -333,11 +413,11 @@ class Source:
     whole: bool = False  # nothing is held out
     given: Any = None  # what `load_data` was given in place of a name
 
-    def no_options(self) -> None:
-        """Raise SettingsError if the user gave options of tables of text."""
-        if self.options:
-            given = ", ".join(self.options)
-            raise SettingsError(f"data set {self.name!r}: {given} are for csv:PATH; leave them out")
+    def no_options(self, *but: str) -> None:
+        """Raise SettingsError if the user gave options of tables of text or of folders of pictures, ``but`` these."""
+        if given := [option for option in self.options if option not in but]:
+            kind = "images:FOLDER" if given[0] in READING_OF_IMAGES else "csv:PATH"
+            raise SettingsError(f"data set {self.name!r}: {', '.join(given)} are for {kind}; leave them out")
 
     def no_argument(self) -> None:
         """Raise DataError if the user gave an argument."""
@@ -408,8 +488,13 @@ def load_data(
     drop: str | Sequence[str] = (),
     types: str | Mapping[str, str] = "",
     target: str = "",
+    size: str | int | Sequence[int] = "",
+    fit: Fit = "crop",
+    mode: Mode = "",
+    damaged: Damaged = "refuse",
+    stream: Stream = "auto",
 ) -> Dataset:
-    """Load the data set that ``name`` stands for, wholly into memory.
+    """Load the data set that ``name`` stands for, into memory unless it is a folder of too many pictures.
 
     ``name`` is NAME or NAME:ARGUMENT, as in "mnist", "csv:PATH", "images:FOLDER", "toy:moons"; for a plugin whose name
     another one has as well, DISTRIBUTION:NAME or DISTRIBUTION:NAME:ARGUMENT. Files of data sets by name are looked for
@@ -424,6 +509,11 @@ def load_data(
 
     In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or images,
     a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
+
+    All of a folder of pictures are made to be of ``size``, one side in pixels or a height and a width, if it is given:
+    by ``fit`` cropped to the middle, padded with black, or stretched. ``mode`` makes all grey ("L") or "RGB", or grey
+    if all are ("auto"). ``damaged="skip"`` leaves out, with a warning, those that cannot be read. ``stream`` says
+    whether pixels are read from a file in $GENFUSE_CACHE ("yes"); "auto": if they would fill half of the memory.
 
     Raises DataError if the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.
@@ -445,19 +535,18 @@ def load_data(
         head = f"{head}:{short}"
     plugin = plugins.find("datasets", "csv" if given is not None else head)
     root = root or os.environ.get("GENFUSE_DATA") or None
-    options = {
-        key: value
-        for key, value in {"header": header, "delimiter": delimiter, "decimal": decimal}.items()
-        if value != READING[key]
-    }
+    sides = str(size) if isinstance(size, (str, int)) else ",".join(map(str, size))
+    of_images = {"size": sides, "fit": fit, "mode": mode, "damaged": damaged, "stream": stream}
+    reading = {"header": header, "delimiter": delimiter, "decimal": decimal, **of_images}
+    options = {key: value for key, value in reading.items() if value != {**READING, **READING_OF_IMAGES}[key]}
     assigned = types if isinstance(types, str) else [f"{name}={kind}" for name, kind in types.items()]
     for key, said in {"columns": columns, "drop": drop, "types": assigned, "target": target}.items():
         if said:
             options[key] = said if isinstance(said, str) else joined([*map(str, said)])
     source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options,
                     whole=not hold_out, given=given)  # fmt: skip
-    if options and plugin.distribution == plugins.OURS and plugin.name != "csv":
-        source.no_options()
+    if plugin.distribution == plugins.OURS:
+        source.no_options(*{"csv": (*READING, *COLUMNS), "images": READING_OF_IMAGES}.get(plugin.name, ()))
     # By its name, as plugins are loaded: it imports this module.
     make = plugin.load() if given is None else importlib.import_module("genfuse.data.objects").objects
     try:

@@ -1,5 +1,6 @@
 """Images: scikit-learn's digits, MNIST and Fashion-MNIST, binarized MNIST, and folders of pictures."""
 
+import io
 import math
 import os
 import re
@@ -7,18 +8,22 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse._files import check_unpacked, gunzip
-from genfuse.data._dataset import Dataset, Source, Split
+from genfuse._files import cache, check_unpacked, digest, gunzip, read_json, replacing, write_json
+from genfuse.data._dataset import READING_OF_IMAGES, Dataset, Source, Split
 from genfuse.data.tables import PART_OF, PARTS, Arrays, find_arrays, in_order, read_arrays
-from genfuse.errors import DataError, DataWarning
+from genfuse.errors import DataError, DataWarning, SettingsError
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
@@ -41,6 +46,46 @@ def digits(source: Source) -> Dataset:
     train, test = train_test_split(np.arange(len(y)), test_size=297, stratify=found.target, random_state=0)
     splits = {part: Split(x[rows], y[rows]) for part, rows in (("train", train), ("test", test))}
     return Dataset(source.name, splits, levels=17)
+
+
+def glyphs(source: Source) -> Dataset:
+    """Digits of matplotlib's fonts, bent by chance: 10,000 + 2,000 images (1, 28, 28) of 256 levels, labels 0..9.
+
+    They look like MNIST's and need no files. Each is a glyph that was turned, sheared, stretched and moved, under a
+    displacement that is smooth over the image, as hands do it (Simard et al., 2003). Always the same.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+    from torch.nn import functional as F
+
+    source.no_argument()
+    fonts = [f"DejaVu{name}.ttf" for name in ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Italic")]
+    drawn = np.zeros((10, len(fonts), 1, 64, 64), np.float32)
+    for i, name in enumerate(fonts):
+        font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf", name)), 52)
+        for digit in range(10):
+            canvas = Image.new("L", (64, 64))
+            ImageDraw.Draw(canvas).text((32, 32), str(digit), 255, font, anchor="mm")
+            drawn[digit, i, 0] = np.asarray(canvas) / 255
+    generator = torch.Generator().manual_seed(0)
+
+    def chance(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    y = torch.arange(12_000) % 10
+    turn, shear = 0.15 * chance(len(y)), 0.2 * chance(len(y))
+    scales = (0.1 * chance(len(y), 2)).exp()
+    turned = torch.stack([turn.cos(), shear - turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2) * scales[:, None]
+    where = torch.cat([turned, 0.07 * chance(len(y), 2, 1)], 2)
+    glyph = torch.from_numpy(drawn)[y, torch.randint(len(fonts), (len(y),), generator=generator)]
+    x = torch.empty(len(y), 1, 28, 28, dtype=torch.uint8)
+    for rows in torch.arange(len(y)).split(1000):
+        bent = F.interpolate(0.08 * chance(len(rows), 2, 4, 4), size=(56, 56), mode="bicubic").permute(0, 2, 3, 1)
+        grid = F.affine_grid(where[rows], [len(rows), 1, 56, 56], align_corners=False) + bent
+        seen = F.avg_pool2d(F.grid_sample(glyph[rows], grid, align_corners=False), 2)
+        x[rows] = (seen * 255).round().to(torch.uint8)
+    splits = {"train": Split(x[:10_000], y[:10_000]), "test": Split(x[10_000:], y[10_000:])}
+    return Dataset(source.name, splits, levels=256)
 
 
 def mnist(source: Source) -> Dataset:
@@ -73,7 +118,10 @@ def binarized_mnist(source: Source) -> Dataset:
 
 
 def folder(source: Source) -> Dataset:
-    """Pictures of one size, 8-bit grey (1, H, W) or RGB (3, H, W), 256 levels; or an npy or npz file of images.
+    """Pictures as 8-bit grey (1, H, W) or RGB (3, H, W), 256 levels; or an npy or npz file of images.
+
+    They must be of one size and one mode, unless `Reading` says what to make of them. Those that are too many for
+    memory are decoded once into a file in the cache, which batches are read from.
 
     Pictures in sub-folders are labelled by them, whose names are the classes'; numbers are in the order of numbers.
     Folders ``train`` and ``test`` (and ``validation``, ``valid`` or ``val``) are the splits if they exist, in any
@@ -82,9 +130,10 @@ def folder(source: Source) -> Dataset:
     """
     root = source.path()
     if root.suffix in (".npy", ".npz") and root.is_file():
+        source.no_options()
         return of_arrays(source, find_arrays(source, root), str(root))
     if root.suffix.lower() in SUFFIXES and root.is_file():
-        picture, rows = _read_pictures([root]), source.hold_out(1, "picture")
+        picture, rows = _read_pictures(root, [root], Reading.of(source)).x, source.hold_out(1, "picture")
         return Dataset(source.name, {part: Split(picture[index]) for part, index in rows.items()}, levels=256)
     if not root.is_dir():
         raise DataError(f"data set {source.name!r}: {root} is no folder")
@@ -105,15 +154,27 @@ def folder(source: Source) -> Dataset:
             DataWarning,
             stacklevel=3,
         )
-    x = _read_pictures([path for paths in pictures.values() for path in paths])
+    label_of = {path: label for part, of in labels.items() for path, label in zip(pictures[part], of, strict=True)}
+    if "test" not in pictures:
+        (_, whole), *rest = pictures.items()
+        held = (
+            source.hold_out(len(whole), "pictures")
+            if len(whole) > 4 or source.whole
+            else {"train": range(len(whole)), "test": ()}
+        )
+        some = {part: [whole[i] for i in of] for part, of in held.items()}
+        pictures = {"train": some["train"], **dict(rest), "test": some["test"]}
+    stored = _read_pictures(root, [path for paths in pictures.values() for path in paths], Reading.of(source))
+    if not pictures["test"]:  # what is wrong with the pictures themselves is told before
+        source.hold_out(len(pictures["train"]), "pictures")
     number = {name: i for i, name in enumerate(["", *names], -1)}  # -1: without a label
-    y = torch.tensor([number[label] for of in labels.values() for label in of])
-    ends = torch.arange(len(x)).split([len(paths) for paths in pictures.values()])
-    rows = dict(zip(pictures, ends, strict=True))
-    if "test" not in rows:
-        first = rows.pop(next(iter(rows)))
-        held = source.hold_out(len(first), "pictures")
-        rows = {"train": first[held["train"]], **rows, "test": first[held["test"]]}
+    splits, end = {}, 0
+    for part, paths in pictures.items():  # the pixels lie in the order of the splits, so that each is a piece of them
+        kept = [number[label_of[path]] for path in paths if path not in stored.left_out]
+        if not kept:
+            raise DataError(f"{root}: none of the {len(paths)} pictures of the {part} split can be read")
+        start, end = end, end + len(kept)
+        splits[part] = Split(stored.x[start:end], torch.tensor(kept) if kept[0] >= 0 else None)
     if others:
         suffixes = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
         read = {path.parent for paths in pictures.values() for path in paths}
@@ -131,8 +192,33 @@ def folder(source: Source) -> Dataset:
             DataWarning,
             stacklevel=3,
         )
-    splits = {part: Split(x[index], y[index] if y[index[0]] >= 0 else None) for part, index in rows.items()}
-    return Dataset(source.name, splits, levels=256, class_names=tuple(names) or None)
+    return Dataset(source.name, splits, levels=256, class_names=tuple(names) or None, streamed=stored.streamed)
+
+
+class Reading(NamedTuple):
+    """How a folder of pictures is read: `READING_OF_IMAGES`, checked."""
+
+    size: tuple[int, int] | None  # height and width of all; None: as they are
+    fit: str
+    mode: str  # "": as they are
+    damaged: str
+    stream: str
+
+    @classmethod
+    def of(cls, source: Source) -> "Reading":
+        """Raises SettingsError for what cannot be meant."""
+        given = {key: source.options.get(key, value) for key, value in READING_OF_IMAGES.items()}
+        choices = {"fit": "crop pad stretch", "damaged": "refuse skip", "stream": "auto yes no"}
+        for key, words in {**choices, "mode": "auto L RGB"}.items():
+            if given[key] not in words.split() and given[key] != READING_OF_IMAGES[key]:
+                raise SettingsError(f"{key} must be one of {', '.join(words.split())}; got {given[key]!r}")
+        sides = given.pop("size").replace(" ", "")
+        if sides and not re.fullmatch(r"0*[1-9]\d{0,4}(,0*[1-9]\d{0,4})?", sides):
+            raise SettingsError(
+                f"size must be a side in pixels, as 64, or a height and a width, as 48,64, each 1..99999; got {sides!r}"
+            )
+        height, _, width = sides.partition(",")
+        return cls((int(height), int(width or height)) if sides else None, **given)
 
 
 def _files(top: Path) -> tuple[list[Path], list[Path]]:
@@ -206,51 +292,213 @@ def _label(path: Path, top: Path) -> str:
     return unicodedata.normalize("NFC", parts[0]) if len(parts) > 1 else ""  # as macOS and Linux write é differently
 
 
-def _read_pictures(paths: list[Path]) -> Tensor:
+class Pictures(NamedTuple):
+    x: Tensor  # (N, C, H, W) in uint8
+    left_out: set[Path]  # what is not in it
+    streamed: bool  # whether x lies in a file
+
+
+class DamagedError(DataError):
+    """A picture that can be left out."""
+
+
+def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
+    """The pixels of all pictures, in memory or in a file of the cache; warns of what is not as a viewer shows it."""
+    told: dict[str, list[str]] = {}  # what was found, and in which pictures
+    packed = sum(path.stat().st_size for path in paths)
+
+    def read(path: Path, of: Reading = reading, told: dict[str, list[str]] = told) -> np.ndarray | None:
+        try:
+            pixels, notes = _read_picture(path, of, packed, len(paths))
+        except DamagedError as error:
+            if of.damaged == "refuse":
+                raise
+            told.setdefault("are left out", []).append(str(error).partition(";")[0])
+            return None
+        for note in notes:
+            told.setdefault(note, []).append(str(path))
+        return pixels
+
+    first = next((pixels for path in paths if (pixels := read(path, told={})) is not None), None)
+    if first is None:
+        raise DataError(f"none of the {len(paths)} pictures in {root} can be read, such as {paths[0]}")
+    if reading.mode == "auto":
+        in_colour = reading._replace(mode="RGB", damaged="skip")
+        coloured = (pixels is not None and not _grey(pixels) for pixels in (read(p, in_colour, {}) for p in paths))
+        reading = reading._replace(mode="RGB" if any(coloured) else "L")
+        first = first[: 3 if reading.mode == "RGB" else 1]
+    shape, size = first.shape, first.nbytes * len(paths)
+    read_alike = partial(read, of=reading)
+    if reading.stream == "no" or (reading.stream == "auto" and size <= _memory() / 2):
+        memory = np.empty((len(paths), *shape), np.uint8)
+        free = iter(memory)
+        left_out = _each(paths, read_alike, shape, lambda pixels: np.copyto(next(free), pixels), told)
+        found = Pictures(torch.from_numpy(memory[: len(paths) - len(left_out)]), left_out, False)
+    else:
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        file = cache("pictures") / f"{digest({'pictures': stats, 'reading': reading})[:32]}.pixels"
+        facts: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            facts = read_json(file.with_suffix(".json"))
+        rows = len(paths) - len(facts.get("left_out", ()))
+        if not facts or not file.is_file() or file.stat().st_size != rows * first.nbytes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as place, open(place, "wb") as stored:
+                left_out = _each(paths, read_alike, shape, lambda pixels: stored.write(pixels.tobytes()), told)
+                facts = {"left_out": sorted(map(str, left_out)), "told": told}
+                write_json(file.with_suffix(".json"), facts, indent=0)
+            rows = len(paths) - len(left_out)
+        told = facts["told"]
+        warnings.warn(
+            f"{root}: the pixels of {rows:,} pictures, {size / 1e9:.3g} GB, are kept in {file} and read from there",
+            DataWarning,
+            stacklevel=5,
+        )
+        stored_bytes = torch.from_file(str(file), shared=False, size=rows * first.nbytes, dtype=torch.uint8)
+        found = Pictures(stored_bytes.view(rows, *shape), set(map(Path, facts["left_out"])), True)
+    if told.pop(COLOURED, None) is None and shape[0] == 3:
+        told["are RGB, but grey: --data.mode auto reads them as L, with a third of the numbers"] = [*map(str, paths)]
+    for note, where in told.items():
+        named = ", ".join(sorted(where)[:3])  # in no order yet, as threads found them
+        warnings.warn(f"{root}: {len(where)} of the pictures {note}, such as {named}", DataWarning, stacklevel=4)
+    return found
+
+
+COLOURED = "coloured"
+
+
+def _each(
+    paths: list[Path],
+    read: Callable[..., np.ndarray | None],
+    shape: tuple[int, ...],
+    keep: Callable[[np.ndarray], Any],
+    told: dict[str, list[str]],
+) -> set[Path]:
+    """Give the pixels of each picture to ``keep``, in order; returns those that are left out."""
+    left_out = set()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders leave Python's lock
+        for start in range(0, len(paths), 256):  # so that no more than these wait to be kept
+            part = paths[start : start + 256]
+            for i, pixels in enumerate(pool.map(read, part), start):
+                if pixels is None:
+                    left_out.add(paths[i])
+                    continue
+                if pixels.shape != shape:
+                    raise DataError(
+                        f"the picture {paths[i]} is {_size(pixels.shape)}, but {paths[0]} and all before it are "
+                        f"{_size(shape)}; one size and one mode are needed: --data.size 64, or another, makes them of "
+                        "one size, --data.mode auto of one mode"
+                    )
+                if shape[0] == 3 and COLOURED not in told and not _grey(pixels):
+                    told[COLOURED] = []
+                keep(pixels)
+    return left_out
+
+
+def _grey(pixels: np.ndarray) -> bool:
+    return bool((pixels == pixels[:1]).all())
+
+
+def _memory() -> float:
+    """Bytes of memory that this process may have, infinite if it is not known."""
+    found = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(found)
+
+
+def _read_picture(path: Path, reading: Reading, packed: int, count: int) -> tuple[np.ndarray, list[str]]:
+    """A picture as (C, H, W) in uint8, and what of it is not as a viewer shows it."""
     from PIL import Image, ImageOps
 
-    x: np.ndarray | None = None
-    packed = sum(path.stat().st_size for path in paths)
-    for i, path in enumerate(paths):
+    notes: list[str] = []
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            unpacked = picture.width * picture.height * len(picture.getbands())
+            if reading.size:
+                check_unpacked(path, path.stat().st_size, unpacked, "the picture")
+            else:
+                check_unpacked(path, packed, unpacked * count, f"{count} pictures of its size")
+            frames, odd, mode = _frames(picture), _not_as_shown(picture), picture.mode
+            if reading.size:  # a JPEG need not be decoded at many times the size
+                picture.draft(None, (2 * max(reading.size),) * 2)
+            if frames:
+                raise DamagedError(f"the picture {path} has {frames}; {CONVERT}")
+            if not reading.mode and (odd or mode not in ("L", "RGB")):
+                raise DataError(
+                    f"the picture {path} has {odd or f'mode {mode}'}; {CONVERT}, or have them read so: --data.mode RGB"
+                )
+            ImageOps.exif_transpose(picture, in_place=True)
+            turned = _plain(picture, notes)
+            if mode[0] == "I" or (odd and odd.startswith("16")):
+                notes.append("have 16 bits a channel, of which the upper 8 are read")
+            turned = turned.convert({"": mode, "auto": "RGB"}.get(reading.mode, reading.mode))
+            if reading.size:
+                size, method = reading.size[::-1], Image.Resampling.LANCZOS
+                if reading.fit == "crop":
+                    turned = ImageOps.fit(turned, size, method)
+                else:
+                    turned = ImageOps.pad(turned, size, method) if reading.fit == "pad" else turned.resize(size, method)
+            pixels = np.asarray(turned)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
+        raise DamagedError(f"the picture {path} cannot be read: {error}; --data.damaged skip leaves it out") from error
+    return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)), notes
+
+
+def _plain(picture: Any, notes: list[str]) -> Any:
+    """A picture of any mode as L or RGB: on white where it is transparent, in the colours of sRGB."""
+    from PIL import Image, ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if picture.mode == "F":
+        raise ValueError("its values are floating-point numbers, whose range nobody knows")
+    if picture.mode[0] == "I":  # 16 bits, in 16 or 32
+        cells = np.asarray(picture)
+        if cells.min() < 0 or cells.max() > 65535:
+            raise ValueError(f"it has values from {cells.min()} to {cells.max()}, not of 8 or 16 bits")
+        picture = Image.fromarray((cells >> 8).astype(np.uint8))
+    if "transparency" in picture.info or {"A", "a"} & {*picture.getbands()}:
+        notes.append("are transparent in part, and are read as on white")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = picture.convert("RGB")
+    elif picture.mode not in ("L", "RGB", "CMYK"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    if profile:
         try:
-            with Image.open(path, formats=FORMATS) as picture:
-                unpacked = picture.width * picture.height * len(picture.getbands()) * len(paths)
-                check_unpacked(path, packed, unpacked, f"{len(paths)} pictures of its size")
-                odd = _not_as_shown(picture)
-                pixels, mode = np.asarray(ImageOps.exif_transpose(picture)), picture.mode
-        except DataError:
-            raise
-        except Exception as error:  # decoders raise all kinds of errors for damaged files
-            raise DataError(f"the picture {path} cannot be read: {error}") from error
-        if odd or mode not in ("L", "RGB"):
-            raise DataError(f"the picture {path} has {odd or f'mode {mode}'}; {CONVERT}")
-        pixels = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-        if x is None:
-            x = np.empty((len(paths), *pixels.shape), np.uint8)
-        elif pixels.shape != x.shape[1:]:
-            raise DataError(
-                f"the picture {path} is {_size(pixels.shape)}, but {paths[0]} and all before it are "
-                f"{_size(x.shape[1:])}; one size and one mode are needed"
-            )
-        x[i] = pixels
-    return torch.from_numpy(x)
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(own).lower():
+                seen = (
+                    ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or picture
+                )
+                picture = seen.convert("L") if picture.mode == "L" else seen
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            notes.append("have a colour profile that cannot be applied")
+    return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
 
 
 CONVERT = "convert all to L (grey) or RGB, 8 bits a channel"
 
 
 def _not_as_shown(picture: Any) -> str | None:
-    """What a viewer would show of a picture of mode L or RGB, and Pillow's array does not have."""
-    for *_, coding in (
-        picture.tile if picture.mode in ("L", "RGB") else ()
-    ):  # how the file's bytes are to be read: ";16B", or of a PPM the largest value
+    """What a viewer would show of a picture, and Pillow's array of mode L or RGB does not have."""
+    for *_, coding in picture.tile:  # how the file's bytes are to be read: ";16B", or of a PPM the largest value
         parts = coding if isinstance(coding, tuple) else (coding,)
-        if any(re.search(r";16[BLN]", str(part)) for part in parts) or (
-            picture.format == "PPM" and any(isinstance(part, int) and part > 255 for part in parts)
+        if picture.mode in ("L", "RGB") and (
+            any(re.search(r";16[BLN]", str(part)) for part in parts)
+            or (picture.format == "PPM" and any(isinstance(part, int) and part > 255 for part in parts))
         ):
             return "16 bits a channel"
-    if "transparency" in picture.info:
+    if "transparency" in picture.info and picture.mode in ("L", "RGB"):
         return "a transparent colour"
+    return None
+
+
+def _frames(picture: Any) -> str | None:
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a photo and its previews
         return f"{picture.n_frames} frames"
     return None

@@ -79,7 +79,7 @@ def _evaluate_split(
 ) -> dict[str, float | int | list[float]]:
     examples = min(len(data.splits[split]), limit or math.inf)
     rows = max(1, min(500, 2**21 // math.prod(data.shape)))
-    generator = torch.Generator(data.splits[split].x.device).manual_seed(seed)
+    generator = torch.Generator(data.device).manual_seed(seed)
     chosen = some(len(data.splits[split]), int(examples), 0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     sums: dict[str, Any] = defaultdict(float)

@@ -1,6 +1,5 @@
 """Feature extractors by name: what the metrics of samples compare."""
 
-import os
 import re
 import shlex
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from genfuse._files import demand, read_tensors, write_tensors
+from genfuse._files import cache, demand, read_tensors, write_tensors
 from genfuse._version import __version__
 from genfuse.data import Dataset
 from genfuse.errors import DataError, SettingsError
@@ -104,9 +103,8 @@ def classifier_path(data: Dataset) -> Path:
 
     Its file is named by the content of the training split, so that data that has changed has another one.
     """
-    cache = Path(os.environ.get("GENFUSE_CACHE") or "~/.cache/genfuse").expanduser()
     slug = re.sub(r"[^\w.-]+", "-", data.name)[-40:].strip("-")
-    return cache / "features" / f"{slug}-{data.fingerprint()}.safetensors"
+    return cache("features") / f"{slug}-{data.fingerprint()}.safetensors"
 
 
 def train_features(

@@ -1,7 +1,9 @@
 """What every generative model is: a module with settings and a few verbs."""
 
 import dataclasses
+import html
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +13,13 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 import typeguard
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from genfuse import plugins
 from genfuse.data import Batch, Dataset, load_data
-from genfuse.errors import DataError, SettingsError
+from genfuse.errors import DataError, SettingsError, near
 from genfuse.nn import Features, OneHot
 
 
@@ -460,6 +463,20 @@ class GenerativeModel(nn.Module):
         """
         return {}
 
+    def extra_repr(self) -> str:
+        """How many parameters there are, and the settings: the head of what is printed of a model."""
+        settings = "" if self.config is None else f"\n{self.config}"
+        return f"{sum(weight.numel() for weight in self.parameters()):,} parameters{settings}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: parameters, and the settings as a table."""
+        head = f"{self.plugin or type(self).__name__}: {self.extra_repr().splitlines()[0]}"
+        rows = "".join(
+            f"<tr><td>{field.name}</td><td>{html.escape(str(getattr(self.config, field.name)))}</td></tr>"
+            for field in (dataclasses.fields(self.config) if dataclasses.is_dataclass(self.config) else ())
+        )
+        return f"<p>{html.escape(head)}</p><table>{rows}</table>"
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -502,7 +519,7 @@ def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> N
 register_optimizer_step_post_hook(_tell_of_step)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable would import all of it here, for seconds
 def _settle(model: GenerativeModel) -> None:
     model.settle()
 
@@ -538,13 +555,17 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
     known = [field.name for field in dataclasses.fields(cls.Config)]
     for name in settings:
         if name not in known:
-            raise SettingsError(f"{cls.__name__} has no setting {name!r}; it has: {', '.join(known)}")
+            raise SettingsError(
+                f"{cls.__name__} has no setting {name!r}; it has: {', '.join(known)}{near(name, known)}"
+            )
     given = dict(settings)
     if data is not None:
         given = {**_facts(cls.Config, data), **given}
     for name, value in given.items():
         if isinstance(value, list):  # JSON has no tuples
             given[name] = value = tuple(value)
+        elif isinstance(value, str) and hints[name] == tuple[int, ...] and re.fullmatch(r"[\d\s]+(,[\d\s]+)*,?", value):
+            given[name] = value = tuple(int(each) for each in value.split(",") if each.strip())  # as the command has it
         elif type(value) is int and hints[name] == tuple[int, ...]:  # one width of one layer
             given[name] = value = (value,)
         try:

@@ -20,7 +20,7 @@ from genfuse.data import Batch, Dataset, Split
 from genfuse.errors import SettingsError
 from genfuse.models import FACTS, Decodes, DrawsLatents, Encodes, GenerativeModel, Reconstructs, configure, unfit
 from genfuse.testing._clauses import BrokenError, Clauses, clause
-from genfuse.training import Trainer
+from genfuse.training import Run, Trainer
 from genfuse.training.run import plugin_of
 
 PLUGIN: Clauses = {}  # of a class
@@ -237,7 +237,7 @@ def _run_folder(case: ModelCase) -> None:
         torch.manual_seed(0)
         model = case.cls.from_config(case.config)
         run = case.trainer(2, out=Path(folder, "run")).fit(model, case.data)
-        assert run is not None
+        assert isinstance(run, Run)
         again = run.model()
     _same_state(model, again, "of the model that was loaded")
     if not torch.equal(case.draw(model.eval(), 4), case.draw(again, 4)):

@@ -1,5 +1,8 @@
 """The pictures of a trained model: which ones follows from the verbs that it has."""
 
+import inspect
+import math
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -10,10 +13,20 @@ from torch import Tensor
 
 from genfuse import plots
 from genfuse.data import Dataset
-from genfuse.models import DrawsLatents, Encodes, GenerativeModel, HasPosterior, HasTrajectory, Reconstructs
+from genfuse.models import (
+    Decodes,
+    DrawsLatents,
+    Encodes,
+    GenerativeModel,
+    HasPosterior,
+    HasTrajectory,
+    Reconstructs,
+)
 
 PAIRS = 16  # of originals and reconstructions
-ROWS, STEPS = 8, 10  # of interpolations
+ROWS, STEPS = 8, 10  # of interpolations, and of traversals of latent dimensions
+CLASSES = 20  # that have a row of samples each, at most
+PLANE = 16  # latents along each of two dimensions
 MOMENTS = 9  # of a training, its start and its end among them
 
 
@@ -27,7 +40,8 @@ def draw(
 ) -> list[Path]:
     """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
 
-    Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``. Tables:
+    Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``, denoising.png of
+    diffusion, and of VAEs traversal.png, along latent dimensions, and manifold.png if there are two. Tables:
     samples.png, two columns as points beside the data's, more as histograms over them. Two columns: density.png with
     ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png if there are ``metrics``,
     and progress.png of images and of two columns where ``progress`` has samples (N, *shape) of several steps. A
@@ -50,8 +64,14 @@ def draw(
         generator = torch.Generator(model.device).manual_seed(0)
         labels = test.y if model.conditional else None
         if data.is_image:
-            images = model.sample(plots.SAMPLES, generator=generator, **_given(_repeated(labels, plots.SAMPLES)))
-            plots.sample_grid(images, at("samples.png"))
+            if labels is None or data.condition:
+                images = model.sample(plots.SAMPLES, generator=generator, **_given(_repeated(labels, plots.SAMPLES)))
+                plots.sample_grid(images, at("samples.png"))
+            else:  # a row of each class, by its name
+                classes = model.drawn_labels[:CLASSES].to(model.device)
+                images = model.sample(8 * len(classes), generator=generator, **_given(classes.repeat_interleave(8)))
+                names = [data.class_names[i] if data.class_names else str(i) for i in classes.tolist()]
+                plots.rows(images.split(8), names, at("samples.png"))
         elif len(data.shape) == 1:
             samples = model.sample(len(test.x), generator=generator, **_given(labels))
             (plots.scatter if data.shape == (2,) else plots.histograms)(
@@ -71,9 +91,17 @@ def draw(
             a, b = (model.latents(ROWS, generator=generator) for _ in range(2))
             between = model.interpolate_latents(a, b, STEPS, **_given(_repeated(labels, ROWS)))
             plots.sample_grid(between.transpose(0, 1).flatten(0, 1), at("interpolation.png"), STEPS)
+        if data.is_image and "steps" in inspect.signature(getattr(model, "trajectory", len)).parameters:
+            noise = torch.randn(ROWS, math.prod(data.shape), generator=generator, device=model.device)
+            path = model.trajectory(noise, **_given(_repeated(labels, ROWS)))  # type: ignore[operator]
+            seen = [(0.5 + noise / 6).view_as(path[-1]), *plots.evenly(path[1:], STEPS - 1)]
+            plots.sample_grid(torch.stack(seen, 1).flatten(0, 1), at("denoising.png"), len(seen))
         if isinstance(model, Encodes):
             points, title = _latents(model, test.x, labels)
-            plots.latent_space(points, None if data.condition else test.y, at("latent.png"), title)
+            y = None if data.condition else test.y
+            plots.latent_space(points, y, at("latent.png"), title, data.class_names)
+            if data.is_image and isinstance(model, HasPosterior) and isinstance(model, Decodes):
+                _decoded(model, points, labels, at)
     if any(entry["split"] == "train" for entry in metrics):
         plots.curves(metrics, at("curves.png"), model.loss_unit)
     if progress and len(progress) > 1:
@@ -83,6 +111,24 @@ def draw(
         else:
             plots.points_over_time(kept, test.x, at("progress.png"), data.scaling)
     return drawn
+
+
+def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[str], Path]) -> None:
+    """What lies along the latent dimensions that vary most, and, if there are two, all over their plane."""
+    spread, middle = points.std(0), points.mean(0)
+    chosen = spread.argsort(descending=True)[:ROWS].sort().values
+    z = points[0].repeat(len(chosen), STEPS, 1)
+    steps = torch.linspace(-2.5, 2.5, STEPS, device=points.device)
+    rows = torch.arange(len(chosen))
+    z[rows, :, chosen] = middle[chosen, None] + spread[chosen, None] * steps
+    images = model.decode(z.flatten(0, 1), **_given(None if labels is None else labels[:1].expand(z[..., 0].numel())))
+    plots.rows(images.split(STEPS), [f"z{i + 1}" for i in chosen.tolist()], at("traversal.png"))
+    if len(middle) == 2:
+        across, up = (points[:, i].quantile(torch.linspace(0.01, 0.99, PLANE).to(points)) for i in range(2))
+        z = torch.cartesian_prod(up.flip(0), across).flip(1)
+        plots.sample_grid(
+            model.decode(z, **_given(None if labels is None else labels[:1].expand(len(z)))), at("manifold.png"), PLANE
+        )
 
 
 def _given(labels: Tensor | None) -> dict[str, Any]:

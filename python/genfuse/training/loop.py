@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from genfuse.data import Dataset
+from genfuse.data import Dataset, augmented
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import Batch, GenerativeModel, Player
 from genfuse.training.checkpoint import STATE, Checkpoint, load_optimizers, optimizer_tensors
 from genfuse.training.options import Options
 from genfuse.training.process import (
+    AUGMENTATION,
     NOISE,
     ORDER,
     TEST,
@@ -94,6 +96,7 @@ class Loop:
         self.waited = 0  # epochs since then
         self.curve: list[tuple[int, float]] = []  # steps, and the loss on the test split after them
         self.recorder: Recorder | None = None
+        self.logged: list[dict[str, Any]] = []  # where there is no recorder
         self.essentials: dict[str, Any] | None = None  # what of config.json goes into a checkpoint
         self.pending: list[tuple[int, str, dict[str, Tensor]]] = []  # loss terms since the last look, on the device
         self.snapshot_steps: set[int] = set()  # steps after which samples are kept
@@ -145,8 +148,16 @@ class Loop:
                 with suppress(OSError):  # it is closed already, or there is another error
                     self.recorder.close()
             if interrupt():  # which an error that came after it does not swallow
+                self._tell_of(interrupt())
                 signal.raise_signal(interrupt())
                 raise KeyboardInterrupt  # whoever handles the signal otherwise must not take the run for finished
+
+    def _tell_of(self, number: int) -> None:
+        """Say where the run is saved, before a signal ends the process that would end without a word."""
+        if self.recorder and number != signal.SIGINT and self.checkpointed is not None:
+            name = signal.Signals(number).name
+            said = f"genfuse: {name}: {self.trainer.out} is saved at step {self.checkpointed}"
+            print(said, file=sys.stderr, flush=True)
 
     def _train(self, interrupt: Callable[[], int]) -> None:
         trainer, batch_size = self.trainer, self.trainer.batch_size
@@ -161,11 +172,13 @@ class Loop:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(seed_of(trainer.seed, ORDER, epoch))
             order = torch.randperm(len(self.data.splits["train"]), generator=generator)[: self.examples]
-            for index in order.to(self.fabric.device).split(batch_size)[first:]:
+            chunks = order.to(self.data.splits["train"].x.device).split(batch_size)[first:]
+            batches = self.data.batches("train", (chunk[rank::world] if world > 1 else chunk for chunk in chunks))
+            for index, batch in zip(chunks, batches, strict=True):
                 player = self._turn()
                 if player != active:
                     self._activate(active := player)
-                self._update(player, index if world == 1 else index[rank::world])
+                self._update(player, batch)
                 self.step += 1
                 self.seen += len(index)
                 self.progress.step(self.step, epoch + 1)
@@ -202,10 +215,14 @@ class Loop:
         with torch.no_grad():
             self.model.prepare(self.data.batch("train", index) for index in order.split(self.trainer.batch_size))
 
-    def _update(self, player: int, index: Tensor) -> None:
+    def _update(self, player: int, batch: Batch) -> None:
         name, stepper = self.players[player].name, self._steppers[player]
         optimizer = self.optimizers[name]
-        loss, terms = self._training_loss(self.data.batch("train", index), name)
+        if self.trainer.flip or self.trainer.shift:  # by the step, so that a run that is resumed goes on alike
+            generator = torch.Generator()
+            generator.manual_seed(seed_of(self.trainer.seed, AUGMENTATION, self.step, self.fabric.global_rank))
+            batch = batch._replace(x=augmented(batch.x, self.trainer.flip, self.trainer.shift, generator))
+        loss, terms = self._training_loss(batch, name)
         self.fabric.backward(loss)
         scaler, clip, several = getattr(self.precision, "scaler", None), self.trainer.grad_clip, len(self.players) > 1
         if clip is not None or (several and not scaler):  # the balance of players shows in their gradients
@@ -374,6 +391,8 @@ class Loop:
         line = {"step": self.step, "epoch": self._epoch(self.step), "split": split, **shown}
         if self.recorder:
             self.recorder.log(line)
+        elif self.trainer.out is None:
+            self.logged.append(line)
         for callback in self.callbacks:
             self.ended = callback(dict(line)) is True or self.ended
 

@@ -24,6 +24,10 @@ class Options:
     """The learning rate over the steps: as it is, or falling to 0 at the last step along half a cosine."""
     grad_clip: float | None = None
     """Largest norm of a player's gradient; a larger one is scaled down to it."""
+    flip: bool = False
+    """Images: mirror each training example left to right, or not, by chance."""
+    shift: int = 0
+    """Images: move each training example by up to so many pixels along both axes, by chance; its edges are repeated."""
     keep: Literal["last", "best"] = "last"
     """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch."""
     patience: int | None = None
@@ -68,8 +72,9 @@ class Options:
         ):
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.seed < 0:
-            raise SettingsError(f"seed must be at least 0, got {self.seed}")
+        for name in ("seed", "shift"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.resume and self.overwrite:
             raise SettingsError("resume and overwrite exclude each other")
         if self.resume and self.out is None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ORDER, NOISE, TEST = range(3)  # what a random stream is for
+ORDER, NOISE, TEST, AUGMENTATION = range(4)  # what a random stream is for
 
 
 def seed_of(*key: int) -> int:

@@ -9,6 +9,7 @@ one that was edited is not taken for the one they were trained by.
 """
 
 import dataclasses
+import html
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse import models, plugins
+from genfuse import models, plots, plugins
 from genfuse._files import (
     demand,
     intact,
@@ -88,7 +89,20 @@ FORMAT_OF_DATA = {  # what older runs do not have
     "splits": dict[str, str],
     "options": dict[
         typing.Literal[
-            "header", "delimiter", "decimal", "condition", "validation", "columns", "drop", "types", "target"
+            "header",
+            "delimiter",
+            "decimal",
+            "condition",
+            "validation",
+            "columns",
+            "drop",
+            "types",
+            "target",
+            "size",
+            "fit",
+            "mode",
+            "damaged",
+            "stream",
         ],
         str,
     ],
@@ -97,7 +111,40 @@ FORMAT_OF_DATA = {  # what older runs do not have
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}
 
 
-class Run:
+class History:
+    """What a training logged."""
+
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self._entries = entries
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The entries, in order, as the lines of metrics.jsonl: docs/runs.md says what is in them."""
+        return self._entries
+
+    @property
+    def losses(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, loss) over the training, by split, as "train"; where there are several players "train, critic"."""
+        entries = [entry for entry in self.metrics() if entry["split"] in plots.SPLITS]
+        several = len({entry["player"] for entry in entries}) > 1
+        found: dict[str, list[tuple[int, float]]] = {}
+        for entry in entries:
+            name = entry["split"] + (f", {entry['player']}" if several else "")
+            found.setdefault(name, []).append((entry["step"], entry["loss"]))
+        return found
+
+    def __repr__(self) -> str:
+        ends = "; ".join(f"{name} {points[-1][1]:.5g} at step {points[-1][0]}" for name, points in self.losses.items())
+        return f"<{self._name()}: {ends or 'nothing logged'}>"
+
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _repr_html_(self) -> str:
+        drawn = plots.as_html(plots.curves, self.metrics()) if self.losses else ""
+        return f"<p>{html.escape(repr(self))}</p>{drawn}"
+
+
+class Run(History):
     """An existing run folder. Nothing is written to it.
 
     Raises RunError, which names file and key, if ``path`` is not a run folder, is half there, damaged, of another
@@ -117,6 +164,12 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        model, data = (html.escape(str(self.config[key]["name"])) for key in ("model", "data"))
+        pictures = [self.path / PICTURES / f"{name}.png" for name in ("samples", "curves")]
+        shown = "".join(plots.inline(file, 420) for file in pictures if file.is_file())
+        return f"<p>{html.escape(repr(self))}: {model} on {data}, {self.step:,} steps</p>{shown}"
 
     @property
     def scaling(self) -> Scaling | None:

@@ -37,8 +37,10 @@ class Trainer(Options):
         """The trainer that continues a run, with some options changed: ``Trainer.resuming(run, epochs=40)``."""
         return cls(**{**finished.config["training"], "out": finished.path, "resume": True, **changes})
 
-    def fit(self, model: GenerativeModel, data: Any, callbacks: Sequence[Callback] = ()) -> run.Run | None:
-        """Train ``model`` on the training split of ``data``; returns the run folder where ``out`` is given, else None.
+    def fit(self, model: GenerativeModel, data: Any, callbacks: Sequence[Callback] = ()) -> run.History:
+        """Train ``model`` on the training split of ``data``; returns its losses, as the run where ``out`` is given.
+
+        A progress bar is shown on a terminal and in notebooks, where what is returned shows itself.
 
         ``data`` is a Dataset, or what `load_data` makes one of: a name, a DataFrame, an array, a torch Dataset. If the
         best weights are kept and it has no validation split, `Dataset.with_validation` makes one, as a warning says.
@@ -77,6 +79,10 @@ class Trainer(Options):
                 DataWarning,
                 stacklevel=2,
             )
+        if (self.flip or self.shift) and not (data.is_image and self.shift < min(data.shape[1:])):
+            raise SettingsError(
+                f"flip and shift are of images, by less than a side; the shape of {data.name!r} is {data.shape}"
+            )
         fabric = self._fabric(len(players))
         out = None if self.out is None else Path(self.out)
         config = None
@@ -99,9 +105,10 @@ class Trainer(Options):
                 if self.resume and config is not None:
                     check_same(out, config)
             stack.enter_context(forked_rng(fabric.device))
-            Loop(self, fabric, model, players, data, callbacks).run(out, config)
+            loop = Loop(self, fabric, model, players, data, callbacks)
+            loop.run(out, config)
             if out is None:
-                return None
+                return run.History(loop.logged)
             fabric.barrier()
             finished = run.Run(out)
             if self.pictures and fabric.is_global_zero:
