@@ -21,7 +21,8 @@ LAYERS = [
     {"plots"},
     {"training"},
     {"metrics"},
-    {"comparison", "doctor"},
+    {"applications"},
+    {"comparison", "doctor", "sklearn"},
     {"cli"},
     {"testing"},
     {"", "__main__"},  # the package itself, which imports the names of others when they are first used

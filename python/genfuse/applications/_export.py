@@ -114,9 +114,23 @@ def _exported(run: Run, model: GenerativeModel, verb: str) -> torch.export.Expor
         given = [torch.randn(EXAMPLES, width) if context and width else torch.zeros(EXAMPLES, dtype=torch.int64)]
     program = _Program(model, verb, scaling).eval()
     with torch.no_grad(), _quiet():
-        dynamic = ({0: Dim.DYNAMIC}, tuple({0: Dim.DYNAMIC} for _ in given))
+        dynamic = ({0: Dim.DYNAMIC}, *([({0: Dim.DYNAMIC},)] if given else []))
         exported = torch.export.export(program, (x, *given), dynamic_shapes=dynamic, strict=True)
-        return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions()})
+        solve = {torch.ops.aten.linalg_solve_triangular.default: _solved}
+        return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions(), **solve})
+
+
+def _solved(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Tensor:
+    """`torch.linalg.solve_triangular`, which ONNX does not have, by substitution."""
+    if not left:
+        return _solved(a.mT, b.mT, upper=not upper, unitriangular=unitriangular).mT
+    n, x = a.shape[-1], b[..., :0, :]
+    for i in reversed(range(n)) if upper else range(n):
+        known = slice(i + 1, n) if upper else slice(0, i)
+        row = b[..., i : i + 1, :] - a[..., i : i + 1, known] @ x
+        row = row if unitriangular else row / a[..., i : i + 1, i : i + 1]
+        x = torch.cat([row, x] if upper else [x, row], -2)
+    return x
 
 
 def _write(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -82,7 +82,7 @@ def scores(
     samples: int = 50,
     seed: int = 0,
 ) -> Tensor:
-    """How odd examples x (N, *shape) are, (N,) in float32 on the CPU: the higher, the odder.
+    """How odd examples x (N, *shape) are, (N,) on the CPU: the higher, the odder.
 
     ``method`` is the first of `METHODS` that the model has, or one by name: ``likelihood``, -log p(x) in nats, exact or
     bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``); ``reconstruction``; ``denoising``; or
@@ -97,7 +97,7 @@ def scores(
         for start in range(0, len(x), rows):
             torch.manual_seed(seed + start)
             given = {} if y is None else {"y": y[start : start + rows]}
-            found.append(of(model, x[start : start + rows], given, samples).float().cpu())
+            found.append(of(model, x[start : start + rows], given, samples).cpu())
     return torch.cat(found) if found else torch.empty(0)
 
 
