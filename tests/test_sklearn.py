@@ -41,7 +41,9 @@ def test_densities_are_those_of_the_rows_in_their_own_units(people):
 
 
 def test_what_breaks_the_pattern_is_found(people):
-    detector = AnomalyDetector("nsf", contamination=0.02, settings={"hidden": 32}, steps=300, random_state=0).fit(people)
+    detector = AnomalyDetector("nsf", contamination=0.02, settings={"hidden": 32}, steps=300, random_state=0).fit(
+        people
+    )
     assert (detector.predict(people) < 0).mean() == pytest.approx(0.02, abs=0.005)
     odd = pd.DataFrame({"age": [40.0, 40.0], "income": [40_000.0, 65_000.0]})  # each value alone is usual
     assert detector.predict(odd).tolist() == [1, -1]

@@ -37,10 +37,7 @@ class _Program(nn.Module):
         inward = self.verb in ("log_prob", "encode")
         if self.scaled and inward:
             x = ((x - self.mean) / self.std).float()
-        if self.verb == "sample" and isinstance(self.model, HasTrajectory):
-            out = self.model.trajectory(x, *y)[-1]
-        else:
-            out = getattr(self.model, "decode" if self.verb == "sample" else self.verb)(x, *y)
+        out = self.model.trajectory(x, *y)[-1] if self.verb == "sample" else getattr(self.model, self.verb)(x, *y)
         if not self.scaled or self.verb == "encode":
             return out
         return out - self.std.log().sum().float() if inward else out.double() * self.std + self.mean
@@ -53,7 +50,7 @@ def verbs_of(model: GenerativeModel) -> list[str]:
         "log_prob": "log_prob" in model.likelihoods and not hasattr(model, "log_prob_and_error"),  # which solves an ODE
         "encode": isinstance(model, Encodes),
         "decode": isinstance(model, Decodes),
-        "sample": isinstance(model, HasTrajectory) or (isinstance(model, Decodes) and standard),
+        "sample": standard and isinstance(model, (Decodes, HasTrajectory)),
     }
     return [verb for verb, there in has.items() if there]
 
@@ -90,10 +87,12 @@ def export(
         raise SettingsError(
             f"a {type(model).__name__} has no {missing[0]} that could be exported; it has: {', '.join(has) or 'none'}"
         )
-    files = []
+    files, programs = [], {}
     for verb in verbs or has:
+        of = "decode" if verb == "sample" and isinstance(model, Decodes) else verb
+        programs[of] = programs.get(of) or _exported(run, model, of)
         file = out.with_name(f"{out.stem}-{verb}{out.suffix}")
-        _write(_exported(run, model, verb), file)
+        _write(programs[of], file)
         say(f"written: {file}")
         files.append(file)
     return files

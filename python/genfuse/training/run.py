@@ -182,6 +182,25 @@ class Run:
             raise RunError(f"{self.path / WEIGHTS} does not fit the model that {CONFIG} names: {error}") from None
         return model.to(device).eval()
 
+    def start(self, model: GenerativeModel) -> list[str]:
+        """Give ``model`` the weights of the run, as the start of another training, and return what is other in its
+        settings. Raises SettingsError if it is another kind of model, or its weights have other names or shapes."""
+        weights, _ = read_tensors(self.path / WEIGHTS)
+        was, named = self.config["model"], model.plugin or plugin_of(type(model))
+        now = {"name": named, **json.loads(json.dumps(dataclasses.asdict(model.config)))}
+        found = [f"name: was {was['name']!r}, now {named!r}"] if was["name"] != named else differences(
+            {"model": {"name": named, **was["settings"]}}, {"model": now})  # fmt: skip
+        try:
+            if was["name"] != named:
+                raise RuntimeError(f"{named} is no {was['name']}")
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = "; ".join(found) or str(error)
+            raise SettingsError(
+                f"the weights of {self.path} do not fit this {type(model).__name__}: {reason}"
+            ) from None
+        return found
+
     def data(self, root: str | Path | None = None, name: Any = None) -> Dataset:
         """The data set that the run was trained on, from where it was then, or from ``root``.
 
