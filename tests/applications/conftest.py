@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import genfuse
 
@@ -43,10 +44,19 @@ def odd(tmp_path, people) -> Path:
     """Rows of which two are odd: row 7 breaks the pattern of usual values, row 9 has a value that is far out. The columns
     stand in another order, beside two others."""
     rows = pd.read_csv(people).head(60)
-    rows.loc[7, "income"] = 1000 * rows.age[7] - 15000
+    rows.loc[7, "income"] = 1000 * rows.age[7] - 30000
     rows.loc[9, "noise"] = 9.0
     rows["odd"] = [int(i in (7, 9)) for i in range(60)]
     rows["id"] = np.arange(60) * 3
     path = tmp_path / "odd.csv"
     rows[["id", "noise", "income", "odd", "age"]].to_csv(path, index=False)
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """These models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

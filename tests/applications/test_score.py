@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -51,7 +53,7 @@ def test_a_weight_is_what_the_best_of_the_models_values_takes_from_the_score():
 
     x = torch.tensor([[3.0, 0.0], [0.1, -2.0]])
     best = (torch.linspace(-1, 1, 16) + 0.5).square().min()
-    assert torch.allclose(weights(Gaussian(), x), (0.5 * (x.square() - best)).clamp(min=0))
+    assert torch.allclose(weights(Gaussian(), x), (0.5 * (x.square() - best)).clamp(min=0), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,16 @@ def test_a_single_picture_and_a_single_row_are_scored(trained, tmp_path):
     assert len(score(trained(**FLOW), np.array([[50.0, 50000.0, 0.0]]))) == 1
 
 
+def test_images_of_other_levels_are_taken_in_those_of_the_run(trained):
+    run, test = trained("realnvp", "digits", steps=2, channels=8), genfuse.load_data("digits").splits["test"]
+    fine = (test.x.float() * 255 / 16).round().byte().numpy()  # of 256 levels, the 17 of the run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        assert torch.equal(examples(run, fine).data.splits["test"].x, test.x)
+    with pytest.warns(DataWarning, match="has 256 levels, and the run 17: each is taken for the nearest"):
+        examples(run, np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8))
+
+
 def test_detection_agrees_with_scikit_learn_and_keeps_its_false_alarms():
     draw = np.random.default_rng(0)
     labels = draw.random(500) < 0.1
@@ -155,7 +167,6 @@ def test_detection_agrees_with_scikit_learn_and_keeps_its_false_alarms():
     assert found["average_precision"] == average_precision_score(labels, values)
     alarms = values >= found["threshold"]
     assert alarms[~labels].mean() == found["false_positive_rate"] <= 0.1
-    assert (values >= np.sort(values[~labels])[-51 if labels.sum() else -1])[~labels].mean() > 0.1 or True
     lower = values[values < found["threshold"]].max()
     assert (values >= lower)[~labels].mean() > 0.1  # the next threshold would be too low
     assert alarms[labels].mean() == found["true_positive_rate"]
@@ -193,8 +204,6 @@ def test_labels_are_a_column_of_the_file_an_array_beside_it_or_another_file(trai
     assert labels_of(both, "y").tolist() == rows["odd"].tolist()
     with pytest.raises(DataError, match="has no labels 'age', and there is no such file; it has: id, odd"):
         labels_of(found, "age")
-    with pytest.warns(DataWarning):
-        rows[["odd"]].head(30).to_csv(tmp_path / "few.csv", index=False)
-        with pytest.raises(DataError, match="must hold one label for each of the 60 examples"):
-            labels_of(found, tmp_path / "few.csv")
-        examples(run, odd)
+    rows[["odd"]].head(30).to_csv(tmp_path / "few.csv", index=False)
+    with pytest.raises(DataError, match="must hold one label for each of the 60 examples"):
+        labels_of(found, tmp_path / "few.csv")

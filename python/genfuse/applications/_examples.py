@@ -76,7 +76,7 @@ def examples(
     of which one ``split`` is taken, or data as `load_data` takes it. What comes in one piece is taken whole.
 
     Raises DataError for examples of another shape, columns that are missing, or labels that the run does not know; and
-    what `load_data` and the model's ``check_data`` raise. A DataWarning names columns that are not used.
+    what `load_data` and the model's ``check_data`` raise. A DataWarning tells of images of other levels than the run's.
     """
     run = run if isinstance(run, Run) else Run(run)
     was = run.config["data"]
@@ -98,6 +98,8 @@ def examples(
             f"was trained on {kinds.get(len(shape), 'others')} of shape {shape}"
         )
     model = run.model(device)
+    if was["binarize"] == "none" and model.levels and data.levels and model.levels != data.levels:
+        data = _in_levels(data, model.levels)
     data = data.binarized(was["binarize"], was["seed"])
     if model.conditional and not data.condition:
         data = _labelled(run, data)
@@ -160,6 +162,19 @@ def _in_units_of(run: Run, data: Dataset, split: str, by_name: bool) -> tuple[Da
     y = data.splits[split].y if given is None else given.apply(values[:, order[own:]])
     both = dict.fromkeys(("train", "test", split), Split(rows, y))
     return replace(data, splits=both, scaling=scaling, condition_scaling=given), columns
+
+
+def _in_levels(data: Dataset, levels: int) -> Dataset:
+    """Discrete examples with the nearest of so many levels."""
+    assert data.levels is not None
+    exact = {part: split.x.double() * ((levels - 1) / (data.levels - 1)) for part, split in data.splits.items()}
+    if any(float((x - x.round()).abs().max()) > (levels - 1) / (data.levels - 1) / 2 + 1e-9 for x in exact.values()):
+        warnings.warn(
+            f"{data.name} has {data.levels} levels, and the run {levels}: each is taken for the nearest", DataWarning,
+            stacklevel=3,
+        )  # fmt: skip
+    splits = {part: replace(split, x=exact[part].round().to(torch.uint8)) for part, split in data.splits.items()}
+    return replace(data, splits=splits, levels=levels)
 
 
 def _labelled(run: Run, data: Dataset) -> Dataset:
