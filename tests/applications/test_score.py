@@ -112,8 +112,8 @@ def test_a_file_that_does_not_fit_the_run_is_named_with_what_is_wrong(trained, p
     run, images = trained(**FLOW), trained("vae", "digits", steps=2)
     rows = pd.read_csv(odd)
     for columns, message in (
-        (["income", "noise"], "has no column age, which the run"),
-        (["id", "odd"], "has no column age, income, noise"),
+        (["income", "noise"], "other.csv has no column age; it has: income, noise"),
+        (["id", "odd"], "other.csv has 2 columns, and the run .* was trained on 3: age, income, noise"),
     ):
         rows[columns].to_csv(tmp_path / "other.csv", index=False)
         with pytest.raises(DataError, match=message):
@@ -158,6 +158,32 @@ def test_images_of_other_levels_are_taken_in_those_of_the_run(trained):
         examples(run, np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8))
 
 
+@pytest.mark.parametrize("model", ["vae", "nsf"])
+def test_rows_with_words_and_empty_cells_are_read_as_the_run_reads_them(model, trained, tmp_path):
+    draw = np.random.default_rng(0)
+    plan = draw.choice(["basic", "plus"], 600)
+    calls = np.where(plan == "plus", draw.poisson(40, 600), draw.poisson(4, 600))
+    frame = pd.DataFrame({"id": np.arange(600) + 5, "plan": plan, "calls": calls, "paid": draw.normal(9, 2, 600).round(2)})
+    frame.loc[::9, "paid"] = np.nan
+    frame.to_csv(tmp_path / "plans.csv", index=False)
+    run = trained(model, f"csv:{tmp_path / 'plans.csv'}", steps=300, hidden=32)
+    new = frame[["calls", "paid", "plan"]].head(40).assign(odd="no")
+    new.loc[3, ["plan", "calls"]] = ["basic", 40]
+    new.loc[3, "odd"] = "yes"
+    new.to_csv(tmp_path / "new.csv", index=False)
+    scored = score(run, tmp_path / "new.csv").sort_values("score")
+    assert scored["row"].iloc[-1] == 3
+    assert scored["column_1"].iloc[-1] in ("plan", "calls")
+    assert score(run, new)["score"].to_numpy() == pytest.approx(scored.sort_index()["score"].to_numpy(), abs=1e-4)
+    with pytest.raises(DataError, match="labels must be 0, or 1 .*; got no, yes"):
+        detection(scored["score"], labels_of(examples(run, tmp_path / "new.csv"), "odd"))
+    new.loc[5, "plan"] = "gold"
+    with pytest.raises(DataError, match=r"row 5, column 3 \(plan\): one of the categories basic, plus.*; got 'gold'"):
+        score(run, new)
+    found = examples(run, tmp_path / "new.csv")
+    assert set(found.restored(found.batch.x)["plan"]) == {"basic", "plus"}
+
+
 def test_detection_agrees_with_scikit_learn_and_keeps_its_false_alarms():
     draw = np.random.default_rng(0)
     labels = draw.random(500) < 0.1
@@ -198,10 +224,8 @@ def test_labels_are_a_column_of_the_file_an_array_beside_it_or_another_file(trai
     rows[["odd"]].to_csv(tmp_path / "labels.csv", index=False)
     assert labels_of(found, tmp_path / "labels.csv").tolist() == rows["odd"].tolist()
     np.savez(tmp_path / "both.npz", X=rows[["age", "income", "noise"]].to_numpy(), y=rows["odd"].to_numpy())
-    with pytest.raises(DataError, match="has no header"):
-        examples(run, tmp_path / "both.npz")
-    both = examples(run, (rows[["age", "income", "noise"]].to_numpy(), rows["odd"].to_numpy()))
-    assert labels_of(both, "y").tolist() == rows["odd"].tolist()
+    for file in (tmp_path / "both.npz", (rows[["age", "income", "noise"]].to_numpy(), rows["odd"].to_numpy())):
+        assert labels_of(examples(run, file), "y").tolist() == rows["odd"].tolist()
     with pytest.raises(DataError, match="has no labels 'age', and there is no such file; it has: id, odd"):
         labels_of(found, "age")
     rows[["odd"]].head(30).to_csv(tmp_path / "few.csv", index=False)

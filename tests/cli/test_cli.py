@@ -701,7 +701,9 @@ def test_sample_overwrites_nothing_unasked(capsys, run, tmp_path):
 
 
 def test_what_sample_cannot_do_is_said(capsys, run, tmp_path):
-    assert "--out must end in .png, .npy or .npz; got x.jpg; of tables in .csv, too" in fails(capsys, "sample", run, "--out", "x.jpg")
+    assert "--out must end in .png, .npy or .npz; got x.jpg; of tables in .csv, too" in fails(
+        capsys, "sample", run, "--out", "x.jpg"
+    )
     assert "--n must be at least 1; got 0" in fails(capsys, "sample", run, "--out", "x.png", "--n", "0")
     assert "--device must be" in fails(capsys, "sample", run, "--out", "x.png", "--device", "abacus")
     assert "there is no run folder" in fails(capsys, "sample", tmp_path / "absent", "--out", "x.png")

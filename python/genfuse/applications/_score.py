@@ -44,7 +44,7 @@ METHODS = {
     "reconstruction": Method(
         "mean squared error of a reconstructed cell",
         lambda model: isinstance(model, Reconstructs),
-        lambda model, x, given, _: (model.reconstruct(x, **given) - x).square().flatten(1).mean(1),
+        lambda model, x, given, _: (model.reconstruct(x, **given) - x).square().flatten(1).nanmean(1),
     ),
     "denoising": Method(
         "mean squared error of what the denoiser predicts, of a cell",
