@@ -68,6 +68,19 @@ def test_they_clone_pickle_and_search(people):
     assert np.isfinite(density.score(people))
 
 
+def test_tables_of_several_kinds_go_in_and_come_out(people):
+    mixed = people.assign(plan=np.where(people.age > 50, "plus", "basic"), visits=people.age.round().astype(int))
+    mixed.loc[::7, "income"] = np.nan
+    drawn = Synthesizer("vae", settings={"hidden": 8}, steps=20, random_state=0).fit(mixed).sample(50)
+    assert list(drawn.columns) == list(mixed.columns)
+    assert set(drawn["plan"]) <= {"plus", "basic"}
+    assert drawn["income"].isna().any()
+    detector = AnomalyDetector("nsf", settings={"hidden": 8}, steps=20, random_state=0).fit(mixed)
+    assert np.isfinite(detector.score_samples(mixed)).all()
+    with pytest.raises(ValueError, match="one of the categories basic, plus"):
+        detector.predict(mixed.assign(plan="gold"))
+
+
 def test_a_model_without_the_verb_is_named(people):
     with pytest.raises(SettingsError, match="a GAN does not encode: use a VAE or a flow"):
         Transformer("gan", **SMALL).fit(people)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, OutlierMixin, TransformerMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from typing_extensions import Self
@@ -20,7 +20,8 @@ from genfuse.training import Trainer
 
 
 class _Estimator(BaseEstimator):
-    """A model by name, trained on a table X (n_samples, n_features): an array or a DataFrame of numbers.
+    """A model by name, trained on a table X (n_samples, n_features): an array of numbers, or a DataFrame, whose columns
+    may be numbers, integers, categories, booleans or dates, with cells missing.
 
     Args:
         model: of `genfuse list models`.
@@ -29,7 +30,8 @@ class _Estimator(BaseEstimator):
         device: where it is trained.
         random_state: seed of the first weights, the order of the examples, and noise.
 
-    Attributes: ``model_``, the trained model in float64, and ``scaling_``, of its columns. Errors are ValueErrors.
+    Attributes: ``model_``, the trained model in float64; ``scaling_``, of its columns, and their ``schema_``, if they
+    are not all real numbers. Errors are ValueErrors.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class _Estimator(BaseEstimator):
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
         """Train the model on all rows of X. ``y`` is not used."""
-        rows = validate_data(self, X, dtype=np.float64)
+        rows = self._checked(X, reset=True)
         self._seed = int(check_random_state(self.random_state).randint(2**31))
         data = load_data(rows, hold_out=False, seed=self._seed)
         with torch.random.fork_rng():
@@ -56,18 +58,35 @@ class _Estimator(BaseEstimator):
             model = create(self.model, data, **(self.settings or {}))
         options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr}
         Trainer(**options, device=self.device, seed=self._seed, pictures=False).fit(model, data)
-        self.model_, self.scaling_ = model.double(), data.scaling
-        self._columns = getattr(X, "columns", None)
+        self.model_, self.scaling_, self.schema_ = model.double(), data.scaling, data.schema
+        self._columns = (
+            list(data.scaling.names) if hasattr(rows, "iloc") and data.scaling and data.scaling.names else None
+        )
         return self
+
+    def _checked(self, X: Any, reset: bool = False) -> Any:  # noqa: N803
+        """A DataFrame as it is, anything else as an array of finite numbers."""
+        if hasattr(X, "iloc"):
+            return validate_data(self, X, reset=reset, skip_check_array=True).rename(columns=str)
+        return validate_data(self, X, dtype=np.float64, reset=reset)
 
     def _rows(self, X: Any) -> Tensor:  # noqa: N803
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=np.float64, reset=False)
+        rows = self._checked(X)
+        if self.schema_ is not None:
+            import pandas as pd
+
+            frame = rows if hasattr(rows, "iloc") else pd.DataFrame(rows, columns=self.schema_.names)
+            return self.schema_.encode(frame[list(self.schema_.names)], "X").to(self.model_.device, torch.float64)
+        if hasattr(rows, "iloc"):
+            rows = check_array(rows[self._columns] if self._columns else rows, dtype=np.float64)
         mean, std = (np.asarray(of) for of in (self.scaling_.mean, self.scaling_.std))
         return torch.from_numpy((rows - mean) / std).to(self.model_.device)
 
     def _restored(self, x: Tensor) -> Any:
         """Rows in the units, and as the kind, of what was fitted."""
+        if self.schema_ is not None:
+            return self.schema_.decode(x)
         values = self.scaling_.restore(x.cpu()).numpy()
         if self._columns is None:
             return values
@@ -167,7 +186,7 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator)
         super().fit(X)
         if not isinstance(self.model_, Encodes):
             raise SettingsError(f"a {type(self.model_).__name__} does not encode: use a VAE or a flow")
-        nothing = torch.zeros(1, self.n_features_in_, dtype=torch.float64, device=self.model_.device)
+        nothing = torch.zeros(1, len(self.scaling_.mean), dtype=torch.float64, device=self.model_.device)
         self._n_features_out = self.model_.encode(nothing).shape[1]
         return self
 

@@ -488,6 +488,10 @@ class Recorder:
         (self.path / PROGRESS).mkdir(exist_ok=True)
         with writing(self.path / PROGRESS / f"{step:08}.npy") as file:
             np.save(file, samples.float().cpu().numpy())
+        if samples.dim() == 4:
+            with named(self.path / TENSORBOARD):
+                images = samples if samples.shape[1] == 3 else samples[:, :1]
+                self._tensorboard.add_images("samples", images.float().clamp(0, 1), step)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, once all that was logged up to its step is safe."""
