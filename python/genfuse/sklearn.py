@@ -1,4 +1,4 @@
-"""scikit-learn's estimators around any registered model: they clone, pickle, and work in pipelines and grid searches."""
+"""scikit-learn's estimators around any registered model, for its pipelines, grid searches and pickles."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +33,9 @@ class _Estimator(BaseEstimator):
     Attributes: ``model_``, the trained model in float64; ``scaling_``, of its columns, and their ``schema_``, if they
     are not all real numbers. Errors are ValueErrors.
     """
+
+    model_: Any
+    scaling_: Any
 
     def __init__(
         self,
@@ -186,7 +189,9 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator)
         super().fit(X)
         if not isinstance(self.model_, Encodes):
             raise SettingsError(f"a {type(self.model_).__name__} does not encode: use a VAE or a flow")
-        nothing = torch.zeros(1, len(self.scaling_.mean), dtype=torch.float64, device=self.model_.device)
+        nothing = torch.zeros(
+            1, len(self.scaling_.mean), dtype=torch.float64, device=next(self.model_.parameters()).device
+        )
         self._n_features_out = self.model_.encode(nothing).shape[1]
         return self
 
@@ -201,5 +206,5 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator)
         check_is_fitted(self)
         if not isinstance(self.model_, Decodes):
             raise SettingsError(f"a {type(self.model_).__name__} does not decode")
-        z = torch.as_tensor(np.asarray(X), dtype=torch.float64, device=self.model_.device)
+        z = torch.as_tensor(np.asarray(X), dtype=torch.float64, device=next(self.model_.parameters()).device)
         return self._restored(self.model_.decode(z))

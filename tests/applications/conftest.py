@@ -41,8 +41,8 @@ def trained(tmp_path_factory, people):
 
 @pytest.fixture
 def odd(tmp_path, people) -> Path:
-    """Rows of which two are odd: row 7 breaks the pattern of usual values, row 9 has a value that is far out. The columns
-    stand in another order, beside two others."""
+    """Rows of which two are odd: row 7 breaks the pattern of usual values, row 9 has a value that is far out. The
+    columns stand in another order, beside two others."""
     rows = pd.read_csv(people).head(60)
     rows.loc[7, "income"] = 1000 * rows.age[7] - 30000
     rows.loc[9, "noise"] = 9.0

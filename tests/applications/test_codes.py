@@ -36,7 +36,7 @@ def test_between_two_examples_the_ends_are_the_examples(trained):
 def test_what_a_model_lacks_is_named(trained, odd):
     found = examples(trained("edm", hidden=(32, 32)), odd)
     for verb in (encode, reconstruct, interpolate):
-        with pytest.raises(SettingsError, match="a EDM has no .*; it has: sample, log_prob, elbo"):
+        with pytest.raises(SettingsError, match=r"a EDM has no .*; it has: sample, log_prob, elbo"):
             verb(found)
     flow = trained("nsf", hidden=32)
     with pytest.raises(SettingsError, match="got 1 examples and 10 steps"):

@@ -119,9 +119,9 @@ def test_a_file_that_does_not_fit_the_run_is_named_with_what_is_wrong(trained, p
         with pytest.raises(DataError, match=message):
             examples(run, tmp_path / "other.csv")
     rows[["age", "income", "noise"]].to_csv(tmp_path / "bare.csv", index=False, header=False)
-    with pytest.raises(DataError, match="has no header, and the run .* was trained on the columns age, income, noise"):
+    with pytest.raises(DataError, match=r"has no header, and the run .* was trained on the columns age, income, noise"):
         examples(run, tmp_path / "bare.csv")
-    with pytest.raises(DataError, match="has 2 columns, and the run .* was trained on 3: age, income, noise"):
+    with pytest.raises(DataError, match=r"has 2 columns, and the run .* was trained on 3: age, income, noise"):
         examples(run, np.ones((4, 2)))
     with pytest.raises(DataError, match=r"shape \(1, 8, 8\), images, and the run .* rows of a table of shape \(3,\)"):
         examples(run, "digits")
@@ -177,7 +177,7 @@ def test_rows_with_words_and_empty_cells_are_read_as_the_run_reads_them(model, t
     assert scored["row"].iloc[-1] == 3
     assert scored["column_1"].iloc[-1] in ("plan", "calls")
     assert score(run, new)["score"].to_numpy() == pytest.approx(scored.sort_index()["score"].to_numpy(), abs=1e-4)
-    with pytest.raises(DataError, match="labels must be 0, or 1 .*; got no, yes"):
+    with pytest.raises(DataError, match=r"labels must be 0, or 1 .*; got no, yes"):
         detection(scored["score"], labels_of(examples(run, tmp_path / "new.csv"), "odd"))
     new.loc[5, "plan"] = "gold"
     with pytest.raises(DataError, match=r"row 5, column 3 \(plan\): one of the categories basic, plus.*; got 'gold'"):

@@ -133,7 +133,7 @@ def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str
         frame = read_rows(path, **{key: options[key] for key in READING if key in options})
         if named and not frame.attrs["named"]:
             raise DataError(
-                f"{path} has no header, and the run {run.path} was trained on the columns {', '.join(names)}: give it one"
+                f"{path} has no header, and the run {run.path} was trained on the columns {', '.join(names)}"
             )
     elif hasattr(name, "iloc"):
         frame = name.rename(columns=str)
@@ -152,7 +152,8 @@ def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str
         frame.columns = pd.Index([str(i + 1) for i in range(len(names))])
     if len({*names} & {*frame.columns}) == 0:
         raise DataError(
-            f"{origin} has {frame.shape[1]} columns, and the run {run.path} was trained on {len(names)}: {', '.join(names)}"
+            f"{origin} has {frame.shape[1]} columns, and the run {run.path} was trained on {len(names)}: "
+            f"{', '.join(names)}"
         )
     others = [column for column in frame.columns if column not in names]
 
@@ -185,8 +186,8 @@ def _numbers(scaling: Scaling | None) -> Schema:
 def _misshaped(run: Run, data: Dataset) -> DataError:
     kinds, shape = {1: "rows of a table", 3: "images"}, tuple(run.config["data"]["shape"])
     return DataError(
-        f"{data.name} has examples of shape {data.shape}, {kinds.get(len(data.shape), 'others')}, and the run {run.path} "
-        f"was trained on {kinds.get(len(shape), 'others')} of shape {shape}"
+        f"{data.name} has examples of shape {data.shape}, {kinds.get(len(data.shape), 'others')}, and the run "
+        f"{run.path} was trained on {kinds.get(len(shape), 'others')} of shape {shape}"
     )
 
 
@@ -204,7 +205,7 @@ def _in_levels(data: Dataset, levels: int) -> Dataset:
 
 
 def _labelled(run: Run, data: Dataset) -> Dataset:
-    """The data with labels as the run numbers them, by their names. Raises DataError for names that it does not know."""
+    """The data with labels as the run numbers them, by their names. Raises DataError for unknown names."""
     if data.classes is None:
         return data
     known = run.class_names or tuple(map(str, range(run.config["model"]["settings"].get("classes") or 0)))
@@ -221,8 +222,8 @@ def _labelled(run: Run, data: Dataset) -> Dataset:
 
 
 def labels_of(found: Examples, labels: str | Path) -> np.ndarray:
-    """What says of each example whether it is odd: a column of the file that the model does not know, by name; ``y`` for
-    the labels in an npz file; or another file, of one number a row. Raises DataError if it is none of these."""
+    """What says of each example whether it is odd: a column of the file that the model does not know, by name; ``y``
+    for the labels in an npz file; or another file, of one number a row. Raises DataError if it is none of these."""
     name = str(labels)
     if name in found.columns:
         import pandas as pd
@@ -239,8 +240,8 @@ def labels_of(found: Examples, labels: str | Path) -> np.ndarray:
         x = data.splits["test"].x
         values = x if data.scaling is None else data.scaling.restore(x)
         if values.shape != (len(found.data.splits[found.split]), 1):
-            raise DataError(f"{name} must hold one label for each of the {len(found.data.splits[found.split])} examples; "
-                            f"got {tuple(values.shape)}")  # fmt: skip
+            count = len(found.data.splits[found.split])
+            raise DataError(f"{name} must hold one label for each of the {count} examples; got {tuple(values.shape)}")
         return values[:, 0].numpy().round(6)
     others = ", ".join([*found.columns, *(["y"] if y is not None and not found.data.condition else [])])
     raise DataError(f"{found.data.name} has no labels {name!r}, and there is no such file; it has: {others or 'none'}")

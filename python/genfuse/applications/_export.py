@@ -26,6 +26,10 @@ EXAMPLES = 3  # that a verb is traced with; a program takes any number of them
 class _Program(nn.Module):
     """One verb of a model, in the units of its data."""
 
+    model: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Any, verb: str, scaling: Any) -> None:
         super().__init__()
         self.model, self.verb, self.scaled = model, verb, scaling is not None
@@ -87,7 +91,8 @@ def export(
         raise SettingsError(
             f"a {type(model).__name__} has no {missing[0]} that could be exported; it has: {', '.join(has) or 'none'}"
         )
-    files, programs = [], {}
+    files: list[Path] = []
+    programs: dict[str, torch.export.ExportedProgram] = {}
     for verb in verbs or has:
         of = "decode" if verb == "sample" and isinstance(model, Decodes) else verb
         programs[of] = programs.get(of) or _exported(run, model, of)

@@ -31,8 +31,8 @@ class Method(NamedTuple):
 
 def _minus_likelihood(model: Any, x: Tensor, given: dict[str, Any], samples: int) -> Tensor:
     if hasattr(model, "iwae_bound"):
-        return -model.iwae_bound(x, samples, **given)  # type: ignore[no-any-return]
-    return -getattr(model, "log_prob" if "log_prob" in model.likelihoods else "elbo")(x, **given)  # type: ignore[no-any-return]
+        return -model.iwae_bound(x, samples, **given)
+    return -getattr(model, "log_prob" if "log_prob" in model.likelihoods else "elbo")(x, **given)
 
 
 METHODS = {
@@ -129,14 +129,14 @@ def score(
 ) -> "pd.DataFrame":  # fmt: skip
     """Score the examples of ``file`` by the model of a run: ``row`` from 0, and ``score``, as `scores` makes them.
 
-    For a table, ``column_1``, ``weight_1`` and so on are the three columns that weigh most, by `weights`, in each of the
-    ``explain`` oddest rows. ``reading`` is for `examples`.
+    For a table, ``column_1``, ``weight_1`` and so on are the three columns that weigh most, by `weights`, in each of
+    the ``explain`` oddest rows. ``reading`` is for `examples`.
     """
     import pandas as pd
 
     found = run if isinstance(run, Examples) else examples(run, file, **reading)
     x, y = found.batch
-    options = {"method": find_method(found.model, method), "samples": samples, "seed": seed}
+    options: dict[str, Any] = {"method": find_method(found.model, method), "samples": samples, "seed": seed}
     frame = pd.DataFrame({"row": np.arange(len(x)), "score": scores(found.model, x, y, **options).numpy()})
     can_sample = type(found.model).sample is not GenerativeModel.sample
     if len(found.data.shape) == 1 and explain > 0 and can_sample:

@@ -149,7 +149,6 @@ def evaluate(
 def _other_data(run: "Run", name: str, root: Path | None) -> "Dataset":
     """Other data than a run's, as its test split beside the run's own training split, if that is still there."""
     from genfuse.applications import examples
-    from genfuse.data import Dataset
 
     found = examples(run, name, root=root).data
     splits = {"test": found.splits["test"]}

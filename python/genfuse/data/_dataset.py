@@ -420,10 +420,10 @@ def load_data(
     columns are, "a=category,b=date:%d/%m/%Y" or a dict, in place of what is seen (`Schema`); ``target`` names the
     column that metrics predict.
     ``validation`` is the share of the training examples that `Dataset.with_validation` makes a split of. Without
-    ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in their order.
+    ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in order.
 
-    In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or images,
-    a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
+    In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or
+    images, a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
 
     Raises DataError if the data is absent, damaged or not of the kind that the name promises, and PluginError where
     the name is unknown or its plugin fails.

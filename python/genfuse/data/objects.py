@@ -1,7 +1,7 @@
 """Data that is given in Python: DataFrames, arrays, tensors, torch Datasets and DataLoaders."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,8 @@ def _array(part: Any, origin: str) -> np.ndarray:
         raise DataError(f"{origin}: no array can be made of it: {error}") from None
     if array.dtype == object and array.size and not isinstance(array.flat[0], str):
         raise DataError(
-            f"{origin}: expected a DataFrame, array, tensor, torch Dataset or DataLoader, a tuple (examples, labels) or "
-            f"a dict of them; got {type(part).__name__}, of {type(array.flat[0]).__name__}"
+            f"{origin}: expected a DataFrame, array, tensor, torch Dataset or DataLoader, a tuple (examples, labels) "
+            f"or a dict of them; got {type(part).__name__}, of {type(array.flat[0]).__name__}"
         )
     return array.astype(str) if array.dtype == object else array
 
@@ -92,10 +92,10 @@ def _levels(array: np.ndarray, origin: str) -> np.ndarray:
     return scaled.round().astype(np.uint8)
 
 
-def _collected(given: Iterable[Any], origin: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _collected(given: Any, origin: str) -> tuple[np.ndarray, np.ndarray | None]:
     """All examples, and labels if there are any, of a torch Dataset or of the batches of a DataLoader."""
     batched = isinstance(given, torch_data.DataLoader)
-    items = given if batched or not hasattr(given, "__len__") else (given[i] for i in range(len(given)))  # type: ignore[index]
+    items = given if batched or not hasattr(given, "__len__") else (given[i] for i in range(len(given)))
     x, y = [], []
     for item in items:
         pair = isinstance(item, (tuple, list)) and len(item) == 2

@@ -169,7 +169,8 @@ class GenerativeModel(nn.Module):
     shows in its verbs: ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats, and those of `Encodes`, `Decodes`,
     `Reconstructs`, `DrawsLatents`, `HasPosterior` and `HasTrajectory`.
 
-    Verbs take numpy's arrays too, and then return arrays. A conditional model is p(x | y). Every verb then takes ``y``: labels (N,), integers, or a context (N, C), floats.
+    Verbs take numpy's arrays too, and then return arrays. A conditional model is p(x | y). Every verb then takes ``y``:
+    labels (N,), integers, or a context (N, C), floats.
 
     Raises SettingsError from `from_config` for settings that no model can be made of.
     """
@@ -377,8 +378,8 @@ class GenerativeModel(nn.Module):
         return x
 
     def tensor_of(self, given: Any, label: bool = False) -> Any:
-        """A tensor on the model's device of a numpy array, in the model's dtype but for whole numbers that may be labels
-        or are refused as levels; anything else as it is. Raises DataError for an array of no real numbers."""
+        """A tensor on the model's device of a numpy array, in the model's dtype but for whole numbers that may be
+        labels or are refused as levels; anything else as it is. Raises DataError for an array of no real numbers."""
         if not isinstance(given, np.ndarray):
             return given
         if given.dtype.kind not in "biuf":
@@ -628,9 +629,9 @@ def load(name: str) -> type[GenerativeModel]:
 def create(name: str, data: Any = None, **settings: Any) -> GenerativeModel:
     """Make the model that ``name`` stands for, with the given settings.
 
-    Pass the data set, or what `load_data` makes one of, to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
-    the model's config, MNIST's for image models. Raises PluginError for an unknown or broken model and SettingsError
-    for a setting that it does not take.
+    Pass the data set, or what `load_data` makes one of, to have ``shape``, ``levels`` and ``classes`` taken from it;
+    without it they are the defaults of the model's config, MNIST's for image models. Raises PluginError for an unknown
+    or broken model and SettingsError for a setting that it does not take.
 
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
