@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: ops, training, flows, gans, examples, and the report made from their records."""
+"""The command `python -m benchmarks`: ops, training, flows, gans, examples, sheet, and the report of records."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _part, _peers, _record, _report, examples, flows, gans, ops
+from benchmarks import _part, _peers, _record, _report, examples, flows, gans, ops, sheet
 from benchmarks.operators import OPERATORS
 
 
@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("examples", parents=[measure], help="plain examples beside their fused twins")
     command.set_defaults(only=None, quality=False)
 
+    command = commands.add_parser("sheet", help="what every model draws with default settings")
+    command.add_argument("--data", action="append", metavar="DATA", help=f"(default: {', '.join(sheet.DATA)})")
+    command.add_argument("--model", action="append", metavar="MODEL", help="only this one (may be repeated)")
+    command.add_argument("--runs", type=Path, default=Path("runs/sheet"), help="where the runs go")
+    command.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="where the pictures go")
+    command.add_argument("--jobs", type=int, default=1, help="trainings at once")
+
     command = commands.add_parser("report", help="write the page of results from records")
     command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
     command.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
@@ -62,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 1 where a result is wrong; a bar that is not met is printed and recorded as such."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command == "sheet":
+        sheet.run(args)
+        return 0
     if args.command == "report":
         try:
             records = [_record.load(path) for path in args.records]

@@ -177,9 +177,9 @@ class Columns {
 
   template <class... Row>
   __device__ Columns(int64_t cols, int64_t piece, int64_t pieces, const Row*... rows) : end_(cols) {
-    const bool whole = cols % kWidth == 0 && (uintptr_t(rows) | ...) % 16 == 0;
-    stride_ = whole ? 1 : blockDim.x;
-    first_ = piece * blockDim.x * kWidth + threadIdx.x * (whole ? kWidth : 1);
+    whole_ = cols % kWidth == 0 && (uintptr_t(rows) | ...) % 16 == 0;
+    stride_ = whole_ ? 1 : blockDim.x;
+    first_ = piece * blockDim.x * kWidth + threadIdx.x * (whole_ ? kWidth : 1);
     step_ = pieces * blockDim.x * kWidth;
   }
 
@@ -190,18 +190,19 @@ class Columns {
 
   template <class R>  // zeros from null
   __device__ Pack<R, kWidth> load(const R* row) const {
-    return row ? load_pack<kWidth>(row + first_, range(), stride_ == 1) : Pack<R, kWidth>{};
+    return row ? load_pack<kWidth>(row + first_, range(), whole_) : Pack<R, kWidth>{};
   }
   template <class R, class F>
   __device__ void store(R* row, F value) const {
-    store_pack<kWidth>(row + first_, range(), stride_ == 1, value);
+    store_pack<kWidth>(row + first_, range(), whole_, value);
   }
 
  private:
   __device__ Range range() const { return {int(min(end_ - first_, int64_t(kWidth) * kThreads)), stride_}; }
 
   int64_t first_, end_, step_;
-  int stride_;
+  int stride_;  // 1 also for a lane that has a row to itself
+  bool whole_;
 };
 
 // Those of a block that shares its rows with all blocks of its blockIdx.x.

@@ -38,6 +38,20 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
   }
 }
 
+// A sum of many terms and of what rounding took from it (Knuth's), which its double is right to: where gradients of
+// examples cancel, as they do near an optimum, little else is left of it.
+template <class T>
+struct Sum {
+  T value = 0, lost = 0;
+
+  __device__ void operator+=(T x) {
+    const T sum = value + x, part = sum - value;
+    lost += (value - (sum - part)) + (x - part);
+    value = sum;
+  }
+  __device__ operator double() const { return double(value) + double(lost); }
+};
+
 // A block sums over the examples of one chunk, for one channel of images or for as many features as its lanes take at
 // once. Each thread sums for its columns, over every blockDim.y-th example.
 template <bool Images, class S>
@@ -56,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
     const Columns<S, kWidth> first = {
         width, Images ? 0 : tile, Images ? 1 : tiles, x_row, x_row + p.x_stride, gy_row, gx_row, gx_row + cols,
         shift, log_scale};
-    T t[kWidth], scaling[kWidth], of_scale[kWidth] = {}, of_shift[kWidth] = {};
-    double of_logdet = 0;  // which all columns have in common: together with the rest it would cost them digits
+    T t[kWidth], scaling[kWidth];
+    Sum<T> of_scale[kWidth], of_shift[kWidth];
     GENFUSE_UNROLL(kWidth)
     for (int k = 0; k < kWidth; ++k) {
       const int64_t c = Images ? tile : first[k];
@@ -65,13 +79,13 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
       scaling[k] = scale<Kind::exp>(c < p.channels ? log_scale[c] : T(0), p.inverse);
     }
     for (int64_t i = p.rows * chunk / out.chunks + threadIdx.y; i < end; i += blockDim.y) {
-      of_logdet += static_cast<const T*>(out.glogdet)[i];
+      const T glogdet = static_cast<const T*>(out.glogdet)[i];
       for (auto at = first; at; ++at) {
         const auto x = at.load(x_row + i * p.x_stride), gy = at.load(gy_row + i * cols);
         T gx[kWidth];
         GENFUSE_UNROLL(kWidth)
         for (int k = 0; k < kWidth; ++k) {
-          const Grad<T> g = grad(gy[k], T(0), factor(x[k], t[k], p.inverse), scaling[k], T(1), p.inverse);
+          const Grad<T> g = grad(gy[k], glogdet, factor(x[k], t[k], p.inverse), scaling[k], T(1), p.inverse);
           gx[k] = g.x;
           if (!at.has(k)) continue;
           of_scale[k] += g.raw;
@@ -82,21 +96,16 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
     }
     double* partial = out.partial + 2 * chunk * p.channels;
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    __shared__ double of_lines[kThreads];
-    __syncthreads();  // the previous tile's sums have been read
-    if (threadIdx.x == 0) of_lines[threadIdx.y] = of_logdet;
-    __syncthreads();
-    of_logdet = 0;
-    for (int line = 0; line < blockDim.y; ++line) of_logdet += of_lines[line];
-    of_logdet *= double(p.inverse ? -p.cells : p.cells);
     if constexpr (Images) {
+      double scale_sum = 0, shift_sum = 0;
       GENFUSE_UNROLL(kWidth)
-      for (int k = 1; k < kWidth; ++k) of_scale[0] += of_scale[k], of_shift[0] += of_shift[k];
-      of_scale[0] = row_sum(of_scale[0], kThreads, thread);
-      of_shift[0] = row_sum(of_shift[0], kThreads, thread);
-      if (thread == 0) partial[tile] = of_scale[0] + of_logdet, partial[p.channels + tile] = of_shift[0];
+      for (int k = 0; k < kWidth; ++k) scale_sum += of_scale[k], shift_sum += of_shift[k];
+      scale_sum = row_sum(scale_sum, kThreads, thread);
+      shift_sum = row_sum(shift_sum, kThreads, thread);
+      if (thread == 0) partial[tile] = scale_sum, partial[p.channels + tile] = shift_sum;
     } else {
-      __shared__ T sums[2 * kWidth][kThreads];
+      __shared__ double sums[2 * kWidth][kThreads];
+      __syncthreads();  // the previous tile's sums have been read
       for (int k = 0; k < kWidth; ++k) sums[k][thread] = of_scale[k], sums[kWidth + k][thread] = of_shift[k];
       for (int lines = blockDim.y / 2; lines; lines /= 2) {  // a half is added to the other until one line is left
         __syncthreads();
@@ -106,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
       if (threadIdx.y) continue;
       for (int k = 0; k < kWidth; ++k) {
         if (!first.has(k)) continue;
-        partial[first[k]] = sums[k][thread] + of_logdet;
+        partial[first[k]] = sums[k][thread];
         partial[p.channels + first[k]] = sums[kWidth + k][thread];
       }
     }

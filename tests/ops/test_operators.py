@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from benchmarks.operators import OPERATORS, Operator
 from genfuse import ops
 
-SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20)]
+SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20), (70, 6)]
 
 
 @pytest.fixture(params=list(OPERATORS))

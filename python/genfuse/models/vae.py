@@ -298,8 +298,8 @@ class VAE(GenerativeModel):
             return {}
         return {
             "collapse": f"the posterior has collapsed: q(z | x) is {terms['kl']:.2g} nats from the prior, so that z "
-            "tells nothing of x and the decoder has to do without. Try --model.beta-warmup, --model.free-bits, a smaller "
-            "--model.beta, or a decoder that is less sure of itself"
+            "tells nothing of x and the decoder has to do without. Try --model.beta-warmup, --model.free-bits, a "
+            "smaller --model.beta, or a decoder that is less sure of itself"
         }
 
     @property
