@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import genfuse.flows._flow
-from benchmarks import _measure, _peers, _record, examples, flows, gans, ops
+from benchmarks import _measure, _peers, _record, examples, fits, flows, gans, ops
 from benchmarks.__main__ import main
 from benchmarks.operators import OPERATORS
 from examples.fused import vae
@@ -331,3 +331,16 @@ def test_what_flows_learn_of_real_data_is_measured(part, tmp_path, monkeypatch):
     values = [row["value"] for row in record["parts"][0]["rows"] if "value" in row]
     assert len(values) >= 4
     assert all(math.isfinite(value) for value in values)
+
+
+def test_a_fit_is_of_the_weights_that_validate_best(monkeypatch):
+    parts = [
+        torch.randn(rows, 3) @ torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.3, 0.0], [0.0, 0.0, 1.0]])
+        for rows in (400, 50, 60)
+    ]
+    monkeypatch.setattr(fits, "load", lambda table: (parts, 0.5))
+    start, trained = (fits.fit("maf", "genfuse", "", 0, steps, lr=lr) for steps, lr in ((1, 1e-9), (40, 2e-3)))
+    assert start["nats"] + 0.3 < trained["nats"]
+    assert trained["worst"] < trained["nats"]
+    again = fits.fit("maf", "genfuse", "", 0, 40, lr=2e-3)
+    assert again == trained

@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"metrics"},
     {"applications"},
-    {"comparison", "doctor"},
+    {"comparison", "doctor", "sklearn"},
     {"cli"},
     {"testing"},
     {"", "__main__"},  # the package itself, which imports the names of others when they are first used

@@ -947,6 +947,83 @@ def test_evaluate_refuses_data_that_has_changed(capsys, table, tmp_path):
     assert not (out / "evaluation.json").exists()
 
 
+def test_other_data_is_measured_as_the_runs_own_and_leaves_its_evaluation_alone(capsys, table, table_run, tmp_path):
+    rows = np.loadtxt(table, delimiter=",", skiprows=1)[:50]
+    other = tmp_path / "other.csv"
+    np.savetxt(
+        other, np.column_stack([np.arange(50) % 2, rows]), delimiter=",", header="odd,height,mass,share", comments=""
+    )
+    before = (table_run / "evaluation.json").exists()
+    options = ["--data", str(other), "--samples", "2", "--n", "40", "--json", str(tmp_path / "other.json")]
+    assert main(["evaluate", str(table_run), *options]) == 0
+    assert "evaluation.json stays as it is" in capsys.readouterr().out
+    measured = json.loads((tmp_path / "other.json").read_text())
+    assert measured["test"]["examples"] == 50
+    assert measured["samples"]["n"] == 40
+    assert (table_run / "evaluation.json").exists() == before
+    labelled = ["evaluate", str(table_run), "--data", str(other), "--labels", "odd", "--pictures", str(tmp_path)]
+    assert main([*labelled, "--json", str(tmp_path / "odd.json")]) == 0
+    assert 0.3 < json.loads((tmp_path / "odd.json").read_text())["auroc"] < 0.7
+    assert Image.open(tmp_path / "detection.png").size[0] > 1000
+    assert "name those too" in fails(capsys, "evaluate", table_run, "--labels", "odd")
+    assert "has no labels 'even'" in fails(capsys, "evaluate", table_run, "--data", other, "--labels", "even")
+
+
+@pytest.mark.parametrize(
+    ("verb", "suffixes", "header"),
+    [
+        ("score", ["csv", "npy"], "row,score,column_1,weight_1,column_2,weight_2,column_3,weight_3"),
+        ("encode", ["csv", "npy", "png"], "z1,z2"),
+        ("reconstruct", ["csv", "npy"], "height,mass,share"),
+        ("interpolate", ["csv", "npy"], "height,mass,share"),
+    ],
+)
+def test_results_are_written_by_the_suffix(verb, suffixes, header, capsys, table, table_run, run, tmp_path):
+    for suffix in suffixes:
+        out = tmp_path / f"out.{suffix}"
+        assert main([verb, str(table_run), str(table), "--out", str(out)]) == 0
+        assert f"written: {out}" in capsys.readouterr().out
+        assert f"{out} exists: name another file, or pass --overwrite" in fails(
+            capsys, verb, table_run, table, "--out", out
+        )
+    assert (tmp_path / "out.csv").read_text().splitlines()[0] == header
+    assert np.isfinite(np.load(tmp_path / "out.npy")).all()
+    assert "--out must end in" in fails(capsys, verb, table_run, table, "--out", tmp_path / "out.xyz")
+    if verb in ("reconstruct", "interpolate"):
+        assert main([verb, str(run), "digits", "--out", str(tmp_path / "images.png")]) == 0
+        assert Image.open(tmp_path / "images.png").size[0] > 300
+        assert "--out must end in .csv or .npy" in fails(capsys, verb, table_run, table, "--out", tmp_path / "out.png")
+    assert "images, and the run" in fails(capsys, verb, table_run, "digits", "--out", tmp_path / "other.npy")
+
+
+def test_a_training_begins_with_the_weights_of_another(capsys, run, table, tmp_path):
+    out = tmp_path / "finer"
+    start = ["train", "--from", str(run), "--out", str(out), "--steps", "1", "--lr", "1e-9", "--no-pictures"]
+    assert main([*start, "--data.seed", "1"]) == 0
+    assert f"begins with the weights of {run}, step" in capsys.readouterr().out
+    pairs = zip(*(genfuse.Run(each).model().parameters() for each in (run, out)), strict=True)
+    assert all(torch.allclose(before, after, atol=1e-6) for before, after in pairs)
+    assert "model latent_dim: was 2, now 3" in fails(capsys, *start, "--overwrite", "--model.latent-dim", "3")
+    assert "model shape: was [1, 8, 8], now [3]" in fails(
+        capsys, *start, "--overwrite", "--data", f"csv:{table}", "--model.decoder", "gaussian"
+    )
+    assert "give one of them" in fails(capsys, "train", "--from", run, "--resume", run)
+
+
+def test_an_export_says_what_it_wrote_or_what_the_model_lacks(capsys, run, tmp_path):
+    assert main(["export", str(run), "--out", str(tmp_path / "m.pt2"), "--verbs", "decode"]) == 0
+    assert f"written: {tmp_path / 'm-decode.pt2'}" in capsys.readouterr().out
+    for options, message in (
+        (["--out", tmp_path / "m.pt2", "--verbs", "decode"], "exists: name another file, or pass --overwrite"),
+        (
+            ["--out", tmp_path / "m.pt2", "--verbs", "log_prob"],
+            "a VAE has no log_prob that could be exported; it has: encode",
+        ),
+        (["--out", tmp_path / "m.bin"], "--out must end in .pt2 or .onnx"),
+    ):
+        assert message in fails(capsys, "export", run, *options)
+
+
 def test_the_installed_command_does_all_of_it(tmp_path):
     out = tmp_path / "run"
     done = command("train", "vae", "--data", "digits", "--out", out, *QUICK)

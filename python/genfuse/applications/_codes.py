@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genfuse.applications._examples import Examples
 from genfuse.errors import SettingsError
-from genfuse.models import Decodes, Encodes, GenerativeModel, Reconstructs
+from genfuse.models import Decodes, Encodes, Reconstructs
 from genfuse.nn import slerp
 
 
@@ -23,7 +23,7 @@ def reconstruct(found: Examples) -> Tensor:
     Raises SettingsError for a model without ``reconstruct``, or ``encode`` and ``decode``.
     """
     model: Any = found.model
-    if not isinstance(model, Reconstructs) and isinstance(model, Encodes) and isinstance(model, Decodes):
+    if not hasattr(model, "reconstruct") and isinstance(model, Encodes) and isinstance(model, Decodes):
         return found.of_all(lambda x, **given: model.decode(model.encode(x, **given), **given), found.batch.x)
     return found.of_all(_verb(model, "reconstruct", Reconstructs), found.batch.x)
 
@@ -45,18 +45,19 @@ def interpolate(found: Examples, steps: int = 10, pairs: int = 8) -> Tensor:
         if hasattr(model, "interpolate"):
             between = model.interpolate(a, b, steps, **given)
         else:
-            z = [_verb(model, "encode", Encodes)(each, **given) for each in (a, b)]
+            start, end = (_verb(model, "encode", Encodes)(each, **given) for each in (a, b))
             decode = _verb(model, "decode", Decodes)
             shares = torch.linspace(0, 1, steps, device=a.device)
-            between = torch.stack([decode(each, **given) for each in slerp(*z, shares)])
+            between = torch.stack([decode(each, **given) for each in slerp(start, end, shares)])
     return between.transpose(0, 1).cpu()
 
 
-def _verb(model: GenerativeModel, name: str, protocol: Any) -> Callable[..., Any]:
+def _verb(model: Any, name: str, protocol: Any) -> Callable[..., Any]:
     """A verb of the model. Raises SettingsError if it has none."""
     if not isinstance(model, protocol):
         verbs = [
             each for each in ("log_prob", "elbo", "encode", "decode", "reconstruct", "latents") if hasattr(model, each)
         ]
         raise SettingsError(f"a {type(model).__name__} has no {name}; it has: {', '.join(['sample', *verbs])}")
-    return getattr(model, name)  # type: ignore[no-any-return]
+    verb: Callable[..., Any] = getattr(model, name)
+    return verb

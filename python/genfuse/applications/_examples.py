@@ -1,5 +1,6 @@
 """Examples as a trained model is shown them: of a file, in the columns, units and labels of its run."""
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse.data import READING, READING_OF_IMAGES, Batch, Dataset, Split, load_data, names_in
-from genfuse.errors import DataError
+from genfuse.data import (
+    READING,
+    READING_OF_IMAGES,
+    Batch,
+    Column,
+    Dataset,
+    Scaling,
+    Schema,
+    Split,
+    load_data,
+    read_rows,
+)
+from genfuse.errors import DataError, DataWarning
 from genfuse.metrics import undisturbed
 from genfuse.models import GenerativeModel
+from genfuse.nn import Columns
 from genfuse.training import Run
 from genfuse.training.run import home
 
@@ -55,6 +68,8 @@ class Examples:
             return x.cpu().numpy()
         import pandas as pd
 
+        if self.run.schema is not None:
+            return self.run.schema.decode(x)
         scaling = self.run.scaling
         values = x.double().cpu() if scaling is None else scaling.restore(x.cpu())
         return pd.DataFrame(values.numpy(), columns=list(self.names))
@@ -62,8 +77,8 @@ class Examples:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the columns of a table; numbers from 1 if they have none."""
-        named = self.run.scaling and self.run.scaling.names
-        return named or tuple(str(i + 1) for i in range(self.data.shape[0]))
+        named = self.run.schema or self.run.scaling
+        return (named and named.names) or tuple(str(i + 1) for i in range(self.data.shape[0]))
 
 
 def examples(
@@ -75,30 +90,26 @@ def examples(
     of which one ``split`` is taken, or data as `load_data` takes it. What comes in one piece is taken whole.
 
     Raises DataError for examples of another shape, columns that are missing, or labels that the run does not know; and
-    what `load_data` and the model's ``check_data`` raise. A DataWarning names columns that are not used.
+    what `load_data` and the model's ``check_data`` raise. A DataWarning tells of images of other levels than the run's.
     """
     run = run if isinstance(run, Run) else Run(run)
     was = run.config["data"]
-    shape, image = tuple(was["shape"]), len(was["shape"]) == 3
-    name = _name(file, image)
-    kind = name.partition(":")[0] if isinstance(name, str) else "csv"
-    reading = {"csv": READING, "images": READING_OF_IMAGES}.get(kind, {})
-    options = {key: value for key, value in was.get("options", {}).items() if key in reading}
-    if kind == "images" and name.endswith((".npy", ".npz")):
-        options = {}
-    data = load_data(name, root=root or home(was), seed=was["seed"], hold_out=False, **options)
+    shape, name = tuple(was["shape"]), _name(file, len(was["shape"]) == 3)
+    columns: dict[str, np.ndarray] = {}
+    if len(shape) == 1 and run.scaling is not None and not str(name).startswith("images:"):
+        data, columns = _rows(run, name, split, root or home(was))
+    else:
+        options = {key: value for key, value in was.get("options", {}).items() if key in READING_OF_IMAGES}
+        if not str(name).startswith("images:") or str(name).endswith((".npy", ".npz")):
+            options = {}
+        data = load_data(name, root=root or home(was), seed=was["seed"], hold_out=False, **options)
+    if data.shape != shape:
+        raise _misshaped(run, data)
     if split not in data.splits:
         raise DataError(f"{data.name} has no split {split!r}; it has: {', '.join(data.splits)}")
-    columns: dict[str, np.ndarray] = {}
-    if len(data.shape) == len(shape) == 1 and run.scaling is not None:
-        data, columns = _in_units_of(run, data, split, by_name=isinstance(name, str))
-    if data.shape != shape:
-        kinds = {1: "rows of a table", 3: "images"}
-        raise DataError(
-            f"{data.name} has examples of shape {data.shape}, {kinds.get(len(data.shape), '')}, and the run {run.path} "
-            f"was trained on {kinds.get(len(shape), 'others')} of shape {shape}"
-        )
     model = run.model(device)
+    if was["binarize"] == "none" and model.levels and data.levels and model.levels != data.levels:
+        data = _in_levels(data, model.levels)
     data = data.binarized(was["binarize"], was["seed"])
     if model.conditional and not data.condition:
         data = _labelled(run, data)
@@ -122,49 +133,93 @@ def _name(file: Any, image: bool) -> Any:
     return f"npy:{path}" if path.is_dir() and not pictures else f"images:{path}"
 
 
-def _in_units_of(run: Run, data: Dataset, split: str, by_name: bool) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """A table's rows in the columns and the scaling of the run, and the other columns in their own units, by name."""
-    scaling, given = run.scaling, run.condition_scaling
-    assert scaling is not None
-    x = data.splits[split].x
-    values = x.double() if data.scaling is None else data.scaling.restore(x)
-    wanted = [*(scaling.names or ()), *((given and given.names) or ())]
-    found = list((data.scaling and data.scaling.names) or ())
-    if wanted and found:
-        if missing := [name for name in wanted if name not in found]:
+def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """A table's rows by the columns and in the scaling of the run, and the other columns by name."""
+    import pandas as pd
+
+    own, context = run.schema or _numbers(run.scaling), run.condition_schema or _numbers(run.condition_scaling)
+    names, named = [*own.names, *context.names], run.schema is not None or bool(run.scaling and run.scaling.names)
+    origin, path = name if isinstance(name, str) else f"<{type(name).__name__}>", Path(str(name).partition(":")[2])
+    data = None
+    if isinstance(name, str) and name.startswith("csv:"):
+        options = run.config["data"].get("options", {})
+        path = path / f"{split}.csv" if path.is_dir() else path
+        frame = read_rows(path, **{key: options[key] for key in READING if key in options})
+        if named and not frame.attrs["named"]:
             raise DataError(
-                f"{data.name} has no column {', '.join(missing)}, which the run {run.path} was trained on; it has: "
-                f"{', '.join(found)}"
+                f"{path} has no header, and the run {run.path} was trained on the columns {', '.join(names)}"
             )
-        order = [found.index(name) for name in wanted]
+    elif hasattr(name, "iloc"):
+        frame = name.rename(columns=str)
     else:
-        if wanted and by_name:
-            raise DataError(
-                f"{data.name} has no header, and the run {run.path} was trained on the columns {', '.join(wanted)}: "
-                "give it one"
-            )
-        numbers = (
-            [int(name) - 1 for name in names_in(run.config["data"].get("options", {}).get("condition", ""))]
-            if given and not wanted
-            else []
-        )
-        order = [i for i in range(values.shape[1]) if i not in numbers] + numbers
-    width = len(scaling.mean) + (len(given.mean) if given else 0)
-    if len(order) != width:
+        data = load_data(name, root=root, hold_out=False)
+        if split not in data.splits:
+            raise DataError(f"{data.name} has no split {split!r}; it has: {', '.join(data.splits)}")
+        if len(data.shape) > 1:
+            raise _misshaped(run, data)
+        x = data.splits[split].x
+        values = (x if data.scaling is None else data.scaling.restore(x)).numpy()
+        frame = pd.DataFrame(values, columns=names if values.shape[1] == len(names) else None)
+        if isinstance(name, str) and named and not name.startswith("toy:"):
+            origin = data.name
+    if not named and frame.shape[1] == len(names):
+        frame.columns = pd.Index([str(i + 1) for i in range(len(names))])
+    if len({*names} & {*frame.columns}) == 0:
         raise DataError(
-            f"{data.name} has {values.shape[1]} columns, and the run {run.path} was trained on {width}"
-            + (f": {', '.join(wanted)}" if wanted else "")
+            f"{origin} has {frame.shape[1]} columns, and the run {run.path} was trained on {len(names)}: "
+            f"{', '.join(names)}"
         )
-    columns = {name: values[:, i].numpy() for i, name in enumerate(found) if i not in order}
-    own = len(scaling.mean)
-    rows = scaling.apply(values[:, order[:own]])
-    y = data.splits[split].y if given is None else given.apply(values[:, order[own:]])
-    both = dict.fromkeys(("train", "test", split), Split(rows, y))
-    return replace(data, splits=both, scaling=scaling, condition_scaling=given), columns
+    others = [column for column in frame.columns if column not in names]
+
+    def encoded(schema: Schema) -> Tensor:
+        left_out = tuple((column, "") for column in frame.columns if column not in schema.names)
+        return replace(schema, left_out=left_out).encode(frame, origin)
+
+    y = None if data is None else data.splits[split].y
+    if context.columns:
+        y = encoded(context)
+        y = y if run.condition_schema is None else Columns(context.specs()).encode(y)
+    both = dict.fromkeys(("train", "test", split), Split(encoded(own), y))
+    labels: dict[str, Any] = {}
+    if data is not None and y is not None and not context.columns:
+        labels = {"classes": data.classes, "class_names": data.class_names}
+    found = Dataset(origin, both, scaling=run.scaling, schema=run.schema, condition_scaling=run.condition_scaling,
+                    condition_schema=run.condition_schema, **labels)  # fmt: skip
+    return found, {column: frame[column].to_numpy() for column in others}
+
+
+def _numbers(scaling: Scaling | None) -> Schema:
+    """The schema of columns of which no more is known than how they were standardized."""
+    if scaling is None:
+        return Schema(())
+    names = scaling.names or tuple(str(i + 1) for i in range(len(scaling.mean)))
+    each = zip(names, scaling.mean, scaling.std, strict=True)
+    return Schema(tuple(Column(name, mean=mean, std=std) for name, mean, std in each))
+
+
+def _misshaped(run: Run, data: Dataset) -> DataError:
+    kinds, shape = {1: "rows of a table", 3: "images"}, tuple(run.config["data"]["shape"])
+    return DataError(
+        f"{data.name} has examples of shape {data.shape}, {kinds.get(len(data.shape), 'others')}, and the run "
+        f"{run.path} was trained on {kinds.get(len(shape), 'others')} of shape {shape}"
+    )
+
+
+def _in_levels(data: Dataset, levels: int) -> Dataset:
+    """Discrete examples with the nearest of so many levels."""
+    assert data.levels is not None
+    exact = {part: split.x.double() * ((levels - 1) / (data.levels - 1)) for part, split in data.splits.items()}
+    if any(float((x - x.round()).abs().max()) > (levels - 1) / (data.levels - 1) / 2 + 1e-9 for x in exact.values()):
+        warnings.warn(
+            f"{data.name} has {data.levels} levels, and the run {levels}: each is taken for the nearest", DataWarning,
+            stacklevel=3,
+        )  # fmt: skip
+    splits = {part: replace(split, x=exact[part].round().to(torch.uint8)) for part, split in data.splits.items()}
+    return replace(data, splits=splits, levels=levels)
 
 
 def _labelled(run: Run, data: Dataset) -> Dataset:
-    """The data with labels as the run numbers them, by their names. Raises DataError for names that it does not know."""
+    """The data with labels as the run numbers them, by their names. Raises DataError for unknown names."""
     if data.classes is None:
         return data
     known = run.class_names or tuple(map(str, range(run.config["model"]["settings"].get("classes") or 0)))
@@ -181,11 +236,15 @@ def _labelled(run: Run, data: Dataset) -> Dataset:
 
 
 def labels_of(found: Examples, labels: str | Path) -> np.ndarray:
-    """What says of each example whether it is odd: a column of the file that the model does not know, by name; ``y`` for
-    the labels in an npz file; or another file, of one number a row. Raises DataError if it is none of these."""
+    """What says of each example whether it is odd: a column of the file that the model does not know, by name; ``y``
+    for the labels in an npz file; or another file, of one number a row. Raises DataError if it is none of these."""
     name = str(labels)
     if name in found.columns:
-        return found.columns[name].round(6)
+        import pandas as pd
+
+        cells = pd.Series(found.columns[name])
+        numeric = pd.to_numeric(cells, errors="coerce")
+        return (cells if numeric.isna().any() else numeric).to_numpy()
     y = found.data.splits[found.split].y
     if name == "y" and y is not None and not found.data.condition:
         names = found.data.class_names
@@ -195,8 +254,8 @@ def labels_of(found: Examples, labels: str | Path) -> np.ndarray:
         x = data.splits["test"].x
         values = x if data.scaling is None else data.scaling.restore(x)
         if values.shape != (len(found.data.splits[found.split]), 1):
-            raise DataError(f"{name} must hold one label for each of the {len(found.data.splits[found.split])} examples; "
-                            f"got {tuple(values.shape)}")  # fmt: skip
+            count = len(found.data.splits[found.split])
+            raise DataError(f"{name} must hold one label for each of the {count} examples; got {tuple(values.shape)}")
         return values[:, 0].numpy().round(6)
     others = ", ".join([*found.columns, *(["y"] if y is not None and not found.data.condition else [])])
     raise DataError(f"{found.data.name} has no labels {name!r}, and there is no such file; it has: {others or 'none'}")

@@ -26,6 +26,10 @@ EXAMPLES = 3  # that a verb is traced with; a program takes any number of them
 class _Program(nn.Module):
     """One verb of a model, in the units of its data."""
 
+    model: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Any, verb: str, scaling: Any) -> None:
         super().__init__()
         self.model, self.verb, self.scaled = model, verb, scaling is not None
@@ -37,10 +41,7 @@ class _Program(nn.Module):
         inward = self.verb in ("log_prob", "encode")
         if self.scaled and inward:
             x = ((x - self.mean) / self.std).float()
-        if self.verb == "sample" and isinstance(self.model, HasTrajectory):
-            out = self.model.trajectory(x, *y)[-1]
-        else:
-            out = getattr(self.model, "decode" if self.verb == "sample" else self.verb)(x, *y)
+        out = self.model.trajectory(x, *y)[-1] if self.verb == "sample" else getattr(self.model, self.verb)(x, *y)
         if not self.scaled or self.verb == "encode":
             return out
         return out - self.std.log().sum().float() if inward else out.double() * self.std + self.mean
@@ -53,7 +54,7 @@ def verbs_of(model: GenerativeModel) -> list[str]:
         "log_prob": "log_prob" in model.likelihoods and not hasattr(model, "log_prob_and_error"),  # which solves an ODE
         "encode": isinstance(model, Encodes),
         "decode": isinstance(model, Decodes),
-        "sample": isinstance(model, HasTrajectory) or (isinstance(model, Decodes) and standard),
+        "sample": standard and isinstance(model, (Decodes, HasTrajectory)),
     }
     return [verb for verb, there in has.items() if there]
 
@@ -90,10 +91,13 @@ def export(
         raise SettingsError(
             f"a {type(model).__name__} has no {missing[0]} that could be exported; it has: {', '.join(has) or 'none'}"
         )
-    files = []
+    files: list[Path] = []
+    programs: dict[str, torch.export.ExportedProgram] = {}
     for verb in verbs or has:
+        of = "decode" if verb == "sample" and isinstance(model, Decodes) else verb
+        programs[of] = programs.get(of) or _exported(run, model, of)
         file = out.with_name(f"{out.stem}-{verb}{out.suffix}")
-        _write(_exported(run, model, verb), file)
+        _write(programs[of], file)
         say(f"written: {file}")
         files.append(file)
     return files
@@ -114,9 +118,23 @@ def _exported(run: Run, model: GenerativeModel, verb: str) -> torch.export.Expor
         given = [torch.randn(EXAMPLES, width) if context and width else torch.zeros(EXAMPLES, dtype=torch.int64)]
     program = _Program(model, verb, scaling).eval()
     with torch.no_grad(), _quiet():
-        dynamic = ({0: Dim.DYNAMIC}, tuple({0: Dim.DYNAMIC} for _ in given))
+        dynamic = ({0: Dim.DYNAMIC}, *([({0: Dim.DYNAMIC},)] if given else []))
         exported = torch.export.export(program, (x, *given), dynamic_shapes=dynamic, strict=True)
-        return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions()})
+        solve = {torch.ops.aten.linalg_solve_triangular.default: _solved}
+        return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions(), **solve})
+
+
+def _solved(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Tensor:
+    """`torch.linalg.solve_triangular`, which ONNX does not have, by substitution."""
+    if not left:
+        return _solved(a.mT, b.mT, upper=not upper, unitriangular=unitriangular).mT
+    n, x = a.shape[-1], b[..., :0, :]
+    for i in reversed(range(n)) if upper else range(n):
+        known = slice(i + 1, n) if upper else slice(0, i)
+        row = b[..., i : i + 1, :] - a[..., i : i + 1, known] @ x
+        row = row if unitriangular else row / a[..., i : i + 1, i : i + 1]
+        x = torch.cat([row, x] if upper else [x, row], -2)
+    return x
 
 
 def _write(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -31,8 +31,8 @@ class Method(NamedTuple):
 
 def _minus_likelihood(model: Any, x: Tensor, given: dict[str, Any], samples: int) -> Tensor:
     if hasattr(model, "iwae_bound"):
-        return -model.iwae_bound(x, samples, **given)  # type: ignore[no-any-return]
-    return -getattr(model, "log_prob" if "log_prob" in model.likelihoods else "elbo")(x, **given)  # type: ignore[no-any-return]
+        return -model.iwae_bound(x, samples, **given)
+    return -getattr(model, "log_prob" if "log_prob" in model.likelihoods else "elbo")(x, **given)
 
 
 METHODS = {
@@ -44,7 +44,7 @@ METHODS = {
     "reconstruction": Method(
         "mean squared error of a reconstructed cell",
         lambda model: isinstance(model, Reconstructs),
-        lambda model, x, given, _: (model.reconstruct(x, **given) - x).square().flatten(1).mean(1),
+        lambda model, x, given, _: (model.reconstruct(x, **given) - x).square().flatten(1).nanmean(1),
     ),
     "denoising": Method(
         "mean squared error of what the denoiser predicts, of a cell",
@@ -82,7 +82,7 @@ def scores(
     samples: int = 50,
     seed: int = 0,
 ) -> Tensor:
-    """How odd examples x (N, *shape) are, (N,) in float32 on the CPU: the higher, the odder.
+    """How odd examples x (N, *shape) are, (N,) on the CPU: the higher, the odder.
 
     ``method`` is the first of `METHODS` that the model has, or one by name: ``likelihood``, -log p(x) in nats, exact or
     bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``); ``reconstruction``; ``denoising``; or
@@ -97,7 +97,7 @@ def scores(
         for start in range(0, len(x), rows):
             torch.manual_seed(seed + start)
             given = {} if y is None else {"y": y[start : start + rows]}
-            found.append(of(model, x[start : start + rows], given, samples).float().cpu())
+            found.append(of(model, x[start : start + rows], given, samples).cpu())
     return torch.cat(found) if found else torch.empty(0)
 
 
@@ -129,14 +129,14 @@ def score(
 ) -> "pd.DataFrame":  # fmt: skip
     """Score the examples of ``file`` by the model of a run: ``row`` from 0, and ``score``, as `scores` makes them.
 
-    For a table, ``column_1``, ``weight_1`` and so on are the three columns that weigh most, by `weights`, in each of the
-    ``explain`` oddest rows. ``reading`` is for `examples`.
+    For a table, ``column_1``, ``weight_1`` and so on are the three columns that weigh most, by `weights`, in each of
+    the ``explain`` oddest rows. ``reading`` is for `examples`.
     """
     import pandas as pd
 
     found = run if isinstance(run, Examples) else examples(run, file, **reading)
     x, y = found.batch
-    options = {"method": find_method(found.model, method), "samples": samples, "seed": seed}
+    options: dict[str, Any] = {"method": find_method(found.model, method), "samples": samples, "seed": seed}
     frame = pd.DataFrame({"row": np.arange(len(x)), "score": scores(found.model, x, y, **options).numpy()})
     can_sample = type(found.model).sample is not GenerativeModel.sample
     if len(found.data.shape) == 1 and explain > 0 and can_sample:

@@ -47,6 +47,7 @@ Train a model and leave a run folder: settings, weights, metrics and pictures.
 
 usage: genfuse train MODEL --data NAME [options]
        genfuse train --resume RUN [--epochs N | --steps N]
+       genfuse train --from RUN --data NAME [options]
 
 Each model has settings of its own: `genfuse train MODEL --help` shows them with all other options.
 `genfuse list datasets` shows the data sets.

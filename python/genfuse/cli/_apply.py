@@ -200,8 +200,8 @@ def export(
 ) -> int:
     """Write a model as programs that run without genfuse, for any number of examples: OUT-VERB.pt2 or OUT-VERB.onnx.
 
-    log_prob: x to nats; encode: x to z; decode: z to x; sample: noise z ~ N(0, I) to x. Tables are in their own units. A
-    .pt2 is read by torch.export.load, a .onnx by onnxruntime and others.
+    log_prob: x to nats; encode: x to z; decode: z to x; sample: noise z ~ N(0, I) to x. Tables are in their own units.
+    A .pt2 is read by torch.export.load, a .onnx by onnxruntime and others.
 
     example:
       genfuse export runs/people --out people.onnx

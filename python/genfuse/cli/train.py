@@ -30,7 +30,7 @@ from genfuse.data import Dataset, load_data
 from genfuse.errors import SettingsError, near
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
-from genfuse.training.run import check_config, home
+from genfuse.training.run import check_config, describe_data, differences_of_data, home
 
 LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has options of its own
 
@@ -54,11 +54,17 @@ def train(args: list[str]) -> int:
     files = argparse.ArgumentParser("genfuse train", add_help=False, allow_abbrev=False)
     files.add_argument("--resume", type=Path)
     files.add_argument("--config", type=Path)
+    files.add_argument("--from", type=Path, dest="start")
     given, _ = files.parse_known_args(options)
 
     sources: dict[Path, dict[str, Any]] = {}
     if given.resume:
         sources[given.resume / "config.json"] = _as_typed(Run(given.resume).config, given.resume / "config.json")
+    if given.start:
+        if given.resume:
+            raise SettingsError("--from begins a new run, and --resume continues one: give one of them")
+        typed = _as_typed(Run(given.start).config, given.start / "config.json")
+        sources[given.start / "config.json"] = {"model": typed["model"], "data": typed["data"]}
     if given.config:
         sources[given.config] = _read(given.config)
     for file, settings in sources.items():
@@ -90,6 +96,8 @@ def train(args: list[str]) -> int:
         job.model["columns"] = columns and tuple(columns)
     torch.manual_seed(trainer.seed)  # of the first weights
     model = models.create(name, data, **job.model)
+    if given.start:
+        _start(Run(given.start), model, data)
     try:
         run = trainer.fit(model, data, [_Length(model, data, trainer).tell])
     except KeyboardInterrupt:
@@ -156,6 +164,7 @@ def parse(model: str, args: list[str]) -> Job:
         data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
         out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(default: runs/MODEL-DATA)")] = None,
         resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None,
+        start: Annotated[Path | None, arg(name="from", metavar="RUN", help_behavior_hint="")] = None,
         config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
         *,
         training: Annotated[Trainer, arg(name="")],
@@ -169,6 +178,7 @@ def parse(model: str, args: list[str]) -> Job:
             data_root: Folder of the data sets that are read from files.
             out: Run folder to make.
             resume: Run to continue with its own settings, to its end or to a larger --epochs or --steps.
+            start: Run to begin with the weights of, and its model's settings: a new run, on the same data or other.
             config: YAML or JSON file of these options, as {data: digits, epochs: 5, model: {latent-dim: 8}}; the
                 command line wins over it.
         """
@@ -249,6 +259,14 @@ def _as_arguments(model: str, file: Path, settings: dict[str, Any]) -> Iterator[
             yield f"--{section}{dot}{last if value else f'no-{last}'}"
         else:
             yield from (f"--{option}", *map(str, value if isinstance(value, list) else [value]))
+
+
+def _start(start: Run, model: models.GenerativeModel, data: Dataset) -> None:
+    """Begin with the weights of another run, and say what is other than it was there."""
+    others = start.start(model) + differences_of_data(start.config["data"], describe_data(data))
+    print(plain(f"begins with the weights of {start.path}, step {start.step}"))
+    for other in others:
+        print(plain(f"other than there: {other}"))
 
 
 def _how_to_continue(out: Path, data_root: Path | None) -> str:

@@ -505,10 +505,10 @@ def load_data(
     columns are, "a=category,b=date:%d/%m/%Y" or a dict, in place of what is seen (`Schema`); ``target`` names the
     column that metrics predict.
     ``validation`` is the share of the training examples that `Dataset.with_validation` makes a split of. Without
-    ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in their order.
+    ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in order.
 
-    In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or images,
-    a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
+    In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or
+    images, a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
 
     All of a folder of pictures are made to be of ``size``, one side in pixels or a height and a width, if it is given:
     by ``fit`` cropped to the middle, padded with black, or stretched. ``mode`` makes all grey ("L") or "RGB", or grey

@@ -1,7 +1,7 @@
 """Data that is given in Python: DataFrames, arrays, tensors, torch Datasets and DataLoaders."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,39 +34,46 @@ def objects(source: Source) -> Dataset:
         suffix = "" if name == "x" else f"_{name}"
         x, y = _collected(parts.pop(name), source.name + suffix.replace("_", ", "))
         parts |= {f"x{suffix}": x} if y is None else {f"x{suffix}": x, f"y{suffix}": y}
-    columns = {tuple(map(str, part.columns)) for part in parts.values() if getattr(part, "ndim", 0) == 2
-               and hasattr(part, "columns")}  # fmt: skip
-    if len(columns) > 1:
-        raise DataError(f"{source.name}: its tables have other columns: {' and '.join(map(', '.join, columns))}")
     origins = {name: source.name if name == "x" else f"{source.name}, {name}" for name in parts}
     found = tables.arrange(source.name, {name: _array(part, origins[name]) for name, part in parts.items()}, origins)
+    named = {part: next(n for n in parts if origins[n] == origin) for part, (origin, _) in found.x.items()}
+    frames = {part: (found.x[part][0], _named(parts[name])) for part, name in named.items() if _is_frame(parts[name])}
+    if len(frames) == len(named):
+        return tables.of_frames(source, frames, arrays=found if found.y else None)
     if all(array.ndim < 3 for _, array in found.x.values()):
-        return tables.of_arrays(source, found, next(iter(columns), None))
+        return tables.of_arrays(source, found)
     levels = {part: (origin, _levels(array, origin)) for part, (origin, array) in found.x.items()}
     return images.of_arrays(source, tables.Arrays(levels, found.y, found.classes, found.class_names), source.name)
 
 
 def _array(part: Any, origin: str) -> np.ndarray:
-    """An array, a tensor on any device, a DataFrame of numbers, or what numpy makes an array of."""
+    """An array, a tensor on any device, a DataFrame, or what numpy makes an array of."""
     if isinstance(part, torch.Tensor):
         part = part.detach().cpu()
         return (part.float() if part.dtype == torch.bfloat16 else part).numpy()
-    if hasattr(part, "columns"):
-        for name in part.columns:
-            if getattr(part[name].dtype, "kind", "O") not in "biuf":
-                cell = next((cell for cell in part[name] if not isinstance(cell, (int, float))), part[name].dtype)
-                raise DataError(f"{origin}, column {name!s}: expected numbers; got {cell!r}")
-        return np.asarray(part.to_numpy(dtype=np.float64))
+    if _is_frame(part):
+        if 0 in part.shape:
+            raise DataError(f"{origin}: expected rows and columns; got a DataFrame of shape {part.shape}")
+        return np.zeros(part.shape)  # it is read by its columns
     try:
         array = np.asarray(part)
     except ValueError as error:  # rows of several lengths
         raise DataError(f"{origin}: no array can be made of it: {error}") from None
     if array.dtype == object and array.size and not isinstance(array.flat[0], str):
         raise DataError(
-            f"{origin}: expected a DataFrame, array, tensor, torch Dataset or DataLoader, a tuple (examples, labels) or "
-            f"a dict of them; got {type(part).__name__}, of {type(array.flat[0]).__name__}"
+            f"{origin}: expected a DataFrame, array, tensor, torch Dataset or DataLoader, a tuple (examples, labels) "
+            f"or a dict of them; got {type(part).__name__}, of {type(array.flat[0]).__name__}"
         )
     return array.astype(str) if array.dtype == object else array
+
+
+def _is_frame(part: Any) -> bool:
+    return hasattr(part, "columns") and hasattr(part, "iloc")
+
+
+def _named(frame: Any) -> Any:
+    """The DataFrame with text as the names of its columns."""
+    return frame.rename(columns=str)
 
 
 def _levels(array: np.ndarray, origin: str) -> np.ndarray:
@@ -85,10 +92,10 @@ def _levels(array: np.ndarray, origin: str) -> np.ndarray:
     return scaled.round().astype(np.uint8)
 
 
-def _collected(given: Iterable[Any], origin: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _collected(given: Any, origin: str) -> tuple[np.ndarray, np.ndarray | None]:
     """All examples, and labels if there are any, of a torch Dataset or of the batches of a DataLoader."""
     batched = isinstance(given, torch_data.DataLoader)
-    items = given if batched or not hasattr(given, "__len__") else (given[i] for i in range(len(given)))  # type: ignore[index]
+    items = given if batched or not hasattr(given, "__len__") else (given[i] for i in range(len(given)))
     x, y = [], []
     for item in items:
         pair = isinstance(item, (tuple, list)) and len(item) == 2

@@ -123,18 +123,26 @@ def csv(source: Source) -> Dataset:
     tables = {} if said else {part: _read_csv(path, reading) for part, path in paths.items()}
     if tables and all(tables.values()):
         return _dataset(source, tables)  # type: ignore[arg-type]
-    frames = {part: read_rows(path, **vars(reading)) for part, path in paths.items()}
-    first, path = next(iter(frames.values())), next(iter(paths.values()))
-    schema = infer(first, str(path), decimal=reading.decimal, **said)
+    frames = {part: (str(path), read_rows(path, **vars(reading))) for part, path in paths.items()}
+    return of_frames(source, frames, reading.decimal)
+
+
+def of_frames(
+    source: Source, frames: "dict[str, tuple[str, pd.DataFrame]]", decimal: str = ".", arrays: Arrays | None = None
+) -> Dataset:
+    """DataFrames by split, "all" for what is yet to be split: (where from, the table); and the labels in ``arrays``."""
+    said = {key: source.options[key] for key in ("columns", "drop", "types") if source.options.get(key)}
+    origin, first = next(iter(frames.values()))
+    schema = infer(first, origin, decimal=decimal, **said)
     for name, why in schema.left_out:
         if "--data.drop" not in why and "--data.columns" not in why:
-            warnings.warn(f"{path}: the column {name} is left out: {why}", DataWarning, stacklevel=4)
-    mixed = {}
-    for part, frame in frames.items():
-        values = schema.parse(frame, str(paths[part]))
-        names = schema.names if first.attrs["named"] else None
-        mixed[part] = Table(str(paths[part]), values, names, partial(list, frame.index), schema=schema)
-    return _dataset(source, mixed)
+            warnings.warn(f"{origin}: the column {name} is left out: {why}", DataWarning, stacklevel=5)
+    names = schema.names if first.attrs.get("named", True) else None
+    mixed = {
+        part: Table(origin, schema.parse(frame, origin), names, partial(list, frame.index), schema=schema)
+        for part, (origin, frame) in frames.items()
+    }
+    return _dataset(source, mixed, arrays)
 
 
 def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", decimal: str = ".") -> "pd.DataFrame":
@@ -420,7 +428,8 @@ def _dataset(source: Source, tables: dict[str, Table], arrays: Arrays | None = N
         return Dataset(source.name, {part: Split(x[part]) for part in x}, scaling=scaling, schema=schema)
     y = {part: arrays.y["all"][rows[part]] for part in x} if "all" in arrays.y else arrays.y
     splits = {part: Split(x[part], y.get(part)) for part in x}
-    return Dataset(source.name, splits, classes=arrays.classes, class_names=arrays.class_names, scaling=scaling)
+    labels = {"classes": arrays.classes, "class_names": arrays.class_names}
+    return Dataset(source.name, splits, scaling=scaling, schema=schema, **labels)  # type: ignore[arg-type]
 
 
 def _moments(table: Table, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,9 +7,10 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
+import numpy as np
 import torch
 import typeguard
 from torch import Tensor, nn
@@ -139,6 +140,30 @@ class HasTrajectory(Protocol):
     def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]: ...
 
 
+VERBS = {
+    "log_prob", "elbo", "bits_per_dim", "iwae_bound", "anomaly_score", "encode", "decode", "reconstruct", "interpolate",
+    "interpolate_latents", "realness", "denoising_error", "score",
+}  # fmt: skip
+
+
+def _of_arrays_too(verb: Callable) -> Callable:
+    """A verb that is also given numpy's arrays, of which it then makes arrays, without gradients."""
+
+    @wraps(verb)
+    def of_either(self: "GenerativeModel", *given: Any, **named: Any) -> Any:
+        for each in (*given, *named.values()):
+            if isinstance(each, np.ndarray):
+                break
+        else:
+            return verb(self, *given, **named)
+        with torch.no_grad():
+            tensors = [self.tensor_of(each, label=i > 0) for i, each in enumerate(given)]
+            made = verb(self, *tensors, **{k: self.tensor_of(each, label=k == "y") for k, each in named.items()})
+        return made.cpu().numpy() if isinstance(made, Tensor) else made
+
+    return of_either
+
+
 class GenerativeModel(nn.Module):
     """Base of every model, third parties' included.
 
@@ -147,7 +172,8 @@ class GenerativeModel(nn.Module):
     shows in its verbs: ``log_prob(x)`` (exact) and ``elbo(x)``, both (N,) in nats, and those of `Encodes`, `Decodes`,
     `Reconstructs`, `DrawsLatents`, `HasPosterior` and `HasTrajectory`.
 
-    A conditional model is p(x | y). Every verb then takes ``y``: labels (N,), integers, or a context (N, C), floats.
+    Verbs take numpy's arrays too, and then return arrays. A conditional model is p(x | y). Every verb then takes ``y``:
+    labels (N,), integers, or a context (N, C), floats.
 
     Raises SettingsError from `from_config` for settings that no model can be made of.
     """
@@ -162,6 +188,11 @@ class GenerativeModel(nn.Module):
     shape: tuple[int, ...] | None  # of one example, if it is known
     levels: int | None  # of discrete data; None for real-valued data
     embedding: nn.Module | None  # makes the context (N, C) of y; None if the model is not conditional
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        for verb in VERBS & vars(cls).keys():
+            setattr(cls, verb, _of_arrays_too(vars(cls)[verb]))
 
     def __init__(
         self,
@@ -348,6 +379,18 @@ class GenerativeModel(nn.Module):
             raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
         check_range(x, self.levels, always=not self.training)
         return x
+
+    def tensor_of(self, given: Any, label: bool = False) -> Any:
+        """A tensor on the model's device of a numpy array, in the model's dtype but for whole numbers that may be
+        labels or are refused as levels; anything else as it is. Raises DataError for an array of no real numbers."""
+        if not isinstance(given, np.ndarray):
+            return given
+        if given.dtype.kind not in "biuf":
+            raise DataError(f"an array of real numbers is needed; got one of {given.dtype}")
+        floats = given.dtype.kind == "f" or not (label or self.levels)
+        return torch.as_tensor(
+            given.copy(), dtype=next(self.parameters()).dtype if floats else None, device=self.device
+        )
 
     def context_of(self, y: Tensor | None, n: int, embedding: nn.Module | None = None) -> Tensor | None:
         """The context (n, C) that ``embedding``, by default the model's own, makes of labels (n,) or a context (n, C);
@@ -607,9 +650,9 @@ def load(name: str) -> type[GenerativeModel]:
 def create(name: str, data: Any = None, **settings: Any) -> GenerativeModel:
     """Make the model that ``name`` stands for, with the given settings.
 
-    Pass the data set, or what `load_data` makes one of, to have ``shape``, ``levels`` and ``classes`` taken from it; without it they are the defaults of
-    the model's config, MNIST's for image models. Raises PluginError for an unknown or broken model and SettingsError
-    for a setting that it does not take.
+    Pass the data set, or what `load_data` makes one of, to have ``shape``, ``levels`` and ``classes`` taken from it;
+    without it they are the defaults of the model's config, MNIST's for image models. Raises PluginError for an unknown
+    or broken model and SettingsError for a setting that it does not take.
 
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """

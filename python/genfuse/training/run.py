@@ -235,6 +235,25 @@ class Run(History):
             raise RunError(f"{self.path / WEIGHTS} does not fit the model that {CONFIG} names: {error}") from None
         return model.to(device).eval()
 
+    def start(self, model: GenerativeModel) -> list[str]:
+        """Give ``model`` the weights of the run, as the start of another training, and return what is other in its
+        settings. Raises SettingsError if it is another kind of model, or its weights have other names or shapes."""
+        weights, _ = read_tensors(self.path / WEIGHTS)
+        was, named = self.config["model"], model.plugin or plugin_of(type(model))
+        now = {"name": named, **json.loads(json.dumps(dataclasses.asdict(model.config)))}
+        found = [f"name: was {was['name']!r}, now {named!r}"] if was["name"] != named else differences(
+            {"model": {"name": named, **was["settings"]}}, {"model": now})  # fmt: skip
+        try:
+            if was["name"] != named:
+                raise RuntimeError(f"{named} is no {was['name']}")
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = "; ".join(found) or str(error)
+            raise SettingsError(
+                f"the weights of {self.path} do not fit this {type(model).__name__}: {reason}"
+            ) from None
+        return found
+
     def data(self, root: str | Path | None = None, name: Any = None) -> Dataset:
         """The data set that the run was trained on, from where it was then, or from ``root``.
 
@@ -522,6 +541,10 @@ class Recorder:
         (self.path / PROGRESS).mkdir(exist_ok=True)
         with writing(self.path / PROGRESS / f"{step:08}.npy") as file:
             np.save(file, samples.float().cpu().numpy())
+        if samples.dim() == 4:
+            with named(self.path / TENSORBOARD):
+                images = samples if samples.shape[1] == 3 else samples[:, :1]
+                self._tensorboard.add_images("samples", images.float().clamp(0, 1), step)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, once all that was logged up to its step is safe."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from genfuse._files import locked
@@ -122,7 +123,14 @@ class Trainer(Options):
         except RunError as error:  # which is no reason to go without the other pictures
             warnings.warn(f"progress.png is not drawn: {error}", RunWarning, stacklevel=2)
             progress = {}
-        gallery.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
+        drawn = gallery.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
+        from PIL import Image
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(finished.path / run.TENSORBOARD)) as board:
+            for picture in drawn:
+                pixels = np.asarray(Image.open(picture).convert("RGB"))
+                board.add_image(f"pictures/{picture.stem}", pixels, finished.step, dataformats="HWC")
 
     def _options(self) -> dict[str, Any]:
         options = dataclasses.asdict(self)

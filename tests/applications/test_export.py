@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+import genfuse
+from genfuse.applications import export
+from genfuse.errors import SettingsError
+
+runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+
+def run_program(file, *inputs):
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()(*inputs).detach().numpy()
+    session = runtime.InferenceSession(file)
+    names = [each.name for each in session.get_inputs()]
+    return session.run(None, dict(zip(names, [each.numpy() for each in inputs], strict=True)))[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "has"),
+    [
+        ("nsf", {"hidden": (8, 8)}, "log_prob encode decode sample"),
+        ("maf", {"hidden": (8,)}, "log_prob encode decode sample"),
+        ("vae", {"hidden": 8, "latent_dim": 2, "decoder": "gaussian"}, "encode decode sample"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_programs_of_a_table_are_the_models_verbs_in_its_own_units(model, settings, has, suffix, trained, tmp_path):
+    run = trained(model, steps=2, **settings)
+    files = {file.stem.split("-")[1]: file for file in export(run, tmp_path / f"m.{suffix}", say=lambda line: None)}
+    assert list(files) == has.split()
+    own, scaling = run.model(), run.scaling
+    rows = torch.tensor(
+        [[50.0, 52000.0, 0.1]] * 5 + [[61.0, 58000.0, -1.0]] * 2, dtype=torch.float64
+    )  # 7, traced with 3
+    x, z = scaling.apply(rows), torch.randn(7, own.latent_dim if model == "vae" else 3)
+    if "log_prob" in files:
+        wanted = own.log_prob(x).detach().numpy() - np.log(scaling.std).sum()
+        assert run_program(files["log_prob"], rows) == pytest.approx(wanted, abs=1e-3)
+    assert run_program(files["encode"], rows) == pytest.approx(own.encode(x).detach().numpy(), abs=1e-4)
+    for verb in ("decode", "sample"):
+        wanted = scaling.restore(own.decode(z).detach()).numpy()
+        assert run_program(files[verb], z) == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_conditional_program_takes_the_labels(suffix, trained, tmp_path):
+    run = trained("vae", "digits", steps=2, conditional=True, hidden=8)
+    [file] = export(run, tmp_path / f"m.{suffix}", ["encode"], say=lambda line: None)
+    x, y = genfuse.load_data("digits").batch("test", slice(0, 5))
+    assert run_program(file, x, y) == pytest.approx(run.model().encode(x, y).detach().numpy(), abs=1e-5)
+
+
+def test_a_diffusion_model_exports_its_sampler(trained, tmp_path):
+    run = trained("flow-matching", steps=2, hidden=(8,))
+    [file] = export(run, tmp_path / "m.pt2", say=lambda line: None)
+    assert file.name == "m-sample.pt2"
+    z = torch.randn(4, 3)
+    wanted = run.scaling.restore(run.model().trajectory(z)[-1]).numpy()
+    assert run_program(file, z) == pytest.approx(wanted, rel=1e-4, abs=1e-2)
+
+
+def test_what_cannot_be_exported_is_named(trained, tmp_path):
+    run = trained("gan", "digits", steps=2)
+    with pytest.raises(SettingsError, match=r"must end in \.pt2 or \.onnx; got .*m.tflite"):
+        export(run, tmp_path / "m.tflite")
+    with pytest.raises(SettingsError, match="a GAN has no log_prob that could be exported; it has: decode, sample"):
+        export(run, tmp_path / "m.pt2", ["log_prob"])
+    assert list(tmp_path.iterdir()) == []
