@@ -6,15 +6,17 @@ COUNT ?= 100000
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# For the demo: what the package needs and no more, and the torch that is there, if there is one.
+# For the demo: what the package needs and no more, beside the torch that is there, if there is one.
 RUNS := $(VENV)/.runs
 $(RUNS): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
-	@test -e $(INSTALLED) && touch $@ || { \
-	echo "installing genfuse into $(VENV)" && \
-	{ test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV); } && \
-	{ $(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"; } && \
-	export GENFUSE_CUDA=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')") && \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on . && touch $@; }
+	@test -e $(INSTALLED) || echo "installing genfuse into $(VENV), which takes a minute or two"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
+		> $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch-of-python.pth 2>/dev/null || true
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	@test -e $(INSTALLED) || GENFUSE_CUDA=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')") \
+		$(BIN)/python -m pip install --disable-pip-version-check .
+	@touch $@
 
 # Python is used where it lies; only what is compiled, or the list of dependencies, needs installing again.
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)

@@ -113,6 +113,11 @@ def test_no_command_shows_the_usage_and_is_an_error(capsys):
     assert "usage: genfuse COMMAND" in capsys.readouterr().err
 
 
+def test_a_resume_that_had_nothing_to_do_says_so(capsys, run):
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "nothing was to be done: the run had ended; to train on, ask for more" in capsys.readouterr().out
+
+
 def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
     assert "no command 'trian'; commands: train, list, plugins, new-plugin, sample" in fails(capsys, "trian")
 

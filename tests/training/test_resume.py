@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 import genfuse
 from genfuse._files import read_tensors
-from genfuse.errors import NonFiniteLossError, RunError
+from genfuse.errors import NonFiniteLossError, RunError, SettingsError
 from genfuse.training import Run, Trainer
 from genfuse.training.checkpoint import Checkpoint
 
@@ -265,6 +266,42 @@ def test_more_steps_continue_as_if_they_had_been_asked_for(make, digits, trainer
         assert (whole.path / name).read_bytes() == (parts.path / name).read_bytes()
     with pytest.raises(RunError, match="has trained 40 steps, more than the 35: resume it with more steps"):
         Trainer.resuming(whole, steps=35).fit(make("tiny"), digits)
+
+
+def test_augmented_and_streamed_batches_go_on_as_if_the_run_had_not_stopped(make, digits, trainer, tmp_path):
+    streamed = replace(digits, streamed=True)
+    options = {"flip": True, "shift": 1}
+    whole = trainer(steps=40, out=tmp_path / "whole", **options).fit(make("tiny"), streamed)
+    parts = trainer(steps=20, out=tmp_path / "parts", **options).fit(make("tiny"), streamed)
+    Trainer.resuming(parts, steps=40).fit(parts.model(), streamed)
+    memory = trainer(steps=40, out=tmp_path / "memory", **options).fit(make("tiny"), digits)
+    plain = trainer(steps=40, out=tmp_path / "plain").fit(make("tiny"), digits)
+    weights = [(run.path / "model.safetensors").read_bytes() for run in (whole, parts, memory, plain)]
+    assert weights[0] == weights[1]
+    same, other = (read_tensors(run.path / "model.safetensors")[0] for run in (memory, plain))
+    found = read_tensors(whole.path / "model.safetensors")[0]
+    assert all(torch.equal(found[name], same[name]) for name in found)
+    assert not torch.equal(found["net.0.weight"], other["net.0.weight"])
+    with pytest.raises(RunError, match="training shift: was 1, now 2"):
+        Trainer.resuming(parts, shift=2, steps=50).fit(make("tiny"), streamed)
+
+
+@pytest.mark.parametrize("options", [{"shift": 8}, {"flip": True}, {"shift": -1}])
+def test_what_cannot_be_flipped_or_shifted_is_refused(make, digits, trainer, tmp_path, options):
+    table = genfuse.load_data("toy:moons")
+    model = genfuse.create("vae", table, decoder="gaussian")
+    both = (make("tiny"), digits) if "shift" in options else (model, table)
+    with pytest.raises(SettingsError, match=r"flip and shift are of images|shift must be at least 0"):
+        trainer(**options).fit(*both)
+
+
+def test_sigterm_says_where_the_run_is_saved(start, tmp_path, capfd):
+    out = tmp_path / "run"
+    process = start("tiny", out, {"seconds_per_step": 0.02}, epochs=3, batch_size=100, log_every=2)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(Run(out).metrics()) >= 3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert f"genfuse: SIGTERM: {out} is saved at step {checkpointed_step(out)}" in capfd.readouterr().err
 
 
 def test_a_run_that_is_older_than_an_option_is_resumed(make, digits, trainer, tmp_path):

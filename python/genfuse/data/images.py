@@ -132,7 +132,7 @@ def folder(source: Source) -> Dataset:
     if root.suffix in (".npy", ".npz") and root.is_file():
         source.no_options()
         return of_arrays(source, find_arrays(source, root), str(root))
-    if root.suffix.lower() in SUFFIXES and root.is_file():
+    if root.suffix.lower() in SUFFIXES and root.is_file() and source.whole:
         picture, rows = _read_pictures(root, [root], Reading.of(source)).x, source.hold_out(1, "picture")
         return Dataset(source.name, {part: Split(picture[index]) for part, index in rows.items()}, levels=256)
     if not root.is_dir():
