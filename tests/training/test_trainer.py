@@ -1,13 +1,15 @@
 import io
 import math
+import re
 import sys
+import warnings
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import Config, Plain, Tiny, validated
+from tiny_models import Config, Plain, Slope, Tiny, validated
 
 import genfuse
 from genfuse.data import Dataset, Split
@@ -541,3 +543,34 @@ def test_losses_after_an_epoch_are_of_examples_of_all_classes(tmp_path):
     assert len(first) == 10_000 == len(first.unique())
     assert first.mean() == pytest.approx(0.5, abs=0.02)
     assert torch.equal(first, second)  # the same after each epoch
+
+
+def told(trainer, model, data, **options):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", TrainingWarning)
+        run = trainer(**options).fit(model, data)
+    return run, [str(each.message) for each in found if each.category is TrainingWarning]
+
+
+def test_a_training_of_no_given_length_takes_the_models_usual_steps(digits, trainer, tmp_path):
+    run, _ = told(trainer, Slope(Config()), digits, epochs=None, out=tmp_path / "run")
+    assert run.step == 130
+    held_out = [entry["step"] for entry in run.metrics() if entry["split"] == "test"]
+    assert held_out == [105, 130]  # seven passes of 15 steps, as short ones are looked at together, and the end
+    assert trainer(epochs=None, steps=7, out=tmp_path / "few").fit(Slope(Config()), digits).step == 7
+    again = Trainer.resuming(run, steps=140).fit(run.model(), digits)
+    assert again.step == 140
+
+
+def test_a_loss_that_was_still_falling_or_had_long_been_rising_is_told_at_the_end(digits, trainer, tmp_path):
+    run, messages = told(trainer, Slope(Config()), digits, epochs=8, out=tmp_path / "falling")
+    assert len(messages) == 1
+    assert re.search(r"test split was still falling at the end, from 4\.\d+ to 3\.8", messages[0])
+    assert [entry["name"] for entry in run.metrics() if entry["split"] == "warning"] == ["improving"]
+    model = Slope(Config())
+    model.rising = True
+    _, messages = told(trainer, model, digits, epochs=8, out=tmp_path / "rising")
+    assert len(messages) == 1
+    assert "test split was lowest at step 15, 5.15, and has risen to 6.2 since" in messages[0]
+    _, messages = told(trainer, Slope(Config()), digits, epochs=3, out=tmp_path / "short")
+    assert not messages  # too few looks to judge by

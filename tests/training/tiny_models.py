@@ -47,6 +47,23 @@ class Tiny(GenerativeModel):
         return torch.rand(n, *self.config.shape, generator=generator)
 
 
+class Slope(Tiny):
+    """One whose loss changes by as much in every step: falling, or on examples that are held out rising."""
+
+    rising = False
+    usual_steps = 130
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.at = nn.Parameter(torch.tensor(5.0))
+
+    def players(self):
+        return [Player("model", [self.at], lambda parameters: torch.optim.SGD(parameters, lr=1e-2))]
+
+    def loss(self, batch, player="model"):
+        return (self.at if self.training or not self.rising else 10 - self.at), {}
+
+
 class Duel(GenerativeModel):
     """A Wasserstein GAN with weight clipping (arXiv 1701.07875), small."""
 
