@@ -414,7 +414,7 @@ class Exploding(Plain):
 
 
 def test_weights_that_are_not_finite_are_never_saved(digits, trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("genfuse.training.loop.Loop._end_epoch", lambda self, seconds: None)
+    monkeypatch.setattr("genfuse.training.loop.Loop._end_lap", lambda self, seconds: None)
     model = Exploding(Config())
     model.plugin = "plain"
     with pytest.raises(NonFiniteLossError, match="finite up to step 15, but these weights are not: mean"):

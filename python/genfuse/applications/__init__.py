@@ -7,6 +7,7 @@ from genfuse.applications._examples import Examples as Examples
 from genfuse.applications._examples import examples as examples
 from genfuse.applications._examples import labels_of as labels_of
 from genfuse.applications._export import export as export
+from genfuse.applications._export import verbs_of as verbs_of
 from genfuse.applications._score import METHODS as METHODS
 from genfuse.applications._score import detection as detection
 from genfuse.applications._score import find_method as find_method
