@@ -18,6 +18,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Classifiers that comparisons train are found by later tests, and not by the user."""
+    os.environ["GENFUSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():

@@ -466,7 +466,7 @@ def test_runs_that_exist_are_compared_and_left_alone(tmp_path, capsys):
     result = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [row["label"] for row in result["rows"]] == list(map(str, runs))
     assert all(row["bound"] == "iwae_bound_50" and "bits_per_dim" not in row["mean"] for row in result["rows"])
-    assert (tmp_path / "c" / "pictures" / "real.png").is_file()
+    assert (tmp_path / "c" / "pictures" / "real.svg").is_file()
     assert "a run, which is trained already: leave out --seeds" in fails(capsys, "compare", runs[0], "--seeds", "2")
     assert "compare models or runs, not both" in fails(capsys, "compare", runs[0], "vae")
 

@@ -44,7 +44,7 @@ from genfuse.errors import (
     SettingsError,
     TrainingWarning,
 )
-from genfuse.metrics import extractor
+from genfuse.metrics import extractor, train_missing
 from genfuse.models import configure, load
 from genfuse.training import Run, Trainer
 from genfuse.training.run import FREE, describe_data
@@ -96,6 +96,7 @@ def compare(
         raise SettingsError(f"a comparison trains on one device at a time; got devices={trainer.devices}")
     device = _resolved(trainer.device)
     trainer = replace(trainer, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None)
+    train_missing(features, data, device, say)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
         "data": {**{key: describe_data(data)[key] for key in (*DATA, "class_names")}, "name": data.name},
@@ -183,6 +184,7 @@ def compare_runs(
                 f"{other}"
             )
     data, device, out = opened[0].data(data_root), _resolved(device), Path(out)
+    train_missing(features, data, device, say)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
         "data": {key: was[0][key] for key in (*DATA, "class_names") if key in was[0]},

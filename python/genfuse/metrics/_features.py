@@ -174,6 +174,17 @@ def train_features(
     return path, accuracy
 
 
+def train_missing(name: str, data: Dataset, device: torch.device | str, say: Callable[[str], object]) -> None:
+    """`train_features` where ``auto`` would take features of random weights for want of a classifier.
+
+    By those, noise can be nearer to real images than images are that one can read.
+    """
+    labelled = (data.classes or 0) > 1 and all(data.splits[part].y is not None for part in ("train", "test"))
+    if name == "auto" and data.is_image and labelled and not classifier_path(data).is_file():
+        say(f"training a classifier of {data.name}, by whose features samples are judged")
+        say(f"its held-out accuracy: {train_features(data, device=device)[1]:.2%}")
+
+
 @torch.no_grad()
 def _accuracy(network: nn.Module, data: Dataset, device: torch.device | str) -> float:
     right = 0
