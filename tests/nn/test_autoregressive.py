@@ -175,7 +175,7 @@ def test_under_autocast_both_ways_compute_in_the_inputs_type(kind):
             "scale must be one of tanh, exp, sigmoid, softclip, got 'linear'",
         ),
         (
-            lambda: MADE(3, (4, 4, 4), 2, residual=True, limit=5.0),
+            lambda: MADE(3, (4, 4, 4), 2, residual=True, squash=True),
             "squash is for networks without residual blocks",
         ),
         (lambda: AutoregressiveSpline(3, (4,), bins=0), "bins must be at least 1, got 0"),

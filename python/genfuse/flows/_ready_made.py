@@ -177,7 +177,7 @@ class MAF(_ReadyMade):
         context: C, the features of the context (N, C) that all depends on, or 0.
         transforms: how many autoregressive layers; the order of the features is reversed between two.
         hidden: widths of each masked network's hidden layers.
-        scale: how the log-scales are bounded, as in `genfuse.nn.AffineCoupling`.
+        scale: how the log-scales are bounded, as in `genfuse.nn.AutoregressiveAffine`.
         actnorm: whether to normalise activations between layers, where the paper has batch normalisation.
         squash: as in `NSFAR`.
         options: ``base``, ``embedding`` and ``reversible`` of `Flow`.

@@ -136,8 +136,8 @@ class AutoregressiveAffine(Transform):
         features: D; x is (N, D).
         hidden: widths of MADE's hidden layers.
         context: C features of the context (N, C) that all depends on, or 0.
-        scale: how the log-scale s is bounded: "tanh", "softclip", "exp" (not at all) or
-            "sigmoid", as in `AffineCoupling`.
+        scale: how the log-scale s is bounded: "tanh", "softclip" (to [-3, 3]), "exp" (not at
+            all) or "sigmoid", as in `affine_coupling`.
         residual: whether the hidden layers make residual blocks, as in `MADE`.
         squash: whether the network sees features squashed, as in `MADE`.
     """
@@ -161,10 +161,11 @@ class AutoregressiveAffine(Transform):
         _start_near_zero(self.made)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale, slope=soft_slope(self.scale))
+        params = self.made(x, context).to(x.dtype)
+        return affine_coupling(x, params, 0, scale=self.scale, slope=soft_slope(self.scale, 3))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.made.inverse(y, context, scale=self.scale, slope=soft_slope(self.scale))
+        return self.made.inverse(y, context, scale=self.scale, slope=soft_slope(self.scale, 3))
 
 
 class AutoregressiveSpline(Transform):

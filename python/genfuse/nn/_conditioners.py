@@ -30,9 +30,10 @@ def last_layer(layer: nn.Linear | nn.Conv2d, start: float = START) -> nn.Linear 
     return layer
 
 
-def soft_slope(scale: Scale) -> float | None:
-    """The least scale of a soft clip. With the operator's 1e-3, as in zuko, ten layers stretch what is far by e^69."""
-    return math.exp(-2) if scale == "softclip" else None
+def soft_slope(scale: Scale, largest: float) -> float | None:
+    """The least scale of a soft clip whose log-scales end at ``largest``. With the operator's 1e-3, as in zuko, ten
+    layers stretch what is far outside by e^69."""
+    return math.exp(-largest) if scale == "softclip" else None
 
 
 def _one_width(name: str, widths: Sequence[int]) -> int:

@@ -104,7 +104,7 @@ class AffineCoupling(Coupling):
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         where = self.split if self.mask is None else self.mask
-        slope = soft_slope(self.scale)
+        slope = soft_slope(self.scale, 2)
         return affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
 
 
