@@ -18,6 +18,7 @@ def package(tmp_path_factory):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-models\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[genfuse.models]\ntiny = tiny_models:Tiny\nduel = tiny_models:Duel\nplain = tiny_models:Plain\n"
+        "staged = tiny_models:Staged\n"
     )
     return folder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import Config, Plain, Tiny, validated
+from tiny_models import Config, Plain, Staged, Tiny, validated
 
 import genfuse
 from genfuse.data import Dataset, Split
@@ -541,3 +541,26 @@ def test_losses_after_an_epoch_are_of_examples_of_all_classes(tmp_path):
     assert len(first) == 10_000 == len(first.unique())
     assert first.mean() == pytest.approx(0.5, abs=0.02)
     assert torch.equal(first, second)  # the same after each epoch
+
+
+def test_a_model_sees_data_before_its_first_step_and_is_trained_in_stages(digits, trainer, tmp_path):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Staged(Config()))
+        trainer(steps=9).fit(models[-1], digits)
+    model, again = models
+    assert model.trained == ["codes"] * 3 + ["head"] * 6
+    assert [len(x) for x in model.seen] == [16, 16]
+    rows = digits.batch("train", slice(None)).x.flatten(1)
+    assert all((rows == x).all(1).any() for x in model.seen[0].flatten(1))  # in an order by the seed, and in full
+    assert not torch.equal(model.seen[0], digits.batch("train", slice(0, 16)).x)
+    assert torch.equal(model.seen[0], again.seen[0]) and torch.equal(model.codes, again.codes)
+
+
+def test_data_is_not_seen_again_where_a_run_goes_on(make, digits, trainer, tmp_path):
+    first, again = make("staged"), make("staged")
+    run = trainer(steps=3, out=tmp_path / "run").fit(first, digits)
+    Trainer.resuming(run, steps=6).fit(again, digits)
+    assert first.seen and not again.seen
+    assert again.trained == ["head"] * 3
