@@ -47,7 +47,8 @@ def test_a_file_is_described(capsys, customers):
     assert [line[:2] for line in lines[3:]][:1] == [["age", "category"]]
     for words in (["plan", "category", "2:", "basic,", "plus"], ["churned", "boolean", "0,", "1"]):
         assert words in [line[: len(words)] for line in lines]
-    assert "by --data.drop" in said.out and "numbers the rows" in said.out
+    assert "by --data.drop" in said.out
+    assert "numbers the rows" in said.out
     assert "train 320, test 80 rows" in said.out
 
 
@@ -75,7 +76,8 @@ def test_rows_are_written_as_the_table_has_them(run, customers, tmp_path):
     assert len(rows) == 50
     assert rows["age"].dropna().str.fullmatch(r"\d+").all()
     assert rows["income"].dropna().str.fullmatch(r"\d+\.\d{1,2}").all()
-    assert set(rows["plan"]) <= {"basic", "plus"} and set(rows["churned"]) <= {"0", "1"}
+    assert set(rows["plan"]) <= {"basic", "plus"}
+    assert set(rows["churned"]) <= {"0", "1"}
     assert rows["joined"].dropna().str.fullmatch(r"\d\d\.\d\d\.20\d\d").all()
 
 
@@ -97,8 +99,11 @@ def test_rows_are_drawn_until_they_are_as_asked(run, tmp_path, capsys):
     assert main(["sample", str(run), "--n", "30", "--where", rule, "--out", str(tmp_path / "rows.csv")]) == 0
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert len(rows) == 30
-    assert (rows.plan == "plus").all() and (rows.age >= 40).all() and (rows.income < 1e5).all()
-    assert (rows.age != 50).all() and (rows.churned == 0).all()
+    assert (rows.plan == "plus").all()
+    assert (rows.age >= 40).all()
+    assert (rows.income < 1e5).all()
+    assert (rows.age != 50).all()
+    assert (rows.churned == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,8 @@ def test_what_a_model_is_given_need_not_be_searched_for(customers, tmp_path, cap
     assert main(["sample", str(tmp_path / "r"), "--n", "9", "--where", "churned=1,plan=plus", "--out", str(out)]) == 0
     rows = pd.read_csv(out)
     assert list(rows) == ["age", "income", "joined", "churned", "plan"]
-    assert (rows.churned == 1).all() and (rows.plan == "plus").all()
+    assert (rows.churned == 1).all()
+    assert (rows.plan == "plus").all()
     again = ["sample", str(tmp_path / "r"), "--n", "9", "--out", str(out), "--overwrite"]
     assert main([*again, "--condition", "churned=1,plan=gold"]) == 2
     assert "one of the categories basic, plus" in capsys.readouterr().err

@@ -55,7 +55,8 @@ def test_kinds_of_columns_are_seen_and_ids_are_left_out(tmp_path, gaps):
     data = load(tmp_path, frame)
     assert kinds(data) == EXPECTED
     assert [name for name, _ in data.schema.left_out] == ["person_id", "note"]
-    assert "numbers the rows" in data.schema.left_out[0][1] and "names the rows" in data.schema.left_out[1][1]
+    assert "numbers the rows" in data.schema.left_out[0][1]
+    assert "names the rows" in data.schema.left_out[1][1]
     assert [c.missing for c in data.schema.columns] == [gaps] * 6
     assert data.schema.columns[2].categories == ("Bonn", "Oslo, east", "Rome")
     for part in data.splits.values():
@@ -68,14 +69,15 @@ def test_rows_come_back_as_they_were(tmp_path, gaps):
     data = load(tmp_path, frame)
     back = data.schema.decode(torch.cat([split.x for split in data.splits.values()]))
     texts = data.schema.texts(back)
-    order = np.r_[*(rows.numpy() for rows in _split(len(frame)))]
+    order = torch.cat(_split(len(frame))).numpy()
     texts.to_csv(tmp_path / "back.csv", index=False)
     written = read_rows(tmp_path / "back.csv").reset_index(drop=True)
     original = read_rows(tmp_path / "a.csv").iloc[order].reset_index(drop=True)[list(EXPECTED)]
     whole = ["children", "smokes"]  # which pandas writes as 2.0 where cells are missing
     original[whole] = original[whole].map(lambda cell: cell.removesuffix(".0"))
     assert written.to_numpy().tolist() == original.to_numpy().tolist()
-    assert str(back["children"].dtype) == "Int64" and back["born"].dtype.kind == "M"
+    assert str(back["children"].dtype) == "Int64"
+    assert back["born"].dtype.kind == "M"
     assert texts["born"].dropna().str.fullmatch(r"\d{4}-\d\d-\d\d").all()
     assert torch.allclose(data.schema.encode(texts), data.schema.encode(back), equal_nan=True)
 
@@ -104,7 +106,9 @@ def test_a_table_of_numbers_alone_is_as_ever(tmp_path):
     frame = people()[["height"]].assign(weight=np.random.default_rng(2).normal(size=N))
     frame.to_csv(tmp_path / "a.csv", index=False)
     data = load_data(f"csv:{tmp_path}/a.csv")
-    assert data.schema is None and data.columns is None and data.plain
+    assert data.schema is None
+    assert data.columns is None
+    assert data.plain
     np.save(tmp_path / "a.npy", frame.to_numpy())
     assert torch.equal(data.splits["train"].x, load_data(f"npy:{tmp_path}/a.npy").splits["train"].x)
     assert [column.kind for column in data.described().columns] == ["number", "number"]
@@ -209,7 +213,8 @@ def test_marks_byte_order_marks_and_words_for_nothing_are_read(tmp_path):
     assert all(column.missing for column in data.schema.columns)
     assert data.schema.columns[0].high in (18.5, 19.5)
     rows = read_rows(tmp_path / "a.csv", delimiter=";")
-    assert list(rows.columns) == ["a", "b", "empty"] and rows.index[0] == 2
+    assert list(rows.columns) == ["a", "b", "empty"]
+    assert rows.index[0] == 2
 
 
 def test_a_table_without_a_header_has_numbered_columns(tmp_path):
@@ -267,6 +272,7 @@ def test_quantiles_lead_heavy_tails_to_a_gaussian(tmp_path):
     frame.to_csv(tmp_path / "a.csv", index=False)
     data = load_data(f"csv:{tmp_path}/a.csv")
     v = Columns(data.columns).encode(data.splits["train"].x)[:, 0]
-    assert float(v.mean()) == pytest.approx(0, abs=0.05) and float(v.std()) == pytest.approx(1, abs=0.05)
+    assert float(v.mean()) == pytest.approx(0, abs=0.05)
+    assert float(v.std()) == pytest.approx(1, abs=0.05)
     assert float((v.double() ** 4).mean()) == pytest.approx(3, abs=0.4)
     assert math.isfinite(float(v.max()))

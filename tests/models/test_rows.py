@@ -107,7 +107,7 @@ def test_columns_of_any_kind_are_conditions(name, path):
 
 
 def test_what_is_learned_is_better_than_independent_columns(data):
-    """The bounds of a VAE and of a flow on test rows are above the density of columns that know nothing of each other."""
+    """The bounds of a VAE and of a flow on test rows beat columns that know nothing of each other."""
     x = data.splits["test"].x
     flow, vae = trained("nsf", data, steps=150), trained("vae", data, steps=150)
     base, log_w = flow.columns.dequantize(x, torch.Generator().manual_seed(0))
