@@ -147,3 +147,24 @@ def test_a_table_is_evaluated_and_compared(run, customers, tmp_path, capsys):
     names = {"marginal_wasserstein", "marginal_total_variation", "correlation_difference", "detection_auroc",
              "synthetic_auroc"}  # fmt: skip
     assert names <= found["samples"].keys() & found["real"].keys()
+
+
+def test_rows_of_another_file_are_scored_and_reconstructed(run, customers, tmp_path, capsys):
+    frame = pd.read_csv(customers, dtype=str)
+    frame.loc[3, ["age", "plan"]] = ["90", "plus"]
+    shuffled = frame.assign(odd=(np.arange(len(frame)) == 3).astype(int))[[*frame.columns[::-1], "odd"]]
+    shuffled.to_csv(tmp_path / "new.csv", index=False)
+    args = [str(tmp_path / "new.csv"), "--out", str(tmp_path / "out.csv"), "--overwrite"]
+    assert main(["score", str(run), *args, "--explain", "3", "--samples", "2"]) == 0
+    scores = pd.read_csv(tmp_path / "out.csv")
+    assert len(scores) == len(frame)
+    assert np.isfinite(scores["score"]).all()
+    assert set(scores["column_1"].dropna()) <= {"age", "income", "plan", "joined", "churned"}
+    assert main(["reconstruct", str(run), *args]) == 0
+    assert list(pd.read_csv(tmp_path / "out.csv")) == ["age", "income", "plan", "joined", "churned"]
+    frame.assign(plan="gold").to_csv(tmp_path / "new.csv", index=False)
+    assert main(["score", str(run), *args]) == 2
+    assert "new.csv, row 2, column 4 (plan): one of the categories basic, plus" in capsys.readouterr().err
+    frame.drop(columns="age").to_csv(tmp_path / "new.csv", index=False)
+    assert main(["score", str(run), *args]) == 2
+    assert "has no column age" in capsys.readouterr().err

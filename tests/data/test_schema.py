@@ -276,3 +276,19 @@ def test_quantiles_lead_heavy_tails_to_a_gaussian(tmp_path):
     assert float(v.std()) == pytest.approx(1, abs=0.05)
     assert float((v.double() ** 4).mean()) == pytest.approx(3, abs=0.4)
     assert math.isfinite(float(v.max()))
+
+
+def test_a_dataframe_is_read_as_its_file(tmp_path):
+    frame = with_gaps(people())
+    of_file = load(tmp_path, frame)
+    with pytest.warns(DataWarning, match="left out"):
+        given = load_data(frame)
+    assert given.schema == of_file.schema
+    assert all(
+        torch.equal(given.splits[part].x.nan_to_num(9), of_file.splits[part].x.nan_to_num(9)) for part in given.splits
+    )
+    parts = {"train": frame[:40][["height", "city"]], "test": frame[40:][["city", "height"]]}
+    assert [len(split) for split in load_data(parts).splits.values()] == [40, 20]
+    with pytest.raises(DataError, match="put the labels of a table of several kinds into a column"):
+        load_data((frame, np.arange(N) % 2))
+    assert kinds(load_data(people()[["height", "children"]], types={"children": "category"}))["children"] == "category"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genfuse import plots, plugins
-from genfuse.data._schema import Column, Scaling, Schema, joined, names_in
+from genfuse.data._schema import Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.nn import Columns
 from genfuse.ops import bernoulli
@@ -200,9 +200,8 @@ class Dataset:
             return self.schema
         if self.scaling is None:
             raise DataError(f"the data set {self.name!r} is no table")
-        names = self.scaling.names or tuple(str(i + 1) for i in range(self.shape[0]))
         values = self.scaling.restore(self.splits["train"].x).cpu().numpy()
-        return Schema(tuple(map(Column, names))).fitted(values, self.scaling.mean, self.scaling.std)
+        return Schema.of_scaling(self.scaling).fitted(values, self.scaling.mean, self.scaling.std)
 
     @property
     def condition(self) -> int:

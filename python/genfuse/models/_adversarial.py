@@ -257,7 +257,11 @@ class AdversarialModel(GenerativeModel):
     def realness(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The critic's output for x (N, *shape), (N,): the higher, the more it takes x for a real example. It tells
         real from generated examples, and is no density: far from both it may be anything."""
-        return self._criticise(self._centred(self.checked(x)), self.context_of(y, len(x)))
+        context = self.context_of(y, len(x))
+        if self.pac > 1:  # each beside itself
+            x = x.repeat_interleave(self.pac, 0)
+            context = None if context is None else context.repeat_interleave(self.pac, 0)
+        return self._criticise(self._centred(self.checked(x)), context)
 
     def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """x on the arcs between latents a and b, (N, D) each, both ends included: (steps, N, *shape).
