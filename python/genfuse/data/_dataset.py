@@ -191,8 +191,7 @@ class Dataset:
     @property
     def plain(self) -> bool:
         """Whether all values are numbers, with no cell missing and no code of a category among them."""
-        columns = () if self.schema is None else self.schema.columns
-        return not any(c.missing or c.kind == "category" or c.categories not in ((), ("0", "1")) for c in columns)
+        return self.schema is None or self.schema.plain
 
     def described(self) -> Schema:
         """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""

@@ -200,6 +200,12 @@ class Schema:
         """Whether all are numbers without end, and none is missing: then no model needs to know more of them."""
         return all(c.kind == "number" and not c.missing for c in self.columns)
 
+    @property
+    def plain(self) -> bool:
+        """Whether all are numbers, some of them whole perhaps, with no cell missing and no code of a category."""
+        coded = [c for c in self.columns if c.kind == "category" or c.categories not in ((), ("0", "1"))]
+        return not coded and not any(c.missing for c in self.columns)
+
     @classmethod
     def of_scaling(cls, scaling: Scaling) -> "Schema":
         """Of columns that are all numbers without end."""

@@ -192,14 +192,13 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
                 f"{path}, row {rows[0][0]}, column {bad + 1}{name}: expected a number; got {some[0][bad]!r}{hint}"
             )
     frame = pd.DataFrame([row for _, row in rows], columns=names, index=[line for line, _ in rows], dtype=object)
-    frame.attrs = {"named": named, "left_out": 0}
+    frame.attrs = {"named": named, "columns": names}
     if named and names[0] in ("", "Unnamed: 0") and len(names) > 1:
         index, gone = stripped(frame.iloc[:, 0])
         values = numbers(index, decimal)
         if not gone.any() and not np.isnan(values).any() and _numbers_rows(values):
             _warn_of_index(path, names[0])
             frame = frame.iloc[:, 1:]
-            frame.attrs = {"named": named, "left_out": 1}
     return frame
 
 
