@@ -156,9 +156,11 @@ def test_a_generator_gets_gradients_and_draws_choices():
     columns = Columns(ALL)
     raw = torch.randn(500, columns.width, requires_grad=True)
     v = columns.activate(raw)
-    assert v.shape == raw.shape and v.abs().max() <= 4
+    assert v.shape == raw.shape
+    assert v.abs().max() <= 4
     v.square().sum().backward()
-    assert raw.grad.isfinite().all() and raw.grad.abs().sum(0).min() > 0
+    assert raw.grad.isfinite().all()
+    assert raw.grad.abs().sum(0).min() > 0
     assert torch.allclose(v[:, 3:6].sum(1), torch.tensor(-1.0), atol=1e-4)  # 1 and twice -1
 
 

@@ -17,8 +17,10 @@ def package(tmp_path_factory):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-models\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[genfuse.models]\n"
-        + "".join(f"{name.lower()} = tiny_models:{name}\n" for name in ("Tiny", "Duel", "Plain", "Slope"))
+        "[genfuse.models]
+"
+        + "".join(f"{name.lower()} = tiny_models:{name}
+" for name in ("Tiny", "Duel", "Plain", "Slope", "Staged"))
     )
     return folder
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import Config, Plain, Slope, Tiny, validated
+from tiny_models import Config, Plain, Slope, Staged, Tiny, validated
 
 import genfuse
 from genfuse.data import Dataset, Split
@@ -574,3 +574,28 @@ def test_a_loss_that_was_still_falling_or_had_long_been_rising_is_told_at_the_en
     assert "test split was lowest at step 15, 5.15, and has risen to 6.2 since" in messages[0]
     _, messages = told(trainer, Slope(Config()), digits, epochs=3, out=tmp_path / "short")
     assert not messages  # too few looks to judge by
+
+
+def test_a_model_sees_data_before_its_first_step_and_is_trained_in_stages(digits, trainer, tmp_path):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Staged(Config()))
+        trainer(steps=9).fit(models[-1], digits)
+    model, again = models
+    assert model.trained == ["codes"] * 3 + ["head"] * 6
+    assert [len(x) for x in model.seen] == [100, 100]
+    rows = digits.batch("train", slice(None)).x.flatten(1)
+    assert all((rows == x).all(1).any() for x in model.seen[0].flatten(1))  # in an order by the seed, and in full
+    assert not torch.equal(model.seen[0], digits.batch("train", slice(0, 100)).x)
+    assert torch.equal(model.seen[0], again.seen[0])
+    assert torch.equal(model.codes, again.codes)
+
+
+def test_data_is_not_seen_again_where_a_run_goes_on(make, digits, trainer, tmp_path):
+    first, again = make("staged"), make("staged")
+    run = trainer(steps=3, out=tmp_path / "run").fit(first, digits)
+    Trainer.resuming(run, steps=6).fit(again, digits)
+    assert first.seen
+    assert not again.seen
+    assert again.trained == ["head"] * 3

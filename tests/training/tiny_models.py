@@ -162,3 +162,34 @@ if __name__ == "__main__":  # under torchrun: a whole run, and one in two parts
             options = {"device": "cpu", "batch_size": 64, "pictures": False, "keep": keep, "resume": epochs > parts[0]}
             run = genfuse.Trainer(epochs=epochs, out=Path(out, folder), **options).fit(model, data)
         torch.save(model.state_dict(), Path(out, f"{folder}-{os.environ['RANK']}.pt"))
+
+
+class Staged(GenerativeModel):
+    """Codes first, from where the data says, and then what decodes them."""
+
+    Config = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.codes, self.head = nn.Parameter(torch.zeros(4, 64)), nn.Linear(64, 64)
+        self.seen, self.trained = [], []
+
+    def players(self):
+        return [Player("codes", [self.codes], adam()), Player("head", self.head.parameters(), adam())]
+
+    def prepare(self, batches):
+        assert not torch.is_grad_enabled()
+        for batch in batches:
+            self.seen.append(batch.x)
+            if len(self.seen) == 2:
+                break
+        self.codes.copy_(self.seen[0].flatten(1)[:4])
+
+    def turn(self, step, steps):
+        return "codes" if step < steps // 3 else "head"
+
+    def loss(self, batch, player):
+        self.trained += [player] * self.training
+        x = batch.x.flatten(1)
+        nearest = self.codes[torch.cdist(x, self.codes).argmin(1)]
+        return ((nearest if player == "codes" else self.head(nearest.detach())) - x).square().sum(1).mean(), {}

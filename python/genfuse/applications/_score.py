@@ -38,7 +38,7 @@ def _minus_likelihood(model: Any, x: Tensor, given: dict[str, Any], samples: int
 METHODS = {
     "likelihood": Method(
         "-log p(x), or what bounds it from above, in nats",
-        lambda model: bool(model.likelihoods) or hasattr(model, "elbo"),
+        lambda model: bool(model.likelihoods) or (hasattr(model, "elbo") and not getattr(model, "columns", None)),
         _minus_likelihood,
     ),
     "reconstruction": Method(

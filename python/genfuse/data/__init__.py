@@ -15,4 +15,6 @@ from genfuse.data._schema import Scaling as Scaling
 from genfuse.data._schema import Schema as Schema
 from genfuse.data._schema import joined as joined
 from genfuse.data._schema import names_in as names_in
+from genfuse.data._schema import numbers as numbers
+from genfuse.data._schema import stripped as stripped
 from genfuse.data.tables import read_rows as read_rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genfuse import plots, plugins
-from genfuse.data._schema import Column, Scaling, Schema, joined, names_in
+from genfuse.data._schema import Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.nn import Columns
 from genfuse.ops import bernoulli
@@ -191,8 +191,7 @@ class Dataset:
     @property
     def plain(self) -> bool:
         """Whether all values are numbers, with no cell missing and no code of a category among them."""
-        columns = () if self.schema is None else self.schema.columns
-        return not any(c.missing or c.kind == "category" or c.categories not in ((), ("0", "1")) for c in columns)
+        return self.schema is None or self.schema.plain
 
     def described(self) -> Schema:
         """The schema of a table, one of numbers alone too. Raises DataError for what is no table."""
@@ -200,9 +199,8 @@ class Dataset:
             return self.schema
         if self.scaling is None:
             raise DataError(f"the data set {self.name!r} is no table")
-        names = self.scaling.names or tuple(str(i + 1) for i in range(self.shape[0]))
         values = self.scaling.restore(self.splits["train"].x).cpu().numpy()
-        return Schema(tuple(map(Column, names))).fitted(values, self.scaling.mean, self.scaling.std)
+        return Schema.of_scaling(self.scaling).fitted(values, self.scaling.mean, self.scaling.std)
 
     @property
     def condition(self) -> int:

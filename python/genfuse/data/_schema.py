@@ -200,6 +200,19 @@ class Schema:
         """Whether all are numbers without end, and none is missing: then no model needs to know more of them."""
         return all(c.kind == "number" and not c.missing for c in self.columns)
 
+    @property
+    def plain(self) -> bool:
+        """Whether all are numbers, some of them whole perhaps, with no cell missing and no code of a category."""
+        coded = [c for c in self.columns if c.kind == "category" or c.categories not in ((), ("0", "1"))]
+        return not coded and not any(c.missing for c in self.columns)
+
+    @classmethod
+    def of_scaling(cls, scaling: Scaling) -> "Schema":
+        """Of columns that are all numbers without end."""
+        names = scaling.names or tuple(str(i + 1) for i in range(len(scaling.mean)))
+        each = zip(names, scaling.mean, scaling.std, strict=True)
+        return cls(tuple(Column(name, mean=mean, std=std) for name, mean, std in each))
+
     def fitted(self, train: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> "Schema":
         """The schema with what is to be known of the training rows (N, D), their means and standard deviations (D,)."""
         each = zip(self.columns, train.T, mean, std, strict=True)
@@ -445,7 +458,7 @@ def number_of(cell: str, decimal: str) -> float:
 
 def place(frame: "pd.DataFrame", row: int, name: str) -> str:
     """A cell, as errors name it: by the index of the table, which of text is the line, and the column from 1."""
-    column = list(frame.columns).index(name) + 1 + frame.attrs.get("left_out", 0)
+    column = list(frame.attrs.get("columns", frame.columns)).index(name) + 1
     return f"row {frame.index[row]}, column {column}" + (f" ({name})" if frame.attrs.get("named", True) else "")
 
 

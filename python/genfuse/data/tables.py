@@ -165,15 +165,17 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
     names = [cell.strip() for cell in first] if named else [str(i + 1) for i in range(len(first))]
     if not (rows := rows[named:]):
         raise DataError(f"{path} has a header and no rows")
+    line, last = rows[-1]
+    broken = [i for i, cell in enumerate(last) if "\n" in cell]
+    if broken and Path(path).read_text(encoding="utf-8-sig").count('"') % 2:
+        raise DataError(
+            f"{path}, row {line}, column {broken[0] + 1} ({names[broken[0] % len(names)]}): a quote is not closed"
+        )
     if odd := next(((line, row) for line, row in rows if len(row) != len(first)), None):
         raise DataError(
             f"{path}, row {odd[0]}: {len(odd[1])} cells, but the first row has {len(first)}"
             + _other_marks(odd[1], reading)
         )
-    line, last = rows[-1]
-    broken = [i for i, cell in enumerate(last) if "\n" in cell]
-    if broken and Path(path).read_text(encoding="utf-8-sig").count('"') % 2:
-        raise DataError(f"{path}, row {line}, column {broken[0] + 1} ({names[broken[0]]}): a quote is not closed")
     some = [row for _, row in rows[:50]]
     for mark in ";\t|":  # a table of one column of words may be one that is separated otherwise
         counts = {reading.delimiter.join(row).count(mark) for row in [first, *some]}
@@ -190,14 +192,13 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
                 f"{path}, row {rows[0][0]}, column {bad + 1}{name}: expected a number; got {some[0][bad]!r}{hint}"
             )
     frame = pd.DataFrame([row for _, row in rows], columns=names, index=[line for line, _ in rows], dtype=object)
-    frame.attrs = {"named": named, "left_out": 0}
+    frame.attrs = {"named": named, "columns": names}
     if named and names[0] in ("", "Unnamed: 0") and len(names) > 1:
         index, gone = stripped(frame.iloc[:, 0])
         values = numbers(index, decimal)
         if not gone.any() and not np.isnan(values).any() and _numbers_rows(values):
             _warn_of_index(path, names[0])
             frame = frame.iloc[:, 1:]
-            frame.attrs = {"named": named, "left_out": 1}
     return frame
 
 

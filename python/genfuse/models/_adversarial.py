@@ -241,9 +241,10 @@ class AdversarialModel(GenerativeModel):
         return z.to(next(self.parameters()))
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """x = G(z), (N, *shape), for latents (N, D), with the averaged weights if there are such."""
+        """x = G(z), (N, *shape), for latents (N, D), with the averaged weights if there are such; of categories the
+        likeliest."""
         self._settle_averages()
-        return self._decode(z, self.context_of(y, len(z), **self._embedding()))
+        return self._decode(z, self.context_of(y, len(z), **self._embedding()), drawn=False)
 
     @torch.no_grad()
     def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -251,12 +252,16 @@ class AdversarialModel(GenerativeModel):
         labels that are left out are drawn."""
         self._settle_averages()
         z = self.latents(n, generator=generator)
-        return self._decode(z, self.draw_context(n, y, generator, **self._embedding()))
+        return self._decode(z, self.draw_context(n, y, generator, **self._embedding()), generator=generator)
 
     def realness(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The critic's output for x (N, *shape), (N,): the higher, the more it takes x for a real example. It tells
         real from generated examples, and is no density: far from both it may be anything."""
-        return self._criticise(self._centred(self.checked(x)), self.context_of(y, len(x)))
+        context = self.context_of(y, len(x))
+        if self.pac > 1:  # each beside itself
+            x = x.repeat_interleave(self.pac, 0)
+            context = None if context is None else context.repeat_interleave(self.pac, 0)
+        return self._criticise(self._centred(self.checked(x)), context)
 
     def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """x on the arcs between latents a and b, (N, D) each, both ends included: (steps, N, *shape).
@@ -316,17 +321,17 @@ class AdversarialModel(GenerativeModel):
     def _packed(self, x: Tensor) -> Tensor:
         return x.reshape(len(x) // self.pac, -1)
 
-    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
-        x = self._generate(self.averaged or self.generator, z, context)
+    def _decode(self, z: Tensor, context: Tensor | None, **choices: Any) -> Tensor:
+        x = self._generate(self.averaged or self.generator, z, context, **choices)
         if self.columns is not None:
             return self.columns.decode(x)
         return x if self.levels is None else (x + 1) / 2
 
-    def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None) -> Tensor:
-        """Examples as `_centred` gives them."""
+    def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None, **choices: Any) -> Tensor:
+        """Examples as `_centred` gives them; ``choices`` are the options of `genfuse.nn.Columns.activate`."""
         x = at_least_float32(network(z) if context is None else network(z, context))
         if self.columns is not None:
-            return self.columns.activate(x)
+            return self.columns.activate(x, **choices)
         if self.shape is not None and x.shape[1:] != self.shape:
             raise SettingsError(f"the generator must make examples (N, *{self.shape}); it made {tuple(x.shape)}")
         return x if self.levels is None else x.tanh()

@@ -124,12 +124,16 @@ class Columns(nn.Module):
         """x (N, D) of v (N, width): integers are whole, and of each block the largest choice is taken."""
         return self._cells(v[..., : self.scores], self._largest(v[..., self.scores :]))
 
-    def activate(self, raw: Tensor, temperature: float = 0.2) -> Tensor:
+    def activate(
+        self, raw: Tensor, temperature: float = 0.2, *, drawn: bool = True, generator: torch.Generator | None = None
+    ) -> Tensor:
         """v (N, width) of what a generator puts out (N, width), with gradients: scores by tanh, and of each block a
-        draw, relaxed (Gumbel-softmax, arXiv 1611.01144), as CTGAN does (1907.00503, section 4.4)."""
+        draw, relaxed (Gumbel-softmax, arXiv 1611.01144), as CTGAN does (1907.00503, section 4.4); without ``drawn`` its
+        probabilities at that temperature."""
         scores, logits = raw[..., : self.scores], raw[..., self.scores :]
-        drawn = self._log_softmax((logits + _gumbel(logits)) / temperature).exp()
-        return torch.cat([BOUND * torch.tanh(scores / BOUND), 2 * drawn - 1], -1)
+        logits = logits + _gumbel(logits, generator) if drawn else logits
+        choices = self._log_softmax(logits / temperature).exp()
+        return torch.cat([BOUND * torch.tanh(scores / BOUND), 2 * choices - 1], -1)
 
     # A likelihood.
 

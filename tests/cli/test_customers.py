@@ -1,0 +1,170 @@
+"""The way of a customer table through the commands: describe, train, sample, evaluate."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from genfuse.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
+QUICK = ["--steps", "60", "--no-pictures", "--device", "cpu", "--model.hidden", "32"]
+
+
+@pytest.fixture(scope="module")
+def customers(tmp_path_factory):
+    r = np.random.default_rng(0)
+    n = 400
+    plan = r.choice(["basic", "plus"], n)
+    frame = pd.DataFrame({
+        "customer_id": np.arange(n) + 5000,
+        "age": r.integers(18, 90, n),
+        "income": np.exp(r.normal(10, 1, n)).round(2),
+        "plan": plan,
+        "joined": (pd.Timestamp("2020-01-01") + pd.to_timedelta(r.integers(0, 999, n), "D")).strftime("%d.%m.%Y"),
+        "churned": r.integers(0, 2, n) * (plan == "plus"),
+    })  # fmt: skip
+    gone = r.random(frame.shape) < 0.05
+    gone[:, [0, 3, 5]] = False
+    path = tmp_path_factory.mktemp("data") / "customers.csv"
+    frame.mask(gone).astype({"churned": int}).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(customers, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "vae"
+    assert main(["train", "vae", "--data", f"csv:{customers}", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_a_file_is_described(capsys, customers):
+    assert main(["data", "describe", str(customers), "--types", "age=category", "--drop", "income"]) == 0
+    said = capsys.readouterr()
+    assert "left out" not in said.err
+    lines = [line.split() for line in said.out.splitlines() if line.strip()]
+    assert [line[:2] for line in lines[3:]][:1] == [["age", "category"]]
+    for words in (["plan", "category", "2:", "basic,", "plus"], ["churned", "boolean", "0,", "1"]):
+        assert words in [line[: len(words)] for line in lines]
+    assert "by --data.drop" in said.out
+    assert "numbers the rows" in said.out
+    assert "train 320, test 80 rows" in said.out
+
+
+def test_a_file_of_numbers_alone_is_described(capsys, tmp_path):
+    np.savetxt(tmp_path / "a.csv", np.random.default_rng(0).normal(size=(20, 2)), delimiter=",")
+    assert main(["data", "describe", str(tmp_path / "a.csv")]) == 0
+    assert capsys.readouterr().out.count(" number ") == 2
+
+
+def test_a_training_says_what_it_takes_the_columns_for(capsys, customers, tmp_path):
+    args = ["--data.types", "age=number", "--data.drop", "joined", "--steps", "2"]
+    assert main(["train", "nsf", "--data", f"csv:{customers}", "--out", str(tmp_path / "r"), *QUICK, *args]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["age", "number"] in [line[:2] for line in lines]
+    assert ["customer_id", "left"] in [line[:2] for line in lines]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["data"]["options"] == {"types": "age=number", "drop": "joined"}
+    assert main(["train", "--resume", str(tmp_path / "r"), "--steps", "4"]) == 0
+
+
+def test_rows_are_written_as_the_table_has_them(run, customers, tmp_path):
+    assert main(["sample", str(run), "--n", "50", "--out", str(tmp_path / "rows.csv")]) == 0
+    rows = pd.read_csv(tmp_path / "rows.csv", dtype=str)
+    assert list(rows) == ["age", "income", "plan", "joined", "churned"]
+    assert len(rows) == 50
+    assert rows["age"].dropna().str.fullmatch(r"\d+").all()
+    assert rows["income"].dropna().str.fullmatch(r"\d+\.\d{1,2}").all()
+    assert set(rows["plan"]) <= {"basic", "plus"}
+    assert set(rows["churned"]) <= {"0", "1"}
+    assert rows["joined"].dropna().str.fullmatch(r"\d\d\.\d\d\.20\d\d").all()
+
+
+def test_rows_of_numbers_are_written_in_original_units(tmp_path):
+    rows = np.random.default_rng(0).normal([170, 7e4], [10, 9e3], (200, 2))
+    gaussian = ["--model.decoder", "gaussian"]
+    for header in ("height,mass", ""):
+        np.savetxt(tmp_path / "a.csv", rows, delimiter=",", header=header, comments="")
+        out = tmp_path / f"run{header}"
+        assert main(["train", "vae", "--data", f"csv:{tmp_path}/a.csv", "--out", str(out), *QUICK, *gaussian]) == 0
+        assert main(["sample", str(out), "--n", "300", "--out", str(out) + ".csv"]) == 0
+        drawn = pd.read_csv(str(out) + ".csv", header=0 if header else None)
+        assert list(drawn) == (["height", "mass"] if header else [0, 1])
+        assert np.allclose(drawn.mean(), rows.mean(0), rtol=0.1)
+
+
+def test_rows_are_drawn_until_they_are_as_asked(run, tmp_path, capsys):
+    rule = "plan=plus, age>=40, income<1e5, age!=50, churned = 0"
+    assert main(["sample", str(run), "--n", "30", "--where", rule, "--out", str(tmp_path / "rows.csv")]) == 0
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    assert len(rows) == 30
+    assert (rows.plan == "plus").all()
+    assert (rows.age >= 40).all()
+    assert (rows.income < 1e5).all()
+    assert (rows.age != 50).all()
+    assert (rows.churned == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ("age>200", "age>200: 0 of 2,048 rows drawn are so (0.00%), and --n asks for 64"),
+        ("ages=3", "the table has no column ages; it has: age, income, plan, joined, churned"),
+        ("plan", "must be COLUMN=VALUE, or by !=, <, <=, >, >="),
+        ("age=old", "age is a column of numbers; got 'old'"),
+    ],
+)
+def test_rows_that_cannot_be_had_are_refused(run, tmp_path, capsys, monkeypatch, rule, problem):
+    monkeypatch.setattr("genfuse.cli._sample.TRIES", 2000)
+    assert main(["sample", str(run), "--where", rule, "--out", str(tmp_path / "rows.csv")]) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_what_a_model_is_given_need_not_be_searched_for(customers, tmp_path, capsys):
+    args = ["--data.condition", "churned,plan", "--out", str(tmp_path / "r")]
+    assert main(["train", "wgan-gp", "--data", f"csv:{customers}", *QUICK, *args]) == 0
+    out = tmp_path / "rows.csv"
+    assert main(["sample", str(tmp_path / "r"), "--n", "9", "--where", "churned=1,plan=plus", "--out", str(out)]) == 0
+    rows = pd.read_csv(out)
+    assert list(rows) == ["age", "income", "joined", "churned", "plan"]
+    assert (rows.churned == 1).all()
+    assert (rows.plan == "plus").all()
+    again = ["sample", str(tmp_path / "r"), "--n", "9", "--out", str(out), "--overwrite"]
+    assert main([*again, "--condition", "churned=1,plan=gold"]) == 2
+    assert "one of the categories basic, plus" in capsys.readouterr().err
+    assert main([*again, "--where", "churned>0"]) == 2
+    assert "are given to the model, by =" in capsys.readouterr().err
+    assert main([*again, "--where", "churned=1"]) == 2
+    assert "--condition must be churned=VALUE,plan=VALUE" in capsys.readouterr().err
+    assert main(again) == 0
+
+
+def test_a_table_is_evaluated_and_compared(run, customers, tmp_path, capsys):
+    assert main(["evaluate", str(run), "--samples", "2", "--n", "80"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())["samples"]
+    names = {"marginal_wasserstein", "marginal_total_variation", "correlation_difference", "detection_auroc",
+             "synthetic_auroc"}  # fmt: skip
+    assert names <= found["samples"].keys() & found["real"].keys()
+
+
+def test_rows_of_another_file_are_scored_and_reconstructed(run, customers, tmp_path, capsys):
+    frame = pd.read_csv(customers, dtype=str)
+    frame.loc[3, ["age", "plan"]] = ["90", "plus"]
+    shuffled = frame.assign(odd=(np.arange(len(frame)) == 3).astype(int))[[*frame.columns[::-1], "odd"]]
+    shuffled.to_csv(tmp_path / "new.csv", index=False)
+    args = [str(tmp_path / "new.csv"), "--out", str(tmp_path / "out.csv"), "--overwrite"]
+    assert main(["score", str(run), *args, "--explain", "3", "--samples", "2"]) == 0
+    scores = pd.read_csv(tmp_path / "out.csv")
+    assert len(scores) == len(frame)
+    assert np.isfinite(scores["score"]).all()
+    assert set(scores["column_1"].dropna()) <= {"age", "income", "plan", "joined", "churned"}
+    assert main(["reconstruct", str(run), *args]) == 0
+    assert list(pd.read_csv(tmp_path / "out.csv")) == ["age", "income", "plan", "joined", "churned"]
+    frame.assign(plan="gold").to_csv(tmp_path / "new.csv", index=False)
+    assert main(["score", str(run), *args]) == 2
+    assert "new.csv, row 2, column 4 (plan): one of the categories basic, plus" in capsys.readouterr().err
+    frame.drop(columns="age").to_csv(tmp_path / "new.csv", index=False)
+    assert main(["score", str(run), *args]) == 2
+    assert "has no column age" in capsys.readouterr().err
