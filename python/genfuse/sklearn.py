@@ -187,11 +187,10 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator)
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
         """Train the model on all rows of X. ``y`` is not used. Raises SettingsError for a model without ``encode``."""
         super().fit(X)
+        where = self.model_.device
         if not isinstance(self.model_, Encodes):
             raise SettingsError(f"a {type(self.model_).__name__} does not encode: use a VAE or a flow")
-        nothing = torch.zeros(
-            1, len(self.scaling_.mean), dtype=torch.float64, device=next(self.model_.parameters()).device
-        )
+        nothing = torch.zeros(1, len(self.scaling_.mean), dtype=torch.float64, device=where)
         self._n_features_out = self.model_.encode(nothing).shape[1]
         return self
 
@@ -204,7 +203,8 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator)
     def inverse_transform(self, X: Any) -> Any:  # noqa: N803
         """The rows of codes (n_samples, D), a DataFrame if one was fitted."""
         check_is_fitted(self)
+        where = self.model_.device
         if not isinstance(self.model_, Decodes):
             raise SettingsError(f"a {type(self.model_).__name__} does not decode")
-        z = torch.as_tensor(np.asarray(X), dtype=torch.float64, device=next(self.model_.parameters()).device)
+        z = torch.as_tensor(np.asarray(X), dtype=torch.float64, device=where)
         return self._restored(self.model_.decode(z))
