@@ -16,12 +16,9 @@ def package(tmp_path_factory):
     info = folder / "tiny_models-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-models\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[genfuse.models]
-"
-        + "".join(f"{name.lower()} = tiny_models:{name}
-" for name in ("Tiny", "Duel", "Plain", "Slope", "Staged"))
-    )
+    names = ("Tiny", "Duel", "Plain", "Slope", "Staged")
+    lines = "".join(f"{name.lower()} = tiny_models:{name}\n" for name in names)
+    (info / "entry_points.txt").write_text(f"[genfuse.models]\n{lines}")
     return folder
 
 
