@@ -324,7 +324,7 @@ def test_a_training_that_patience_would_end_goes_on_as_one_with_more_of_it(make,
     for file in ("model.safetensors", "state.safetensors"):
         assert (whole.path / file).read_bytes() == (run.path / file).read_bytes()
     with pytest.raises(RunError, match="training keep: was 'best', now 'last'"):
-        Trainer.resuming(run, patience=None).fit(make("tiny"), data)
+        Trainer.resuming(run, patience=None, keep="last").fit(make("tiny"), data)
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -599,3 +599,15 @@ def test_data_is_not_seen_again_where_a_run_goes_on(make, digits, trainer, tmp_p
     assert first.seen
     assert not again.seen
     assert again.trained == ["head"] * 3
+
+
+def test_by_default_the_best_weights_are_kept_where_a_validation_split_names_them(make, digits, trainer, tmp_path):
+    kept = []
+    for name, data in (("tiny", digits), ("tiny", validated(digits)), ("duel", validated(digits))):
+        run = trainer(epochs=1, out=tmp_path / f"{name}-{len(kept)}").fit(make(name), data)
+        kept.append(run.config["training"]["keep"])
+        trainer(epochs=2, out=run.path, resume=True).fit(make(name), data)
+    assert kept == ["last", "best", "last"]
+    last = trainer(epochs=1, keep="last", out=tmp_path / "before").fit(make("tiny"), validated(digits))
+    again = trainer(epochs=2, out=last.path, resume=True).fit(make("tiny"), validated(digits))
+    assert again.config["training"]["keep"] == "last"

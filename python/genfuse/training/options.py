@@ -28,8 +28,9 @@ class Options:
     """Images: mirror each training example left to right, or not, by chance."""
     shift: int = 0
     """Images: move each training example by up to so many pixels along both axes, by chance; its edges are repeated."""
-    keep: Literal["last", "best"] = "last"
-    """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch."""
+    keep: Literal["auto", "last", "best"] = "auto"
+    """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch; auto: the
+    best of a model with one player, if the data has a validation split."""
     patience: int | None = None
     """Stop after so many epochs without a lower validation loss, and end with the weights of the lowest."""
     seed: int = 0
@@ -67,7 +68,7 @@ class Options:
                 raise SettingsError(f"{name} must be a positive number, got {value}")
         for name, choices in (
             ("schedule", ("constant", "cosine")),
-            ("keep", ("last", "best")),
+            ("keep", ("auto", "last", "best")),
             ("precision", ("32-true", "bf16-mixed", "16-mixed", "64-true")),
         ):
             if getattr(self, name) not in choices:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,11 @@ class Trainer(Options):
         players = list(model.players())
         if not players or len({player.name for player in players}) < len(players):
             raise SettingsError(f"{type(model).__name__} needs players of different names, got {players}")
+        if self.keep == "auto":
+            keep: Any = "best" if len(players) == 1 and "validation" in data.splits else "last"
+            if self.resume and self.out is not None and (Path(self.out) / run.CONFIG).is_file():
+                keep = run.read_config(Path(self.out))["training"]["keep"]
+            return replace(self, keep=keep).fit(model, data, callbacks)
         if self.keeps_best and len(players) > 1:
             names = ", ".join(player.name for player in players)
             option = "keep='best'" if self.patience is None else "patience"
