@@ -182,7 +182,7 @@ class GenerativeModel(nn.Module):
     Config: ClassVar[type]
     moved: ClassVar[Mapping[str, str]] = {}  # {how names in the state_dict began in former versions: how they do now}
     loss_unit: ClassVar[str] = "nats per example"  # of what `loss` returns, as pictures name it
-    usual_steps: ClassVar[int] = 4000  # of all players together, that a training takes if nobody says how many
+    usual_steps: int = 4000  # of all players together, that a training takes if nobody says how many
     plugin: str | None = None  # what the user typed to make it
     config: Any  # the settings that it was made of; None if its networks were given
     shape: tuple[int, ...] | None  # of one example, if it is known
