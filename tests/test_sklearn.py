@@ -19,7 +19,16 @@ SMALL = {"settings": {"hidden": 8}, "steps": 5, "random_state": 0}
 ALL = (AnomalyDetector, DensityEstimator, Synthesizer, Transformer)
 
 
-@parametrize_with_checks([Estimator("maf", settings={"hidden": 4}, steps=2, random_state=0) for Estimator in ALL])
+def expected_failures(estimator):
+    """A DataFrame of whole numbers is a table of integers, and an array one of real numbers: their models differ."""
+    check = "check_classifier_data_not_an_array"
+    return {check: expected_failures.__doc__} if isinstance(estimator, AnomalyDetector) else {}
+
+
+@parametrize_with_checks(
+    [Estimator("maf", settings={"hidden": 4}, steps=2, random_state=0) for Estimator in ALL],
+    expected_failed_checks=expected_failures,
+)
 def test_scikit_learn_takes_them_for_its_own(estimator, check):
     check(estimator)
 
