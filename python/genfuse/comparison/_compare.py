@@ -95,9 +95,9 @@ def compare(
     if trainer.devices > 1:
         raise SettingsError(f"a comparison trains on one device at a time; got devices={trainer.devices}")
     device = _resolved(trainer.device)
-    keep: Any = "last" if trainer.keep == "auto" else trainer.keep  # equally long, for all
+    weights: Any = "last" if trainer.keep == "auto" else trainer.keep  # equally long, for all
     trainer = replace(
-        trainer, keep=keep, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None
+        trainer, keep=weights, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None
     )
     train_missing(features, data, device, say)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
