@@ -120,8 +120,8 @@ class FlowModel(GenerativeModel):
         embedding = Features(flow.context) if flow.embedding is None and flow.context else flow.embedding
         shape = shape or ((columns.columns,) if columns is not None else flow.event_shape)
         super().__init__(config, shape=shape, levels=levels, embedding=embedding)
-        if self.shape is not None and len(self.shape) == 3:  # by then their samples can be read, and few images have been learned by heart
-            self.usual_steps = 2000
+        if self.shape is not None and len(self.shape) == 3:
+            self.usual_steps = 2000  # samples can be read by then, and more learns few images by heart
         self.columns = columns
         self.dequantize = None if levels is None else Dequantize(levels, noise)
         self.reals: Transform | None = None if levels is None else Logit(logit) if logit else Centre()
