@@ -95,7 +95,7 @@ def test_rows_of_numbers_are_written_in_original_units(tmp_path):
 
 
 def test_rows_are_drawn_until_they_are_as_asked(run, tmp_path, capsys):
-    rule = "plan=plus, age>=40, income<1e5, age!=50, churned = 0"
+    rule = "plan=plus, age>=40.5, income<1e5, age!=50, churned = no, joined>01.01.2003"
     assert main(["sample", str(run), "--n", "30", "--where", rule, "--out", str(tmp_path / "rows.csv")]) == 0
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert len(rows) == 30
@@ -104,6 +104,7 @@ def test_rows_are_drawn_until_they_are_as_asked(run, tmp_path, capsys):
     assert (rows.income < 1e5).all()
     assert (rows.age != 50).all()
     assert (rows.churned == 0).all()
+    assert (pd.to_datetime(rows.joined, format="%d.%m.%Y") > pd.Timestamp(2003, 1, 1)).all()  # by time, not by text
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,9 @@ def test_rows_are_drawn_until_they_are_as_asked(run, tmp_path, capsys):
         ("ages=3", "the table has no column ages; it has: age, income, plan, joined, churned"),
         ("plan", "must be COLUMN=VALUE, or by !=, <, <=, >, >="),
         ("age=old", "age is a column of numbers; got 'old'"),
+        ("plan=gold", "the column plan is a category, one of basic, plus; got 'gold'"),
+        ("churned=perhaps", "the column churned is a boolean, one of 0, 1; got 'perhaps'"),
+        ("joined<soon", "the column joined is a date, of the form %d.%m.%Y; got 'soon'"),
     ],
 )
 def test_rows_that_cannot_be_had_are_refused(run, tmp_path, capsys, monkeypatch, rule, problem):

@@ -236,7 +236,7 @@ def _rejected(
         part = torch.cat([each.cpu() for each in sample_in_parts(model, 1024, given, generator, **options)])
         frame, fits = _rows(run, part, None)[0] if given is None else _rows(run, part, given)[0], None
         for name, sign, value in rules:
-            fit = _fits(frame[name], sign, value)
+            fit = _fits(frame[name], sign, value, run)
             fits = fit if fits is None else fits & fit
         rows = torch.from_numpy(fits)
         kept.append((part[rows], None if given is None else given.cpu()[rows]))
@@ -250,14 +250,24 @@ def _rejected(
     return torch.cat([x for x, _ in kept])[:n], labels
 
 
-def _fits(cells: "pd.Series", sign: str, value: str) -> "np.ndarray":
-    """Which cells (N,) are as a rule says. Of numbers by size, of all else by text; what is missing fits != alone."""
+def _fits(cells: "pd.Series", sign: str, value: str, run: "Run") -> "np.ndarray":
+    """Which cells (N,) are as a rule says: numbers by size, dates by time, all else by text. What is missing fits !=
+    alone. Raises SettingsError for a value that the column cannot have."""
     import numpy as np
     import pandas as pd
 
     compare = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
                ">=": operator.ge}[sign]  # fmt: skip
     gone = cells.isna().to_numpy()
+    schemas = [schema for schema in (run.schema, run.condition_schema) if schema is not None]
+    of_words = [column for schema in schemas for column in schema.columns if column.kind not in ("number", "integer")]
+    for column in [column for column in of_words if column.name == cells.name]:
+        wanted, unknown = column.parse(pd.Series([value]))
+        if unknown.any() or math.isnan(wanted[0]):
+            known = f"one of {', '.join(column.categories[:20])}" if column.categories else f"of the form {column.form}"
+            raise SettingsError(f"--where: the column {cells.name} is a {column.kind}, {known}; got {value!r}")
+        found = compare(column.parse(cells.astype(object).where(~gone, ""))[0], wanted[0])
+        return np.where(gone, sign == "!=", found)
     if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
         try:
             found = compare(cells.to_numpy(float, na_value=math.nan), float(value))

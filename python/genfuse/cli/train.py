@@ -299,4 +299,6 @@ def _summary(run: Run) -> Iterator[str]:
     for picture in sorted((run.path / "pictures").glob("*.png")):
         yield f"picture: {picture}"
     path = shlex.quote(str(run.path))
-    yield f"next: genfuse sample {path} --n 64 --out samples.png\n      genfuse evaluate {path}"
+    image = len(run.config["data"]["shape"]) == 3
+    out = "--n 64 --out samples.png" if image else "--n 1000 --out rows.csv"
+    yield f"next: genfuse sample {path} {out}\n      genfuse evaluate {path}"

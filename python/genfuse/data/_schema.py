@@ -123,9 +123,11 @@ class Column:
         return replace(known, knots=tuple(different.tolist()), scores=tuple(scores.tolist()))
 
     def _code(self, word: str) -> float:
-        """The code of a category, in any case if it is a boolean's; NaN if there is none."""
+        """The code of a category, of a boolean in any usual spelling; NaN if there is none."""
         known = [each.lower() for each in self.categories] if self.kind == "boolean" else list(self.categories)
         word = word.lower() if self.kind == "boolean" else word
+        if self.kind == "boolean" and word not in known:
+            word = next((known[pair.index(word)] for pair in (*BOOLEANS, ("0", "1")) if word in pair), word)
         number = number_of(word, ".")  # 1.0 is 1, as tables with empty cells have it
         word = f"{number:g}" if word not in known and math.isfinite(number) else word
         return float(known.index(word)) if word in known else math.nan
