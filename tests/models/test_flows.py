@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -17,7 +18,7 @@ import genfuse
 from benchmarks._measure import Side, peak_memory
 from genfuse import flows, plugins
 from genfuse.data import Dataset, Split
-from genfuse.errors import DataError, SettingsError
+from genfuse.errors import DataError, SettingsError, TrainingWarning
 from genfuse.flows import Flow, StandardNormal
 from genfuse.metrics import evaluate
 from genfuse.models import Batch, FlowModel, configure
@@ -692,3 +693,23 @@ def test_a_width_without_a_number_of_blocks_means_as_many_as_there_were():
     assert plugins.load("models", "glow").current({"channels": 32})["channels"] == [32]
     assert plugins.load("models", "nsf").current({"hidden": [64]}) == {"hidden": [64]}
     assert plugins.load("models", "nsf").current({"bins": 4}) == {"bins": 4}
+
+
+def test_what_a_flow_is_not_made_for_is_told_before_it_is_trained(tmp_path):
+    digits = genfuse.load_data("digits")
+    few = genfuse.Trainer(steps=1, pictures=False, device="cpu")
+    for name in ("planar", "radial"):
+        with pytest.warns(TrainingWarning, match=f"a {name} flow is made for a few dimensions"):
+            few.fit(genfuse.create(name, digits), digits)
+    rows = np.random.default_rng(0).normal(size=(500, 3))
+    rows[:50, 1] = 0.5
+    np.savetxt(tmp_path / "a.csv", rows, delimiter=",", header="a,b,c", comments="")
+    data = genfuse.load_data(f"csv:{tmp_path / 'a.csv'}")
+    with pytest.warns(
+        TrainingWarning, match=r"1\d% of the examples have one value in column b: a density has no bound"
+    ):
+        few.fit(genfuse.create("nsf", data), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        few.fit(genfuse.create("vae", data), data)  # has a learned but common variance
+        few.fit(genfuse.create("nsf", genfuse.load_data("toy:moons")), genfuse.load_data("toy:moons"))

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 import genfuse
 from genfuse.data import Dataset, Split
-from genfuse.errors import DataError, SettingsError, TrainingWarning
+from genfuse.errors import DataError, SettingsError
 from genfuse.flows import NSF
 from genfuse.metrics import evaluate
 from genfuse.models import Batch
@@ -935,10 +935,3 @@ def test_a_collapsed_posterior_is_told_once_it_had_time():
     assert "q(z | x) is 0.01 nats from the prior" in model.watch("model", 1000, {"kl": 0.01})["collapse"]
     still = genfuse.create("vae", shape=(2,), levels=None, beta_warmup=2000)
     assert not still.watch("model", 1000, {"kl": 0.01})
-
-
-def test_planar_flows_say_beforehand_that_they_are_not_made_for_images():
-    data = genfuse.load_data("digits")
-    for name in ("planar", "radial"):
-        with pytest.warns(TrainingWarning, match=f"a {name} flow is made for a few dimensions"):
-            genfuse.create(name, data).check_data(data)

@@ -498,6 +498,10 @@ class GenerativeModel(nn.Module):
                 "when you make it, as in genfuse.create(name, data)"
             )
 
+    def doubts(self, data: Dataset) -> Iterator[str]:
+        """What a user should know before this model is trained on ``data``: each is told as a TrainingWarning."""
+        yield from ()
+
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         """What goes wrong in a training, as {a name for it: what was seen, and what to try}; each is told once.
 

@@ -1,7 +1,7 @@
 """What all normalizing flows share: the density, sampling, and the way from data to the flow and back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, ClassVar, Literal
@@ -29,6 +29,9 @@ from genfuse.nn import (
 )
 
 Dequantization = Literal["uniform", "variational"]
+
+
+REPEATED = 0.05  # of the examples, that one value may have in a column of real numbers
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,20 @@ class FlowModel(GenerativeModel):
     def check_data(self, data: Dataset) -> None:
         super().check_data(data)
         self.check_levels(data)
+
+    def doubts(self, data: Dataset) -> Iterator[str]:
+        if self.levels is not None or self.columns is not None or len(data.shape) > 1:
+            return
+        x = data.batch("train", slice(10_000)).x
+        names = (data.scaling and data.scaling.names) or [str(i + 1) for i in range(x.shape[1])]
+        for name, column in zip(names, x.T, strict=True):
+            share = int(column.unique(return_counts=True)[1].max()) / len(column)
+            if share > REPEATED and len(column) >= 100:
+                yield (
+                    f"{share:.0%} of the examples have one value in column {name}: a density has no bound there, and the "
+                    "likelihood may grow while the model gets no better. Leave the column out, or add noise to it; in a "
+                    f".csv say what it is, by --data.types {name}=integer or {name}=category"
+                )
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x), or for discrete data minus its lower bound, in the mean over the batch."""

@@ -1,12 +1,11 @@
 """Planar and radial flows (arXiv 1505.05770)."""
 
 import math
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from genfuse import flows
 from genfuse.data import Dataset
-from genfuse.errors import TrainingWarning
 from genfuse.models._flow import FlowConfig, FlowModel
 
 
@@ -27,15 +26,14 @@ class PlanarFlow(FlowModel):
     Config = PlanarConfig
     flow_class: type[flows.Planar] = flows.Planar
 
-    def check_data(self, data: Dataset) -> None:
-        super().check_data(data)
+    def doubts(self, data: Dataset) -> Iterator[str]:
+        yield from super().doubts(data)
         if data.is_image:
-            warnings.warn(
+            yield (
                 f"a {self.plugin or 'planar'} flow is made for a few dimensions: each layer bends space along one "
                 f"direction, and {data.name!r} has {math.prod(data.shape)}, so samples will be noise; realnvp and glow "
-                "are made for images",
-                TrainingWarning, stacklevel=3,
-            )  # fmt: skip
+                "are made for images"
+            )
 
     @classmethod
     def flow_of(cls, config: PlanarConfig) -> flows.Flow:

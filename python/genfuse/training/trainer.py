@@ -15,7 +15,7 @@ import torch
 
 from genfuse._files import locked
 from genfuse.data import Dataset, load_data
-from genfuse.errors import DataWarning, RunError, RunWarning, SettingsError
+from genfuse.errors import DataWarning, RunError, RunWarning, SettingsError, TrainingWarning
 from genfuse.models import GenerativeModel
 from genfuse.training import gallery, run
 from genfuse.training.loop import Callback, Loop
@@ -68,6 +68,8 @@ class Trainer(Options):
             if self.resume and self.out is not None and (Path(self.out) / run.CONFIG).is_file():
                 keep = run.read_config(Path(self.out))["training"]["keep"]
             return replace(self, keep=keep).fit(model, data, callbacks)
+        for doubt in model.doubts(data):
+            warnings.warn(doubt, TrainingWarning, stacklevel=3)
         if self.keeps_best and len(players) > 1:
             names = ", ".join(player.name for player in players)
             option = "keep='best'" if self.patience is None else "patience"
