@@ -172,9 +172,9 @@ class FlowModel(GenerativeModel):
             share = int(column.unique(return_counts=True)[1].max()) / len(column)
             if share > REPEATED and len(column) >= 100:
                 yield (
-                    f"{share:.0%} of the examples have one value in column {name}: a density has no bound there, and the "
-                    "likelihood may grow while the model gets no better. Leave the column out, or add noise to it; in a "
-                    f".csv say what it is, by --data.types {name}=integer or {name}=category"
+                    f"{share:.0%} of the examples have one value in column {name}: a density has no bound there, and "
+                    "likelihood may grow while the model gets no better. Leave the column out, or add noise to it; in "
+                    f"a .csv say what it is, by --data.types {name}=integer or {name}=category"
                 )
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
