@@ -89,16 +89,14 @@ for storage, wide, integers, block in (
         fixed = {"INVERSE": inverse, "IMAGES": images, **tile, "WIDE": wide}
         check(actnorm.forward_kernel, types, fixed)
         check(actnorm.backward_kernel, types, fixed)
-    for aligned in (4, 2, 1):
-        for noise in (True, False):
-            for kernel, tensors in (
-                (module.forward_kernel, {"z": storage, "kl": sums}),
-                (module.backward_kernel, {"gz": storage, "gkl": sums, "gmu": storage, "glogvar": storage}),
-            ):
-                fixed = {**tile, "ALIGNED": aligned, "WIDE": wide, "seed" if noise else "noise": None}
-                types = {"mu": storage, "logvar": storage, "seed": "*i64",
-                         "noise": storage, **tensors}
-                check(kernel, types, fixed)
+    for aligned, noise in ((4, False), (2, False), (1, False), (1, True)):
+        for kernel, tensors in (
+            (module.forward_kernel, {"z": storage, "kl": sums}),
+            (module.backward_kernel, {"gz": storage, "gkl": sums, "gmu": storage, "glogvar": storage}),
+        ):
+            fixed = {**tile, "ALIGNED": aligned, "WIDE": wide, "seed" if noise else "noise": None}
+            types = {"mu": storage, "logvar": storage, "seed": "*i64", "noise": storage, **tensors}
+            check(kernel, types, fixed)
     settings = {"damping": 0.5, "left": -3.0, "right": 3.0, "bottom": -3.0, "top": 3.0, "min_w": 1e-3, "min_h": 1e-3,
                 "min_d": 1e-3, "edge": 0.54, "BINS": 8, "TILE": 8}
     for tails, width in enumerate((23, 25, 24, 25)):
