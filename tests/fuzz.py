@@ -242,7 +242,7 @@ def read_run(folder: Path, more: Any) -> None:
     loop = Loop(trainer, fabric, model, list(model.players()), data)
     loop.essentials = module.essentials(config)
     loop._load(folder)
-    loop._update(0, torch.arange(8))
+    loop._update(0, loop.data.batch("train", torch.arange(8)))
 
 
 def make_comparison(folder: Path) -> Any:

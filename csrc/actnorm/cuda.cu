@@ -54,8 +54,8 @@ struct Sum {
 
 // A block sums over the examples of one chunk, for one channel of images or for as many features as its lanes take at
 // once. Each thread sums for its columns, over every blockDim.y-th example.
-template <bool Images, class S>
-__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Backward out) {
+template <bool Images, class S>  // its sums take more registers still
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2) kernel(Problem p, Backward out) {
   using T = compute_t<S>;
   constexpr int kWidth = kPack<S>;
   const int64_t cols = p.channels * p.cells, width = Images ? p.cells : p.channels;

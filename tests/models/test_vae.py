@@ -316,7 +316,7 @@ def test_settings_survive_json():
         ({"sigma": 0.0}, "sigma must be above 0"),
         ({"hidden": (16, 0)}, "hidden must hold sizes of at least 1"),
         ({"network": "cnn"}, "network must be one of mlp, conv, got 'cnn'"),
-        ({"decoder": "logistic"}, "decoder must be one of bernoulli, "),
+        ({"decoder": "logistic"}, "decoder must be one of auto, bernoulli, "),
         ({"variance": "learned"}, "variance must be one of fixed, shared, per-cell"),
         ({"shape": ()}, "shape must hold sizes of at least 1"),
         ({"shape": (12,), "network": "conv"}, "network 'conv' needs images"),

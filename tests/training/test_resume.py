@@ -295,13 +295,16 @@ def test_what_cannot_be_flipped_or_shifted_is_refused(make, digits, trainer, tmp
         trainer(**options).fit(*both)
 
 
-def test_sigterm_says_where_the_run_is_saved(start, tmp_path, capfd):
+def test_sigterm_says_where_the_run_is_saved(tmp_path):
     out = tmp_path / "run"
-    process = start("tiny", out, {"seconds_per_step": 0.02}, epochs=3, batch_size=100, log_every=2)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(Run(out).metrics()) >= 3, process)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
-    assert f"genfuse: SIGTERM: {out} is saved at step {checkpointed_step(out)}" in capfd.readouterr().err
+    command = [sys.executable, "-m", "genfuse", "train", "vae", "--data", "digits", "--out", out, "--epochs", "100000"]
+    with subprocess.Popen([*command, "--no-pictures", "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while not ((out / "metrics.jsonl").exists() and len(Run(out).metrics()) >= 3) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert f"genfuse: SIGTERM: {out} is saved at step {checkpointed_step(out)}" in said
 
 
 def test_a_run_that_is_older_than_an_option_is_resumed(make, digits, trainer, tmp_path):

@@ -184,7 +184,7 @@ def _beyond(x: Tensor, box: _Box, *, inverse: bool) -> Tensor:
 def _are(tails: str, box: _Box, x: Tensor) -> Tensor:
     """Whether the tails are these: of each coordinate, or one for all. By an operator, since tracers keep no others."""
     found = box.tails == TAILS[tails]
-    return found if isinstance(found, Tensor) else x.new_full((), found, dtype=torch.bool)
+    return found if isinstance(found, Tensor) else x.new_full((), int(found), dtype=torch.bool)
 
 
 def formula(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:

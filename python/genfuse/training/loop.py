@@ -31,7 +31,7 @@ from genfuse.training.process import (
     seed_of,
 )
 from genfuse.training.progress import Progress
-from genfuse.training.run import Recorder, differences, essentials
+from genfuse.training.run import Recorder, Run, differences, essentials
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -468,6 +468,8 @@ class Loop:
         if self.fabric.is_global_zero:
             if self.trainer.resume:
                 self.recorder = Recorder.continued(out, config, checkpoint, self.trainer.keep_checkpoints)
+                before = Run(out).metrics()
+                self.curve = [(entry["step"], entry["loss"]) for entry in before if entry["split"] == "test"]
             else:
                 self.recorder = Recorder.begin(out, config, checkpoint, self.trainer.keep_checkpoints)
         self.checkpointed = self.step

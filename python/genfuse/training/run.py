@@ -420,7 +420,7 @@ def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) 
     for section in new:
         was_all, now_all, defaults = old[section], new[section], {}  # defaults of what is younger than the run
         if section == "training":
-            defaults = dataclasses.asdict(Options())
+            defaults = dataclasses.asdict(Options()) | {"keep": "last"}  # as it was before there was auto
         elif section == "model":
             cls = models.load(new[section]["name"])
             fields = dataclasses.fields(cls.Config)

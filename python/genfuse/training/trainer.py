@@ -66,7 +66,7 @@ class Trainer(Options):
         if self.keep == "auto":
             keep: Any = "best" if len(players) == 1 and "validation" in data.splits else "last"
             if self.resume and self.out is not None and (Path(self.out) / run.CONFIG).is_file():
-                keep = run.read_config(Path(self.out))["training"]["keep"]
+                keep = run.read_config(Path(self.out))["training"].get("keep", "last")
             return replace(self, keep=keep).fit(model, data, callbacks)
         for doubt in model.doubts(data):
             warnings.warn(doubt, TrainingWarning, stacklevel=3)
