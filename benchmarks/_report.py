@@ -11,7 +11,7 @@ INTRODUCTION = """# Benchmarks
 
 Written whole by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`; edit nothing here by hand. The
 records come from `python -m benchmarks ops --json RECORD.json`, and `training`, `flows`, `gans` or
-`examples` in place of `ops`.
+`examples` in place of `ops`. Figures of an NVIDIA H200 are in [gpu.md](gpu.md).
 
 A time is the median of one run, with the 20% and 80% quantiles in brackets. All sides take turns in that run. An
 operator is checked against float64 before it is timed: its error may be twice that of eager PyTorch in the same dtype.
