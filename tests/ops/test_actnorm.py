@@ -173,3 +173,17 @@ def test_a_bad_argument_is_named(change, message):
     good = {"x": torch.zeros(4, 7), "log_scale": torch.zeros(7), "shift": torch.zeros(7)}
     with pytest.raises(ValueError, match=message):
         actnorm(**{**good, **change})
+
+
+def test_gradients_that_cancel_over_thousands_of_examples_keep_their_digits(device, implementation):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own sums, which on a CPU lose them")
+    x = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    log_scale, shift = (torch.zeros(8, device=device, requires_grad=True) for _ in range(2))
+    y, logdet = actnorm(x, log_scale, shift)
+    gy = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)  # partial sums are a thousand times the sum
+    glogdet = torch.linspace(-1, 1, 4096, device=device)
+    of_scale, of_shift = torch.autograd.grad([y, logdet], [log_scale, shift], [gy, glogdet])
+    exact = (gy.double() * x.double() + glogdet.double()[:, None]).sum(0)
+    torch.testing.assert_close(of_scale.double(), exact, rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(of_shift.double(), gy.double().sum(0), rtol=1e-6, atol=2e-5)
