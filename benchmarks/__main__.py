@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: ops, training, flows, gans, examples, sheet, and the report of records."""
+"""The command `python -m benchmarks`: operators, trainings and applications measured, and the report of records."""
 
 import argparse
 import sys
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _part, _peers, _record, _report, examples, flows, gans, ops, sheet
+from benchmarks import _part, _peers, _record, _report, anomaly, examples, flows, gans, ops, sheet
 from benchmarks.operators import OPERATORS
+
+# Commands that print tables and draw pictures for docs/: each has its own `arguments(parser)` and `run(args)`.
+APPLICATIONS = {"anomaly": anomaly, "sheet": sheet}
 
 
 def _size(text: str) -> tuple[int, ...]:
@@ -51,12 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("examples", parents=[measure], help="plain examples beside their fused twins")
     command.set_defaults(only=None, quality=False)
 
-    command = commands.add_parser("sheet", help="what every model draws with default settings")
-    command.add_argument("--data", action="append", metavar="DATA", help=f"(default: {', '.join(sheet.DATA)})")
-    command.add_argument("--model", action="append", metavar="MODEL", help="only this one (may be repeated)")
-    command.add_argument("--runs", type=Path, default=Path("runs/sheet"), help="where the runs go")
-    command.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="where the pictures go")
-    command.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    for name, module in APPLICATIONS.items():
+        about = (module.__doc__ or "").partition("`: ")[2]
+        module.arguments(commands.add_parser(name, help=about.partition(".")[0], description=about))
 
     command = commands.add_parser("report", help="write the page of results from records")
     command.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 1 where a result is wrong; a bar that is not met is printed and recorded as such."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command == "sheet":
-        sheet.run(args)
+    if args.command in APPLICATIONS:
+        APPLICATIONS[args.command].run(args)
         return 0
     if args.command == "report":
         try:

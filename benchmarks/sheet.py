@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,6 +80,14 @@ def sheet(data: str, folders: dict[str, Path], captions: dict[str, str], path: P
         axis.set_ylim(*window[:, 1])
     figure.suptitle(f"{data}: samples with default settings", fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", action="append", metavar="DATA", help=f"(default: {', '.join(DATA)})")
+    parser.add_argument("--model", action="append", metavar="MODEL", help="only this one (may be repeated)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/sheet"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="where the pictures go")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
 
 
 def run(args: Namespace) -> None:
