@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from distributions import write_distribution
+from PIL import Image
 
 import genfuse
 from benchmarks.__main__ import _parser
@@ -29,8 +30,15 @@ from genfuse.cli import main
 from genfuse.models import FACTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def pages(test, chosen=PAGES):
+    return pytest.mark.parametrize("page", chosen, ids=[str(page.relative_to(ROOT)) for page in chosen])(test)
+
+
+def of_theory(test):
+    return pages(test, [page for page in PAGES if page.parent.name == "theory"])
 
 
 def text_of(page):
@@ -52,6 +60,11 @@ def blocks(page):
         found.append(Block(block[1], block[2], text.count("\n", 0, block.start(2)) + 1))
     assert 2 * len(found) == len(re.findall(r"^\s*```", text, re.MULTILINE)), f"{page.name}: a fence that no other ends"
     return found
+
+
+def prose_of(page):
+    """What stands between the blocks."""
+    return re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -207,13 +220,43 @@ def test_every_block_of_a_page_does_what_it_says(page, reader):
     for block in blocks(page):
         assert block.kind in reader.does, f"{page.name}, line {block.line}: no rule for blocks of {block.kind!r}"
         reader.does[block.kind](block, page)
+    if page.parent.name == "theory":
+        for name in pictures(page):
+            assert_alike(page.parent / name, reader.folder / name)
     if reader.left_out:
         pytest.skip("; ".join(reader.left_out))
 
 
+def pictures(page):
+    return re.findall(r"^!\[[^]]+\]\(([\w-]+\.png)\)$", text_of(page), re.MULTILINE)
+
+
+def assert_alike(kept, made):
+    """Of two pictures, whatever the fonts are and however a training's last digits come out."""
+    assert made.is_file(), f"{kept.name} is made by no block of its page"
+    first, second = (
+        np.asarray(Image.open(file).convert("RGB").resize((64, 32), Image.Resampling.BOX), np.float64)
+        for file in (kept, made)
+    )
+    off = np.abs(first - second).mean()
+    assert off < 8, f"{kept.name} is {off:.1f} of 255 away from what its page draws: copy it from there again"
+
+
+@of_theory
+def test_a_page_of_theory_has_formulas_that_markdown_leaves_alone_and_a_small_picture(page):
+    text = prose_of(page)
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.DOTALL)
+    assert any(formula.startswith("$$") for formula in formulas)
+    escaped = [formula for formula in formulas if re.search(r"\\[!-/:-@\[-`{-~]|\*", formula)]
+    assert not escaped, "Markdown takes a backslash before punctuation away, and * for emphasis"
+    assert pictures(page)
+    assert all((page.parent / name).stat().st_size < 60_000 for name in pictures(page))
+    assert "arxiv.org/abs/" in text
+
+
 @pages
 def test_links_to_files_lead_somewhere(page):
-    text = text_of(page)
+    text = prose_of(page)
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text) + re.findall(r'src="([^"]+)"', text)
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing
