@@ -284,7 +284,7 @@ def test_the_gradient_penalty_and_a_critic_step_are_timed_beside_plain_pytorch(t
     assert main(["gans", "--quick", "--json", str(path)]) == 0
     record = _record.load(path)
     assert all(seconds for seconds in sides(record).values())
-    assert len(record["bars"]) == 4
+    assert len(record["bars"]) == 6
     assert all(bar["value"] > 0 for bar in record["bars"])
 
 

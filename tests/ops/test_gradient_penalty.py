@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gans import R3GANDown, r3gan_critic
 from genfuse import ops
 from genfuse.nn import Residual, WithContext
 from genfuse.ops import _gradient_penalty as module
@@ -553,64 +554,18 @@ class Projection(nn.Module):
         return self.last(h) + (h * self.inner(y)).sum(1, keepdim=True)
 
 
-class Biased(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(channels))
-
-    def forward(self, x):
-        return F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
-
-
-class R3GANBlock(nn.Module):
-    """1 x 1, grouped 3 x 3, 1 x 1, without bias; the activations hold it. The branch is scaled."""
-
-    def __init__(self, width, groups):
-        super().__init__()
-        self.widen, self.narrow = nn.Conv2d(width, 2 * width, 1, bias=False), nn.Conv2d(2 * width, width, 1, bias=False)
-        self.grouped = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=groups, bias=False)
-        self.first, self.second = Biased(2 * width), Biased(2 * width)
-        self.gain = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x):
-        return x + self.gain * self.narrow(self.second(self.grouped(self.first(self.widen(x)))))
-
-
-class FIRDown(nn.Module):
-    """Half the size by a depthwise filter of fixed weights, then a 1 x 1 convolution."""
-
-    def __init__(self, before, after):
-        super().__init__()
-        self.register_buffer("filter", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16)
-        self.mix = nn.Conv2d(before, after, 1, bias=False)
-
-    def forward(self, x):
-        return self.mix(F.conv2d(x, self.filter.expand(x.shape[1], 1, 3, 3), stride=2, padding=1, groups=x.shape[1]))
-
-
-class BilinearDown(FIRDown):
+class BilinearDown(R3GANDown):
     def forward(self, x):
         return self.mix(F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True))
 
 
-class PooledDown(FIRDown):
+class PooledDown(R3GANDown):
     def forward(self, x):
         return F.avg_pool2d(self.mix(x), 2)
 
 
-class R3GAN(nn.Sequential):
-    """The critic of arXiv 2501.05441 at its smallest: stages of blocks, and a depthwise 4 x 4 basis at the end."""
-
-    def __init__(self, down=FIRDown, width=4):
-        super().__init__(
-            nn.Conv2d(3, width, 1, bias=False),
-            R3GANBlock(width, 2),
-            down(width, 2 * width),
-            R3GANBlock(2 * width, 4),
-            nn.Conv2d(2 * width, 2 * width, 4, groups=2 * width, bias=False),
-            nn.Flatten(),
-            nn.Linear(2 * width, 1, bias=False),
-        )
+def small_r3gan(down=R3GANDown):
+    return r3gan_critic((4, 8), group=4, down=down)
 
 
 @pytest.mark.parametrize(
@@ -620,9 +575,9 @@ class R3GAN(nn.Sequential):
         (Eriklindernoren, (1, 6, 6), False),
         (Functional, (3, 8, 8), False),
         (Projection, (1, 6, 6), True),
-        (R3GAN, (3, 8, 8), False),
-        (partial(R3GAN, BilinearDown), (3, 8, 8), False),
-        (partial(R3GAN, PooledDown), (3, 8, 8), False),
+        (small_r3gan, (3, 8, 8), False),
+        (partial(small_r3gan, BilinearDown), (3, 8, 8), False),
+        (partial(small_r3gan, PooledDown), (3, 8, 8), False),
     ],
 )
 def test_critics_with_a_forward_of_their_own_are_double_backward_to_rounding(critic, shape, labels, caplog):
@@ -642,7 +597,7 @@ def test_critics_with_a_forward_of_their_own_are_double_backward_to_rounding(cri
 
 def test_scores_and_gradient_of_one_call_are_those_of_two_and_so_are_their_gradients():
     torch.manual_seed(0)
-    critic, x = R3GAN().double(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    critic, x = small_r3gan().double(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
     calls = []
     critic.register_forward_hook(lambda *_: calls.append(1))
     scores, gradient = ops.scores_and_gradient(critic, x)
@@ -735,7 +690,7 @@ def test_layers_may_be_computed_again_in_the_backward_pass(caplog):
 
 def test_functions_work_under_autocast(caplog):
     torch.manual_seed(0)
-    critic, x = R3GAN(), torch.randn(6, 3, 8, 8)
+    critic, x = small_r3gan(), torch.randn(6, 3, 8, 8)
     truth = gradients(penalty_of(by_autograd(critic, x)), critic)
     with torch.autocast("cpu", torch.bfloat16):
         gradient = input_gradient(critic, x)
