@@ -215,6 +215,7 @@ class AdversarialModel(GenerativeModel):
         with torch.no_grad():
             fake = self._generate(self.generator, z, context).to(x.dtype)
         both = None if seen is None else seen.repeat(2, *[1] * (seen.dim() - 1))
+        penalty: Tensor | None
         if self.penalty == "r1r2":  # both are at the points of the loss: one forward pass for all
             points = self._packed(torch.cat([x, fake]), both)
             out, gradient = scores_and_gradient(self.critic, *points)
