@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genfuse
 from benchmarks._measure import Side, peak_memory
@@ -15,7 +18,7 @@ from benchmarks._record import Bar
 from examples.plain import wgan_gp
 from genfuse.metrics import mode_coverage
 from genfuse.models import Batch
-from genfuse.ops import gradient_penalty
+from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient
 
 PLAIN = "double backward"
 TOY: dict[str, Any] = {"hidden": (128, 128, 128), "latent_dim": 8}
@@ -35,6 +38,78 @@ def _dcgan_critic(channels: int = 3, width: int = 64) -> nn.Sequential:
     for before, after in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
         layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, 1))
+
+
+class _Biased(nn.Module):
+    """Leaky ReLU of x + b, b (channels,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(0.1 * torch.randn(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x + self.bias, 0.2)
+
+
+class _R3GANBlock(nn.Module):
+    """1 x 1, grouped 3 x 3 and 1 x 1 convolutions without bias, which the activations have; the branch is scaled."""
+
+    def __init__(self, width: int, group: int) -> None:
+        super().__init__()
+        inner = 2 * width
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, inner, 1, bias=False),
+            _Biased(inner),
+            nn.Conv2d(inner, inner, 3, padding=1, groups=inner // group, bias=False),
+            _Biased(inner),
+            nn.Conv2d(inner, width, 1, bias=False),
+        )
+        self.gain = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * self.branch(x)
+
+
+class R3GANDown(nn.Module):
+    """Half the size by a depthwise filter of fixed weights 1 2 1, then a 1 x 1 convolution."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("filter", taps.outer(taps).expand(before, 1, 3, 3) / 16)
+        self.mix = nn.Conv2d(before, after, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(F.conv2d(x, self.filter, stride=2, padding=1, groups=len(self.filter)))
+
+
+def r3gan_critic(
+    widths: tuple[int, ...] = (32, 64, 128, 128), group: int = 32, down: Callable[..., nn.Module] = R3GANDown
+) -> nn.Sequential:
+    """The critic of R3GAN (arXiv 2501.05441, section 3.4) for RGB images that end at 4 x 4, a block in each stage."""
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 1, bias=False), _R3GANBlock(widths[0], group)]
+    for before, after in pairwise(widths):
+        layers += [down(before, after), _R3GANBlock(after, group)]
+    last = widths[-1]  # of which a depthwise basis makes one number each
+    return nn.Sequential(
+        *layers, nn.Conv2d(last, last, 4, groups=last, bias=False), nn.Flatten(), nn.Linear(last, 1, bias=False)
+    )
+
+
+class _Products(TorchDispatchMode):
+    """Counts the multiplications of convolutions, which are all of this critic but its last layer."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.convolution.default:
+            x, weight, transposed = args[0], args[1], args[6]
+            self.count += (x if transposed else out).numel() * weight[0].numel()
+        elif function is torch.ops.aten.convolution_backward.default:
+            gradient, x, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
+            self.count += sum(wanted[:2]) * (x if transposed else gradient).numel() * weight[0].numel()
+        return out
 
 
 def _gradients(penalty: Penalty, critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
@@ -85,6 +160,54 @@ def penalty(part: Part) -> None:
                 part.row(f"{what}, memory, {kind}", memory=peak_memory(each, part.args.device))
 
 
+def _r1_and_r2(critic: nn.Module, real: Tensor, fake: Tensor, ours: bool) -> Tensor:
+    """R3GAN's critic's loss, with both penalties at gamma 1; each side has one forward pass for all."""
+    points = torch.cat([real, fake])
+    if ours:
+        scores, gradient = scores_and_gradient(critic, points)
+        penalty = gradient_norm_penalty(gradient, target=0.0)
+    else:
+        points.requires_grad_()
+        scores = critic(points)
+        (gradient,) = torch.autograd.grad(scores.sum(), points, create_graph=True)
+        penalty = gradient.square().flatten(1).sum(1).mean()
+    out, fake_out = scores.chunk(2)
+    return F.softplus(fake_out - out).mean() + penalty
+
+
+def r3gan(part: Part) -> None:
+    """R1 and its gradients for all weights, and all of a critic's step with R1 and R2, of R3GAN's critic: grouped
+    convolutions, biased LeakyReLU, FIR filters. Ceiling: how many times the multiplications double backward needs."""
+    torch.manual_seed(0)
+    critic = r3gan_critic().to(part.args.device)
+    real, fake = torch.randn(2, part.size(16, 2), 3, 32, 32, device=part.args.device)
+
+    def r1(critic: nn.Module, real: Tensor, fake: Tensor, ours: bool) -> Tensor:
+        if ours:
+            return gradient_penalty(critic, real, target=0.0, at="real")
+        x = real.requires_grad_()
+        return torch.autograd.grad(critic(x).sum(), x, create_graph=True)[0].square().flatten(1).sum(1).mean()
+
+    for name, loss, bar in (("R1", r1, 1.5), ("loss with R1 and R2", _r1_and_r2, 1.0)):
+        sides: dict[str, Side | str] = {}
+        counts: dict[str, int] = {}
+        weights: dict[str, Tensor] = {}
+        for side, ours in ((OURS, True), (PLAIN, False)):
+
+            def run(loss: Callable[..., Tensor] = loss, ours: bool = ours) -> None:
+                loss(critic, real, fake, ours).backward()
+                critic.zero_grad()
+
+            with _Products() as products:
+                run()
+            sides[side], counts[side] = Side(run), products.count
+            weights[side] = _gradients(partial(loss, ours=ours), critic, real, fake)
+        if (error := float((weights[OURS] - weights[PLAIN]).norm() / weights[PLAIN].norm())) > ERROR:
+            sides[OURS] = f"WRONG: the gradient is off by {error:.1e}"
+        part.compare(f"R3GAN's critic, batch {len(real)}, {name}", sides, {PLAIN: bar})
+        part.row(f"R3GAN's critic, {name}, ceiling by multiplications", value=counts[PLAIN] / counts[OURS], unit="x")
+
+
 def step(part: Part) -> None:
     """An update of WGAN-GP's critic by a batch of 64 images of 28 x 28, networks 100-256-256-784 and 784-256-256-1:
     generated images, loss, penalty, gradients, Adam. The other side is plain PyTorch code of the same."""
@@ -130,5 +253,5 @@ def modes(part: Part) -> None:
             part.bars += bars
 
 
-PARTS = {part.__name__: part for part in (penalty, step, modes)}
+PARTS = {part.__name__: part for part in (penalty, r3gan, step, modes)}
 QUALITY = (modes.__name__,)

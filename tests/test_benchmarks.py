@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import time
 
@@ -284,7 +285,7 @@ def test_the_gradient_penalty_and_a_critic_step_are_timed_beside_plain_pytorch(t
     assert main(["gans", "--quick", "--json", str(path)]) == 0
     record = _record.load(path)
     assert all(seconds for seconds in sides(record).values())
-    assert len(record["bars"]) == 4
+    assert len(record["bars"]) == 6
     assert all(bar["value"] > 0 for bar in record["bars"])
 
 
@@ -344,3 +345,17 @@ def test_a_fit_is_of_the_weights_that_validate_best(monkeypatch):
     assert trained["worst"] < trained["nats"]
     again = fits.fit("maf", "genfuse", "", 0, 40, lr=2e-3)
     assert again == trained
+
+
+def test_the_quality_of_a_model_is_a_table_and_a_picture_and_is_not_trained_again(tmp_path, capsys):
+    torch.manual_seed(0)
+    arguments = ["quality", "--model", "gan", "--model", "glow", "--steps", "4", "--runs", str(tmp_path / "runs"),
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert main([*arguments, "--data", "toy:moons"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| `gan` \| \d+ \| 4 \| [\d,]+ \| \S+ \| [\d.]+ \| 0", said)
+    assert (tmp_path / "comparison-toy-moons.png").stat().st_size > 10_000
+    found = tmp_path / "runs/gan-toy-moons/quality.json"
+    found.write_text(found.read_text().replace('"steps": 4', '"steps": 5'))
+    assert main([*arguments, "--data", "toy:moons"]) == 0
+    assert "| 5 |" in capsys.readouterr().out

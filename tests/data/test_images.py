@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 import genfuse
 from genfuse.data import load_data
-from genfuse.errors import DataWarning, SettingsError
+from genfuse.errors import DataError, DataWarning, SettingsError
 
 FILES = {
     "train-images-idx3-ubyte": (30, 4, 5),
@@ -709,3 +709,23 @@ def test_a_single_image_is_not_taken_for_many(tmp_path, refused):
 def test_a_table_of_images_is_refused_with_what_to_write(tmp_path, refused):
     np.save(tmp_path / "x.npy", SHADES)
     refused(f"npy:{tmp_path}/x.npy", "images are read by images:PATH")
+
+
+def test_stacked_mnist_is_three_digits_as_colours_and_their_labels_as_one_number(root: Path):
+    single, data = load_data("mnist", root=root), load_data("stacked-mnist", root=root, seed=1)
+    assert (data.shape, data.levels, data.classes) == ((3, 4, 5), 256, 1000)
+    assert {part: len(split) for part, split in data.splits.items()} == {"train": 60_000, "test": 26_000}
+    for part, split in data.splits.items():
+        of = single.splits[part]
+        known = {image.tobytes(): label for image, label in zip(of.x.numpy(), of.y.tolist(), strict=True)}
+        for image, label in zip(split.x[:50].numpy(), split.y[:50].tolist(), strict=True):
+            assert [known[colour.tobytes()] for colour in image] == [label // 100, label // 10 % 10, label % 10]
+    assert not torch.equal(data.splits["train"].x, load_data("stacked-mnist", root=root, seed=2).splits["train"].x)
+    assert load_data("stacked-mnist:digits").shape == (3, 8, 8)
+
+
+def test_stacked_mnist_without_mnist_says_what_is_missing_and_what_needs_no_files(tmp_path: Path):
+    with pytest.raises(DataError, match=r"(?s)'mnist'.*train-images-idx3-ubyte.*`stacked-mnist:glyphs` needs no files"):
+        load_data("stacked-mnist", root=tmp_path)
+    with pytest.raises(DataError, match="'toy' cannot be stacked; it takes one of mnist, fashion-mnist"):
+        load_data("stacked-mnist:toy")

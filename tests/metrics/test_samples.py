@@ -11,7 +11,9 @@ from torch import nn
 from genfuse.data import Dataset, Split, load_data
 from genfuse.errors import SettingsError
 from genfuse.metrics import (
+    Samples,
     TooFewSamplesError,
+    classify,
     evaluate_samples,
     extractor,
     frechet_distance,
@@ -19,7 +21,9 @@ from genfuse.metrics import (
     mode_coverage,
     prdc,
     sliced_wasserstein_distance,
+    train_features,
 )
+from genfuse.metrics.scores import compute, select, stacked_modes
 from genfuse.models import GenerativeModel
 from genfuse.models.vae import VAE, VAEConfig
 
@@ -152,6 +156,31 @@ def test_modes_and_quality_of_a_mixture(mixture):
         TooFewSamplesError, match="mode coverage: at least 8 samples are needed, one a mode; there are 7"
     ):
         mode_coverage(samples[:7], mixture.mixture)
+
+
+def test_modes_of_stacked_digits_are_counted_by_the_classifier_of_one_digit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENFUSE_CACHE", str(tmp_path))
+    data = load_data("stacked-mnist:digits")
+    rows = (data.splits["train"].y % 111 == 0).nonzero()[:, 0]  # three times the same digit
+    same = data.batch("train", rows.repeat(2)).x
+    scores = compute(select(["stacked-modes"]), Samples(same, same, same, same, data, 0))
+    assert "there is no classifier of 'digits'" in str(scores.failed["stacked-modes"])
+    _, accuracy = train_features(data, steps=500)
+    x, y = data.batch("test", slice(5000))
+    assert extractor("auto", data)(x[:10]).shape == (10, 3 * 64)
+    right = (classify(x, data) @ torch.tensor([100, 10, 1]) == y).float().mean()
+    assert right == pytest.approx(accuracy**3, abs=0.05)
+
+    def measured(x):
+        return stacked_modes(Samples(x, x, x, x, data, 0))
+
+    real, few = measured(x), measured(same)
+    assert real["stacked_modes"] > 980
+    assert real["stacked_kl"] == pytest.approx(1000 / (2 * 5000), abs=0.03)
+    assert 10 <= few["stacked_modes"] < 100
+    assert few["stacked_kl"] == pytest.approx(math.log(100), abs=0.4)  # 10 modes of 1,000, if none is mistaken
+    with pytest.raises(TooFewSamplesError, match="the modes of stacked images: at least 1000 samples are needed"):
+        measured(x[:999])
 
 
 @pytest.mark.parametrize(("name", "modes"), [("eight-gaussians", 8), ("grid", 25)])

@@ -117,23 +117,24 @@ def test_the_losses_are_what_the_papers_define():
         "minimax": (bce(ones), bce(zeros), (1 - D).log()),
         "hinge": (torch.maximum(1 - out, zeros), torch.maximum(1 + out, zeros), -out),
         "least-squares": ((out - 1) ** 2 / 2, out**2 / 2, (out - 1) ** 2 / 2),
+        "relativistic": (bce(ones), zeros, bce(ones)),  # of differences
     }
     assert OBJECTIVES.keys() == expected.keys()
     for name, values in expected.items():
-        for part, value in zip(OBJECTIVES[name], values, strict=True):
+        for part, value in zip(OBJECTIVES[name][:3], values, strict=True):
             torch.testing.assert_close(part(out), value)
 
 
 @pytest.mark.parametrize("loss", ["non-saturating", "minimax"])
 def test_the_losses_are_finite_where_probabilities_round_to_0_and_1(loss):
-    for part in OBJECTIVES[loss]:
+    for part in OBJECTIVES[loss][:3]:
         out = torch.tensor([-1e4, 1e4], requires_grad=True)
         part(out).sum().backward()
         assert part(out).isfinite().all()
         assert out.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", list(OBJECTIVES))
+@pytest.mark.parametrize("loss", [name for name, objective in OBJECTIVES.items() if not objective.relativistic])
 def test_the_loss_of_a_gan_is_its_objective(loss):
     model, batch = made("gan", loss=loss), batch_of(made("gan"))
     for player in players_of(model):
@@ -150,6 +151,38 @@ def test_the_loss_of_a_gan_is_its_objective(loss):
         on_logits = loss in ("non-saturating", "minimax")
         torch.testing.assert_close(terms["real"], (real_out.sigmoid() if on_logits else real_out).mean())
         torch.testing.assert_close(terms["fake"], (fake_out.sigmoid() if on_logits else fake_out).mean())
+
+
+@pytest.mark.parametrize("pac", [1, 2])
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("penalty", ["none", "r1", "r1r2"])
+def test_the_relativistic_loss_and_its_penalties_are_those_of_r3gan_by_double_backward(pac, conditional, penalty):
+    settings = {"loss": "relativistic", "penalty": penalty, "penalty_weight": 3.0, "pac": pac}
+    model = made("gan", **settings, conditional=conditional, classes=3).double()
+    batch = batch_of(model)._replace(x=batch_of(model).x.double())
+    torch.manual_seed(3)
+    one_hot = F.one_hot(batch.y, 3).double()
+    fake = model.generator(torch.randn(6, 5, dtype=torch.float64), *[one_hot] * conditional).tanh()
+    given = [one_hot.view(6 // pac, -1)] * conditional
+    real_x, fake_x = (x.reshape(6 // pac, -1) if pac > 1 else x for x in (2 * batch.x - 1, fake))
+    for player in players_of(model):
+        torch.manual_seed(3)
+        found, terms = model.loss(batch, player)
+        points = [x.detach().requires_grad_() if player == "discriminator" else x for x in (real_x, fake_x)]
+        real, generated = (model.critic(x, *given).view(-1) for x in points)
+        sign = 1 if player == "discriminator" else -1
+        expected = F.softplus(sign * (generated - real)).mean()
+        if player == "discriminator":
+            torch.testing.assert_close(terms["real"], real.mean())
+            for x, out in list(zip(points, (real, generated), strict=True))[: {"none": 0, "r1": 1, "r1r2": 2}[penalty]]:
+                (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+                expected = expected + 1.5 * gradient.flatten(1).square().sum(1).mean()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        weights = list((model.critic if player == "discriminator" else model.generator).parameters())
+        both = (torch.autograd.grad(loss, weights, materialize_grads=True, retain_graph=True, allow_unused=True)
+                for loss in (found, expected))  # fmt: skip
+        for ours, truth in zip(*both, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
 
 
 def test_the_wasserstein_term_is_the_difference_of_the_means():
@@ -173,7 +206,7 @@ def test_r1_is_half_gamma_times_the_squared_gradient_at_real_examples(name, netw
     torch.testing.assert_close(terms["penalty"], 1.5 * gradient.square().flatten(1).sum(1).mean())
 
 
-@pytest.mark.parametrize("penalty", ["gradient", "r1"])
+@pytest.mark.parametrize("penalty", ["gradient", "r1", "r1r2"])
 def test_a_penalty_of_weight_0_changes_nothing(penalty):
     results = []
     for settings in ({"penalty": "none"}, {"penalty": penalty, "penalty_weight": 0.0}):

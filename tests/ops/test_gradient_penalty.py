@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gans import R3GANDown, r3gan_critic
+from genfuse import ops
 from genfuse.nn import Residual, WithContext
 from genfuse.ops import _gradient_penalty as module
 from genfuse.ops import gradient_penalty, input_gradient
@@ -551,35 +554,18 @@ class Projection(nn.Module):
         return self.last(h) + (h * self.inner(y)).sum(1, keepdim=True)
 
 
-class Biased(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(channels))
-
+class BilinearDown(R3GANDown):
     def forward(self, x):
-        return F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
+        return self.mix(F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True))
 
 
-class R3GAN(nn.Module):
-    """Grouped convolutions, activations that hold the bias, a filter that halves, and scaled branches (2501.05441)."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.first = nn.Conv2d(3, width, 1, bias=False)
-        self.widen, self.mix = nn.Conv2d(width, 2 * width, 1, bias=False), nn.Conv2d(2 * width, width, 1, bias=False)
-        self.grouped = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=4, bias=False)
-        self.active, self.again = Biased(2 * width), Biased(2 * width)
-        self.basis, self.last = nn.Conv2d(width, width, 4, groups=width, bias=False), nn.Linear(width, 1, bias=False)
-        self.gain = nn.Parameter(torch.tensor(0.3))
-        self.register_buffer(
-            "filter", torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
-        )
-
+class PooledDown(R3GANDown):
     def forward(self, x):
-        x = self.first(x)
-        x = x + self.gain * self.mix(self.again(self.grouped(self.active(self.widen(x)))))
-        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), self.filter.expand(x.shape[1], 1, 4, 4), stride=2, groups=x.shape[1])
-        return self.last(self.basis(x).flatten(1)).view(x.shape[0])
+        return F.avg_pool2d(self.mix(x), 2)
+
+
+def small_r3gan(down=R3GANDown):
+    return r3gan_critic((4, 8), group=4, down=down)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +575,9 @@ class R3GAN(nn.Module):
         (Eriklindernoren, (1, 6, 6), False),
         (Functional, (3, 8, 8), False),
         (Projection, (1, 6, 6), True),
-        (R3GAN, (3, 8, 8), False),
+        (small_r3gan, (3, 8, 8), False),
+        (partial(small_r3gan, BilinearDown), (3, 8, 8), False),
+        (partial(small_r3gan, PooledDown), (3, 8, 8), False),
     ],
 )
 def test_critics_with_a_forward_of_their_own_are_double_backward_to_rounding(critic, shape, labels, caplog):
@@ -605,6 +593,57 @@ def test_critics_with_a_forward_of_their_own_are_double_backward_to_rounding(cri
     for a, b in zip(gradients(penalty_of(input_gradient(critic, x, *y)), trained), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     assert not caplog.records
+
+
+def test_scores_and_gradient_of_one_call_are_those_of_two_and_so_are_their_gradients():
+    torch.manual_seed(0)
+    critic, x = small_r3gan().double(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    calls = []
+    critic.register_forward_hook(lambda *_: calls.append(1))
+    scores, gradient = ops.scores_and_gradient(critic, x)
+    assert len(calls) == 1
+    found = gradients(F.softplus(scores).mean() + penalty_of(gradient, 0.0), critic)
+    wanted = gradients(F.softplus(critic(x)).mean() + penalty_of(by_autograd(critic, x), 0.0), critic)
+    torch.testing.assert_close(scores, critic(x))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        without = ops.scores_and_gradient(critic, x)
+    assert not any(each.requires_grad for each in without)
+    torch.testing.assert_close(without, (scores.detach(), gradient.detach()))
+
+
+class BiasedFunction(torch.autograd.Function):
+    """(x + b) by leaky ReLU with a gain, as the kernels of StyleGAN and R3GAN have it."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        y = F.leaky_relu(x + bias, 0.2) * math.sqrt(2)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        g = torch.where(y > 0, g, 0.2 * g) * math.sqrt(2)
+        return g, g.sum(0)
+
+
+class ByFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.bias, self.last = nn.Linear(5, 7), nn.Parameter(torch.randn(7)), nn.Linear(7, 1)
+
+    def forward(self, x):
+        return self.last(BiasedFunction.apply(self.first(x), self.bias))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_function_that_says_it_is_piecewise_linear_is_a_link_of_the_chain(declared, caplog, monkeypatch):
+    monkeypatch.setattr(BiasedFunction, "piecewise_linear", declared, raising=False)
+    torch.manual_seed(0)
+    check(ByFunction().double(), torch.randn(6, 5, dtype=torch.float64))
+    assert len(caplog.records) == (not declared)
 
 
 def test_a_critic_may_branch_on_what_it_sees_and_be_a_function(caplog):
@@ -651,7 +690,7 @@ def test_layers_may_be_computed_again_in_the_backward_pass(caplog):
 
 def test_functions_work_under_autocast(caplog):
     torch.manual_seed(0)
-    critic, x = R3GAN(), torch.randn(6, 3, 8, 8)
+    critic, x = small_r3gan(), torch.randn(6, 3, 8, 8)
     truth = gradients(penalty_of(by_autograd(critic, x)), critic)
     with torch.autocast("cpu", torch.bfloat16):
         gradient = input_gradient(critic, x)

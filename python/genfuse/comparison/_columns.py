@@ -88,6 +88,8 @@ COLUMNS = (
     Column("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
     Column("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
     Column("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
+    Column("stacked_modes", "stacked modes", "diversity", "higher", "of stacked images: combinations of classes seen"),
+    Column("stacked_kl", "stacked KL", "diversity", "lower", "of stacked images: KL divergence of these, nats"),
     Column(
         "spread", "spread", "stability", "lower",
         "standard deviation of the Fréchet distance over the seeds, as a share of its mean",

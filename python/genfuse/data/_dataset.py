@@ -94,6 +94,7 @@ class Dataset:
     condition_schema: Schema | None = None  # of the columns of such a table that are given as the context y
     streamed: bool = False  # x lies in a file that may be larger than memory, and is not moved to a device
     batches_on: torch.device | None = None  # where batches go, if x is elsewhere
+    channels: "Dataset | None" = None  # of stacked images: the data set that each channel is an example of
 
     def __post_init__(self) -> None:
         if self.class_names is not None:

@@ -99,6 +99,28 @@ def fashion_mnist(source: Source) -> Dataset:
     return replace(data, class_names=GARMENTS) if data.classes == len(GARMENTS) else data
 
 
+def stacked_mnist(source: Source) -> Dataset:
+    """Three digits by chance as the colours of an image (arXiv 1612.02136): 60,000 + 26,000 images (3, H, W), of three
+    training digits or three test digits; labels 100 a + 10 b + c. Of MNIST, or of another of the data sets here."""
+    makers = {"mnist": mnist, "fashion-mnist": fashion_mnist, "glyphs": glyphs, "digits": digits}
+    name = source.argument or "mnist"
+    if name not in makers:
+        raise DataError(f"data set {source.name!r}: {name!r} cannot be stacked; it takes one of {', '.join(makers)}")
+    try:
+        single = makers[name](replace(source, name=name, argument=None))
+    except DataError as error:
+        raise DataError(f"{error}\n`stacked-mnist:glyphs` needs no files") from error
+    generator, classes = torch.Generator().manual_seed(source.seed), single.classes or 10
+    splits = {}
+    for part, count in (("train", 60_000), ("test", 26_000)):
+        of = single.splits[part]
+        rows = torch.randint(len(of), (count, 3), generator=generator)
+        assert of.y is not None
+        y = (of.y[rows] * classes ** torch.tensor([2, 1, 0])).sum(1)
+        splits[part] = Split(of.x[rows.flatten()].view(count, 3, *single.shape[1:]), y)
+    return Dataset(source.name, splits, levels=single.levels, classes=classes**3, channels=single)
+
+
 def binarized_mnist(source: Source) -> Dataset:
     """MNIST binarized once (Larochelle & Murray, 2011): 50,000 + 10,000 + 10,000 images (1, 28, 28) of 0 and 1."""
     source.no_argument()

@@ -9,6 +9,7 @@ from genfuse.metrics._evaluate import evaluate as evaluate
 from genfuse.metrics._evaluate import undisturbed as undisturbed
 from genfuse.metrics._features import Extractor as Extractor
 from genfuse.metrics._features import classifier_path as classifier_path
+from genfuse.metrics._features import classify as classify
 from genfuse.metrics._features import extractor as extractor
 from genfuse.metrics._features import train_features as train_features
 from genfuse.metrics._features import train_missing as train_missing

@@ -94,15 +94,17 @@ def _extractor(name: str, data: Dataset, device: torch.device | str, inception_w
     if name == "classifier":
         network, accuracy = _load_classifier(data)
         about = f"{WIDTH} features of a classifier of {data.name}, held-out accuracy {accuracy:.2%}"
-        return Extractor(name, about, network.to(device))
+        return Extractor(name, about, _each_channel(_without_logits(network), data).to(device))
     return Extractor(name, f"TorchScript module {inception_weights}", _inception(inception_weights, data, device))
 
 
 def classifier_path(data: Dataset) -> Path:
     """Where the classifier of a data set is kept: in ``$GENFUSE_CACHE/features``, by default of ~/.cache/genfuse.
 
-    Its file is named by the content of the training split, so that data that has changed has another one.
+    Its file is named by the content of the training split, so that data that has changed has another one. Stacked data
+    has that of its channels, which is applied to each.
     """
+    data = data.channels or data
     slug = re.sub(r"[^\w.-]+", "-", data.name)[-40:].strip("-")
     return cache("features") / f"{slug}-{data.fingerprint()}.safetensors"
 
@@ -125,6 +127,7 @@ def train_features(
     """
     from genfuse.training.progress import Progress
 
+    data = data.channels or data
     if steps < 1 or batch_size < 1:
         raise SettingsError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     if bare := [part for part in ("train", "test") if data.splits[part].y is None]:
@@ -222,7 +225,33 @@ def _channels(shape: tuple[int, ...]) -> list[int]:
     return [32 * 2**stage for stage in range(min(5, max(1, side.bit_length() - 2)))]
 
 
-def _load_classifier(data: Dataset) -> tuple[nn.Module, float]:
+class _EachChannel(nn.Module):
+    """A network of one channel at each: (N, C, H, W) -> (N, C * features)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.flatten(0, 1)[:, None]).view(len(x), -1)
+
+
+def _each_channel(network: nn.Module, data: Dataset) -> nn.Module:
+    return network if data.channels is None else _EachChannel(network)
+
+
+@torch.no_grad()
+def classify(x: Tensor, data: Dataset) -> Tensor:
+    """The likeliest class (N,) of examples by the classifier that `train_features` made; of stacked data of each of its
+    channels, (N, C). Raises SettingsError if there is none."""
+    network = _each_channel(_load_classifier(data)[0], data).to(x.device)
+    classes = (data.channels or data).classes or 0
+    found = torch.cat([network(part.float()).unflatten(1, (-1, classes)).argmax(-1) for part in x.split(BATCH)])
+    return found if data.channels else found[:, 0]
+
+
+def _load_classifier(data: Dataset) -> tuple[nn.Sequential, float]:
+    data = data.channels or data
     path = classifier_path(data)
     if not path.is_file():
         command = ["genfuse", "train-features", data.name]
@@ -240,7 +269,7 @@ def _load_classifier(data: Dataset) -> tuple[nn.Module, float]:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise SettingsError(f"{path} does not fit the data set {data.name!r}: train it again: {error}") from None
-    return _without_logits(network).eval(), facts["accuracy"]
+    return network.eval(), facts["accuracy"]
 
 
 def _random_network(shape: tuple[int, ...]) -> nn.Module:

@@ -39,9 +39,10 @@ def evaluate_samples(
     floor, or ceiling, what a perfect model gets. Both are measured against the same ``n`` examples of the test split,
     in the space of the features that `extractor` names, by ``metrics``: names of installed ones, by default all. Ours
     make ``frechet_distance``, ``kernel_distance`` and its ``_std``, ``precision``, ``recall``, ``density``,
-    ``coverage``, ``sliced_wasserstein``, of data with a known `Mixture` ``modes_covered`` and ``high_quality``, and of
-    tables ``marginal_wasserstein``, ``marginal_total_variation``, ``correlation_difference``, ``detection_auroc`` and
-    ``synthetic_auroc`` or ``synthetic_r2``.
+    ``coverage``, ``sliced_wasserstein``, of data with a known `Mixture` ``modes_covered`` and ``high_quality``, of
+    stacked images ``stacked_modes`` and ``stacked_kl``, and of tables ``marginal_wasserstein``,
+    ``marginal_total_variation``, ``correlation_difference``, ``detection_auroc`` and ``synthetic_auroc`` or
+    ``synthetic_r2``.
     ``nearest_training`` is the mean distance of the first 1,000 samples to their nearest training example, and in
     ``real`` that of test examples: samples far below it are copies. ``features``, ``about``, ``dimensions`` and ``n``
     say what was compared, and ``plugins`` what the figures are that metrics of other packages made.
@@ -64,7 +65,7 @@ def evaluate_samples(
         raise SettingsError(f"n must be in 1..{most}, the examples of the smaller of train and test split; got {n}")
     chosen = select(metrics)
     others = [metric for metric in chosen if metric.distribution != plugins.OURS]
-    whole = bool(others or data.mixture or data.scaling)
+    whole = bool(others or data.mixture or data.scaling or data.channels)
     extract = extractor(features, data, device=model.device, inception_weights=inception_weights)
     generator = torch.Generator().manual_seed(seed)
     train, test = (torch.randperm(len(data.splits[part]), generator=generator)[:count] for part in ("train", "test"))

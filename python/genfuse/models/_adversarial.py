@@ -24,10 +24,10 @@ from genfuse.nn import (
     slerp,
 )
 from genfuse.nn.likelihoods import at_least_float32
-from genfuse.ops import gradient_penalty, transformed
+from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, transformed
 
 Network = Literal["mlp", "dcgan", "resnet"]
-Penalty = Literal["none", "gradient", "r1"]
+Penalty = Literal["none", "gradient", "r1", "r1r2"]
 
 # When the watch speaks.
 STALLED = 1e-6  # norm of the generator's gradient below which Adam's eps swallows it
@@ -72,10 +72,9 @@ class AdversarialConfig(ModelConfig):
 class PenaltyConfig(AdversarialConfig):
     """Settings of those whose critic may pay for steepness."""
 
-    penalty: Penalty = (
-        "none"  # on |grad D|: (|.| - 1)^2 between real and generated examples; r1: |.|^2 / 2 at real ones
-    )
-    penalty_weight: float = 10.0  # lambda; r1: gamma
+    # on |grad D|: (|.| - 1)^2 between real and generated examples; r1: |.|^2 / 2 at real ones; r1r2: at both
+    penalty: Penalty = "none"
+    penalty_weight: float = 10.0  # lambda; r1, r1r2: gamma
     one_sided: bool = False  # gradient: only norms above 1 pay
 
 
@@ -94,11 +93,15 @@ def check_training(of: Any) -> None:
 
 
 class Objective(NamedTuple):
-    """What critic and generator minimise, (N,) each, as functions of the critic's output (N,)."""
+    """What critic and generator minimise, (N,) each, as functions of the critic's output (N,).
+
+    If it is ``relativistic``, all three get the output less that for an example of the other kind.
+    """
 
     real: Callable[[Tensor], Tensor]  # the critic, for real examples
     fake: Callable[[Tensor], Tensor]  # the critic, for generated ones
     generator: Callable[[Tensor], Tensor]
+    relativistic: bool = False
 
 
 class AdversarialModel(GenerativeModel):
@@ -119,7 +122,8 @@ class AdversarialModel(GenerativeModel):
         n_critic: updates of the critic for one of the generator.
         ema: samples are of the generator's weights averaged over its updates with this decay; 0: of the last ones.
         penalty: on the norm of the critic's gradient |grad D|: ``gradient`` (|.| - 1)^2 between real and generated
-            examples (arXiv 1704.00028), ``r1`` |.|^2 / 2 at real ones (arXiv 1801.04406), or ``none``.
+            examples (arXiv 1704.00028), ``r1`` |.|^2 / 2 at real ones (arXiv 1801.04406), ``r1r2`` the same at
+            generated ones too (arXiv 2501.05441), or ``none``.
         penalty_weight: its weight.
         one_sided: of ``gradient``: only norms above 1 pay.
         bound: a critic's loss beyond it, above or below 0, is warned of by the trainer.
@@ -202,18 +206,28 @@ class AdversarialModel(GenerativeModel):
         z = torch.randn(n, self.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
             fake = self._generate(self.generator, z, context)
-            loss = self.objective.generator(self._criticise(fake, seen)).mean()
-            return loss, {"diversity": diversity(fake.detach(), x)} if n > 1 else {}
+            out = self._criticise(fake, seen)
+            if self.objective.relativistic:
+                with torch.no_grad():
+                    real_out = self._criticise(x, seen)
+                out = out - real_out
+            return self.objective.generator(out).mean(), {"diversity": diversity(fake.detach(), x)} if n > 1 else {}
         with torch.no_grad():
             fake = self._generate(self.generator, z, context).to(x.dtype)
         both = None if seen is None else seen.repeat(2, *[1] * (seen.dim() - 1))
-        real_out, fake_out = self._criticise(torch.cat([x, fake]), both).chunk(2)
-        if self.pac > 1:
-            x, fake = self._packed(x), self._packed(fake)
-            seen = None if seen is None else self._packed(seen)
-        loss = self.objective.real(real_out).mean() + self.objective.fake(fake_out).mean()
+        penalty: Tensor | None
+        if self.penalty == "r1r2":  # both are at the points of the loss: one forward pass for all
+            points = self._packed(torch.cat([x, fake]), both)
+            out, gradient = scores_and_gradient(self.critic, *points)
+            penalty = self.penalty_weight * gradient_norm_penalty(gradient, target=0.0)  # a mean over real and fake
+            real_out, fake_out = self._scores(out, len(points[0])).chunk(2)
+        else:
+            real_out, fake_out = self._criticise(torch.cat([x, fake]), both).chunk(2)
+            penalty = self.gradient_penalty(*self._packed(x, fake, seen))
         terms = self.critic_terms(real_out.detach(), fake_out.detach())
-        penalty = self.gradient_penalty(x, fake, seen)
+        if self.objective.relativistic:
+            real_out, fake_out = real_out - fake_out, fake_out - real_out
+        loss = self.objective.real(real_out).mean() + self.objective.fake(fake_out).mean()
         return (loss, terms) if penalty is None else (loss + penalty, {**terms, "penalty": penalty.detach()})
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -318,8 +332,8 @@ class AdversarialModel(GenerativeModel):
             return self.columns.encode(x, noise=True)
         return x if self.levels is None else 2 * x - 1
 
-    def _packed(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x) // self.pac, -1)
+    def _packed(self, *of: Any) -> list[Any]:
+        return [x if x is None or self.pac == 1 else x.reshape(len(x) // self.pac, -1) for x in of]
 
     def _decode(self, z: Tensor, context: Tensor | None, **choices: Any) -> Tensor:
         x = self._generate(self.averaged or self.generator, z, context, **choices)
@@ -338,15 +352,16 @@ class AdversarialModel(GenerativeModel):
 
     def _criticise(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The critic's output, (N,), for examples that are `_centred`; of those that it sees together, (N / pac,)."""
-        if self.pac > 1:
-            x, context = self._packed(x), None if context is None else self._packed(context)
-        out = at_least_float32(self.critic(x) if context is None else self.critic(x, context))
-        if out.shape not in ((len(x),), (len(x), 1)):
+        x, context = self._packed(x, context)
+        return self._scores(self.critic(x) if context is None else self.critic(x, context), len(x))
+
+    def _scores(self, out: Tensor, n: int) -> Tensor:
+        if out.shape not in ((n,), (n, 1)):
             raise SettingsError(
-                f"the critic must return one number for each of {len(x)} examples, ({len(x)}, 1) or ({len(x)},); got "
+                f"the critic must return one number for each of {n} examples, ({n}, 1) or ({n},); got "
                 f"{tuple(out.shape)}"
             )
-        return out.view(len(x))
+        return at_least_float32(out).view(n)
 
 
 def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:

@@ -13,7 +13,7 @@ from genfuse.models._adversarial import AdversarialModel, PenaltyConfig, network
 from genfuse.models._adversarial import Objective as Objective
 from genfuse.models._base import adam
 
-Loss = Literal["non-saturating", "minimax", "hinge", "least-squares"]
+Loss = Literal["non-saturating", "minimax", "hinge", "least-squares", "relativistic"]
 
 
 # With D = sigmoid(out), -log D = softplus(-out) and -log(1 - D) = softplus(out), which never overflow.
@@ -60,6 +60,8 @@ OBJECTIVES: dict[str, Objective] = {
     "hinge": Objective(hinge_real, hinge_fake, torch.neg),  # arXiv 1705.02894
     # arXiv 1611.04076, equation 2 with b = c = 1, a = 0
     "least-squares": Objective(squares_to_one, squares_to_zero, squares_to_one),
+    # softplus of minus the difference to the other kind's, for each (arXiv 1807.00734; 2501.05441, equation 1)
+    "relativistic": Objective(minus_log_d, torch.zeros_like, minus_log_d, relativistic=True),
 }
 
 
@@ -67,7 +69,9 @@ OBJECTIVES: dict[str, Objective] = {
 class GANConfig(PenaltyConfig):
     """Settings of a GAN. Raises SettingsError for values outside their range."""
 
-    loss: Loss = "non-saturating"  # minimax: the value function for both; hinge and least-squares: on D without sigmoid
+    loss: Loss = (
+        "non-saturating"  # minimax: one value for both; relativistic: of pairs; hinge, least-squares: no sigmoid
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

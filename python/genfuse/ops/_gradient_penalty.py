@@ -57,6 +57,12 @@ def _saves_nothing_of_x(node: Node, depends: Depends) -> bool:
     return True
 
 
+def _declared(node: Node, depends: Depends) -> bool:
+    """Whether the operation is linear, or an autograd.Function that says of itself that it is piecewise linear."""
+    declares = getattr(getattr(node, "_forward_cls", None), "piecewise_linear", False)
+    return declares is True or _saves_nothing_of_x(node, depends)
+
+
 def _constant(*inputs: int) -> Check:
     return lambda node, depends: not any(depends[node.next_functions[k][0]] for k in inputs)
 
@@ -78,7 +84,7 @@ def _fit(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
 
 def _as_recorded(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
     """Right for every operation, and ordinary double backward if what it has saved depends on x."""
-    result = node(*gradients)
+    result = node(*gradients) if callable(node) else node.apply(*gradients)  # the latter of an autograd.Function
     return _fit(node, depends, *result) if isinstance(result, tuple) else (result,)
 
 
@@ -160,7 +166,7 @@ def _clamp(g: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
 
 _leaky = _aten.leaky_relu_backward.default
 _POOL = "self", "kernel_size", "stride", "padding"
-_OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass `_saves_nothing_of_x`
+_OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass `_declared`
     "CopySlices": (_as_recorded, None),  # an operation in place on a view, which it hides
     "MulBackward0": (_mul, _not_both(0, 1)),
     "DivBackward0": (_div, _constant(1)),
@@ -221,7 +227,7 @@ def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP]], Depend
                 continue
             depends[node] = of_x
             if of_x:
-                vjp, check = _OPERATIONS.get(type(node).__name__, (_as_recorded, _saves_nothing_of_x))
+                vjp, check = _OPERATIONS.get(type(node).__name__, (_as_recorded, _declared))
                 order.append((node, vjp))
                 if check is not None and not check(node, depends):
                     obstacles.append(node)
@@ -323,7 +329,7 @@ def _takes(critic: Callable[..., Tensor], *arguments: Tensor) -> bool:
 
 
 @_disable_dynamo  # torch.compiler.disable would import all of it here, for seconds
-def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool) -> Tensor:
+def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool, keep: bool) -> tuple[Any, Tensor]:
     x = x.detach().requires_grad_()
     # The critic may overwrite the result of an operation, unlike a leaf or a view of one.
     shown = _aten._unsafe_view.default(x, x.shape) if ours else x.clone()
@@ -337,7 +343,8 @@ def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool) 
     order, depends, obstacles = _operations(out.grad_fn, start)
     if obstacles:
         _note(critic, obstacles, calls)
-        return torch.autograd.grad(out, x, ones, create_graph=True)[0]
+        return out, torch.autograd.grad(out, x, ones, create_graph=True)[0]
+    scores = out if keep else None  # whose graph would hold all that `_pull` forgets
     gradients: dict[Any, Tensor] = {last: ones}
     del out, last
     autocast = torch.is_autocast_enabled(x.device.type)
@@ -345,16 +352,16 @@ def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool) 
         _pull(gradients, order, depends)
     if (start, 0) not in gradients:
         raise ValueError("critic must depend on x, got an output that does not")
-    return gradients[start, 0]
+    return scores, gradients[start, 0]
 
 
 @_disable_dynamo
-def _without_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
+def _without_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.enable_grad():
         x, *labels = (tensor.clone() if tensor.is_inference() else tensor for tensor in (x, *y))  # saved by autograd
         x = x.detach().requires_grad_()
         out = _scores(critic, x.clone(), *labels)
-        return torch.autograd.grad(out, x, torch.ones_like(out))[0]
+        return out.detach(), torch.autograd.grad(out, x, torch.ones_like(out))[0]
 
 
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -374,7 +381,7 @@ class _ActivationsAsChoices(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _transformed(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
+def _transformed(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> tuple[Tensor, Tensor]:
     """In torch.compile and the transforms of torch.func, where there is no graph to read."""
 
     def scores(x: Tensor) -> Tensor:
@@ -382,7 +389,7 @@ def _transformed(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor
             return _scores(critic, x.clone(), *y)
 
     out, pull = torch.func.vjp(scores, x.detach())  # type: ignore[misc]
-    return pull(torch.ones_like(out))[0]
+    return out, pull(torch.ones_like(out))[0]
 
 
 def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -395,7 +402,9 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | N
     and holds no graph of x. How the critic is written does not matter: what it did is read from autograd's graph. A
     critic with any other operation, such as a smooth activation, a normalisation of features, attention or an
     autograd.Function, is differentiated twice by autograd; the log says once which operation that was, in which layer,
-    and what to do. Both have the same values, at the kinks of the activations too. In torch.compile and in the
+    and what to do. Both have the same values, at the kinks of the activations too. An autograd.Function that is
+    piecewise linear in its inputs, whose backward can be differentiated, says so by the class attribute
+    ``piecewise_linear = True`` and is then a link of the chain as well. In torch.compile and in the
     transforms of torch.func, which have no such graph, every critic is differentiated twice, which costs little for
     ReLU and LeakyReLU. The result is not differentiable in x.
 
@@ -413,11 +422,24 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | N
         ValueError: for x of another dtype or a context of another length, and if the critic does not return one number
             per example that depends on x.
     """
-    return _input_gradient(critic, x, context)
+    return _input_gradient(critic, x, context)[1]
 
 
-def _input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | None, ours: bool = False) -> Tensor:
-    """``ours`` is an x that nobody else reads, so that the critic may overwrite it."""
+def scores_and_gradient(
+    critic: Callable[..., Tensor], x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The critic's output, (N,) or (N, 1), and its `input_gradient`, by one call of the critic.
+
+    The loss on the one and the penalty on the other, as R1 and R2 are (arXiv 2501.05441), then share a forward pass.
+    Both are differentiable in the critic's parameters; arguments and errors are those of `input_gradient`.
+    """
+    return _input_gradient(critic, x, context, keep=True)
+
+
+def _input_gradient(
+    critic: Callable[..., Tensor], x: Tensor, context: Tensor | None, ours: bool = False, keep: bool = False
+) -> tuple[Any, Tensor]:
+    """``ours`` is an x that nobody else reads, so that the critic may overwrite it. Scores may be None unless kept."""
     _op.check_alike(x, "x")
     if context is not None and context.shape[:1] != x.shape[:1]:
         raise ValueError(f"context must have a row for each of the {len(x)} examples, got {tuple(context.shape)}")
@@ -426,7 +448,7 @@ def _input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | 
         return _transformed(critic, x, *labels)
     if not torch.is_grad_enabled():
         return _without_graph(critic, x, *labels)
-    return _by_graph(critic, x, *labels, ours=ours)
+    return _by_graph(critic, x, *labels, ours=ours, keep=keep)
 
 
 def gradient_penalty(
@@ -472,5 +494,5 @@ def gradient_penalty(
     else:
         x = real if fake is None or at == "real" else fake
         _op.check_alike(x, at)
-    gradient = _input_gradient(critic, x, context, ours=at == "interpolated")
+    _, gradient = _input_gradient(critic, x, context, ours=at == "interpolated")
     return gradient_norm_penalty(gradient, target=target, one_sided=one_sided, reduction=reduction)
