@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _part, _peers, _record, _report, anomaly, examples, flows, gans, ops, sheet
+from benchmarks import _part, _peers, _record, _report, anomaly, disentanglement, examples, flows, gans, ops, sheet
 from benchmarks.operators import OPERATORS
 
 # Commands that print tables and draw pictures for docs/: each has its own `arguments(parser)` and `run(args)`.
-APPLICATIONS = {"anomaly": anomaly, "sheet": sheet}
+APPLICATIONS = {"anomaly": anomaly, "disentanglement": disentanglement, "sheet": sheet}
 
 
 def _size(text: str) -> tuple[int, ...]:
