@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genfuse import plugins
 from genfuse.data import Dataset
-from genfuse.errors import PluginError, SettingsError
+from genfuse.errors import DataError, PluginError, SettingsError
 from genfuse.metrics import _distances
 from genfuse.metrics._distances import TooFewSamplesError
 from genfuse.metrics._features import classify
@@ -83,11 +83,20 @@ def stacked_modes(samples: Samples) -> dict[str, float]:
     return {"stacked_modes": int((drawn > 0).sum()), "stacked_kl": kl}
 
 
-def select(names: Sequence[str] | None) -> list[plugins.Plugin]:
-    """The metrics that a user means by these names; all that are installed, ours first, if there are none."""
-    if names is not None:
-        return [plugins.find("metrics", name) for name in names]
-    return sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)
+def select(names: Sequence[str] | None, of: str = "samples") -> list[plugins.Plugin]:
+    """The metrics ``of`` samples, or codes, that a user means by these names; all that are installed, ours first, if
+    there are none."""
+    ours_first = sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)
+    found = ours_first if names is None else [plugins.find("metrics", name) for name in names]
+    return [metric for metric in found if _measures(metric) == of]
+
+
+def _measures(metric: plugins.Plugin) -> str:
+    """Codes or samples. A metric that cannot be imported is told of among those of samples."""
+    try:
+        return getattr(metric.load(), "measures", "samples")
+    except PluginError:
+        return "samples"
 
 
 class Scores(NamedTuple):
@@ -98,7 +107,7 @@ class Scores(NamedTuple):
     failed: dict[str, Exception]  # by the names of the metrics that made none
 
 
-def compute(metrics: Sequence[plugins.Plugin], samples: Samples) -> Scores:
+def compute(metrics: Sequence[plugins.Plugin], samples: Any) -> Scores:
     """What metrics make of ``samples``. Whatever one of another package does, the others are measured."""
     values: dict[str, float] = {}
     made_by: dict[str, plugins.Plugin] = {}
@@ -109,7 +118,7 @@ def compute(metrics: Sequence[plugins.Plugin], samples: Samples) -> Scores:
             scores = metric.load()(samples)
             if metric.distribution != plugins.OURS:
                 _check(scores, values)
-        except (TooFewSamplesError, SettingsError, PluginError) as error:
+        except (TooFewSamplesError, SettingsError, PluginError, DataError) as error:
             failed[name] = error
         except Exception as error:
             if metric.distribution == plugins.OURS:
