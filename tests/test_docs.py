@@ -239,7 +239,7 @@ def assert_alike(kept, made):
         for file in (kept, made)
     )
     off = np.abs(first - second).mean()
-    assert off < 8, f"{kept.name} is {off:.1f} of 255 away from what its page draws: copy it from there again"
+    assert off < 3, f"{kept.name} is {off:.1f} of 255 away from what its page draws: copy it from there again"
 
 
 @of_theory

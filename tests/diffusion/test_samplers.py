@@ -136,6 +136,16 @@ def test_the_density_of_a_known_denoiser_is_its_data_s():
     assert error.max() < 1e-6
 
 
+def test_a_density_is_refused_of_a_denoiser_whose_derivative_would_be_missed():
+    x = torch.randn(5, 2, generator=seeded())
+    weight = torch.ones((), requires_grad=True)
+    with pytest.raises(SettingsError, match="must be differentiable in x: take it out of"):
+        likelihood.log_prob(torch.no_grad()(denoiser), x)
+    for exact in (True, False):
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            likelihood.log_prob(lambda x, sigma: weight * denoiser(x.detach(), sigma), x, exact=exact)
+
+
 def test_the_variational_bound_of_a_known_denoiser_lies_below_its_density():
     x = math.sqrt(C2) * torch.randn(200, 2, generator=seeded(), dtype=torch.float64)
     options = {"strata": 400, "generator": seeded()}

@@ -48,10 +48,9 @@ def log_prob(
     solver, torchdiffeq's dopri5 with ``tolerance``. Else the result is the mean over ``draws`` of Hutchinson's
     estimate, free of bias, with this mean's standard error, NaN for one draw. The solver chooses its steps for all
     examples together: a part of them alone gives the same to within its tolerance. Raises SettingsError for draws below
-    1.
+    1, and a denoiser that gives no gradient in x.
     """
-    if exact is None:
-        exact = x.shape[1:].numel() <= EXACT
+    exact = x.shape[1:].numel() <= EXACT if exact is None else exact
     keys = noise_keys(x, generator)
     values = [
         _flow_log_prob(denoiser, x, sigma_min, sigma_max, prior, None if exact else next(keys), tolerance)
@@ -185,15 +184,15 @@ def _flow_log_prob(
         # Roundings to 16 bits would make the solver's steps ever smaller.
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             y = state[0].detach().requires_grad_()
-            slope = y / (scale * scale) - denoiser(y * scale, sigma) / scale  # dy / dlog sigma, (N, *shape)
-            divergence = _divergence(slope, y, probe)
-        return slope.detach(), divergence
+            if not (denoised := denoiser(y * scale, sigma)).requires_grad:
+                raise SettingsError("the denoiser must be differentiable in x: take it out of torch.no_grad and detach")
+            divergence = y[0].numel() / (scale * scale) - _divergence(denoised, y, probe) / scale
+        return (y / (scale * scale) - denoised / scale).detach(), divergence  # dy / dlog sigma, (N, *shape)
 
     ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64, device=x.device).log().to(x.dtype)
     start = x / math.hypot(1, sigma_min), x.new_zeros(len(x))
-    y, divergence = (
-        states[-1] for states in odeint(change, start, ends, rtol=tolerance, atol=tolerance, method="dopri5")
-    )
+    solved = odeint(change, start, ends, rtol=tolerance, atol=tolerance, method="dopri5")
+    y, divergence = (states[-1] for states in solved)
     mean, std = _prior(x, sigma_max, prior)
     scale = math.hypot(1, sigma_max)
     end = _normal_log_prob((y * scale - mean) / std) - std.log().sum()
