@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse._files import check_array, check_zip
+from genfuse._files import check_zip, read_array
 from genfuse.data._dataset import READING, Dataset, Source, Split
 from genfuse.data._schema import (
     EXACT,
@@ -84,19 +84,20 @@ class Reading:
                 f"{self.decimal!r}; got {self.delimiter!r}"
             )
 
-    def number(self, cell: str) -> float:
-        """Raises ValueError: also for 1_000 and digits of other scripts, which only Python takes for numbers."""
-        if math.isnan(value := number_of(cell, self.decimal)) and cell.strip().lower().lstrip("+-") != "nan":
-            raise ValueError(cell)
-        return value
-
     def is_number(self, cell: str) -> bool:
-        """Whether `number` reads it."""
-        try:
-            self.number(cell)
-        except ValueError:
-            return False
-        return True
+        """Whether a cell is a number, NaN included; 1_000 and digits of other scripts are for Python alone."""
+        return not math.isnan(number_of(cell, self.decimal)) or cell.strip().lower().lstrip("+-") == "nan"
+
+    def number(self, cell: str) -> float:
+        """Raises ValueError for what is none."""
+        if not self.is_number(cell):
+            raise ValueError(cell)
+        return number_of(cell, self.decimal)
+
+    def names(self, first: list[str]) -> list[str] | None:
+        """The names of the columns, if the first row is that."""
+        named = self.header == "yes" or (self.header == "auto" and not any(map(self.is_number, first)))
+        return [cell.strip() for cell in first] if named else None
 
     def rows(self, path: Path, most: int | None = None) -> list[tuple[int, list[str]]]:
         """The first rows of a file that are not empty, with the line on which each ends. Raises DataError if there are
@@ -169,8 +170,8 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
     path, reading = Path(path), Reading(header, delimiter, decimal)
     rows = reading.rows(path)
     first = rows[0][1]
-    named = header == "yes" or (header == "auto" and not any(map(reading.is_number, first)))
-    names = [cell.strip() for cell in first] if named else [str(i + 1) for i in range(len(first))]
+    named = (found := reading.names(first)) is not None
+    names = found or [str(i + 1) for i in range(len(first))]
     if not (rows := rows[named:]):
         raise DataError(f"{path} has a header and no rows")
     line, last = rows[-1]
@@ -369,15 +370,10 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             raise DataError(f"{path} is no NumPy file: it begins with {magic!r}; pickles are refused: they run code")
         file.seek(0)
         try:
-            if magic.startswith(b"PK"):
-                check_zip(path)
-            else:
-                check_array(file, path.stat().st_size)
-                file.seek(0)
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                return found
-            arrays = dict(found)
+            if not magic.startswith(b"PK"):
+                return read_array(path)
+            check_zip(path)
+            arrays = dict(np.load(file, allow_pickle=False))
             if other := next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None):
                 raise ValueError(f"{other} in it is no array")
             return arrays
@@ -529,16 +525,14 @@ def _read_csv(path: Path, reading: Reading) -> Table | None:
     """The table of a text of which all cells are numbers, quickly; None if some are words, dates or nothing, if a row
     is longer than others, or a column numbers the rows."""
     (line, first), *some = reading.rows(path, 51)
-    numbers = [reading.is_number(cell) for cell in first]
-    header = not any(numbers) if reading.header == "auto" else reading.header == "yes"
-    if reading.header == "auto" and all(numbers) and _may_be_names(first, [row for _, row in some], reading):
+    names = reading.names(first)
+    if reading.header == "auto" and _may_be_names(first, [row for _, row in some], reading):
         raise DataError(
             f"{path}: the first row, {', '.join(first[:6])}{', ...' if len(first) > 6 else ''}, may be names of "
             "columns or the first example: say which by --data.header yes or no (in Python header='yes')"
         )
-    if header and not some:
+    if names and not some:
         raise DataError(f"{path} has a header and no rows")
-    names = tuple(cell.strip() for cell in first) if header else None
     try:
         values = np.loadtxt(
             path, delimiter=reading.delimiter, quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig",
@@ -548,12 +542,13 @@ def _read_csv(path: Path, reading: Reading) -> Table | None:
         return None
     if values.shape[1] != len(first) or (np.isnan(values).any() and not np.isinf(values).any()):
         return None
-    table = Table(str(path), values, names, lambda: [line for line, _ in reading.rows(path)][header:])
+    lines = lambda: [line for line, _ in reading.rows(path)][bool(names) :]  # noqa: E731
+    table = Table(str(path), values, names and tuple(names), lines)
     if len(bad := np.argwhere(~np.isfinite(values))):
         where = f"{table.place(*bad[0].tolist())}: {values[tuple(bad[0])]}"
         raise DataError(f"{path}: {len(bad)} cells are NaN or infinite, the first in {where}; remove or fill them")
     if len(far := np.argwhere(np.abs(values) > EXACT)):
-        rows = reading.rows(path)[header:]
+        rows = reading.rows(path)[bool(names) :]
         for row, column in far.tolist():
             if is_inexact(cell := rows[row][1][column].strip()):
                 raise DataError(f"{path}, {table.place(row, column)}: {cell}: {TOO_LONG}")
@@ -575,7 +570,7 @@ def _may_be_names(first: list[str], rows: list[list[str]], reading: Reading) -> 
     """Whether a first row of numbers may be names of columns: 0, 1, 2, as pandas calls them; or numbers that rise, as
     wavelengths and years do, and differ from what is below them."""
     rows = [row for row in rows if len(row) == len(first) and all(map(reading.is_number, row))]
-    if not rows or first in rows:
+    if not rows or first in rows or not all(map(reading.is_number, first)):
         return False
     cells = [cell.strip() for cell in first]
     fractions = any(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
