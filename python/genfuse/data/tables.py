@@ -543,7 +543,7 @@ def _read_csv(path: Path, reading: Reading) -> Table | None:
     if values.shape[1] != len(first) or (np.isnan(values).any() and not np.isinf(values).any()):
         return None
     lines = lambda: [line for line, _ in reading.rows(path)][bool(names) :]  # noqa: E731
-    table = Table(str(path), values, names and tuple(names), lines)
+    table = Table(str(path), values, tuple(names) if names else None, lines)
     if len(bad := np.argwhere(~np.isfinite(values))):
         where = f"{table.place(*bad[0].tolist())}: {values[tuple(bad[0])]}"
         raise DataError(f"{path}: {len(bad)} cells are NaN or infinite, the first in {where}; remove or fill them")
