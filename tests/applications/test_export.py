@@ -5,6 +5,7 @@ import torch
 import genfuse
 from genfuse.applications import export, verbs_of
 from genfuse.errors import SettingsError
+from genfuse.models.flow_matching import FlowMatching
 
 runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -21,8 +22,8 @@ def run_program(file, *inputs):
 @pytest.mark.parametrize(
     ("model", "settings", "has"),
     [
-        ("nsf", {"hidden": (4,), "bins": 4}, "log_prob decode"),
-        ("maf", {"hidden": (4,)}, "log_prob encode"),
+        ("nsf", {"layers": 2, "hidden": (4,), "bins": 4}, "log_prob decode"),
+        ("maf", {"layers": 2, "hidden": (4,)}, "log_prob encode"),
         ("vae", {"hidden": 8, "latent_dim": 2, "decoder": "gaussian"}, "encode decode sample"),
     ],
 )
@@ -61,7 +62,8 @@ def test_a_conditional_program_takes_the_labels(suffix, trained, tmp_path):
     assert run_program(file, x, y) == pytest.approx(run.model().encode(x, y).detach().numpy(), abs=1e-5)
 
 
-def test_a_diffusion_model_exports_its_sampler(trained, tmp_path):
+def test_a_diffusion_model_exports_its_sampler(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(FlowMatching, "sampler", ("dpm-solver++", 6))  # the program has each step
     run = trained("flow-matching", steps=2, hidden=(8,))
     [file] = export(run, tmp_path / "m.pt2", say=lambda line: None)
     assert file.name == "m-sample.pt2"

@@ -303,10 +303,31 @@ def test_the_index_that_pandas_writes_is_left_out_and_told(tmp_path, first, inde
     )
 
 
-def test_a_named_column_that_numbers_the_rows_is_told(tmp_path):
+@pytest.mark.parametrize(("name", "step"), [("id", 3), ("row", 1)])
+def test_a_column_that_numbers_the_rows_is_left_out_as_of_a_table_of_words(tmp_path, name, step):
+    ids = [step * i for i in range(10)]
+    rows = "".join(f"{i},{line}\n" for i, line in zip(ids, ROWS.split(), strict=True))
+    file = write(tmp_path / "a.csv", f"{name},a,b\n{rows}")
+    said = f"the column {name} is left out: it numbers the rows; to have it modelled, say --data.types {name}=integer"
+    with pytest.warns(DataWarning, match=said):
+        assert load_data(file).scaling.names == ("a", "b")
+    assert load_data(file, types=f"{name}=integer").scaling.names == (name, "a", "b")
+    rows = rows.replace(f"\n{ids[4]},", f"\n{ids[3]},")  # no two are the same of those that do
+    assert load_data(write(tmp_path / "a.csv", f"{name},a,b\n{rows}")).scaling.names == (name, "a", "b")
+
+
+def test_numbers_beyond_2_to_the_53_are_refused_where_float64_does_not_hold_them_alone(tmp_path, refused):
+    rows = [f"{2.5e20 + i * 1e18:.6e},{2**60},{w}\n" for i, w in enumerate("xyxyxyxyxy")]
+    assert load_data(write(tmp_path / "a.csv", "a,b,c\n" + "".join(rows))).shape == (3,)
+    rows[4] = rows[4].replace(f"{2**60},", f"{2**60 + 1},")
+    refused(write(tmp_path / "a.csv", "a,b,c\n" + "".join(rows)), "row 6, column 2 (b)", "a whole number beyond 2^53")
+
+
+def test_a_warning_names_the_column_of_the_file_also_where_others_are_left_out(tmp_path):
     rows = "".join(f"{i},{line}\n" for i, line in enumerate(ROWS.split()))
-    with pytest.warns(DataWarning, match="the column id numbers the rows"):
-        assert load_data(write(tmp_path / "a.csv", f"id,a,b\n{rows}")).shape == (3,)
+    text = f"id,a,b\n{rows}" + "".join(f"{i},{line}\n" for i, line in enumerate(ROWS.split() * 9, 10)) + "100,1e12,0\n"
+    with pytest.warns(DataWarning, match=r"row 102, column 2 \(a\): 1e\+12"):
+        load_data(write(tmp_path / "a.csv", text))
 
 
 # Marks between cells and before decimals

@@ -66,7 +66,8 @@ for name in sys.argv[2:]:
         except genfuse.errors.GenfuseError:
             continue  # not of this shape
         if hasattr(model, "sigma_schedule"):  # they are made on the CPU, where fake tensors have no values either
-            sigmas = model.sigma_schedule(model.sampler[1])
+            model.sampler = (model.sampler[0], 4)  # every step is as the others
+            sigmas = model.sigma_schedule(4)
             model.sigma_schedule = lambda steps, sigmas=sigmas: sigmas
         with FakeTensorMode(allow_non_fake_inputs=True):
             to_gpu(model)

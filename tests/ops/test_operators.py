@@ -106,7 +106,8 @@ def test_derivatives_agree_with_finite_differences(operator, order, device, impl
         return operator.function(**{**arguments, **dict(zip(inputs, values, strict=True))})
 
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
-    assert check(function, tuple(inputs.values()))
+    # In place of each element of the Jacobian, projections of it: Triton's interpreter takes long for a call.
+    assert check(function, tuple(inputs.values()), fast_mode=implementation == "triton")
 
 
 def test_pytorchs_operator_check_passes(operator, device, implementation):

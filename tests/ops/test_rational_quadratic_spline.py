@@ -49,7 +49,9 @@ def test_the_logdet_is_that_of_the_jacobian(tails, bins, inverse, device, implem
 def test_derivatives_agree_with_finite_differences(tails, inverse, order, device, implementation):
     x, params, settings = example(tails, (2, 3), bins=3, device=device)
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
-    assert check(lambda x, p: rational_quadratic_spline(x, p, **settings, inverse=inverse), (x, params))
+    function = lambda x, p: rational_quadratic_spline(x, p, **settings, inverse=inverse)  # noqa: E731
+    # In place of each element of the Jacobian, projections of it: Triton's interpreter takes long for a call.
+    assert check(function, (x, params), fast_mode=implementation == "triton")
 
 
 @pytest.mark.parametrize("tails", EXTRA)
@@ -78,9 +80,10 @@ def test_the_inverse_is_one(tails, device, implementation):
 
 def test_it_is_monotonic(device, implementation):
     _, params, settings = example(shape=(1, 6), dtype=torch.float32, scale=3.0, device=device)
-    x = torch.linspace(-4, 4, 1001, device=device)[:, None].expand(1001, 6)
+    n = 101 if implementation == "triton" and device == "cpu" else 1001
+    x = torch.linspace(-4, 4, n, device=device)[:, None].expand(n, 6)
     for inverse in (False, True):
-        y, _ = rational_quadratic_spline(x, params.expand(1001, 6, -1), **settings, inverse=inverse)
+        y, _ = rational_quadratic_spline(x, params.expand(n, 6, -1), **settings, inverse=inverse)
         assert float(y.detach().diff(dim=0).min()) > -2e-6  # to rounding
 
 
@@ -115,7 +118,7 @@ def test_circular_tails_go_on_periodically(inverse, device, implementation):
 
 @pytest.mark.parametrize("scale", range(1, 9))
 def test_the_inverse_in_float32_is_as_good_as_float64_rounded(scale, device, implementation):
-    n = (64, 32) if implementation == "triton" and device == "cpu" else (2048, 32)
+    n = (16, 32) if implementation == "triton" and device == "cpu" else (2048, 32)
     y, params, settings = example(shape=n, dtype=torch.float32, scale=float(scale), device=device)
     x, logdet = rational_quadratic_spline(y, params, **settings, inverse=True)
     again, _ = rational_quadratic_spline(x, params, **settings)
@@ -273,14 +276,6 @@ def by_the_paper(x, params, sides, tails, slope, minimum):
     return y, logdet
 
 
-BOXES = {
-    "bound": {"bound": 3.0},
-    "box": {"box": (-1.0, 2.0, 0.5, 1.5)},
-    "bounds": {"bound": [0.5, 1.0, 3.0]},
-    "boxes": {"box": (torch.tensor([-1.0, -2, 0]), torch.tensor([1.0, 0, 2]), 0.5, [1.5, 2.5, 3.5])},
-}
-
-
 @pytest.mark.parametrize("slope", [None, 1e-3], ids=["softplus", "as zuko"])
 @pytest.mark.parametrize("tails", [*EXTRA, "each"])
 @pytest.mark.parametrize("box", BOXES)
@@ -315,7 +310,8 @@ def test_every_box_and_tail_is_the_papers_equation(box, tails, slope, device, im
     torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(inverse, -logdet, rtol=1e-8, atol=1e-8)
     few = (y[:1].detach().requires_grad_(), params[:1].detach().requires_grad_())
-    assert torch.autograd.gradcheck(lambda *t: rational_quadratic_spline(*t, **options, inverse=True), few)
+    back = lambda *t: rational_quadratic_spline(*t, **options, inverse=True)  # noqa: E731
+    assert torch.autograd.gradcheck(back, few, fast_mode=implementation == "triton")
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -336,7 +332,7 @@ def test_nan_parameters_have_the_same_gradients_everywhere(where, inverse, devic
 
 def test_bins_of_least_size_0_make_no_nan(device, implementation):
     for dtype, inverse in [(d, i) for d in (torch.float32, torch.float64) for i in (False, True)]:
-        x, params, settings = example(shape=(64, 5), dtype=dtype, scale=100.0, device=device)
+        x, params, settings = example(shape=(16, 5), dtype=dtype, scale=100.0, device=device)
         given = {**settings, "min_width": 0.0, "min_height": 0.0, "inverse": inverse}
         made = results(lambda x, p, given=given: rational_quadratic_spline(x, p, **given), [x, params])
         assert not any(bool(t.isnan().any()) for t in made[:2])

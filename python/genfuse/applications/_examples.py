@@ -13,9 +13,7 @@ from genfuse.data import (
     READING,
     READING_OF_IMAGES,
     Batch,
-    Column,
     Dataset,
-    Scaling,
     Schema,
     Split,
     load_data,
@@ -137,7 +135,10 @@ def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str
     """A table's rows by the columns and in the scaling of the run, and the other columns by name."""
     import pandas as pd
 
-    own, context = run.schema or _numbers(run.scaling), run.condition_schema or _numbers(run.condition_scaling)
+    own, context = (
+        schema or (Schema(()) if scaling is None else Schema.of_scaling(scaling))
+        for schema, scaling in ((run.schema, run.scaling), (run.condition_schema, run.condition_scaling))
+    )
     names, named = [*own.names, *context.names], run.schema is not None or bool(run.scaling and run.scaling.names)
     origin, path = name if isinstance(name, str) else f"<{type(name).__name__}>", Path(str(name).partition(":")[2])
     data = None
@@ -186,15 +187,6 @@ def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str
     found = Dataset(origin, both, scaling=run.scaling, schema=run.schema, condition_scaling=run.condition_scaling,
                     condition_schema=run.condition_schema, **labels)  # fmt: skip
     return found, {column: frame[column].to_numpy() for column in others}
-
-
-def _numbers(scaling: Scaling | None) -> Schema:
-    """The schema of columns of which no more is known than how they were standardized."""
-    if scaling is None:
-        return Schema(())
-    names = scaling.names or tuple(str(i + 1) for i in range(len(scaling.mean)))
-    each = zip(names, scaling.mean, scaling.std, strict=True)
-    return Schema(tuple(Column(name, mean=mean, std=std) for name, mean, std in each))
 
 
 def _misshaped(run: Run, data: Dataset) -> DataError:

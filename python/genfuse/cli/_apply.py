@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from genfuse._files import plain, writing
-from genfuse.cli._arguments import find_device, refuse_existing
+from genfuse.cli._arguments import AS_USUAL, Given, find_device, refuse_existing
 from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RUN = Annotated[Path, arg(metavar="RUN")]
 FILE = Annotated[str, arg(metavar="FILE")]
+GIVEN = Annotated[Given, arg(name="")]
 OUT = Annotated[Path, arg(metavar="FILE")]
 ROOT = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")]
 SPLIT = Literal["train", "validation", "test"]
@@ -29,11 +30,8 @@ def score(
     method: Literal["auto", "likelihood", "reconstruction", "denoising", "critic"] = "auto",
     explain: int = 100,
     samples: int = 50,
-    split: SPLIT = "test",
     seed: int = 0,
-    data_root: ROOT = None,
-    device: str = "auto",
-    overwrite: bool = False,
+    given: GIVEN = AS_USUAL,
 ) -> int:
     """Score examples by the model of a run: the higher, the odder.
 
@@ -52,13 +50,9 @@ def score(
             of diffusion models, the loss; critic: of adversarial ones, no density; auto: the first that the model has
         explain: how many of the oddest rows of a table get the columns that weigh most
         samples: draws of a bound by importance sampling
-        split: of a data set that comes in splits
         seed: of the draws
-        data_root: folder with the data sets that are read from files
-        device: auto, cpu, cuda, mps, or one of several: cuda:1
-        overwrite: replace an existing file
     """
-    found, to = _begin(run, file, out, (".csv", ".npy"), split, data_root, device, overwrite)
+    found, to = _begin(run, file, out, (".csv", ".npy"), given)
     from genfuse.applications import METHODS, find_method
     from genfuse.applications import score as scored
 
@@ -77,10 +71,7 @@ def encode(
     /,
     *,
     out: OUT,
-    split: SPLIT = "test",
-    data_root: ROOT = None,
-    device: str = "auto",
-    overwrite: bool = False,
+    given: GIVEN = AS_USUAL,
 ) -> int:
     """Write the code z of each example: of a VAE the posterior's mean, of a flow what it makes of it.
 
@@ -93,12 +84,8 @@ def encode(
         run: run folder
         file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
         out: file to write: .csv, .npy or .png
-        split: of a data set that comes in splits
-        data_root: folder with the data sets that are read from files
-        device: auto, cpu, cuda, mps, or one of several: cuda:1
-        overwrite: replace an existing file
     """
-    found, to = _begin(run, file, out, (".csv", ".npy", ".png"), split, data_root, device, overwrite)
+    found, to = _begin(run, file, out, (".csv", ".npy", ".png"), given)
     import pandas as pd
 
     from genfuse import plots
@@ -116,10 +103,7 @@ def reconstruct(
     /,
     *,
     out: OUT,
-    split: SPLIT = "test",
-    data_root: ROOT = None,
-    device: str = "auto",
-    overwrite: bool = False,
+    given: GIVEN = AS_USUAL,
 ) -> int:
     """Write of each example what its code keeps of it: rows of a table in their units, or images in [0, 1].
 
@@ -132,12 +116,8 @@ def reconstruct(
         run: run folder
         file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
         out: file to write: .csv for tables, .png for images, or .npy
-        split: of a data set that comes in splits
-        data_root: folder with the data sets that are read from files
-        device: auto, cpu, cuda, mps, or one of several: cuda:1
-        overwrite: replace an existing file
     """
-    found, to = _begin(run, file, out, _kinds(run), split, data_root, device, overwrite)
+    found, to = _begin(run, file, out, _kinds(run), given)
     from genfuse import plots
     from genfuse.applications import reconstruct as reconstructed
 
@@ -154,10 +134,7 @@ def interpolate(
     out: OUT,
     steps: int = 10,
     pairs: int = 8,
-    split: SPLIT = "test",
-    data_root: ROOT = None,
-    device: str = "auto",
-    overwrite: bool = False,
+    given: GIVEN = AS_USUAL,
 ) -> int:
     """Write what lies between examples: the first and the second, the third and the fourth, and so on.
 
@@ -173,12 +150,8 @@ def interpolate(
         out: file to write: .csv for tables, .png for images, or .npy
         steps: from one example to the other, both included
         pairs: at most so many
-        split: of a data set that comes in splits
-        data_root: folder with the data sets that are read from files
-        device: auto, cpu, cuda, mps, or one of several: cuda:1
-        overwrite: replace an existing file
     """
-    found, to = _begin(run, file, out, _kinds(run), split, data_root, device, overwrite)
+    found, to = _begin(run, file, out, _kinds(run), given)
     import numpy as np
 
     from genfuse import plots
@@ -228,15 +201,15 @@ def _kinds(run: Path) -> tuple[str, ...]:
 
 
 def _begin(
-    run: Path, file: str, out: Path, kinds: tuple[str, ...], split: str, root: Path | None, device: str, overwrite: bool
+    run: Path, file: str, out: Path, kinds: tuple[str, ...], given: Given
 ) -> tuple["Examples", Callable[..., int]]:
     """The examples, and what writes a DataFrame, an array or a picture to ``out`` by its suffix, and says so."""
     if out.suffix not in kinds:
         raise SettingsError(f"--out must end in {', '.join(kinds[:-1])} or {kinds[-1]}; got {out}")
-    refuse_existing(out, overwrite)
+    refuse_existing(out, given.overwrite)
     from genfuse.applications import examples
 
-    found = examples(run, file, split=split, root=root, device=find_device(device))
+    found = examples(run, file, split=given.split, root=given.data_root, device=find_device(given.device))
 
     def to(frame: Any, array: Any, picture: Callable[[], None] | None = None) -> int:
         import numpy as np

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
 
 from genfuse.errors import SettingsError
 
@@ -35,6 +37,20 @@ class DataOptions:
 
 
 READ_AS_USUAL = DataOptions()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What commands take that do something with the examples of a file."""
+
+    split: Literal["train", "validation", "test"] = "test"  # of a data set that comes in splits
+    data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None
+    """folder with the data sets that are read from files"""
+    device: str = "auto"  # auto, cpu, cuda, mps, or one of several: cuda:1
+    overwrite: bool = False  # replace an existing file
+
+
+AS_USUAL = Given()
 
 
 def find_device(name: str) -> "torch.device":

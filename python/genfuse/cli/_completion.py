@@ -54,7 +54,8 @@ def _options(command: Callable[..., int]) -> Iterator[str]:
             continue
         kind, *_ = typing.get_args(hints[name]) or (hints[name],)
         if is_dataclass(kind):
-            yield from (f"--data.{field.name.replace('_', '-')}" for field in fields(kind))
+            prefix = "data." if name == "data_options" else ""
+            yield from (f"--{prefix}{field.name.replace('_', '-')}" for field in fields(kind))
         else:
             yield f"--{name.replace('_', '-')}"
 

@@ -373,8 +373,13 @@ def _column(
             raise refuse(~np.isfinite(values), "a finite number", "; remove or fill it")
         if not odd.any():
             found = _numeric(name, values, missing, kind, asked)
-            if isinstance(found, Column) and (np.abs(values) > EXACT).any():
-                raise refuse(np.abs(values) > EXACT, "a number that float64 holds", f": {TOO_LONG}")
+            far = np.abs(values) > EXACT
+            if (
+                isinstance(found, Column)
+                and far.any()
+                and (inexact := far & there.map(is_inexact).to_numpy(bool)).any()
+            ):
+                raise refuse(inexact, "a number that float64 holds", f": {TOO_LONG}")
             return found
         marked = there.map(lambda cell: bool(re.fullmatch(MARKED, cell))).to_numpy(bool) & odd
         if kind or odd.mean() <= 0.5 or marked.any():
@@ -424,17 +429,27 @@ def _numeric(name: str, values: np.ndarray, missing: bool = False, kind: str = "
     if kind == "integer" and not whole:
         odd = values[values != np.round(values)][0]
         raise DataError(f"the column {name} is to be of whole numbers, and has {odd:g}: say --data.types {name}=number")
-    different = np.unique(values)
-    if not kind and not asked and whole and len(different) == len(values) > 9:
-        called = re.search(r"(?i:(^|[^a-z])(id|uuid|guid|key|index|nr|no))$|[a-z]I[dD]$", name)
-        if called or (np.diff(different) == 1).all():
-            return name, "it numbers the rows; to have it modelled, say " + f"--data.types {name}=integer"
-    if not kind and different.tolist() == [0, 1]:
+    if not kind and not asked and numbers_rows(name, values):
+        return name, f"it numbers the rows; to have it modelled, say --data.types {name}=integer"
+    if not kind and np.unique(values).tolist() == [0, 1]:
         return Column(name, "boolean", ("0", "1"), missing=missing)
     if whole and kind != "number" and values.std() <= FINE:
         return Column(name, "integer", missing=missing)
     digits = next((d for d in range(7) if (values.round(d) == values).all()), None)
     return Column(name, "number", digits=digits, missing=missing)
+
+
+def numbers_rows(name: str, values: np.ndarray) -> bool:
+    """Whether numbers (N,) are whole, no two the same, and without gaps or of a name that says what they are."""
+    if len(values) < 10 or (values != np.round(values)).any() or len(different := np.unique(values)) < len(values):
+        return False
+    called = re.search(r"(?i:(^|[^a-z])(id|uuid|guid|key|index|nr|no))$|[a-z]I[dD]$", name)
+    return bool(called) or bool((np.diff(different) == 1).all())
+
+
+def is_inexact(cell: str) -> bool:
+    """Whether text is a whole number that float64 does not hold."""
+    return bool(re.fullmatch(r"[+-]?\d+", cell)) and int(cell) != int(float(cell))
 
 
 def stripped(texts: "pd.Series") -> tuple["pd.Series", np.ndarray]:

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse._files import check_array, check_zip
+from genfuse._files import check_zip, read_array
 from genfuse.data._dataset import READING, Dataset, Source, Split
 from genfuse.data._schema import (
     EXACT,
@@ -24,8 +24,10 @@ from genfuse.data._schema import (
     Schema,
     in_order,
     infer,
+    is_inexact,
     number_of,
     numbers,
+    numbers_rows,
     of_numbers,
     stripped,
 )
@@ -49,15 +51,16 @@ class Table:
     values: np.ndarray
     names: tuple[str, ...] | None = None  # of the columns
     lines: Callable[[], list[int]] | None = None  # of a text: the line, from 1, that each row is on
-    left_out: int = 0  # of a text: columns before the first one
     schema: Schema | None = None  # if not all columns are numbers without end: as `Schema.parse` has made the values
+    columns: Sequence[str] = ()  # of a table with a schema: all that it had, those too that are left out
 
     def place(self, row: int, column: int) -> str:
         """A cell, as errors name it: rows and columns of text from 1, those of arrays from 0."""
         named = f" ({self.names[column]})" if self.names else ""
         if self.lines is None:
             return f"row {row}, column {column} (from 0)"
-        return f"row {self.lines()[row]}, column {column + 1 + self.left_out}{named}"
+        at = self.columns.index(self.schema.names[column]) if self.schema else column
+        return f"row {self.lines()[row]}, column {at + 1}{named}"
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,33 @@ class Reading:
                 f"{self.decimal!r}; got {self.delimiter!r}"
             )
 
-    def number(self, cell: str) -> float:
-        """Raises ValueError: also for 1_000 and digits of other scripts, which only Python takes for numbers."""
-        if math.isnan(value := number_of(cell, self.decimal)) and cell.strip().lower().lstrip("+-") != "nan":
-            raise ValueError(cell)
-        return value
-
     def is_number(self, cell: str) -> bool:
-        """Whether `number` reads it."""
-        try:
-            self.number(cell)
-        except ValueError:
-            return False
-        return True
+        """Whether a cell is a number, NaN included; 1_000 and digits of other scripts are for Python alone."""
+        return not math.isnan(number_of(cell, self.decimal)) or cell.strip().lower().lstrip("+-") == "nan"
 
-    def rows(self, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-        """The rows that are not empty, with the line on which each ends."""
-        reader = csv_format.reader(file, delimiter=self.delimiter)
-        return ((reader.line_num, row) for row in reader if row)
+    def number(self, cell: str) -> float:
+        """Raises ValueError for what is none."""
+        if not self.is_number(cell):
+            raise ValueError(cell)
+        return number_of(cell, self.decimal)
+
+    def names(self, first: list[str]) -> list[str] | None:
+        """The names of the columns, if the first row is that."""
+        named = self.header == "yes" or (self.header == "auto" and not any(map(self.is_number, first)))
+        return [cell.strip() for cell in first] if named else None
+
+    def rows(self, path: Path, most: int | None = None) -> list[tuple[int, list[str]]]:
+        """The first rows of a file that are not empty, with the line on which each ends. Raises DataError if there are
+        none, or it is no text."""
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv_format.reader(file, delimiter=self.delimiter)
+                rows = list(itertools.islice(((reader.line_num, row) for row in reader if row), most))
+        except (UnicodeDecodeError, csv_format.Error) as error:
+            raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
+        if not rows:
+            raise DataError(f"{path} is empty")
+        return rows
 
 
 @dataclass(frozen=True)
@@ -139,9 +151,12 @@ def of_frames(
             warnings.warn(f"{origin}: the column {name} is left out: {why}", DataWarning, stacklevel=5)
     names = schema.names if first.attrs.get("named", True) else None
     mixed = {
-        part: Table(origin, schema.parse(frame, origin), names, partial(list, frame.index), schema=schema)
+        part: Table(
+            origin, schema.parse(frame, origin), names, partial(list, frame.index), schema,
+            list(map(str, frame.attrs.get("columns", frame.columns))),
+        )
         for part, (origin, frame) in frames.items()
-    }
+    }  # fmt: skip
     return _dataset(source, mixed, arrays)
 
 
@@ -152,22 +167,16 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
     """
     import pandas as pd
 
-    reading = Reading(header, delimiter, decimal)
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = list(reading.rows(file))
-    except (UnicodeDecodeError, csv_format.Error) as error:
-        raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
-    if not rows:
-        raise DataError(f"{path} is empty")
+    path, reading = Path(path), Reading(header, delimiter, decimal)
+    rows = reading.rows(path)
     first = rows[0][1]
-    named = header == "yes" or (header == "auto" and not any(map(reading.is_number, first)))
-    names = [cell.strip() for cell in first] if named else [str(i + 1) for i in range(len(first))]
+    named = (found := reading.names(first)) is not None
+    names = found or [str(i + 1) for i in range(len(first))]
     if not (rows := rows[named:]):
         raise DataError(f"{path} has a header and no rows")
     line, last = rows[-1]
     broken = [i for i, cell in enumerate(last) if "\n" in cell]
-    if broken and Path(path).read_text(encoding="utf-8-sig").count('"') % 2:
+    if broken and path.read_text(encoding="utf-8-sig").count('"') % 2:
         raise DataError(
             f"{path}, row {line}, column {broken[0] + 1} ({names[broken[0] % len(names)]}): a quote is not closed"
         )
@@ -193,22 +202,18 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
             )
     frame = pd.DataFrame([row for _, row in rows], columns=names, index=[line for line, _ in rows], dtype=object)
     frame.attrs = {"named": named, "columns": names}
-    if named and names[0] in ("", "Unnamed: 0") and len(names) > 1:
+    if named and len(names) > 1:
         index, gone = stripped(frame.iloc[:, 0])
         values = numbers(index, decimal)
-        if not gone.any() and not np.isnan(values).any() and _numbers_rows(values):
-            _warn_of_index(path, names[0])
+        if not gone.any() and not np.isnan(values).any() and _is_index(names[0], values):
+            warnings.warn(
+                f"{path}: the first column, {names[0] or 'without a name'}, holds the numbers of the rows, as pandas "
+                "writes them, and is left out",
+                DataWarning,
+                stacklevel=4,
+            )
             frame = frame.iloc[:, 1:]
     return frame
-
-
-def _warn_of_index(path: Path | str, name: str) -> None:
-    warnings.warn(
-        f"{path}: the first column, {name or 'without a name'}, holds the numbers of the rows, as pandas writes them, "
-        "and is left out",
-        DataWarning,
-        stacklevel=5,
-    )
 
 
 def npy(source: Source) -> Dataset:
@@ -365,15 +370,10 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             raise DataError(f"{path} is no NumPy file: it begins with {magic!r}; pickles are refused: they run code")
         file.seek(0)
         try:
-            if magic.startswith(b"PK"):
-                check_zip(path)
-            else:
-                check_array(file, path.stat().st_size)
-                file.seek(0)
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                return found
-            arrays = dict(found)
+            if not magic.startswith(b"PK"):
+                return read_array(path)
+            check_zip(path)
+            arrays = dict(np.load(file, allow_pickle=False))
             if other := next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None):
                 raise ValueError(f"{other} in it is no array")
             return arrays
@@ -522,65 +522,55 @@ def _table(origin: str, array: np.ndarray) -> Table:
 
 
 def _read_csv(path: Path, reading: Reading) -> Table | None:
-    """The table of a text of which all cells are numbers; None if some are words, dates or nothing."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            some = list(itertools.islice(reading.rows(file), 51))
-    except (UnicodeDecodeError, csv_format.Error) as error:
-        raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
-    if not some:
-        raise DataError(f"{path} is empty")
-    line, first = some[0]
-    numbers = [reading.is_number(cell) for cell in first]
-    header = not any(numbers) if reading.header == "auto" else reading.header == "yes"
-    if reading.header == "auto" and all(numbers) and _may_be_names(first, [row for _, row in some[1:]], reading):
+    """The table of a text of which all cells are numbers, quickly; None if some are words, dates or nothing, if a row
+    is longer than others, or a column numbers the rows."""
+    (line, first), *some = reading.rows(path, 51)
+    names = reading.names(first)
+    if reading.header == "auto" and _may_be_names(first, [row for _, row in some], reading):
         raise DataError(
             f"{path}: the first row, {', '.join(first[:6])}{', ...' if len(first) > 6 else ''}, may be names of "
             "columns or the first example: say which by --data.header yes or no (in Python header='yes')"
         )
-    names = tuple(cell.strip() for cell in first) if header else None
+    if names and not some:
+        raise DataError(f"{path} has a header and no rows")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
-            values = np.loadtxt(
-                path, delimiter=reading.delimiter, quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig",
-                skiprows=line if names else 0, converters=reading.number if reading.decimal == "," else None,
-            )  # fmt: skip
+        values = np.loadtxt(
+            path, delimiter=reading.delimiter, quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig",
+            skiprows=line if names else 0, converters=reading.number if reading.decimal == "," else None,
+        )  # fmt: skip
     except ValueError:
         return None
-    if not values.size:
-        raise DataError(f"{path} has a header and no rows")
-    if np.isnan(values).any() and not np.isinf(values).any():
+    if values.shape[1] != len(first) or (np.isnan(values).any() and not np.isinf(values).any()):
         return None
-    if values.shape[1] != len(first) or not np.isfinite(values).all() or np.abs(values).max() > EXACT:
-        _explain(path, reading, names)
-    left_out = 0
-    if names and names[0] in ("", "Unnamed: 0") and len(names) > 1 and _numbers_rows(values[:, 0]):
-        _warn_of_index(path, names[0])
-        left_out = 1
-    lines = lambda: _lines(path, reading, bool(names))  # noqa: E731
-    table = Table(str(path), values[:, left_out:], names and names[left_out:], lines, left_out)
-    for column, name in enumerate(table.names or ()):
-        if len(values) > 9 and (np.diff(np.sort(table.values[:, column])) == 1).all():
-            warnings.warn(
-                f"{path}: the column {name or column + 1} numbers the rows, and is modelled like the others; remove it "
-                "if it is no measurement",
-                DataWarning,
-                stacklevel=4,
-            )
+    lines = lambda: [line for line, _ in reading.rows(path)][bool(names) :]  # noqa: E731
+    table = Table(str(path), values, tuple(names) if names else None, lines)
+    if len(bad := np.argwhere(~np.isfinite(values))):
+        where = f"{table.place(*bad[0].tolist())}: {values[tuple(bad[0])]}"
+        raise DataError(f"{path}: {len(bad)} cells are NaN or infinite, the first in {where}; remove or fill them")
+    if len(far := np.argwhere(np.abs(values) > EXACT)):
+        rows = reading.rows(path)[bool(names) :]
+        for row, column in far.tolist():
+            if is_inexact(cell := rows[row][1][column].strip()):
+                raise DataError(f"{path}, {table.place(row, column)}: {cell}: {TOO_LONG}")
+    if names and len(names) > 1:
+        columns = [*zip(names, values.T, strict=True)]
+        if _is_index(*columns[0]) or any(numbers_rows(*each) for each in columns):
+            return None
     return table
 
 
-def _numbers_rows(column: np.ndarray) -> bool:
-    """Whether all are whole numbers and no two the same, as a table's index has them, shuffled or not."""
-    return bool((column == column.round()).all()) and len(np.unique(column)) == len(column) > 1
+def _is_index(name: str, column: np.ndarray) -> bool:
+    """Whether a first column of numbers is what pandas writes: without a name, whole and no two the same, shuffled or
+    not."""
+    different = len(np.unique(column)) == len(column) > 1
+    return name in ("", "Unnamed: 0") and different and bool((column == column.round()).all())
 
 
 def _may_be_names(first: list[str], rows: list[list[str]], reading: Reading) -> bool:
     """Whether a first row of numbers may be names of columns: 0, 1, 2, as pandas calls them; or numbers that rise, as
     wavelengths and years do, and differ from what is below them."""
     rows = [row for row in rows if len(row) == len(first) and all(map(reading.is_number, row))]
-    if not rows or first in rows:
+    if not rows or first in rows or not all(map(reading.is_number, first)):
         return False
     cells = [cell.strip() for cell in first]
     fractions = any(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
@@ -598,43 +588,6 @@ def _may_be_names(first: list[str], rows: list[list[str]], reading: Reading) -> 
     whole = all(re.fullmatch(r"[+-]?\d+", cell) for cell in cells)
     written = whole and all(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
     return (outside and len(rows) > 3) or alone or (written and len(rows) > 3)
-
-
-def _lines(path: Path, reading: Reading, header: bool) -> list[int]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return [line for line, _ in reading.rows(file)][header:]
-
-
-def _explain(path: Path, reading: Reading, names: tuple[str, ...] | None) -> None:
-    """Raise DataError that names the faulty row, as a line of the file, and column. Slow, and only for the message."""
-    odd: list[str] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = reading.rows(file)
-            top, first = next(rows)
-            for line, row in rows if names else itertools.chain([(top, first)], rows):
-                if len(row) != len(first):
-                    raise DataError(
-                        f"{path}, row {line}: {len(row)} cells, but the first row has {len(first)}"
-                        + _other_marks(row, reading)
-                    )
-                for column, cell in enumerate(row):
-                    where = f"row {line}, column {column + 1}" + (f" ({names[column]})" if names else "")
-                    if not reading.is_number(cell):
-                        got = repr(cell) if cell.strip() else "an empty cell"
-                        hint = _other_marks(row, reading)
-                        if not hint and line == top and any(map(reading.is_number, row)):
-                            hint = "; if the row holds names, say --data.header yes (in Python header='yes')"
-                        raise DataError(f"{path}, {where}: expected a number; got {got}{hint}")
-                    value = reading.number(cell)
-                    if not math.isfinite(value):
-                        odd.append(f"{where}: {cell.strip()}")
-                    elif abs(value) > EXACT and re.fullmatch(r"[+-]?\d+", cell.strip()) and int(cell) != int(value):
-                        raise DataError(f"{path}, {where}: {cell.strip()}: {TOO_LONG}")
-    except (UnicodeDecodeError, csv_format.Error) as error:
-        raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
-    if odd:
-        raise DataError(f"{path}: {len(odd)} cells are NaN or infinite, the first in {odd[0]}; remove or fill them")
 
 
 def _other_marks(row: list[str], reading: Reading) -> str:
