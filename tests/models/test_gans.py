@@ -663,7 +663,7 @@ def test_own_parts_that_do_not_fit_are_told():
         hand_made(objective="wasserstein")
     with pytest.raises(SettingsError, match="ema must be at least 0 and below 1"):
         hand_made(ema=1.0)
-    with pytest.raises(SettingsError, match="penalty must be one of none, gradient, r1, got 'r2'"):
+    with pytest.raises(SettingsError, match="penalty must be one of none, gradient, r1, r1r2, got 'r2'"):
         hand_made(penalty="r2")
     with pytest.raises(SettingsError, match="clip must be above 0"):
         hand_made(WGAN, clip=0.0)
