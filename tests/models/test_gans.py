@@ -80,7 +80,8 @@ def test_the_players_own_every_weight_once_and_train_each_of_theirs_alone(name, 
         assert loss.shape == ()
         assert all(term.shape == () and not term.requires_grad for term in terms.values())
         grads = torch.autograd.grad(loss, player.parameters)
-        assert sum(grad.abs().sum() > 0 for grad in grads) >= len(grads) - (network == "dcgan")
+        cancels = name == "gan" and player.name == "discriminator"  # its last bias, in differences
+        assert sum(grad.abs().sum() > 0 for grad in grads) >= len(grads) - (network == "dcgan") - cancels
 
 
 @each_model
