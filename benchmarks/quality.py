@@ -24,7 +24,7 @@ STEPS = {  # of all players, for images of more than 16 x 16: up to 6 minutes of
     "vae": 6000, "gan": 24_000, "wgan": 24_000, "wgan-gp": 24_000, "realnvp": 6000, "glow": 2000,
     "ddpm": 1500, "edm": 1500, "score": 1500, "flow-matching": 1500,
 }  # fmt: skip
-STEADY = ("gan", "wgan", "wgan-gp")  # whose learning rate does not fall: the two players would stop apart
+STEADY = ("gan", "wgan", "wgan-gp")  # whose learning rate does not fall
 IMAGES, POINTS, COLUMNS = 36, 2000, 3
 MEASURED = 500  # samples that are compared with as many test examples
 SAMPLES, FOUND = "samples.npy", "quality.json"
