@@ -11,7 +11,7 @@ from genfuse.ops import Scale
 
 Network = Literal["auto", "mlp", "conv"]
 
-MANY = 4096  # cells of an image up to which networks are dense: on MNIST their steps cost a thirtieth of convolutional ones
+MANY = 4096  # cells of an image up to which networks are dense: on MNIST a step costs a 30th of a conv one
 FEW = 256  # cells of an example that a linear layer may mix: its products with itself take their cube
 
 
