@@ -36,7 +36,7 @@ SMALL = {
     "radial": {"layers": 5},
 }
 IMAGES = {
-    "realnvp-images": {"shape": (1, 4, 4), "channels": (4,)},
+    "realnvp-images": {"shape": (1, 4, 4), "network": "conv", "channels": (4,)},
     "glow-images": {"shape": (2, 4, 4), "channels": (4,), "steps": 2},
 }
 every_model = pytest.mark.parametrize("name", SMALL)
@@ -396,7 +396,11 @@ def test_calls_that_a_model_cannot_answer_are_refused():
         ("iaf", {"hidden": (16, 0)}, "hidden must be above 0"),
         ("realnvp", {"scale": "linear"}, "scale"),
         ("realnvp", {"network": "conv"}, r"network 'conv' needs images, shape \(C, H, W\), got \(2,\)"),
-        ("realnvp", {"shape": (1, 6, 6), "scales": 3}, "scales would halve height and width 2 times"),
+        (
+            "realnvp",
+            {"shape": (1, 6, 6), "network": "conv", "scales": 3},
+            "scales would halve height and width 2 times",
+        ),
         ("glow", {"shape": (1, 6, 5), "scales": 1}, "scales would halve height and width 1 times"),
         ("glow", {"coupling": "spline"}, "coupling"),
         ("nsf", {"dropout": 0.1, "reversible": True}, "reversible computes each layer twice"),

@@ -80,7 +80,8 @@ def test_the_players_own_every_weight_once_and_train_each_of_theirs_alone(name, 
         assert loss.shape == ()
         assert all(term.shape == () and not term.requires_grad for term in terms.values())
         grads = torch.autograd.grad(loss, player.parameters)
-        assert sum(grad.abs().sum() > 0 for grad in grads) >= len(grads) - (network == "dcgan")
+        cancels = name == "gan" and player.name == "discriminator"  # its last bias, in differences
+        assert sum(grad.abs().sum() > 0 for grad in grads) >= len(grads) - (network == "dcgan") - cancels
 
 
 @each_model
@@ -663,7 +664,7 @@ def test_own_parts_that_do_not_fit_are_told():
         hand_made(objective="wasserstein")
     with pytest.raises(SettingsError, match="ema must be at least 0 and below 1"):
         hand_made(ema=1.0)
-    with pytest.raises(SettingsError, match="penalty must be one of none, gradient, r1, got 'r2'"):
+    with pytest.raises(SettingsError, match="penalty must be one of none, gradient, r1, r1r2, got 'r2'"):
         hand_made(penalty="r2")
     with pytest.raises(SettingsError, match="clip must be above 0"):
         hand_made(WGAN, clip=0.0)

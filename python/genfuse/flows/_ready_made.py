@@ -280,6 +280,8 @@ class RealNVP(_ReadyMade):
         scale: how the log-scales are bounded, as in `genfuse.nn.AffineCoupling`.
         linear: of vectors, whether activations are normalised before each coupling, as those of images, and mixed by a
             learned linear layer by LU; without, couplings keep the first half and the last in turn.
+        interleaved: of images as vectors, whether these halves are the two colours of a checkerboard, so that a cell is
+            moved given those beside it, rather than the upper half of the image given the lower one.
         squash: of vectors, as in `NSF`.
         network: makes the couplings' networks, if they are to be others: see `Conditioner`. Its outputs are first all
             log-scales, then all shifts.
@@ -300,6 +302,7 @@ class RealNVP(_ReadyMade):
         channels: Sequence[int] = (64, 64),
         scale: Scale = "softclip",
         linear: bool = True,
+        interleaved: bool = False,
         squash: bool = True,
         network: Conditioner | None = None,
         multiscale: bool | None = None,
@@ -309,6 +312,9 @@ class RealNVP(_ReadyMade):
 
         def vectors(d: int) -> Iterator[Transform]:
             make, kept = network or partial(MLPConditioner, hidden=hidden, squash=squash), split_size(d)
+            if interleaved and not linear and len(shape := _shape(features)) == 3:
+                colours = checkerboard(shape[1], shape[2], True).expand(shape).flatten()
+                yield Permutation(colours.int().argsort(stable=True))
             for i in range(transforms):
                 conditioner = make(kept, 2 * (d - kept), context)
                 if linear:
@@ -366,7 +372,9 @@ class Glow(_ReadyMade):
         features: D, or the shape of an example.
         context: C, the features of the context (N, C) that all depends on, or 0.
         transforms: how many steps, at each scale.
-        coupling: "affine", its log-scales bounded by a sigmoid as in the paper's code, or "additive": y = x + t.
+        coupling: "affine", or "additive": y = x + t.
+        scale: how the log-scales of affine ones are bounded, as in `genfuse.nn.AffineCoupling`; "sigmoid" is the
+            paper's code, whose inverse has no bound: samples of a flow that has learned little may overflow.
         hidden: widths of the hidden layers of each network of vectors.
         scales: of images, at least 1; each halves height and width.
         channels: width of the networks of images, one number.
@@ -386,6 +394,7 @@ class Glow(_ReadyMade):
         *,
         transforms: int = 8,
         coupling: CouplingKind = "affine",
+        scale: Scale = "sigmoid",
         hidden: Sequence[int] = (256, 256),
         scales: int = 2,
         channels: Sequence[int] = (64,),
@@ -406,7 +415,7 @@ class Glow(_ReadyMade):
                 yield ActNorm(d)
                 yield LULinear(d, "rotation")
                 if coupling == "affine":
-                    yield AffineCoupling(make(kept, 2 * (d - kept), context), split=kept, scale="sigmoid")
+                    yield AffineCoupling(make(kept, 2 * (d - kept), context), split=kept, scale=scale)
                 else:
                     yield AdditiveCoupling(make(kept, d - kept, context), split=kept)
 
@@ -418,7 +427,9 @@ class Glow(_ReadyMade):
             if scales == 1:
                 yield Flatten(squeezed)
             else:
-                yield from _leave(squeezed, make, context, "exp", at_scale, scales, options)
+                yield from _leave(
+                    squeezed, make, context, "exp" if scale == "sigmoid" else scale, at_scale, scales, options
+                )
 
         layers = at_scale(_as_image(features, scales, scales), scales) if images else steps(math.prod(_shape(features)))
         super().__init__(features, context, layers, options, images=images)

@@ -32,7 +32,7 @@ class DiffusionConfig(ModelConfig):
 
     network: Network = "auto"  # unet: images; mlp: any shape, as vectors; auto: unet for images
     hidden: tuple[int, ...] = (128, 128, 128)  # mlp: width of each residual block, all equal
-    channels: tuple[int, ...] = (32, 64, 64)  # unet: widths of the scales, each of half the size of the one before
+    channels: tuple[int, ...] = (16, 32, 64)  # unet: widths of the scales, each of half the size of the one before
     blocks: int = 1  # unet: residual blocks of each scale on the way down; one more on the way up
     attention: tuple[int, ...] = ()  # unet: scales with self-attention; 0 is the whole image
     dropout: float = 0.0  # share of the hidden units that are left out in training

@@ -38,7 +38,7 @@ REPEATED = 0.05  # of the examples, that one value may have in a column of real 
 class FlowConfig(ModelConfig):
     """Settings of every flow. Raises SettingsError for values outside their range."""
 
-    logit: float = 0.05  # discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a; 0: v - 1/2
+    logit: float = 1e-6  # discrete data: the flow sees logit(a + (1 - 2 a) v) of v in [0, 1) with this a; 0: v - 1/2
     dequantization: Dequantization = "uniform"  # discrete data: the noise that makes levels real numbers
     reversible: bool = False  # recompute activations in the backward pass: memory does not grow with depth
 
@@ -115,7 +115,7 @@ class FlowModel(GenerativeModel):
         *,
         shape: tuple[int, ...] | None = None,
         levels: int | None = None,
-        logit: float = 0.05,
+        logit: float = 1e-6,
         noise: Transform | None = None,
         columns: Columns | None = None,
         config: FlowConfig | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from genfuse.errors import SettingsError
-from genfuse.models._adversarial import AdversarialModel, PenaltyConfig, networks, options
+from genfuse.models._adversarial import AdversarialModel, Penalty, PenaltyConfig, networks, options
 from genfuse.models._adversarial import Objective as Objective
 from genfuse.models._base import adam
 
@@ -69,11 +69,19 @@ OBJECTIVES: dict[str, Objective] = {
 class GANConfig(PenaltyConfig):
     """Settings of a GAN. Raises SettingsError for values outside their range."""
 
-    loss: Loss = (
-        "non-saturating"  # minimax: one value for both; relativistic: of pairs; hinge, least-squares: no sigmoid
-    )
+    # minimax: the value function for both; hinge and least-squares: on D without sigmoid; relativistic: on differences;
+    # auto: relativistic for discrete data such as images, non-saturating for real-valued
+    loss: Literal["auto", Loss] = "auto"
+    # as of wgan-gp; r1r2: r1, and the same at generated examples; auto: r1r2 where the loss was auto, of discrete data
+    penalty: Literal["auto", Penalty] = "auto"  # type: ignore[assignment]
+    penalty_weight: float = 1.0  # lambda; r1, r1r2: gamma
 
     def __post_init__(self) -> None:
+        r3gan = self.loss == "auto" and self.levels is not None  # arXiv 2501.05441
+        if self.penalty == "auto":
+            object.__setattr__(self, "penalty", "r1r2" if r3gan else "none")
+        if self.loss == "auto":
+            object.__setattr__(self, "loss", "relativistic" if r3gan else "non-saturating")
         super().__post_init__()
         self.check_choices(loss=Loss)
 
@@ -109,7 +117,7 @@ class GAN(AdversarialModel):
 
     @classmethod
     def from_config(cls, config: GANConfig) -> Self:
-        return cls(*networks(config), config.loss, **options(config))
+        return cls(*networks(config), config.loss, **options(config))  # type: ignore[arg-type]
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """The mean of D for real and generated examples: a probability with the objectives on logits."""

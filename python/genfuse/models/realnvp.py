@@ -1,5 +1,6 @@
 """RealNVP (arXiv 1605.08803): affine couplings; of vectors, or of images at several scales."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,16 +11,22 @@ from genfuse.ops import Scale
 
 Network = Literal["auto", "mlp", "conv"]
 
+MANY = 4096  # cells of an image up to which networks are dense: on MNIST a step costs a 30th of a conv one
+FEW = 256  # cells of an example that a linear layer may mix: its products with itself take their cube
+
 
 @dataclass(frozen=True)
 class RealNVPConfig(NetworkConfig):
     """Settings of a RealNVP. Raises SettingsError for values outside their range."""
 
-    network: Network = "auto"  # conv: images, at several scales; mlp: any shape, as vectors; auto: conv for images
+    # conv: images, at several scales; mlp: any shape, as vectors; auto: conv for images of over 4,096 cells
+    network: Network = "auto"
     scale: Scale = "softclip"  # how the log-scales of the couplings are bounded
     layers: int = 10  # mlp: couplings
     hidden: tuple[int, ...] = (256, 256)  # mlp: widths of each coupling's network
-    linear: bool = True  # mlp: learned linear layers between couplings; or halves that are kept in turn
+    # mlp: learned linear layers between couplings, or halves that are kept in turn; None: up to 256 cells
+    linear: bool | None = None
+    interleaved: bool = True  # mlp, images: the halves are the colours of a checkerboard
     scales: int = 2  # conv: how many; between two, height and width are halved and half of the cells leave
     channels: tuple[int, ...] = (64, 64)  # conv: width of each residual block of a coupling's network, all the same
 
@@ -36,9 +43,9 @@ def check_network(shape: tuple[int, ...], network: str) -> None:
         raise SettingsError(f"network {network!r} needs images, shape (C, H, W), got {shape}: use network 'mlp'")
 
 
-def multiscale(shape: tuple[int, ...], network: str) -> bool:
-    """Whether the network is convolutional."""
-    return network == "conv" or (network == "auto" and len(shape) == 3)
+def multiscale(shape: tuple[int, ...], network: str, few: int = 0) -> bool:
+    """Whether the network is convolutional: if that is left open, for images of more than ``few`` cells."""
+    return network == "conv" or (network == "auto" and len(shape) == 3 and math.prod(shape) > few)
 
 
 class RealNVP(FlowModel):
@@ -46,10 +53,12 @@ class RealNVP(FlowModel):
     channels of images at several scales."""
 
     Config = RealNVPConfig
-    former = {"squash": False, "scale": "tanh", "linear": False}
+    former = {"squash": False, "scale": "tanh", "linear": False, "interleaved": False}
 
     @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if "shape" in settings and "interleaved" not in settings and settings.get("network", "auto") == "auto":
+            settings = {**settings, "network": "conv" if len(settings["shape"]) == 3 else "mlp"}  # as it was then
         return one_per_block(super().current(settings), "channels", 64, 2)
 
     @classmethod
@@ -62,7 +71,8 @@ class RealNVP(FlowModel):
             scales=c.scales,
             channels=c.channels,
             scale=c.scale,
-            linear=c.linear,
-            multiscale=multiscale(c.shape, c.network),
+            linear=math.prod(c.shape) <= FEW if c.linear is None else c.linear,
+            interleaved=c.interleaved,
+            multiscale=multiscale(c.shape, c.network, MANY),
             **c.options,
         )
