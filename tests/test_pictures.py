@@ -15,7 +15,7 @@ from genfuse.data import Dataset, Scaling, Split
 from genfuse.models import GenerativeModel
 from genfuse.training import gallery
 
-DECODED = ["traversal.png", "manifold.png"]  # of two latent dimensions
+DECODED = ["traversal.png", "traversal.gif", "manifold.png"]  # of two latent dimensions
 
 
 def opened(path):

@@ -302,6 +302,30 @@ def detection(
         left.legend(loc="lower right")
 
 
+def heat_map(values: Any, rows: Sequence[str], columns: Sequence[str], path: str | Path) -> None:
+    """Shares (R, C) in 0..1 as a table of cells, the darker the larger, with their values where there is room."""
+    tall, wide = len(rows), len(columns)
+    with _figure(path, (1.8 + 0.55 * wide, 1.1 + 0.45 * tall)) as figure:
+        axes = figure.add_subplot()
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.grid(False)
+        axes.set_yticks(range(tall), rows)
+        axes.set_xticks(range(wide), columns, rotation=0 if wide <= 20 else 90)
+        axes.set_title("share of a factor that a latent tells, I / H", fontsize=10)
+        for i, j in np.ndindex(tall, wide if wide <= 20 else 0):
+            style: Any = {"ha": "center", "va": "center", "size": 8, "color": "w" if values[i, j] > 0.6 else "k"}
+            axes.text(j, i, f"{values[i, j]:.2f}", **style)
+
+
+def animation(frames: Sequence[Tensor], path: str | Path, columns: int, seconds: float = 0.15) -> None:
+    """A GIF that repeats: each frame is images (N, C, H, W) in a grid, as `sample_grid` has them, for so long."""
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(_tiled(_pixels(frame), columns).squeeze()) for frame in frames]
+    with replacing(Path(path)) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0)
+
+
 def evenly(items: list[Any], most: int) -> list[Any]:
     """The first, the last and others evenly between them, ``most`` at most."""
     last = len(items) - 1

@@ -4,6 +4,7 @@ import math
 import pickle
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import sklearn.decomposition
 import torch
@@ -17,7 +18,7 @@ from genfuse.flows import NSF
 from genfuse.metrics import evaluate
 from genfuse.models import Batch
 from genfuse.models._base import configure
-from genfuse.models.vae import VAE, VAEConfig
+from genfuse.models.vae import VAE, VAEConfig, decomposed
 from genfuse.nn import Planar, WithContext
 from genfuse.nn.likelihoods import Bernoulli, Gaussian
 from genfuse.ops import kl_per_dimension, reparameterize_kl
@@ -935,3 +936,141 @@ def test_a_collapsed_posterior_is_told_once_it_had_time():
     assert "q(z | x) is 0.01 nats from the prior" in model.watch("model", 1000, {"kl": 0.01})["collapse"]
     still = genfuse.create("vae", shape=(2,), levels=None, beta_warmup=2000)
     assert not still.watch("model", 1000, {"kl": 0.01})
+
+
+# Objectives that weigh the total correlation
+
+SPRITES = {"shape": (1, 4, 4), "levels": 2, "hidden": (16,), "latent_dim": 3}
+
+
+def disentangling(**settings):
+    torch.manual_seed(0)
+    return VAE.from_config(VAEConfig(**SPRITES, **settings))
+
+
+def black_and_white(n):
+    return torch.randint(0, 2, (n, 1, 4, 4), generator=torch.Generator().manual_seed(n)).float()
+
+
+def test_the_total_correlation_of_all_examples_at_once_is_exact():
+    mu, logvar, noise = (torch.randn(40, 3, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    z = mu + (logvar / 2).exp() * noise
+    each = Normal(mu, (logvar / 2).exp())
+    log_q = each.log_prob(z[:, None])  # (40, 40, 3)
+    joint, marginals = (log_q.sum(-1).logsumexp(1) - math.log(40), log_q.logsumexp(1) - math.log(40))
+    information, correlation = decomposed(z, mu, logvar, examples=40)
+    assert correlation.item() == pytest.approx((joint - marginals.sum(-1)).mean().item())
+    assert information.item() == pytest.approx((each.log_prob(z).sum(-1) - joint).mean().item())
+
+
+def test_the_density_of_all_codes_is_estimated_without_bias_from_a_batch():
+    """In the mean over every batch of three that the example of a code z may be in."""
+    mu, logvar = (torch.randn(20, 1, generator=torch.Generator().manual_seed(i)).double() for i in range(2))
+    z = mu[:1] + 0.3
+    exact = Normal(mu, (logvar / 2).exp()).log_prob(z).exp().mean()
+    weights = torch.full((3, 3), 19 / 20 / 2, dtype=torch.double).fill_diagonal_(1 / 20)
+    found = []
+    for others in itertools.combinations(range(1, 20), 2):
+        rows = [0, *others]
+        log_q = Normal(mu[rows], (logvar[rows] / 2).exp()).log_prob(z)[:, 0]
+        information, _ = decomposed(z.expand(3, 1), mu[rows], logvar[rows], 20)
+        by_weights = log_q - (weights * log_q.exp()).sum(1).log()
+        assert information.item() == pytest.approx(by_weights.mean().item())
+        found.append((weights[0] * log_q.exp()).sum().item())
+    assert np.mean(found) == pytest.approx(exact.item())
+
+
+def test_beta_tcvae_with_beta_1_is_the_vae_and_its_parts_add_up_to_the_kl():
+    batch = Batch(black_and_white(8))
+    torch.manual_seed(1)
+    plain, _ = disentangling().loss(batch)
+    torch.manual_seed(1)
+    loss, terms = disentangling(objective="tc", beta=1.0, examples=100).loss(batch)
+    torch.testing.assert_close(loss, plain)
+    parts = terms["mutual_information"] + terms["total_correlation"] + terms["dimension_kl"]
+    torch.testing.assert_close(parts, terms["kl"])
+    torch.manual_seed(1)
+    heavy, _ = disentangling(objective="tc", beta=5.0, examples=100).loss(batch)
+    torch.testing.assert_close(heavy, plain + 4 * terms["total_correlation"])
+    one, terms = disentangling(objective="tc", beta=5.0, examples=100).loss(Batch(black_and_white(1)))
+    assert one.isfinite()
+    assert terms["total_correlation"].abs() < 1e-5
+
+
+def test_factor_vae_trains_a_discriminator_of_codes_whose_dimensions_are_permuted():
+    model = disentangling(objective="factor", gamma=3.0, discriminator=(8,))
+    own, critic = model.players()
+    assert {id(p) for p in own.parameters}.isdisjoint(map(id, critic.parameters))
+    assert len([*own.parameters]) + len([*critic.parameters]) == len([*model.parameters()])
+    batch = Batch(black_and_white(16))
+    loss, terms = model.loss(batch, "discriminator")
+    assert 0 <= terms["accuracy"] <= 1
+    grads = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+    names = [name for name, _ in model.named_parameters()]
+    assert {n for n, g in zip(names, grads, strict=True) if g is not None} == {
+        n for n in names if n.startswith("discriminator.")
+    }
+    with torch.no_grad():  # a discriminator that knows no better: log D / (1 - D) is its constant
+        model.discriminator[-1].weight.zero_()
+        model.discriminator[-1].bias.fill_(0.5)
+    other = disentangling()
+    torch.manual_seed(1)
+    plain, _ = other.loss(batch)
+    torch.manual_seed(1)
+    loss, terms = model.loss(batch)
+    assert terms["total_correlation"] == 0.5
+    torch.testing.assert_close(loss, plain + 3 * 0.5)
+
+
+def test_the_discriminator_learns_the_total_correlation_of_a_gaussian():
+    """The density-ratio trick: E[log D / (1 - D)] tends to TC = -log(1 - r^2) / 2."""
+    r, n = 0.8, 512
+    model = disentangling(objective="factor", discriminator=(32, 32))
+    shared = torch.linalg.cholesky(torch.tensor([[1, r, 0], [r, 1, 0], [0, 0, 1.0]]))
+    model._encoded = lambda x, context=None: (torch.randn(n, 3) @ shared.T, torch.full((n, 3), -20.0), None)
+    optimizer = torch.optim.Adam(model.discriminator.parameters(), 3e-3)
+    batch = Batch(black_and_white(n))
+    for _ in range(500):
+        optimizer.zero_grad()
+        model.loss(batch, "discriminator")[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = np.mean([model.loss(batch)[1]["total_correlation"].item() for _ in range(20)])
+    assert found == pytest.approx(-0.5 * math.log(1 - r**2), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective": "tcvae"}, "objective must be one of elbo, tc, factor"),
+        ({"objective": "tc", "examples": 10, "free_bits": 0.5}, "'tc' weighs parts .* free_bits at 0"),
+        ({"objective": "factor", "iwae_samples": 5}, "'factor' weighs .* iwae_samples at 1"),
+        ({"objective": "factor", "beta": 4.0}, "'factor' has gamma in place of beta"),
+        ({"gamma": 4.0}, "'elbo' has beta in place of gamma: leave gamma out, got 4.0"),
+        ({"objective": "tc", "gamma": 4.0}, "'tc' has beta in place of gamma"),
+        ({"objective": "factor", "gamma": -1.0}, "gamma must be at least 0"),
+        ({"objective": "factor", "discriminator": (0,)}, "discriminator must hold sizes of at least 1"),
+        ({"objective": "tc", "examples": 10, "posterior": "iaf"}, "'tc' needs q.* a flow .* at a high cost"),
+        ({"objective": "tc"}, "for 'tc' examples, the size of the training split"),
+    ],
+)
+def test_objectives_refuse_what_does_not_go_with_them(settings, words):
+    with pytest.raises(SettingsError, match=words):
+        disentangling(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"objective": "tc", "beta": 4.0}, {"objective": "factor"}])
+def test_runs_of_both_objectives_resume_bit_for_bit(settings, tmp_path):
+    x = black_and_white(64).to(torch.uint8)
+    data = Dataset("mine", {"train": Split(x), "test": Split(x[:8])}, levels=2)
+
+    def train(out, steps, **how):
+        torch.manual_seed(0)
+        model = genfuse.create("vae", data, hidden=(8,), latent_dim=2, beta_warmup=4, **settings)
+        genfuse.Trainer(steps=steps, batch_size=16, device="cpu", pictures=False, out=out, **how).fit(model, data)
+        return model.state_dict()
+
+    train(tmp_path / "run", 7)
+    resumed, whole = train(tmp_path / "run", 12, resume=True), train(tmp_path / "whole", 12)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert whole["updates"] == (12 if settings["objective"] == "tc" else 6)

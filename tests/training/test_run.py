@@ -193,7 +193,7 @@ def test_pictures_are_drawn_by_what_the_model_can(make, digits, trainer, tmp_pat
     model = genfuse.create("vae", digits, hidden=(8,), latent_dim=3)
     run = trainer(epochs=1, out=tmp_path / "vae", pictures=True).fit(model, digits)
     names = {"samples.png", "reconstructions.png", "interpolation.png", "latent.png", "curves.png", "progress.png"}
-    names.add("traversal.png")
+    names |= {"traversal.png", "traversal.gif"}
     assert {path.name for path in (run.path / "pictures").iterdir()} == names
 
 

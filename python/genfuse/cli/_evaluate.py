@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from tyro.conf import arg
 
 from genfuse._files import plain
 from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device, refuse_existing
-from genfuse.errors import GenfuseError, SettingsError
+from genfuse.errors import DataError, GenfuseError, SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +63,9 @@ def evaluate(
     Samples of a model that can sample are compared with the test split in the space of --features: Fréchet, kernel and
     sliced Wasserstein distance, precision, recall, density, coverage, and the distance to the nearest training example;
     each beside its value for real examples, which is what a perfect model gets. Images are drawn beside their nearest
-    training examples. The same run, data and options give the same numbers, which RUN/evaluation.json holds too.
+    training examples. The codes of a VAE, of data with known factors such as sprites, are measured by MIG, DCI, the
+    FactorVAE and the beta-VAE score, and factors.png shows which latents tell of which factors. The same run, data and
+    options give the same numbers, which RUN/evaluation.json holds too.
 
     example:
       genfuse evaluate runs/vae --samples 50 --limit 2000
@@ -70,15 +73,15 @@ def evaluate(
     Args:
         run: run folder
         samples: K of the IWAE bound: importance samples per example
-        limit: use N examples of each split, by chance and always the same, for all but the samples
+        limit: use N examples of each split, by chance and always the same, for all but the samples; of codes, N in all
         features: what the metrics of samples compare: columns (tables); pixels, random-conv, inception (images);
             classifier, which `genfuse train-features` trains; auto: the classifier if there is one, else random-conv or
             columns
         n: samples to draw, and real examples to compare them with; 0: measure no samples
-        metrics: of samples, of `genfuse list metrics`, those of other packages too
-        seed: of the samples
+        metrics: of samples and codes, of `genfuse list metrics`, those of other packages too
+        seed: of the samples, and of what metrics draw
         inception_weights: for --features inception: a TorchScript file
-        pictures: folder for neighbours.png
+        pictures: folder for neighbours.png and factors.png
         json: also write the numbers to this file
         data: the data set of the run, if it has moved, as csv:NEW/PATH; or another one, or a file
         data_root: folder with the data sets that are read from files
@@ -97,8 +100,8 @@ def evaluate(
         return _detect(run, data, data_root, labels, method, fpr, samples, seed, device, folder, json)
 
     from genfuse.data import names_in
-    from genfuse.metrics import evaluate, evaluate_samples
-    from genfuse.models import GenerativeModel
+    from genfuse.metrics import evaluate, evaluate_codes, evaluate_samples, select
+    from genfuse.models import Encodes, GenerativeModel, HasPosterior
     from genfuse.training import Run
 
     metrics = metrics and tuple(name for each in metrics for name in names_in(each))
@@ -114,10 +117,12 @@ def evaluate(
     model = trained.model(find_device(device))
     # Someone else's run, or one on a disk for reading alone, is told apart before anything is measured.
     writable = os.access(run, os.W_OK)
-    of_samples = picture = None
-    if not (n == 0 or type(model).sample is GenerativeModel.sample):
-        if found.is_image and (writable or pictures):
-            picture = (pictures or run / "pictures") / "neighbours.png"
+    of_samples = of_codes = picture = None
+    folder = pictures or (run / "pictures" if writable else None)
+    wanted = not metrics or bool(select(metrics))
+    if wanted and not (n == 0 or type(model).sample is GenerativeModel.sample):
+        if found.is_image and folder:
+            picture = folder / "neighbours.png"
         of_samples = evaluate_samples(
             model,
             found,
@@ -134,7 +139,18 @@ def evaluate(
         _print_samples(of_samples)
         if picture is not None:
             print(plain(f"picture: {picture}"))
-    content = result if of_samples is None else {**result, "samples": of_samples}
+    able = found.factors and isinstance(model, HasPosterior) and isinstance(model, Encodes)
+    if select(metrics, "codes") and (able or metrics):
+        shown = folder / "factors.png" if folder else None
+        try:
+            of_codes = evaluate_codes(model, found, metrics=metrics, n=limit or 10_000, seed=seed, picture=shown)
+        except DataError as error:
+            print(plain(f"genfuse: codes are not measured: {error}"), file=sys.stderr)
+        else:
+            _print_evaluation({f"codes of {of_codes['examples']:,} examples": of_codes["scores"]}, of_codes["left_out"])
+            if shown:
+                print(plain(f"picture: {shown}"))
+    content = {**result, **{k: v for k, v in (("samples", of_samples), ("codes", of_codes)) if v is not None}}
     if json is not None:
         _write_json(json, content)
         print(plain(f"written: {json}"))
@@ -223,7 +239,7 @@ def train_features(
     return 0
 
 
-def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:
+def _print_evaluation(result: dict[str, dict[str, Any]], left_out: Mapping[str, str] = {}) -> None:
     from rich.table import Table
 
     table = Table("")
@@ -241,6 +257,8 @@ def _print_evaluation(result: dict[str, dict[str, Any]]) -> None:
             if isinstance(value := of_split.get(name), list):
                 each = " ".join(f"{v:.2f}" for v in sorted(value, reverse=True))
                 _show(f"{name.replace('_', ' ')}, {split}, largest first: {each}")
+    for reason in left_out.values():
+        _show(f"not measured: {reason}")
 
 
 def _print_samples(result: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ FAMILIES = {
             "mnist": "70,000 handwritten digits of 28 x 28 pixels",
             "fashion-mnist": "70,000 garments of 28 x 28 pixels",
             "binarized-mnist": "MNIST of black and white, with a validation split",
+            "sprites": "shapes with known scale, rotation and place; sprites:full is dSprites",
             "images": "images:FOLDER, pictures of your own; images:FILE.npy",
         },
         "tables": {
@@ -52,6 +53,13 @@ FAMILIES = {
             "precision-recall": "quality and diversity, by nearest neighbours",
             "sliced-wasserstein": "of features, over random directions",
             "modes": "how many of a toy's known modes have samples",
+        },
+        "of codes beside known factors": {
+            "mig": "mutual information gap: one latent for each factor?",
+            "dci": "disentanglement, completeness, informativeness, by trees",
+            "factor-vae-score": "which factor is fixed, by the steadiest latent",
+            "beta-vae-score": "which factor is fixed, by a linear classifier",
+            "kl-parts": "mutual information, total correlation, dimension-wise KL",
         },
         "of rows beside those of a table": {
             "marginals": "each column by itself",

@@ -60,6 +60,7 @@ class Split:
 
     x: Tensor  # (N, *shape): uint8 for discrete data, float32 for real-valued data
     y: Tensor | None = None  # (N,) int64 labels, or (N, C) float32: a context that is given with each example
+    factors: Tensor | None = None  # (N, K) int64: what each example was made of, as numbers of `Dataset.factors`
 
     def __post_init__(self) -> None:
         if isinstance(self.x, Tensor):  # rows in one piece: a batch of a transposed array takes 8 times as long
@@ -67,6 +68,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def some(self, rows: Tensor | slice) -> "Split":
+        """Some of the examples, with all that is given with them."""
+        given = (None if each is None else each[rows] for each in (self.y, self.factors))
+        return Split(self.x[rows], *given)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,6 +101,9 @@ class Dataset:
     streamed: bool = False  # x lies in a file that may be larger than memory, and is not moved to a device
     batches_on: torch.device | None = None  # where batches go, if x is elsewhere
     channels: "Dataset | None" = None  # of stacked images: the data set that each channel is an example of
+    # What all examples were made of, independently, if it is known: {name of a factor: its values, two or more}. The
+    # factors (N, K) of a split have these values' numbers 0, 1, ..., a column each, in this order.
+    factors: dict[str, tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -139,6 +148,8 @@ class Dataset:
                 return f"x of the {part} split has {int((~x.isfinite()).sum())} NaN or infinite values"
             if stored is not None and stored < 256 and int(x.max()) >= stored:
                 return f"x of the {part} split has the value {int(x.max())}, but levels={stored} ends at {stored - 1}"
+            if problem := self._problem_of_factors(part):
+                return problem
             if y is None:
                 continue
             if isinstance(y, Tensor) and y.dtype == torch.float32 and y.dim() > 1:
@@ -154,6 +165,21 @@ class Dataset:
             if int(y.min()) < 0 or (self.classes is not None and int(y.max()) >= self.classes):
                 return f"labels of the {part} split are {int(y.min())}..{int(y.max())}; they must be 0..classes-1"
         return None
+
+    def _problem_of_factors(self, part: str) -> str | None:
+        found, sizes = self.splits[part].factors, {name: len(values) for name, values in (self.factors or {}).items()}
+        if found is None and not sizes:
+            return None
+        wanted = (
+            f"factors of the {part} split must be int64 ({len(self.splits[part])}, K), the numbers of the values of "
+        )
+        kind = getattr(found, "dtype", type(found)), *getattr(found, "shape", ())
+        if not sizes or min(sizes.values()) < 2 or kind != (torch.int64, len(self.splits[part]), len(sizes)):
+            return f"{wanted}{sizes}, two or more each; got {', '.join(map(str, kind))}"
+        assert found is not None
+        low, high = found.amin(0).tolist(), found.amax(0).tolist()
+        wrong = min(low) < 0 or any(most >= size for most, size in zip(high, sizes.values(), strict=True))
+        return f"{wanted}{sizes}, from 0; got {low} to {high}" if wrong else None
 
     def __repr__(self) -> str:
         values = "real-valued" if self.levels is None else f"{self.levels} levels"
@@ -179,6 +205,11 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """The shape of one example: (C, H, W) for images, (D,) for rows of a table."""
         return tuple(self.splits["train"].x.shape[1:])
+
+    @property
+    def examples(self) -> int:
+        """How many the training split has."""
+        return len(self.splits["train"])
 
     @property
     def is_image(self) -> bool:
@@ -228,7 +259,7 @@ class Dataset:
         if self.streamed or (device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2):
             return replace(self, batches_on=device)
         moved = {
-            part: Split(split.x.to(device), None if split.y is None else split.y.to(device))
+            part: replace(split, x=split.x.to(device), y=None if split.y is None else split.y.to(device))
             for part, split in self.splits.items()
         }
         return replace(self, splits=moved, batches_on=None)
@@ -302,7 +333,7 @@ class Dataset:
             starts = range(0, len(self.splits[part]), 1024)  # a part at a time, as float32 is 4 times the memory
             return torch.cat([drawn.batch(part, slice(i, i + 1024), generator).x.to(torch.uint8) for i in starts])
 
-        splits = {part: Split(draw(part), split.y) for part, split in self.splits.items()}
+        splits = {part: replace(split, x=draw(part)) for part, split in self.splits.items()}
         return replace(self, binarize="static", levels=2, splits=splits)
 
     def with_validation(self, share: float = 0.1) -> "Dataset":
@@ -324,7 +355,7 @@ class Dataset:
             )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).to(train.x.device)
         rows = {"train": order[held:].sort().values, "validation": order[:held].sort().values}
-        made = {part: Split(train.x[i], None if train.y is None else train.y[i]) for part, i in rows.items()}
+        made = {part: train.some(i) for part, i in rows.items()}
         return replace(self, splits={**self.splits, **made}, options={**self.options, "validation": f"{share:g}"})
 
     def conditioned(self, columns: Sequence[str]) -> "Dataset":
@@ -368,7 +399,7 @@ class Dataset:
             if not context.real:  # categories one-hot
                 y = {part: Columns(context.specs()).encode(each) for part, each in y.items()}
                 schemas["condition_schema"] = context
-        splits = {part: Split(split.x[:, rest], y[part]) for part, split in self.splits.items()}
+        splits = {part: replace(split, x=split.x[:, rest], y=y[part]) for part, split in self.splits.items()}
         return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None, **schemas)
 
     def fingerprint(self, split: str | None = None) -> str:

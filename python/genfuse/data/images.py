@@ -88,6 +88,43 @@ def glyphs(source: Source) -> Dataset:
     return Dataset(source.name, splits, levels=256)
 
 
+# Of `sprites`: pixels a side, and how many values scale, orientation, and each of x and y have.
+SPRITES = {None: (32, 4, 10, 16), "tiny": (16, 4, 10, 8), "full": (64, 6, 40, 32)}
+
+
+def sprites(source: Source) -> Dataset:
+    """White squares, ellipses and hearts on black, one for each combination of shape, scale, orientation, x and y.
+
+    30,720 images (1, 32, 32) of 4 scales, 10 orientations and 16 x 16 places; "sprites:tiny" has 7,680 of (1, 16, 16),
+    with 8 x 8 places, "sprites:full" dSprites' own layout (Matthey et al., 2017), 737,280 of (1, 64, 64): 3 GB.
+    Scales are 0.5..1, orientations 0..2 pi, of which the first and the last one are alike, places a pixel apart.
+    """
+    if source.argument not in SPRITES:
+        raise DataError(f"data set {source.name!r}: write sprites, sprites:tiny or sprites:full")
+    side, scales, orientations, places = SPRITES[source.argument]
+    spans = {"scale": (0.5, 1, scales), "orientation": (0, 2 * np.pi, orientations), "x": (0, 1, places)}
+    factors: dict[str, Any] = {name: np.linspace(*span) for name, span in spans.items()}
+    factors = {"shape": np.arange(3), **factors, "y": factors["x"]}
+    # One canvas for each sprite, of which images are windows: the lower its row and column, the further the sprite.
+    reach = side // 4
+    across = (np.arange(side + places - 1) - (reach + places - 1)) / reach
+    scale, turn = factors["scale"][:, None, None, None], factors["orientation"][:, None, None]
+    u = (across * np.cos(turn) + across[:, None] * np.sin(turn)) / scale
+    v = (across[:, None] * np.cos(turn) - across * np.sin(turn)) / scale
+    square = np.maximum(abs(u), abs(v)) <= 0.68
+    ellipse = u**2 + 4 * v**2 <= 0.94
+    heart = (1.6 * (u**2 + (v - 0.06) ** 2) - 1) ** 3 + (1.6 * u**2) * (1.265 * (v - 0.06)) ** 3 <= 0
+    canvas = np.stack([square, ellipse, heart]).astype(np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(canvas, (side, side), axis=(-2, -1))[..., ::-1, ::-1, :, :]
+    sizes = [len(values) for values in factors.values()]
+    splits = {}
+    for part, rows in source.hold_out(math.prod(sizes)).items():
+        shape, scale, turn, x, y = where = np.unravel_index(rows.numpy(), sizes)
+        images = torch.from_numpy(windows[shape, scale, turn, y, x])[:, None]
+        splits[part] = Split(images, factors=torch.from_numpy(np.stack(where, 1)))
+    return Dataset(source.name, splits, levels=2, factors={k: tuple(map(float, v)) for k, v in factors.items()})
+
+
 def mnist(source: Source) -> Dataset:
     """MNIST (LeCun et al., 1998), four IDX files: 60,000 + 10,000 images (1, 28, 28) of 256 levels, labels 0..9."""
     return _idx_dataset(source, "mnist")

@@ -1,5 +1,12 @@
 """What is measured of a model."""
 
+from genfuse.metrics._codes import Codes as Codes
+from genfuse.metrics._codes import beta_vae_score as beta_vae_score
+from genfuse.metrics._codes import dci as dci
+from genfuse.metrics._codes import evaluate_codes as evaluate_codes
+from genfuse.metrics._codes import factor_vae_score as factor_vae_score
+from genfuse.metrics._codes import kl_parts as kl_parts
+from genfuse.metrics._codes import mig as mig
 from genfuse.metrics._distances import Moments as Moments
 from genfuse.metrics._distances import TooFewSamplesError as TooFewSamplesError
 from genfuse.metrics._distances import frechet_distance as frechet_distance
@@ -18,3 +25,4 @@ from genfuse.metrics._neighbours import nearest as nearest
 from genfuse.metrics._neighbours import prdc as prdc
 from genfuse.metrics._samples import evaluate_samples as evaluate_samples
 from genfuse.metrics.scores import Samples as Samples
+from genfuse.metrics.scores import select as select

@@ -63,7 +63,10 @@ def evaluate_samples(
     count = min(most, MOST) if n is None else n
     if not 1 <= count <= most:
         raise SettingsError(f"n must be in 1..{most}, the examples of the smaller of train and test split; got {n}")
-    chosen = select(metrics)
+    if not (chosen := select(metrics)) and metrics:
+        raise SettingsError(
+            f"{', '.join(metrics)} measure codes, not samples: genfuse.metrics.evaluate_codes does that"
+        )
     others = [metric for metric in chosen if metric.distribution != plugins.OURS]
     whole = bool(others or data.mixture or data.scaling or data.channels)
     extract = extractor(features, data, device=model.device, inception_weights=inception_weights)

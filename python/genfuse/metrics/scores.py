@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genfuse import plugins
 from genfuse.data import Dataset
-from genfuse.errors import PluginError, SettingsError
+from genfuse.errors import DataError, PluginError, SettingsError
 from genfuse.metrics import _distances
 from genfuse.metrics._distances import TooFewSamplesError
 from genfuse.metrics._features import classify
@@ -62,32 +62,7 @@ def modes(samples: Samples) -> dict[str, float]:
     return {} if mixture is None else mode_coverage(samples.x, mixture)._asdict()
 
 
-def stacked_modes(samples: Samples) -> dict[str, float]:
-    """Of stacked images: combinations of classes among samples, and the KL divergence from the data's, in nats.
-
-    By the classifier of a channel (arXiv 1612.02136, section 3.3.1). The data's probabilities are the products of those
-    of the classes; the divergence is KL(samples || data), about modes / (2 N) for N samples of a perfect model.
-    """
-    single = samples.data.channels
-    if single is None:
-        return {}
-    labels, y = classify(samples.x, samples.data), single.splits["train"].y
-    assert y is not None
-    share = torch.bincount(y, minlength=single.classes or 0).double().cpu() / len(y)
-    channels, modes = labels.shape[1], share.numel() ** labels.shape[1]
-    _distances.require("the modes of stacked images", len(labels), modes, "samples", ", one a mode")
-    of_data = torch.cartesian_prod(*[share] * channels).prod(1)
-    place = share.numel() ** torch.arange(channels).flip(0)
-    drawn = torch.bincount((labels.cpu() * place).sum(1), minlength=modes).double() / len(labels)
-    kl = torch.special.xlogy(drawn, drawn / of_data).sum().item()
-    return {"stacked_modes": int((drawn > 0).sum()), "stacked_kl": kl}
-
-
-def select(names: Sequence[str] | None) -> list[plugins.Plugin]:
-    """The metrics that a user means by these names; all that are installed, ours first, if there are none."""
-    if names is not None:
-        return [plugins.find("metrics", name) for name in names]
-    return sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)
+from genfuse.errors import DataError, PluginError, SettingsError
 
 
 class Scores(NamedTuple):
@@ -98,7 +73,7 @@ class Scores(NamedTuple):
     failed: dict[str, Exception]  # by the names of the metrics that made none
 
 
-def compute(metrics: Sequence[plugins.Plugin], samples: Samples) -> Scores:
+def compute(metrics: Sequence[plugins.Plugin], samples: Any) -> Scores:
     """What metrics make of ``samples``. Whatever one of another package does, the others are measured."""
     values: dict[str, float] = {}
     made_by: dict[str, plugins.Plugin] = {}
@@ -109,7 +84,7 @@ def compute(metrics: Sequence[plugins.Plugin], samples: Samples) -> Scores:
             scores = metric.load()(samples)
             if metric.distribution != plugins.OURS:
                 _check(scores, values)
-        except (TooFewSamplesError, SettingsError, PluginError) as error:
+        except (TooFewSamplesError, SettingsError, DataError, PluginError) as error:
             failed[name] = error
         except Exception as error:
             if metric.distribution == plugins.OURS:

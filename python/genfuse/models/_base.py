@@ -584,6 +584,7 @@ FACTS = (
     "seen_labels",
     "condition",
     "columns",
+    "examples",
 )  # settings that the data decides, where a model has them
 
 

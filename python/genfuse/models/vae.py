@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
 from genfuse.nn import (
     AutoregressiveAffine,
     Columns,
@@ -28,6 +29,7 @@ from genfuse.nn import (
     WithContext,
     conv_encoder,
     mlp,
+    mlp_critic,
     slerp,
 )
 from genfuse.nn.likelihoods import (
@@ -45,7 +47,9 @@ Network = Literal["mlp", "conv"]
 Decoder = Literal["auto", "bernoulli", "gaussian", "categorical", "discretized-logistic"]
 Variance = Literal["fixed", "shared", "per-cell"]
 Posterior = Literal["gaussian", "planar", "radial", "iaf"]
+Objective = Literal["elbo", "tc", "factor"]
 COLLAPSED = 0.1  # nats of KL per example, all dimensions together
+GAMMA = 10.0  # the default
 DISCRETE = {Bernoulli: "bernoulli", Categorical: "categorical", DiscretizedLogistic: "discretized-logistic"}
 
 
@@ -59,7 +63,19 @@ def check_at_least(of: Any, **least_of: float) -> None:
 def check_bound(of: Any, flow: bool, prior: bool = False) -> None:
     """Raise SettingsError unless the bound that ``of``, a VAE or its settings, is trained on can be had, with ``flow``
     of a posterior that is a flow, and with ``prior`` of one that is not N(0, I)."""
-    check_at_least(of, latent_dim=1, iwae_samples=1, beta_warmup=0, beta=0, free_bits=0)
+    check_at_least(of, latent_dim=1, iwae_samples=1, beta_warmup=0, beta=0, free_bits=0, gamma=0)
+    if of.objective not in get_args(Objective):
+        raise SettingsError(f"objective must be one of {', '.join(get_args(Objective))}, got {of.objective!r}")
+    if of.objective != "elbo" and (of.iwae_samples > 1 or of.free_bits > 0):
+        raise SettingsError(f"objective {of.objective!r} weighs parts of the KL of one draw: leave iwae_samples at 1 "
+                            f"and free_bits at 0, got {of.iwae_samples} and {of.free_bits}")  # fmt: skip
+    mine, other = ("gamma", "beta") if of.objective == "factor" else ("beta", "gamma")
+    if getattr(of, other) != {"beta": 1.0, "gamma": GAMMA}[other]:
+        raise SettingsError(f"objective {of.objective!r} has {mine} in place of {other}: leave {other} out, got "
+                            f"{getattr(of, other)}")  # fmt: skip
+    if of.objective == "tc" and flow:
+        raise SettingsError("objective 'tc' needs q(z | x) of each draw and each other example, which a flow has at a "
+                            "high cost: use posterior 'gaussian', or objective 'factor'")  # fmt: skip
     if (flow or prior) and of.free_bits > 0:
         raise SettingsError(
             "free_bits act on the KL of each latent dimension, which a flow as the posterior, or a prior other than "
@@ -83,14 +99,18 @@ class VAEConfig(ModelConfig):
     decoder: Decoder = "auto"  # p(x | z) of a cell; auto: gaussian for real-valued data, else bernoulli
     sigma: float = 1.0  # gaussian: standard deviation; where it is learned, its start
     variance: Variance = "shared"  # gaussian: sigma^2, one learned number, or an output
-    beta: float = 1.0  # weight of the KL
-    beta_warmup: int = 0  # steps over which the weight of the KL grows from 0 to beta
+    objective: Objective = "elbo"  # elbo: of beta-VAE; tc: of beta-TCVAE; factor: of FactorVAE
+    beta: float = 1.0  # weight of the KL; tc: of the total correlation alone
+    gamma: float = GAMMA  # factor: weight of the total correlation, beside the KL
+    discriminator: tuple[int, ...] = (256, 256, 256)  # factor: widths of the network that estimates it
+    beta_warmup: int = 0  # steps over which the weights of the KL and the total correlation grow from 0
     free_bits: float = 0.0  # nats of KL per latent dimension, in the mean over a batch, that cost nothing to use
     iwae_samples: int = 1  # more than 1: train the importance-weighted bound with this many samples
     posterior: Posterior = "gaussian"  # q(z | x): diagonal, or what a flow of this kind makes of a diagonal one
     posterior_layers: int = 4  # of that flow
     posterior_hidden: tuple[int, ...] = (64, 64)  # iaf: widths of each layer's network
     posterior_context: int = 32  # features of x that the encoder hands to that flow
+    examples: int | None = None  # of the training split: for tc; taken from the data
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +120,7 @@ class VAEConfig(ModelConfig):
         check_at_least(self, posterior_layers=1, posterior_context=1)
         self.check_choices(network=Network, decoder=Decoder, variance=Variance, posterior=Posterior)
         self.check_positive("sigma")
-        for name in ("hidden", "channels", "posterior_hidden"):
+        for name in ("hidden", "channels", "posterior_hidden", "discriminator"):
             if any(size < 1 for size in getattr(self, name)):
                 raise SettingsError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
         if self.columns is not None and self.network == "conv":
@@ -219,8 +239,12 @@ class VAE(GenerativeModel):
         embedding: makes the context (N, C) of y; its parameters are trained.
         shape: of one example, if it is to be checked; with (C, H, W) samples are means, as pictures of VAEs show them.
         levels: of discrete data, whose examples are then in [0, 1]; None for real-valued data.
-        beta: weight of the KL.
-        beta_warmup: updates over which that weight grows from 0 to ``beta``.
+        objective: ``elbo``, ``tc`` or ``factor``; see `loss`.
+        beta: weight of the KL, or with ``tc`` of the total correlation alone.
+        gamma: with ``factor``: weight of the total correlation beside the KL.
+        discriminator: with ``factor``: z (N, D) -> a number for each, (N, 1) or (N,): the logit that it is of q(z).
+        examples: with ``tc``: how many the training split has.
+        beta_warmup: updates over which these weights grow from 0.
         free_bits: nats of KL per latent dimension, in the mean over a batch, that cost nothing to use.
         iwae_samples: more than 1: train the importance-weighted bound with this many samples.
         config: the settings that it was made of, if it was.
@@ -244,7 +268,11 @@ class VAE(GenerativeModel):
         embedding: nn.Module | None = None,
         shape: tuple[int, ...] | None = None,
         levels: int | None = None,
+        objective: Objective = "elbo",
         beta: float = 1.0,
+        gamma: float = GAMMA,
+        discriminator: nn.Module | None = None,
+        examples: int | None = None,
         beta_warmup: int = 0,
         free_bits: float = 0.0,
         iwae_samples: int = 1,
@@ -255,12 +283,17 @@ class VAE(GenerativeModel):
             self.levels = None  # it takes cells of any range; those of images are held to theirs
         self.latent_dim, self.iwae_samples = latent_dim, iwae_samples
         self.beta, self.beta_warmup, self.free_bits = beta, beta_warmup, free_bits
+        self.objective, self.gamma, self.examples = objective, gamma, examples
         check_bound(self, posterior_flow is not None, prior is not None)
         # In this order, by which the state of an optimizer names them.
         self.likelihood = likelihood
         self.posterior_flow = posterior_flow
         self.encoder, self.decoder = encoder, decoder
         self.prior = prior
+        self.discriminator = discriminator
+        if (objective == "factor") != (discriminator is not None) or (objective == "tc" and not examples):
+            needs = "a discriminator for 'factor', and no other; for 'tc' examples, the size of the training split"
+            raise SettingsError(f"objective {objective!r} needs {needs}: genfuse.create('vae', data) gives both")
         self._prior_sees_context = isinstance(prior, nn.Module) and _demands_context(prior)
         if isinstance(prior, Distribution):
             self._checked_prior(prior)
@@ -271,10 +304,18 @@ class VAE(GenerativeModel):
         likelihood, flow = _likelihood(config), _flow(config)
         outputs = 2 * config.latent_dim + (0 if flow is None else config.posterior_context)
         encoder, decoder = _networks(config, outputs, getattr(likelihood, "parameters_per_cell", 1))
-        bound = {name: getattr(config, name) for name in ("beta", "beta_warmup", "free_bits", "iwae_samples")}
-        return cls(
-            encoder, decoder, likelihood, latent_dim=config.latent_dim, posterior_flow=flow, config=config, **bound
-        )
+        names = ("latent_dim", "objective", "beta", "gamma", "examples", "beta_warmup", "free_bits", "iwae_samples")
+        given: dict[str, Any] = {name: getattr(config, name) for name in names}
+        if config.objective == "factor":
+            given["discriminator"] = mlp_critic(config.latent_dim, config.discriminator)
+        return cls(encoder, decoder, likelihood, posterior_flow=flow, config=config, **given)
+
+    def players(self) -> list[Player]:
+        if self.discriminator is None:
+            return super().players()
+        own = [weight for name, weight in self.named_parameters() if not name.startswith("discriminator.")]
+        critic = Player("discriminator", self.discriminator.parameters(), adam(1e-4, (0.5, 0.9)))  # arXiv 1802.05983
+        return [Player("model", own, adam()), critic]
 
     def check_data(self, data: Dataset) -> None:
         super().check_data(data)
@@ -309,15 +350,18 @@ class VAE(GenerativeModel):
         return () if grey else ("elbo",)
 
     def after_step(self, player: str) -> None:
-        self.updates.add_(1)
+        if player == "model":
+            self.updates.add_(1)
         super().after_step(player)
 
     def kl_weight(self) -> Tensor | float:
-        """The present weight of the KL: it grows linearly from 0 to ``beta`` over ``beta_warmup`` updates."""
+        """The present weight of the KL: it grows linearly from 0 to ``beta`` over ``beta_warmup`` updates; to 1 of the
+        objectives that weigh the total correlation."""
+        beta = self.beta if self.objective == "elbo" else 1.0
         if self.beta_warmup == 0:
-            return self.beta
+            return beta
         self.settle(always=True)
-        return self.beta * (self.updates / self.beta_warmup).clamp(max=1)
+        return beta * (self.updates / self.beta_warmup).clamp(max=1)
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-E_q[log p(x | z)] + beta KL(q(z | x) || p(z)), with one draw of z per example; the terms are unweighted.
@@ -326,10 +370,23 @@ class VAE(GenerativeModel):
         1606.04934, appendix C.8, with each latent dimension a group of its own. With ``iwae_samples`` above 1 the total
         is the negative importance-weighted bound, arXiv 1509.00519, equation 8.
 
+        Objective ``tc`` is beta-TCVAE, arXiv 1802.04942, equation 4 with alpha = gamma = 1: KL + (beta - 1) TC in place
+        of beta KL, with the total correlation TC of `decomposed`; the terms ``mutual_information``,
+        ``total_correlation`` and ``dimension_kl`` add up to the KL. Objective ``factor`` is FactorVAE, arXiv
+        1802.05983, equation 2: KL + gamma TC, where TC = E[log D(z) - log(1 - D(z))] by a second player, the
+        ``discriminator``, that tells codes z of a batch from those with each dimension permuted across the batch.
+
         Raises DataError if x is not (N, *shape), or y not as `context_of` takes it.
         """
         self.settle()
         x, context = batch.x, self.context_of(self.y_of(batch), len(batch.x))
+        if player == "discriminator" and self.discriminator is not None:
+            with torch.no_grad():
+                z, _ = self._draw(*self._encoded(x, context), context)
+                permuted = z.gather(0, torch.rand_like(z).argsort(0))
+            real, fake = self.discriminator(torch.cat([z, permuted])).chunk(2)
+            accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+            return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean()), {"accuracy": accuracy}
         mu, logvar, features = self._encoded(x, context)
         if self.iwae_samples > 1:
             z0, _ = reparameterize_kl(mu, logvar, samples=self.iwae_samples)  # (K, N, D)
@@ -342,7 +399,16 @@ class VAE(GenerativeModel):
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
         if self.free_bits > 0:
             kl = kl_per_dimension(mu, logvar).mean(0).clamp(min=self.free_bits).sum()
-        return reconstruction + self.kl_weight() * kl, terms
+        if self.objective == "tc":
+            assert self.examples is not None  # __init__ saw to it
+            information, tc = decomposed(z, mu, logvar, self.examples)
+            kl = kl + (self.beta - 1) * tc
+            terms |= {"mutual_information": information, "total_correlation": tc}
+            terms["dimension_kl"] = terms["kl"] - information - tc
+        if self.discriminator is not None:
+            terms["total_correlation"] = self.discriminator(z).mean()
+            kl = kl + self.gamma * terms["total_correlation"]
+        return reconstruction + self.kl_weight() * kl, {name: term.detach() for name, term in terms.items()}
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x), of batch shape (N,) and event shape (D,): an `Independent` `Normal`, or a `FlowPosterior`.
@@ -594,6 +660,24 @@ class VAE(GenerativeModel):
         """How many latents to decode at a time if memory is to be bounded."""
         cells = math.prod(shape or (1024,)) * getattr(self.likelihood, "parameters_per_cell", 1)
         return max(1, 2**21 // cells)
+
+
+def decomposed(z: Tensor, mu: Tensor, logvar: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """Two parts of the mean KL(q(z | x) || p(z)), scalars in nats: the mutual information E[log q(z | x) / q(z)] of
+    codes and examples, and the total correlation E[log q(z) / prod_d q(z_d)] (arXiv 1802.04942, equation 2).
+
+    ``z`` (N, D) are draws of q(z | x) = N(mu, exp(logvar)) for a batch out of ``examples`` in all. q(z), the mean over
+    all of them, is estimated by minibatch stratified sampling (appendix C.2): the example that z is of counts 1 /
+    examples, and the others of the batch share the rest alike. So q(z) has no bias; log q(z) keeps some.
+    """
+    n = len(z)
+    examples = max(examples, n)
+    pairs = -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar)  # (N, N, D): of z_i given x_j
+    of_own, of_others = (-math.log(examples), math.log((examples - 1) / examples / (n - 1))) if n > 1 else (0.0, 0.0)
+    weights = z.new_full((n, n), of_others).fill_diagonal_(of_own)[..., None]
+    joint = (pairs.sum(-1, keepdim=True) + weights).logsumexp(1)[:, 0]
+    information = pairs.diagonal().sum(0) - joint
+    return information.mean(), (joint - (pairs + weights).logsumexp(1).sum(-1)).mean()
 
 
 def _gaussian(mu: Tensor, logvar: Tensor) -> Independent:

@@ -83,6 +83,14 @@ def _argument(case: DataCase) -> None:
     raise BrokenError(f"{case.name}:{odd!s} was loaded: call source.no_argument() where there is nothing to give")
 
 
+@clause(DATASET, "factors", "factors, if there are any, vary among the training examples")
+def _factors(case: DataCase) -> None:
+    data = case.load()
+    seen = data.splits["train"].factors
+    if still := [name for i, name in enumerate(data.factors or ()) if len(seen[:, i].unique()) < 2]:  # type: ignore[index]
+        raise BrokenError(f"{', '.join(still)} has one value in all training examples, so that no code can tell of it")
+
+
 @clause(DATASET, "trains", "a model trains on it: two steps of a VAE have finite losses")
 def _trains(case: DataCase) -> None:
     data = case.load()

@@ -30,10 +30,7 @@ DRAWN = 2000  # samples for that
 
 
 def shortened(data: Dataset) -> Dataset:
-    def few(split: Split, n: int) -> Split:
-        return Split(split.x[:n], None if split.y is None else split.y[:n])
-
-    splits = {part: few(split, 64 if part == "train" else 32) for part, split in data.splits.items()}
+    splits = {part: split.some(slice(64 if part == "train" else 32)) for part, split in data.splits.items()}
     return dataclasses.replace(data, splits=splits)
 
 

@@ -41,7 +41,7 @@ def draw(
     """Draw all that ``model`` and ``data`` allow into ``folder``; returns the paths. Both must be on one device.
 
     Images: samples.png, reconstructions.png with ``reconstruct``, interpolation.png with ``latents``, denoising.png of
-    diffusion, and of VAEs traversal.png, along latent dimensions, and manifold.png if there are two. Tables:
+    diffusion, and of VAEs traversal.png and .gif, along latent dimensions, and manifold.png if there are two. Tables:
     samples.png, two columns as points beside the data's, more as histograms over them. Two columns: density.png with
     ``log_prob`` and flow.png with ``trajectory``. latent.png with ``encode``, curves.png if there are ``metrics``,
     and progress.png of images and of two columns where ``progress`` has samples (N, *shape) of several steps. A
@@ -123,6 +123,8 @@ def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[st
     z[rows, :, chosen] = middle[chosen, None] + spread[chosen, None] * steps
     images = model.decode(z.flatten(0, 1), **_given(None if labels is None else labels[:1].expand(z[..., 0].numel())))
     plots.rows(images.split(STEPS), [f"z{i + 1}" for i in chosen.tolist()], at("traversal.png"))
+    frames = images.unflatten(0, (-1, STEPS)).transpose(0, 1)  # there and back
+    plots.animation([*frames, *frames[1:-1].flip(0)], at("traversal.gif"), len(chosen))
     if len(middle) == 2:
         across, up = (points[:, i].quantile(torch.linspace(0.01, 0.99, PLANE).to(points)) for i in range(2))
         z = torch.cartesian_prod(up.flip(0), across).flip(1)
