@@ -62,7 +62,41 @@ def modes(samples: Samples) -> dict[str, float]:
     return {} if mixture is None else mode_coverage(samples.x, mixture)._asdict()
 
 
-from genfuse.errors import DataError, PluginError, SettingsError
+def stacked_modes(samples: Samples) -> dict[str, float]:
+    """Of stacked images: combinations of classes among samples, and the KL divergence from the data's, in nats.
+
+    By the classifier of a channel (arXiv 1612.02136, section 3.3.1). The data's probabilities are the products of those
+    of the classes; the divergence is KL(samples || data), about modes / (2 N) for N samples of a perfect model.
+    """
+    single = samples.data.channels
+    if single is None:
+        return {}
+    labels, y = classify(samples.x, samples.data), single.splits["train"].y
+    assert y is not None
+    share = torch.bincount(y, minlength=single.classes or 0).double().cpu() / len(y)
+    channels, modes = labels.shape[1], share.numel() ** labels.shape[1]
+    _distances.require("the modes of stacked images", len(labels), modes, "samples", ", one a mode")
+    of_data = torch.cartesian_prod(*[share] * channels).prod(1)
+    place = share.numel() ** torch.arange(channels).flip(0)
+    drawn = torch.bincount((labels.cpu() * place).sum(1), minlength=modes).double() / len(labels)
+    kl = torch.special.xlogy(drawn, drawn / of_data).sum().item()
+    return {"stacked_modes": int((drawn > 0).sum()), "stacked_kl": kl}
+
+
+def select(names: Sequence[str] | None, of: str = "samples") -> list[plugins.Plugin]:
+    """The metrics ``of`` samples, or codes, that a user means by these names; all that are installed, ours first, if
+    there are none."""
+    ours_first = sorted(plugins.discover("metrics"), key=lambda plugin: plugin.distribution != plugins.OURS)
+    found = ours_first if names is None else [plugins.find("metrics", name) for name in names]
+    return [metric for metric in found if _measures(metric) == of]
+
+
+def _measures(metric: plugins.Plugin) -> str:
+    """Codes or samples. A metric that cannot be imported is told of among those of samples."""
+    try:
+        return getattr(metric.load(), "measures", "samples")
+    except PluginError:
+        return "samples"
 
 
 class Scores(NamedTuple):
