@@ -329,3 +329,21 @@ def test_what_is_drawn_follows_from_verbs_and_data_and_is_the_same_each_time(nam
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     gallery.draw(tmp_path / "c", model, data, [])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gif_repeats_frames_that_are_grids_of_images(tmp_path):
+    frames = torch.arange(4).view(4, 1, 1, 1, 1).expand(4, 3, 1, 8, 8) / 4
+    plots.animation(list(frames), tmp_path / "moving.gif", columns=3)
+    with Image.open(tmp_path / "moving.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (4, 0, 150)
+        for i in range(4):
+            gif.seek(i)
+            assert gif.convert("L").getpixel((100, 30)) == pytest.approx(64 * i, abs=2)
+
+
+def test_a_heat_map_is_the_darker_the_larger_the_share(tmp_path):
+    plots.heat_map(np.array([[0.0, 1.0]]), ["shape"], ["z1", "z2"], tmp_path / "map.png")
+    picture = opened(tmp_path / "map.png")[..., :3].sum(-1)
+    height, width = picture.shape
+    left, right = (picture[int(height * 0.35), int(width * x)] for x in (0.45, 0.75))
+    assert right < left - 200

@@ -278,6 +278,14 @@ def mine(source):
     data = rows(source)
     return Dataset(source.name, {"train": data.splits["train"], "test": data.splits["train"]})
 """,
+    "factors, if there are any, vary.*height has one value": """
+def mine(source):
+    source.no_argument()
+    import dataclasses
+    splits = {part: dataclasses.replace(split, factors=torch.zeros(len(split), 1, dtype=torch.int64))
+              for part, split in rows(source).splits.items()}
+    return Dataset(source.name, splits, factors={"height": (0.0, 1.0)})
+""",
     "an argument that it does not understand": """
 def mine(source):
     import dataclasses

@@ -101,6 +101,7 @@ class Codes:
             for k, (of, v) in enumerate(zip(alike, numbers, strict=True)):
                 same = (share @ of).gather(1, v[rows, None])[:, 0] / of.sum(0)[v[rows]]
                 information[i, k] = (same.clamp(min=1e-300).log() - total).mean()
+        information = information.clip(0)  # which it is, but for the noise of the draws
         given, log_q_z = float(joint[range(len(rows)), rows].mean()), float(joint.logsumexp(1).mean()) - math.log(n)
         prior = -0.5 * float(z.square().sum(1).mean())
         names = "mutual_information", "total_correlation", "dimension_kl"
@@ -139,14 +140,10 @@ def dci(codes: Codes) -> dict[str, float]:
 
     rows = np.random.default_rng(codes.seed).permutation(len(codes.mean))[: EXAMPLES // 2]
     test, train = np.split(rows, [max(1, len(rows) // 5)])
-    leaf = max(1, len(train) // 100)
-    importance, right = [], []
-    for values in codes.factors.T:
-        forest = RandomForestClassifier(20, max_features=None, min_samples_leaf=leaf, random_state=codes.seed)
-        forest.fit(codes.mean[train], values[train])
-        importance.append(forest.feature_importances_)
-        right.append(forest.score(codes.mean[test], values[test]))
-    table = np.stack(importance, 1)
+    options = {"max_features": None, "min_samples_leaf": max(1, len(train) // 100), "random_state": codes.seed}
+    forests = [RandomForestClassifier(20, **options).fit(codes.mean[train], v[train]) for v in codes.factors.T]
+    right = [forest.score(codes.mean[test], v[test]) for forest, v in zip(forests, codes.factors.T, strict=True)]
+    table = np.stack([forest.feature_importances_ for forest in forests], 1)
     return {
         "dci_disentanglement": float(np.average(_purity(table), weights=table.sum(1) + 1e-300)),
         "dci_completeness": float(_purity(table.T).mean()),
