@@ -218,17 +218,19 @@ class AdversarialModel(GenerativeModel):
         z = torch.randn(n, self.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
             fake = self._generate(self.generator, z, context)
-            error = None if self.adversarial_weight is None else (fake - x).square().mean()
-            if error is not None and not self.adversarial_weight:
-                return error, {"squared_error": error.detach()}
+            weight, error = self.adversarial_weight, torch.zeros(())
+            if weight is not None:
+                error = (fake - x).square().mean()
+                if weight == 0:
+                    return error, {"squared_error": error.detach()}
             out = self._criticise(fake, seen)
             if self.objective.relativistic:
                 with torch.no_grad():
                     real_out = self._criticise(x, seen)
                 out = out - real_out
             loss = self.objective.generator(out).mean()
-            if error is not None:
-                return error + self.adversarial_weight * loss, {"squared_error": error.detach()}
+            if weight is not None:
+                return error + weight * loss, {"squared_error": error.detach()}
             return loss, {"diversity": diversity(fake.detach(), x)} if n > 1 else {}
         with torch.no_grad():
             fake = self._generate(self.generator, z, context).to(x.dtype)
