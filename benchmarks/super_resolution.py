@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import genfuse
+from genfuse import plots
+from genfuse.data import resized
 from genfuse.metrics import classifier_path, restoration, train_features
 from genfuse.training import Run
-from genfuse.training.gallery import restorations
 
 TASK = "super-resolution:4"
 # By data set and name: the model, what its training begins with, its settings, and the training's.
@@ -23,11 +24,11 @@ RUNS: dict[str, dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
     "mnist": {
         "mse": ("wgan-gp", "", {"adversarial_weight": 0.0, "channels": (32,)}, {"steps": 2500, "lr": 1e-3}),
         "gan": ("wgan-gp", "mse", {"channels": (32,), "n_critic": 1}, {"steps": 1600, "lr": 3e-4}),
-        "edm": ("edm", "", {}, {"steps": 600, "lr": 2e-3}),
+        "edm": ("edm", "", {}, {"steps": 400, "lr": 2e-3}),
     },
     "photos": {
         "mse": ("wgan-gp", "", {"adversarial_weight": 0.0, "channels": (24,)}, {"steps": 700, "lr": 1e-3}),
-        "gan": ("wgan-gp", "mse", {"channels": (24,), "n_critic": 1}, {"steps": 800, "lr": 3e-4}),
+        "gan": ("wgan-gp", "mse", {"channels": (24,), "n_critic": 1}, {"steps": 400, "lr": 3e-4}),
         "edm": ("edm", "", {"channels": (24, 32, 48)}, {"steps": 400, "lr": 2e-3, "batch_size": 16}),
     },
 }
@@ -69,15 +70,19 @@ def run(args: Namespace) -> None:
         if not args.quick and not classifier_path(data.before).is_file():
             print(f"classifier: held-out accuracy {train_features(data.before, steps=500)[1]:.1%}", flush=True)
         rows: dict[str, dict[str, float]] = {}
+        x, y = data.batch("test", torch.arange(8) * (len(data.splits["test"]) // 8))
+        assert y is not None
+        size = (x.shape[2], x.shape[3])
+        shown = {"given": resized(y, size, "nearest"), "bicubic": resized(y, size, "bicubic")}
         count = min(16 if args.quick else args.n, len(data.splits["test"]))
         for which in args.model:
             model = train(data, which, args.runs, args.quick).model()
             found = restoration(model, data, n=count)
             for method, values in found["methods"].items():
                 rows[method.replace("model", NAMES[which])] = values
-            x, y = data.batch("test", torch.arange(8) * (len(data.splits["test"]) // 8))
-            made = model.sample(8, y=y, generator=torch.Generator().manual_seed(0))  # type: ignore[call-arg]
-            restorations(y, made, x, args.out / f"super-resolution-{name}-{which}.png")
+            shown[which] = model.sample(8, y=y, generator=torch.Generator().manual_seed(0))  # type: ignore[call-arg]
+        shown["truth"] = x
+        plots.rows(shown.values(), list(shown), args.out / f"super-resolution-{name}.png")
         print(f"\n{name}: {count} test images, {TASK}; {found['about']}\n")
         names = list(next(iter(rows.values())))
         print(f"| | {' | '.join(name.replace('_', ' ') for name in names)} |\n|---|{'---|' * len(names)}")

@@ -258,24 +258,23 @@ def clips(source: Source) -> Dataset:
     """
     frames, side, count = _whole_numbers(source, (8, 32, 1), (2, 16, 1), (32, 64, 9))
     plain = replace(source, argument=None)
-    there = source.root is not None and any(source.root.glob("**/train-images*"))
-    base, size = mnist(plain) if there else glyphs(plain), 28 if side >= 56 else 14
+    there = [file for of in ("", "mnist/") if source.root for file in source.root.glob(f"{of}train-images*")]
+    base = mnist(plain) if there else glyphs(plain)
+    halves = 1 if side >= 2 * base.shape[1] else 2
+    size = base.shape[1] // halves
     splits = {}
     for part, n in (("train", 4000), ("test", 500)):
         generator = torch.Generator().manual_seed(2 * source.seed + (part == "test"))
         room = side - size
         at = torch.rand(n, count, 2, generator=generator) * room
         angle = torch.rand(n, count, generator=generator) * 2 * math.pi
-        speed = (
-            side
-            * (0.05 + 0.05 * torch.rand(n, count, 1, generator=generator))
-            * torch.stack([angle.cos(), angle.sin()], 2)
-        )
+        speed = side * (0.05 + 0.05 * torch.rand(n, count, 1, generator=generator))
+        speed = speed * torch.stack([angle.cos(), angle.sin()], 2)
         way = at[:, None] + torch.arange(frames).view(1, -1, 1, 1) * speed[:, None]  # (n, T, count, 2)
         corner = (room - (way.remainder(2 * room) - room).abs()).round().long()
         x = torch.zeros(n, frames, 1, side, side, dtype=torch.uint8)
         digit = base.splits[part].x[torch.randint(len(base.splits[part]), (n * count,), generator=generator)].float()
-        digit = F.avg_pool2d(digit, 28 // size).round().byte().view(n, count, size, size)
+        digit = F.avg_pool2d(digit, halves).round().byte().view(n, count, size, size)
         window = torch.arange(size)
         i, t = torch.arange(n).view(-1, 1, 1, 1), torch.arange(frames).view(1, -1, 1, 1)
         for k in range(count):
