@@ -6,11 +6,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _part, _peers, _record, _report, anomaly, disentanglement, examples, flows, gans, ops, quality
+from benchmarks import (
+    _part, _peers, _record, _report, anomaly, disentanglement, examples, flows, gans, ops, quality, super_resolution,
+)  # fmt: skip
 from benchmarks.operators import OPERATORS
 
 # Commands that print tables and draw pictures for docs/: each has its own `arguments(parser)` and `run(args)`.
-APPLICATIONS = {"anomaly": anomaly, "disentanglement": disentanglement, "quality": quality}
+APPLICATIONS = {
+    "anomaly": anomaly,
+    "disentanglement": disentanglement,
+    "quality": quality,
+    "super-resolution": super_resolution,
+}
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genfuse._files import replacing
+from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +54,39 @@ def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) ->
 
     with replacing(Path(path)) as file:
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+
+
+def write_picture(image: Tensor, path: str | Path) -> None:
+    """One image (1, C, H, W) as a PNG, cell by cell."""
+    from PIL import Image
+
+    with replacing(Path(path)) as file:
+        Image.fromarray(_pixels(image)[0].squeeze()).save(file, format="PNG")
+
+
+def animation(clips: Tensor, path: str | Path, rate: int = 8) -> None:
+    """Clips (N, T, C, H, W) in a grid that moves, ``rate`` frames a second: a .gif, or a .mp4 if imageio is there.
+
+    Raises SettingsError for a .mp4 without it.
+    """
+    from PIL import Image
+
+    columns = math.ceil(len(clips) / math.isqrt(len(clips)))
+    frames = [_tiled(_pixels(frame), columns) for frame in clips.unbind(1)]
+    with replacing(Path(path)) as file:
+        if file.suffix == ".gif":
+            first, *others = (Image.fromarray(frame.squeeze()) for frame in frames)
+            first.save(file, save_all=True, append_images=others, duration=1000 // rate, loop=0)
+            return
+        try:
+            from imageio import v3
+        except ModuleNotFoundError:
+            raise SettingsError("a .mp4 needs imageio and imageio-ffmpeg: pip install 'genfuse[video]'") from None
+        even = [
+            np.pad(f, [(0, f.shape[0] % 2), (0, f.shape[1] % 2), (0, 0)]).repeat(4 - f.shape[2], 2)[..., :3]
+            for f in frames
+        ]
+        v3.imwrite(file, np.stack(even), fps=rate, codec="libx264", macro_block_size=2)
 
 
 def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
 import genfuse
-from genfuse.data import load_data
+from genfuse.data import Dataset, Split, load_data
 from genfuse.errors import DataError, DataWarning, SettingsError
 
 FILES = {
@@ -729,3 +729,38 @@ def test_stacked_mnist_without_mnist_says_what_is_missing_and_what_needs_no_file
         load_data("stacked-mnist", root=tmp_path)
     with pytest.raises(DataError, match="'toy' cannot be stacked; it takes one of mnist, fashion-mnist"):
         load_data("stacked-mnist:toy")
+
+
+def test_photos_are_patches_whose_test_split_shows_other_parts_of_the_photographs():
+    pytest.importorskip("skimage")
+    data = load_data("photos:96")
+    assert (data.shape, data.levels, data.classes) == ((3, 96, 96), 256, 7)
+    assert data.class_names[:2] == ("china", "flower")
+    photo = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+    test = data.splits["test"]
+    assert torch.equal(test.x[test.y == 0][0], photo[:, :96, 534:630])
+    assert load_data("photos:96").fingerprint() == data.fingerprint()
+
+
+def test_clips_show_digits_that_move_evenly_and_stay_within(tmp_path, monkeypatch):
+    glyphs = Split((torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 255).byte())
+    monkeypatch.setattr(
+        "genfuse.data.images.glyphs", lambda source: Dataset("few", {"train": glyphs, "test": glyphs}, 256)
+    )
+    data = load_data("clips:6,20", root=tmp_path)  # of glyphs, as there is no MNIST
+    assert (data.shape, data.levels, data.is_image) == ((6, 1, 20, 20), 256, False)
+    x = data.splits["test"].x.float()[:, :, 0]
+    mass = x.sum((2, 3))
+    torch.testing.assert_close(mass, mass[:, :1].expand_as(mass))  # nothing leaves the frame
+    where = (x * torch.arange(20.0)).sum((2, 3)) / mass
+    steps = where.diff(dim=1).abs()
+    assert steps.max() <= 3.01  # up to a tenth of the side, and rounding
+    assert (where.diff(dim=1).sign().diff(dim=1).abs() == 2).any()  # some turn back
+    assert data.fingerprint() == load_data("clips:6,20", root=tmp_path).fingerprint()
+    assert data.fingerprint() != load_data("clips:6,20", root=tmp_path, seed=1).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["clips:1", "clips:8,32,1,1", "clips:x", "clips:8,15", "photos:4", "photos:8,8"])
+def test_sizes_that_cannot_be_are_refused_with_what_can(name):
+    with pytest.raises(DataError, match=r"the argument is whole numbers of \d+\.\.\d+"):
+        load_data(name)

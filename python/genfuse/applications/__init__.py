@@ -1,4 +1,4 @@
-"""What a trained model is used for: scores, codes, reconstructions, programs for other runtimes."""
+"""What a trained model is used for: scores, codes, reconstructions, larger pictures, programs for other runtimes."""
 
 from genfuse.applications._codes import encode as encode
 from genfuse.applications._codes import interpolate as interpolate
@@ -14,3 +14,7 @@ from genfuse.applications._score import find_method as find_method
 from genfuse.applications._score import score as score
 from genfuse.applications._score import scores as scores
 from genfuse.applications._score import weights as weights
+from genfuse.applications._upscale import pictures as pictures
+from genfuse.applications._upscale import read_picture as read_picture
+from genfuse.applications._upscale import scale as scale
+from genfuse.applications._upscale import upscale as upscale

@@ -109,7 +109,9 @@ def examples(
     if was["binarize"] == "none" and model.levels and data.levels and model.levels != data.levels:
         data = _in_levels(data, model.levels)
     data = data.binarized(was["binarize"], was["seed"])
-    if model.conditional and not data.condition:
+    if task := was.get("options", {}).get("task"):
+        data = data.with_task(task)
+    elif model.conditional and not data.condition:
         data = _labelled(run, data)
     model.check_data(data)
     return Examples(run, model, data, split, columns)

@@ -1,4 +1,4 @@
-"""``genfuse score``, ``encode``, ``reconstruct``, ``interpolate`` and ``export``: results out of a trained model."""
+"""``genfuse score``, ``encode``, ``reconstruct``, ``interpolate``, ``upscale``, ``export``: what models are for."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +161,80 @@ def interpolate(
     restored = found.restored(between.flatten(0, 1))
     array = np.asarray(restored).reshape(between.shape)
     return to(frame=restored, array=array, picture=lambda: plots.sample_grid(between.flatten(0, 1), out, steps))
+
+
+def upscale(
+    run: RUN,
+    file: Annotated[Path, arg(metavar="PICTURE")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="FILE|DIR")],
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's)")] = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Enlarge a picture, or all of a folder, by a model that was trained for super-resolution.
+
+    Pictures may be of any size. They are read as grey or RGB, as the model was trained, turned as their EXIF data says,
+    and on white where they are transparent.
+
+    example:
+      genfuse train wgan-gp --data photos --data.task super-resolution:4 --out runs/sr
+      genfuse upscale runs/sr picture.png --out big.png
+
+    Args:
+        run: run folder
+        file: picture, or folder of pictures
+        out: .png to write; of a folder, the folder to write NAME.png into
+        steps: diffusion models: steps of the sampler; 1: the mean of what may be, in place of a draw
+        seed: of the draws
+        device: auto, cpu, cuda, mps, or one of several: cuda:1
+        overwrite: replace existing files
+    """
+    from genfuse.applications import pictures, read_picture, scale
+    from genfuse.applications import upscale as upscaled
+    from genfuse.training import Run
+
+    sources = pictures(file)
+    to = {out / f"{each.stem}.png" if file.is_dir() else out: each for each in sources}
+    if len(to) < len(sources):
+        raise SettingsError(f"pictures of {file} differ in their suffix alone: rename one of each such pair")
+    if not file.is_dir() and out.suffix != ".png":
+        raise SettingsError(f"--out must end in .png; got {out}")
+    for target in to:
+        refuse_existing(target, overwrite)
+    if steps is not None and steps < 1:
+        raise SettingsError(f"--steps must be at least 1; got {steps}")
+    model = Run(run).model(find_device(device))
+    channels, _ = scale(model)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from genfuse.plots import write_picture
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(to))
+        for done, (target, source) in enumerate(to.items()):
+            x, mode = read_picture(source, channels)
+            total = steps or getattr(model, "sampler", ("", 1))[1]
+
+            def tell(step: int, *_: Any, done: int = done, total: int = total) -> None:
+                progress.update(task, completed=done + step / total)
+
+            big = upscaled(model, x, steps=steps, seed=seed, callback=tell)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_picture(big, target)
+            words = (
+                ""
+                if mode == ("L" if channels == 1 else "RGB")
+                else f", read as {'grey' if channels == 1 else 'RGB'} from mode {mode}"
+            )
+            size = " to ".join(f"{each.shape[3]}x{each.shape[2]}" for each in (x, big))
+            print(plain(f"written: {target}: {size}{words}"), flush=True)
+            progress.update(task, completed=done + 1)
+    return 0
 
 
 def export(

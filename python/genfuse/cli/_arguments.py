@@ -33,6 +33,9 @@ class DataOptions:
     fit: Literal["crop", "pad", "stretch"] = "crop"  # pictures: how that size is reached
     mode: Literal["", "auto", "L", "RGB"] = ""  # pictures: make all grey (L) or RGB; auto: grey if all are
     damaged: Literal["refuse", "skip"] = "refuse"  # pictures: what becomes of those that cannot be read
+    task: str = (
+        ""  # images: give each with one made of it: super-resolution:4 (or another factor), colorize, inpaint:10
+    )
     stream: Literal["auto", "yes", "no"] = "auto"  # pictures: read pixels from a file; auto: if memory is too small
 
 

@@ -60,6 +60,9 @@ def evaluate(
     scores of `genfuse score` find the odd ones: AUROC, average precision, and a threshold for a share of false alarms;
     the curves are detection.png.
 
+    Of a run with --data.task, what the model makes of images of the test split is compared with these, in place of all
+    else, beside bicubic and Lanczos interpolation: PSNR, structural similarity, and distances of the --features.
+
     Samples of a model that can sample are compared with the test split in the space of --features: Fréchet, kernel and
     sliced Wasserstein distance, precision, recall, density, coverage, and the distance to the nearest training example;
     each beside its value for real examples, which is what a perfect model gets. Images are drawn beside their nearest
@@ -100,7 +103,7 @@ def evaluate(
         return _detect(run, data, data_root, labels, method, fpr, samples, seed, device, folder, json)
 
     from genfuse.data import names_in
-    from genfuse.metrics import evaluate, evaluate_codes, evaluate_samples, select
+    from genfuse.metrics import evaluate, evaluate_codes, evaluate_samples, restoration, select
     from genfuse.models import Encodes, GenerativeModel, HasPosterior
     from genfuse.training import Run
 
@@ -118,7 +121,11 @@ def evaluate(
     # Someone else's run, or one on a disk for reading alone, is told apart before anything is measured.
     writable = os.access(run, os.W_OK)
     of_samples = of_codes = picture = None
+    of_task: dict[str, Any] | None = None
     folder = pictures or (run / "pictures" if writable else None)
+    if found.task:
+        of_task, n = restoration(model, found, features=features, n=n, seed=seed), 0
+        _print_restoration(of_task)
     wanted = not metrics or bool(select(metrics))
     if wanted and not (n == 0 or type(model).sample is GenerativeModel.sample):
         if found.is_image and folder:
@@ -133,8 +140,10 @@ def evaluate(
             inception_weights=inception_weights,
             picture=picture,
         )
-    result = evaluate(model, found, samples=samples, limit=limit, splits=("test",) if other else SPLITS)
-    _print_evaluation(result)
+    result: dict[str, Any] = {"restoration": of_task}
+    if of_task is None:
+        result = evaluate(model, found, samples=samples, limit=limit, splits=("test",) if other else SPLITS)
+        _print_evaluation(result)
     if of_samples is not None:
         _print_samples(of_samples)
         if picture is not None:
@@ -259,6 +268,20 @@ def _print_evaluation(result: dict[str, dict[str, Any]], left_out: Mapping[str, 
                 _show(f"{name.replace('_', ' ')}, {split}, largest first: {each}")
     for reason in left_out.values():
         _show(f"not measured: {reason}")
+
+
+def _print_restoration(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    print(plain(f"{result['n']:,} images of the test split, {result['task']}"))
+    print(plain(f"features: {result['features']}: {result['about']}"))
+    names = list(dict.fromkeys(name for of in result["methods"].values() for name in of))
+    table = Table("")
+    for name in names:
+        table.add_column(_text(name.replace("_", " ")), justify="right")
+    for method, of in result["methods"].items():
+        table.add_row(_text(method), *(f"{of[name]:.5g}" for name in names))
+    _show(table)
 
 
 def _print_samples(result: dict[str, Any]) -> None:

@@ -44,10 +44,11 @@ def sample(
 ) -> int:
     """Draw from the model of a run: a picture, or the numbers.
 
-    A .png is a grid of images, or points in 2 dimensions beside those of the data. A .csv is the rows of a table, under
-    the names of its columns: integers whole, categories as words, and what is missing empty. A .npy is the array
-    (n, *shape); a .npz has it as `x`, the `names` of a table's columns, and the labels `y` of a conditional model.
-    Tables are in their original units; discrete data, such as images, is in [0, 1].
+    A .png is a grid of images, clips with their frames in a row each, or points in 2 dimensions beside those of the
+    data; of a run with --data.task, what is made of images of the test split, beside these. A .gif or .mp4 is clips. A
+    .csv is the rows of a table, under the names of its columns: integers whole, categories as words, and what is
+    missing empty. A .npy is the array (n, *shape); a .npz has it as `x`, the `names` of a table's columns, and what was
+    given as `y`. Tables are in their original units; discrete data, such as images, is in [0, 1].
 
     example:
       genfuse sample runs/vae --n 64 --out grid.png
@@ -55,7 +56,7 @@ def sample(
 
     Args:
         run: run folder
-        out: file to write: .png, .csv, .npy or .npz
+        out: file to write: .png, .csv, .npy or .npz; of clips .gif or .mp4, too
         n: number of examples
         label: conditional models: the label of all examples, a class's name or number
         where: tables: what rows must be, by =, !=, <, <=, > or >=; what the model is given is given, of the rest rows
@@ -70,8 +71,8 @@ def sample(
         device: auto, cpu, cuda, mps, or one of several: cuda:1
         overwrite: replace an existing file
     """
-    if out.suffix not in (".png", ".csv", ".npy", ".npz"):
-        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}; of tables in .csv, too")
+    if out.suffix not in (".png", ".csv", ".npy", ".npz", ".gif", ".mp4"):
+        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}; of tables in .csv, of clips .gif, .mp4")
     if n < 1:
         raise SettingsError(f"--n must be at least 1; got {n}")
     if temperature is not None and not 0 < temperature < math.inf:
@@ -87,11 +88,14 @@ def sample(
     from genfuse.models import sample_in_parts
     from genfuse.nn import Columns
     from genfuse.training import Run
+    from genfuse.training.gallery import restorations
     from genfuse.training.process import seed_of
 
     trained = Run(run)
     shape = tuple(trained.config["data"]["shape"])
-    if out.suffix == ".png" and len(shape) != 3 and shape != (2,):
+    if out.suffix in (".gif", ".mp4") and len(shape) != 4:
+        raise SettingsError(f"a {out.suffix} shows clips (T, C, H, W), but {run} has examples of shape {shape}")
+    if out.suffix == ".png" and len(shape) not in (3, 4) and shape != (2,):
         raise SettingsError(
             f"a .png shows images or points in 2 dimensions, but {run} has examples of shape {shape}: "
             f"use --out {out.with_suffix('.npy')} or .npz"
@@ -108,7 +112,15 @@ def sample(
             raise SettingsError(f"--{name}: the model of {run}, a {type(model).__name__}, takes none: leave it out")
     # Labels are of a generator of their own, so that the noise does not depend on how many there are.
     numbers = torch.Generator(model.device).manual_seed(seed_of(seed, 1))
-    if given_columns := names_in(trained.config["data"].get("options", {}).get("condition", "")):
+    restored = None
+    if trained.config["data"].get("options", {}).get("task"):
+        if label is not None or condition is not None:
+            raise SettingsError(f"--label, --condition: the model of {run} is given images alone: leave them out")
+        test = trained.data(name=data)
+        chosen = torch.randint(len(test.splits["test"]), (n,), generator=numbers, device=model.device)
+        restored = test.batch("test", chosen.cpu())
+        y: torch.Tensor | None = restored.y.to(model.device)  # type: ignore[union-attr]
+    elif given_columns := names_in(trained.config["data"].get("options", {}).get("condition", "")):
         said = [rule for rule in rules if rule[0] in given_columns]
         if any(sign != "=" for _, sign, _ in said):
             raise SettingsError(f"--where: {', '.join(given_columns)} are given to the model, by =: got {where}")
@@ -117,7 +129,7 @@ def sample(
             condition = joined([f"{name}={value}" for name, _, value in said])
         if label is not None:
             raise SettingsError(f"--label: the model of {run} is given columns, no labels: use --condition")
-        y: torch.Tensor | None = _contexts(trained, n, condition, data, numbers).to(model.device)
+        y = _contexts(trained, n, condition, data, numbers).to(model.device)
     elif condition is not None:
         raise SettingsError(f"--condition: the model of {run} was trained without --data.condition: leave it out")
     else:
@@ -128,17 +140,23 @@ def sample(
         x = torch.cat([part.cpu() for part in sample_in_parts(model, n, y, generator, **options)])
     out.parent.mkdir(parents=True, exist_ok=True)
     scaling = trained.scaling
-    if out.suffix == ".png" and len(shape) == 3:
+    if out.suffix == ".png" and restored is not None and restored.y is not None:
+        restorations(restored.y, x, restored.x, out)
+    elif out.suffix in (".gif", ".mp4"):
+        plots.animation(x, out)
+    elif out.suffix == ".png" and len(shape) == 4:
+        plots.sample_grid(x.flatten(0, 1), out, shape[0])
+    elif out.suffix == ".png" and len(shape) == 3:
         plots.sample_grid(x, out)
     elif out.suffix == ".png":
-        test = trained.data(name=data).batch("test", slice(None))
+        shown = trained.data(name=data).batch("test", slice(None))
         alike = None
-        if test.y is not None and y is not None and label is not None:
-            alike = test.y == y[0].cpu()
-        elif test.y is not None and y is not None and condition is not None:  # the tenth that is nearest
-            off = (test.y - y[0].cpu()).norm(dim=1)
+        if shown.y is not None and y is not None and label is not None:
+            alike = shown.y == y[0].cpu()
+        elif shown.y is not None and y is not None and condition is not None:  # the tenth that is nearest
+            off = (shown.y - y[0].cpu()).norm(dim=1)
             alike = off <= off.quantile(0.1)
-        points = test.x if alike is None or not alike.any() else test.x[alike]
+        points = shown.x if alike is None or not alike.any() else shown.x[alike]
         plots.scatter(points[:: max(1, len(points) // n)], x, out, scaling)
     elif out.suffix == ".csv":
         frame, named = _rows(trained, x, y)

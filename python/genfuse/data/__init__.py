@@ -10,6 +10,7 @@ from genfuse.data._dataset import Source as Source
 from genfuse.data._dataset import Split as Split
 from genfuse.data._dataset import augmented as augmented
 from genfuse.data._dataset import load_data as load_data
+from genfuse.data._dataset import resized as resized
 from genfuse.data._schema import Column as Column
 from genfuse.data._schema import Scaling as Scaling
 from genfuse.data._schema import Schema as Schema

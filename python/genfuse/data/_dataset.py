@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genfuse import plots, plugins
@@ -36,11 +38,19 @@ READING_OF_IMAGES = {"size": "", "fit": "crop", "mode": "", "damaged": "refuse",
 # What the user says of the columns of such a table: those to keep, those to leave out, kinds, and the one to predict.
 COLUMNS = ("columns", "drop", "types", "target")
 
+# What an image may be given with, made of itself, and what the number after the task's name is, if it has one.
+TASKS = {
+    "super-resolution": "how many times smaller the sides of the image that is given are, as super-resolution:4",
+    "colorize": "",
+    "inpaint": "how many cells the sides of the square in its middle are that is missing, as inpaint:10",
+}
+
 AHEAD = 8  # batches of a stream that are fetched at once, as a disk is slow to find each example but finds many alike
 
 
 class Batch(NamedTuple):
-    """Examples (N, *shape), and what is given with them, if the data set has it: labels (N,) or a context (N, C)."""
+    """Examples (N, *shape), and what is given with them, if the data set has it: labels (N,), or a context (N, C) or
+    (N, C, h, w)."""
 
     x: Tensor
     y: Tensor | None = None
@@ -59,7 +69,7 @@ class Split:
     """One part of a data set, in memory."""
 
     x: Tensor  # (N, *shape): uint8 for discrete data, float32 for real-valued data
-    y: Tensor | None = None  # (N,) int64 labels, or (N, C) float32: a context that is given with each example
+    y: Tensor | None = None  # (N,) int64 labels; or float32: a context (N, C) or an image (N, C, h, w) that is given
     factors: Tensor | None = None  # (N, K) int64: what each example was made of, as numbers of `Dataset.factors`
 
     def __post_init__(self) -> None:
@@ -104,6 +114,8 @@ class Dataset:
     # What all examples were made of, independently, if it is known: {name of a factor: its values, two or more}. The
     # factors (N, K) of a split have these values' numbers 0, 1, ..., a column each, in this order.
     factors: dict[str, tuple[float, ...]] | None = None
+    task: str = ""  # of TASKS: what the image y that is given with each example is to it
+    before: "Dataset | None" = None  # of a task: the data without it, with its labels
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -112,7 +124,7 @@ class Dataset:
                 object.__setattr__(self, "classes", len(self.class_names))
         if problem := self._problem():
             raise DataError(f"data set {self.name!r}: {problem}")
-        if self.classes is None and self.splits["train"].y is not None and not self.condition:
+        if self.classes is None and self.splits["train"].y is not None and self.splits["train"].y.dim() == 1:
             classes = 1 + max(int(split.y.max()) for split in self.splits.values() if split.y is not None)
             object.__setattr__(self, "classes", classes)
 
@@ -154,8 +166,9 @@ class Dataset:
                 continue
             if isinstance(y, Tensor) and y.dtype == torch.float32 and y.dim() > 1:
                 first = self.splits["train"].y
-                if y.dim() != 2 or len(y) != len(x) or first is None or y.shape[1:] != first.shape[1:]:
-                    return f"the context y of the {part} split must be ({len(x)}, C), with one C; got {tuple(y.shape)}"
+                if y.dim() not in (2, 4) or len(y) != len(x) or first is None or y.shape[1:] != first.shape[1:]:
+                    alike = f"({len(x)}, C) or ({len(x)}, C, h, w), with one C"
+                    return f"the context y of the {part} split must be {alike}; got {tuple(y.shape)}"
                 if not y.isfinite().all():
                     return f"the context y of the {part} split has {int((~y.isfinite()).sum())} NaN or infinite values"
                 continue
@@ -238,7 +251,13 @@ class Dataset:
     def condition(self) -> int:
         """C of the context (N, C) that is given with the examples; 0 if there is none, or there are labels."""
         y = self.splits["train"].y
-        return 0 if y is None or y.dim() == 1 else y.shape[1]
+        return y.shape[1] if y is not None and y.dim() == 2 else 0
+
+    @property
+    def given(self) -> tuple[int, ...] | None:
+        """The shape (C, h, w) of the image that is given with each example, if there is one: see `with_task`."""
+        y = self.splits["train"].y
+        return tuple(y.shape[1:]) if y is not None and y.dim() == 4 else None
 
     @property
     def seen_labels(self) -> tuple[int, ...] | None:
@@ -358,6 +377,55 @@ class Dataset:
         made = {part: train.some(i) for part, i in rows.items()}
         return replace(self, splits={**self.splits, **made}, options={**self.options, "validation": f"{share:g}"})
 
+    def with_task(self, task: str) -> "Dataset":
+        """Images that are given with an image made of themselves, y (N, c, h, w) in [0, 1], 256 levels, as the context:
+        by ``task``, "super-resolution:4", the mean of each 4 x 4 cells (box filter, which aliases least); "colorize",
+        its grey (ITU-R 601); "inpaint:10", itself without the 10 x 10 cells in its middle. Labels are left out.
+
+        Raises DataError for another task, data that is no images, that is streamed or drawn anew in each batch, and
+        sides that the factor does not divide.
+        """
+        name, _, number = task.partition(":")
+
+        def refuse(problem: str) -> DataError:
+            return DataError(f"data set {self.name!r}, task {task}: {problem}")
+
+        if name not in TASKS or bool(number) != bool(TASKS[name]) or not (number or "2").isdecimal():
+            known = "; ".join(f"{each} ({says})" if says else each for each, says in TASKS.items())
+            raise refuse(f"tasks are: {known}")
+        if not self.is_image or self.levels is None:
+            raise refuse(f"it is for images of levels, (C, H, W); its examples have shape {self.shape}")
+        if self.condition or self.streamed or self.binarize == "dynamic":
+            raise refuse("the images must be in memory, not drawn anew in each batch, and given with nothing else")
+        height, width = self.shape[1:]
+        k = int(number or 2)
+        if k < (2 if name == "super-resolution" else 1) or (name == "inpaint" and k >= min(height, width)):
+            raise refuse(f"{number} must be {TASKS[name]}: at least 2 and, of a square, below {min(height, width)}")
+        if name == "super-resolution" and (height % k or width % k or min(height, width) < 2 * k):
+            raise refuse(f"{k} must divide both sides of the images, {height} x {width}, and leave 2 cells or more")
+        if name == "colorize" and self.shape[0] != 3:
+            raise refuse("the images are grey already")
+        bare = {part: Split(split.x) for part, split in self.splits.items()}
+        of_task = replace(self, splits=bare, task=task, before=self, classes=None, class_names=None)
+        splits = {part: replace(split, y=torch.cat([of_task.given_of(self.batch(part, slice(i, i + 1024)).x)
+                                                    for i in range(0, len(split), 1024)]))
+                  for part, split in bare.items()}  # fmt: skip
+        return replace(of_task, splits=splits, options={**self.options, "task": task})
+
+    def given_of(self, x: Tensor) -> Tensor:
+        """What `task` gives with images x (N, C, H, W) in [0, 1]: (N, c, h, w)."""
+        name, _, number = self.task.partition(":")
+        if name == "super-resolution":
+            y = F.avg_pool2d(x, int(number))
+        elif name == "colorize":
+            y = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        else:
+            k, (height, width) = int(number), x.shape[2:]
+            top, left = (height - k) // 2, (width - k) // 2
+            y = x.clone()
+            y[:, :, top : top + k, left : left + k] = 0
+        return (y * 255).round() / 255
+
     def conditioned(self, columns: Sequence[str]) -> "Dataset":
         """A table whose ``columns`` are given, and no longer modelled: batches hold them as the context y (N, C).
 
@@ -428,6 +496,17 @@ def augmented(x: Tensor, flip: bool, shift: int, generator: torch.Generator | No
     columns = torch.where(mirrored, columns.flip(1), columns)
     cells = (rows[:, :, None] * w + columns[:, None]).view(n, 1, h * w).to(x.device)
     return x.reshape(n, c, h * w).gather(2, cells.expand(-1, c, -1)).view_as(x)
+
+
+def resized(images: Tensor, size: tuple[int, int], method: str) -> Tensor:
+    """Images (N, C, h, w) in [0, 1] at another height and width as Pillow makes them, of 8 bits a channel; ``method``
+    is one of its resampling filters: "nearest", "bicubic", "lanczos" and so on."""
+    from PIL import Image
+
+    cells = (images.detach().clamp(0, 1) * 255).round().byte().cpu().flatten(0, 1).numpy()
+    how = Image.Resampling[method.upper()]
+    made = [np.asarray(Image.fromarray(channel).resize(size[::-1], how)) for channel in cells]
+    return (torch.from_numpy(np.stack(made)).unflatten(0, images.shape[:2]) / 255).to(images.device)
 
 
 @dataclass(frozen=True)
@@ -523,6 +602,7 @@ def load_data(
     mode: Mode = "",
     damaged: Damaged = "refuse",
     stream: Stream = "auto",
+    task: str = "",
 ) -> Dataset:
     """Load the data set that ``name`` stands for, into memory unless it is a folder of too many pictures.
 
@@ -536,6 +616,8 @@ def load_data(
     column that metrics predict.
     ``validation`` is the share of the training examples that `Dataset.with_validation` makes a split of. Without
     ``hold_out`` data that comes in one piece is not split: ``train`` and ``test`` both have all examples in order.
+
+    ``task`` gives an image with each image, made of it, as "super-resolution:4" does (`Dataset.with_task`).
 
     In place of a name, data itself is taken (`genfuse.data.objects`): a DataFrame, an array or tensor of rows or
     images, a torch Dataset or DataLoader, a tuple (examples, labels), or a dict of these by split.
@@ -599,7 +681,8 @@ def load_data(
     if conditions:
         data, options = data.conditioned(conditions), {**options, "condition": joined(conditions)}
     data = replace(data, name=name, seed=seed, options=options, **source.found)  # type: ignore[arg-type]
-    return (data.with_validation(float(validation)) if float(validation) else data).binarized(binarize, seed)
+    data = (data.with_validation(float(validation)) if float(validation) else data).binarized(binarize, seed)
+    return data.with_task(task) if task else data
 
 
 def _warn_of_unseen(data: Dataset) -> None:

@@ -1,5 +1,7 @@
-"""Images: scikit-learn's digits, MNIST and Fashion-MNIST, binarized MNIST, and folders of pictures."""
+"""Images: scikit-learn's digits, MNIST and Fashion-MNIST, binarized MNIST, patches of photographs, folders of pictures,
+and clips of digits that move."""
 
+import importlib.resources
 import io
 import math
 import os
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genfuse._files import cache, check_unpacked, digest, gunzip, read_json, replacing, write_json
@@ -56,7 +59,6 @@ def glyphs(source: Source) -> Dataset:
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
-    from torch.nn import functional as F
 
     source.no_argument()
     fonts = [f"DejaVu{name}.ttf" for name in ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Italic")]
@@ -252,6 +254,86 @@ def folder(source: Source) -> Dataset:
             stacklevel=3,
         )
     return Dataset(source.name, splits, levels=256, class_names=tuple(names) or None, streamed=stored.streamed)
+
+
+def photos(source: Source) -> Dataset:
+    """Patches (3, 48, 48) of the seven colour photographs that scikit-learn and scikit-image ship, 256 levels, labelled
+    by photograph; ``photos:64`` has other sides. Always the same.
+
+    A sixth of each photograph, a band at its right, is the test split, cut edge to edge; training patches, of the rest,
+    overlap by half. Raises DataError without scikit-image.
+    """
+    from PIL import Image
+
+    (side,) = _whole_numbers(source, (48,), (8,), (160,))
+    folders = [Path(str(importlib.resources.files("sklearn")), "datasets/images")]
+    try:
+        folders.append(Path(str(importlib.resources.files("skimage")), "data"))
+    except ModuleNotFoundError:
+        raise DataError(f"data set {source.name!r} needs scikit-image: pip install 'genfuse[images]'") from None
+    names = ("china.jpg flower.jpg", "astronaut.png chelsea.png coffee.png motorcycle_left.png rocket.jpg")
+    patches: dict[str, list[Tensor]] = {"train": [], "test": []}
+    labels: dict[str, list[int]] = {"train": [], "test": []}
+    paths = [folder / name for folder, of in zip(folders, names, strict=True) for name in of.split()]
+    for label, path in enumerate(paths):
+        picture = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+        edge = picture.shape[2] - max(side, picture.shape[2] // 6)
+        for part, of, step in (("train", picture[:, :, :edge], side // 2), ("test", picture[:, :, edge:], side)):
+            cut = of.unfold(1, side, step).unfold(2, side, step).flatten(1, 2).transpose(0, 1)
+            patches[part].append(cut)
+            labels[part] += [label] * len(cut)
+    splits = {part: Split(torch.cat(cut), torch.tensor(labels[part])) for part, cut in patches.items()}
+    return Dataset(source.name, splits, levels=256, class_names=tuple(path.stem for path in paths))
+
+
+def clips(source: Source) -> Dataset:
+    """Digits that move evenly and bounce off the walls (arXiv 1502.04681): clips (T, 1, H, W), 256 levels, 4,000 + 500.
+
+    ``clips:8,32,1``, which is usual, are 8 frames of 32 x 32 cells with one digit. Digits are MNIST's if it is found,
+    else those of `glyphs`, training and test digits apart, at half their size unless frames have 56 cells or more. Made
+    when they are loaded, by ``source.seed``.
+    """
+    frames, side, count = _whole_numbers(source, (8, 32, 1), (2, 16, 1), (32, 64, 9))
+    plain = replace(source, argument=None)
+    there = [file for of in ("", "mnist/") if source.root for file in source.root.glob(f"{of}train-images*")]
+    base = mnist(plain) if there else glyphs(plain)
+    halves = 1 if side >= 2 * base.shape[1] else 2
+    size = base.shape[1] // halves
+    splits = {}
+    for part, n in (("train", 4000), ("test", 500)):
+        generator = torch.Generator().manual_seed(2 * source.seed + (part == "test"))
+        room = side - size
+        at = torch.rand(n, count, 2, generator=generator) * room
+        angle = torch.rand(n, count, generator=generator) * 2 * math.pi
+        speed = side * (0.05 + 0.05 * torch.rand(n, count, 1, generator=generator))
+        speed = speed * torch.stack([angle.cos(), angle.sin()], 2)
+        way = at[:, None] + torch.arange(frames).view(1, -1, 1, 1) * speed[:, None]  # (n, T, count, 2)
+        corner = (room - (way.remainder(2 * room) - room).abs()).round().long()
+        x = torch.zeros(n, frames, 1, side, side, dtype=torch.uint8)
+        digit = base.splits[part].x[torch.randint(len(base.splits[part]), (n * count,), generator=generator)].float()
+        digit = F.avg_pool2d(digit, halves).round().byte().view(n, count, size, size)
+        window = torch.arange(size)
+        i, t = torch.arange(n).view(-1, 1, 1, 1), torch.arange(frames).view(1, -1, 1, 1)
+        for k in range(count):
+            rows, columns = (corner[:, :, k, axis, None, None] for axis in (0, 1))
+            where = (i, t, 0, rows + window[:, None], columns + window)
+            x[where] = torch.maximum(x[where], digit[:, k, None])
+        splits[part] = Split(x)
+    return Dataset(source.name, splits, levels=256)
+
+
+def _whole_numbers(
+    source: Source, usual: tuple[int, ...], least: tuple[int, ...], most: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The numbers of an argument such as 8,32, the usual ones in place of those left out at its end."""
+    words = (source.argument or "").replace(" ", "").split(",") if source.argument else []
+    given = [int(word) if word.isdecimal() else -1 for word in words]
+    numbers = (*given, *usual[len(given) :])
+    ranges = [f"{a}..{b}" for a, b in zip(least, most, strict=True)]
+    if len(numbers) != len(usual) or not all(a <= k <= b for a, k, b in zip(least, numbers, most, strict=True)):
+        raise DataError(f"data set {source.name!r}: the argument is whole numbers of {', '.join(ranges)}, by default "
+                        f"{','.join(map(str, usual))}; got {source.argument}")  # fmt: skip
+    return numbers
 
 
 class Reading(NamedTuple):

@@ -14,6 +14,7 @@ from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
 from genfuse.nn import (
     EMA,
     Columns,
+    Restorer,
     WithContext,
     dcgan_critic,
     dcgan_generator,
@@ -50,18 +51,25 @@ class AdversarialConfig(ModelConfig):
     spectral_norm: bool = False  # divide the critic's weights by their largest singular value
     layer_norm: bool = False  # in the critic; it has no batch norm
     bound: float = 1000.0  # a critic's loss beyond it, above or below 0, is warned of
+    given: tuple[int, ...] | None = None  # (C, h, w) of the image that is given with each; taken from the data
+    blocks: int = 4  # given an image: residual blocks of the generator; the critic is dcgan or resnet, as network says
+    adversarial_weight: float = 5e-3  # given an image: of the critic's say, beside squared error; 0: trains no critic
     pac: int = 1  # mlp: examples that the critic sees side by side, by which it notices those that repeat (PacGAN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choices(network=Network)
-        self.check_positive("latent_dim", "hidden", "channels", "bound", "pac")
+        self.check_positive("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
+        if not 0 <= self.adversarial_weight < math.inf:
+            raise SettingsError(f"adversarial_weight must be at least 0 and finite, got {self.adversarial_weight}")
         if self.network != "mlp" and (self.pac > 1 or self.columns is not None):
             raise SettingsError(f"network {self.network!r} sees single images: use network 'mlp' for tables or pac")
         check_training(self)
         if not self.channels:
             raise SettingsError("channels must hold at least one width, got ()")
-        if self.network != "mlp" and (len(self.shape) != 3 or min(self.shape[1:]) < 8):
+        if self.pac > 1 and self.given:
+            raise SettingsError("pac must be 1 where an image is given")
+        if (self.network != "mlp" or self.given) and (len(self.shape) != 3 or min(self.shape[1:]) < 8):
             raise SettingsError(
                 f"network {self.network!r} makes images (C, H, W) of at least 8 x 8, and cannot make examples of shape "
                 f"{self.shape}: use network 'mlp', or larger images"
@@ -107,9 +115,9 @@ class Objective(NamedTuple):
 class AdversarialModel(GenerativeModel):
     """A generator x = G(z), z ~ N(0, I), and a critic D that tells its samples from real examples.
 
-    Examples x are (N, *shape), latents z (N, D). With an ``embedding`` both networks are given y, labels (N,) or a
-    context (N, C). Each round trains the critic ``n_critic`` times, every time on a batch of its own, and then the
-    generator once. A subclass says what the two minimise, and how they are optimised.
+    Examples x are (N, *shape), latents z (N, D). With an ``embedding`` both networks are given y, labels (N,), a
+    context (N, C) or an image (N, C, h, w). Each round trains the critic ``n_critic`` times, every time on a batch of
+    its own, and then the generator once. A subclass says what the two minimise, and how they are optimised.
 
     Args:
         generator: z (N, D) -> x (N, *shape), squashed by tanh if the data is discrete; called as generator(z, context)
@@ -130,6 +138,9 @@ class AdversarialModel(GenerativeModel):
         pac: examples that the critic sees side by side (arXiv 1712.04086): it is then given (N / pac, pac * cells).
         columns: of a table whose columns are not all numbers: the generator then puts out (N, ``columns.width``), of
             which `genfuse.nn.Columns.activate` makes examples, and the critic sees such.
+        adversarial_weight: of a model that restores images: the generator minimises squared error in [-1, 1] plus this
+            times its objective (SRGAN, arXiv 1609.04802, equation 3, with pixels as content), makes of y what it makes
+            without tanh, and of 0 needs no critic; None: the objective alone.
         embedding: makes the context (N, C) of y. The generator owns its parameters, which are averaged as its own; the
             critic sees what it makes, and does not train it.
         config: the settings that it was made of, if it was.
@@ -157,6 +168,7 @@ class AdversarialModel(GenerativeModel):
         bound: float = 1000.0,
         pac: int = 1,
         columns: Columns | None = None,
+        adversarial_weight: float | None = None,
         embedding: nn.Module | None = None,
         config: AdversarialConfig | None = None,
     ) -> None:
@@ -164,7 +176,7 @@ class AdversarialModel(GenerativeModel):
         self.objective = objective
         self.latent_dim, self.n_critic, self.ema, self.bound = latent_dim, n_critic, ema, bound
         self.penalty, self.penalty_weight, self.one_sided = penalty, penalty_weight, one_sided
-        self.pac, self.columns = pac, columns
+        self.pac, self.columns, self.adversarial_weight = pac, columns, adversarial_weight
         check_training(self)
         self.generator, self.critic = generator, critic
         self.averaged = EMA(generator, ema) if ema else None
@@ -182,13 +194,13 @@ class AdversarialModel(GenerativeModel):
 
     def players(self) -> list[Player]:
         embedding = [] if self.embedding is None else self.embedding.parameters()
-        return [
-            Player(self.critic_name, self.critic.parameters(), self.optimizer, self.n_critic),
-            Player("generator", [*self.generator.parameters(), *embedding], self.optimizer),
-        ]
+        critic = Player(self.critic_name, self.critic.parameters(), self.optimizer, self.n_critic)
+        generator = Player("generator", [*self.generator.parameters(), *embedding], self.optimizer)
+        return [generator] if self.adversarial_weight == 0 else [critic, generator]
 
     def loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of the player's part of the objective. Terms: `critic_terms`; of the generator its `diversity`.
+        """The mean of the player's part of the objective. Terms: `critic_terms`; of the generator its `diversity`,
+        or of one that restores images its ``squared_error``, in [-1, 1].
 
         Raises DataError if x is not (N, *shape), or y not as `context_of` takes it, and SettingsError if the critic
         does not return one number for each example.
@@ -206,12 +218,20 @@ class AdversarialModel(GenerativeModel):
         z = torch.randn(n, self.latent_dim, dtype=x.dtype, device=x.device)
         if player == "generator":
             fake = self._generate(self.generator, z, context)
+            weight, error = self.adversarial_weight, torch.zeros(())
+            if weight is not None:
+                error = (fake - x).square().mean()
+                if weight == 0:
+                    return error, {"squared_error": error.detach()}
             out = self._criticise(fake, seen)
             if self.objective.relativistic:
                 with torch.no_grad():
                     real_out = self._criticise(x, seen)
                 out = out - real_out
-            return self.objective.generator(out).mean(), {"diversity": diversity(fake.detach(), x)} if n > 1 else {}
+            loss = self.objective.generator(out).mean()
+            if weight is not None:
+                return error + weight * loss, {"squared_error": error.detach()}
+            return loss, {"diversity": diversity(fake.detach(), x)} if n > 1 else {}
         with torch.no_grad():
             fake = self._generate(self.generator, z, context).to(x.dtype)
         both = None if seen is None else seen.repeat(2, *[1] * (seen.dim() - 1))
@@ -339,13 +359,15 @@ class AdversarialModel(GenerativeModel):
         x = self._generate(self.averaged or self.generator, z, context, **choices)
         if self.columns is not None:
             return self.columns.decode(x)
-        return x if self.levels is None else (x + 1) / 2
+        return x if self.levels is None else ((x + 1) / 2).clamp(0, 1)
 
     def _generate(self, network: nn.Module, z: Tensor, context: Tensor | None, **choices: Any) -> Tensor:
         """Examples as `_centred` gives them; ``choices`` are the options of `genfuse.nn.Columns.activate`."""
         x = at_least_float32(network(z) if context is None else network(z, context))
         if self.columns is not None:
             return self.columns.activate(x, **choices)
+        if self.adversarial_weight is not None:  # of any size
+            return x
         if self.shape is not None and x.shape[1:] != self.shape:
             raise SettingsError(f"the generator must make examples (N, *{self.shape}); it made {tuple(x.shape)}")
         return x if self.levels is None else x.tanh()
@@ -386,6 +408,8 @@ def options(config: AdversarialConfig) -> dict[str, Any]:
     if isinstance(config, PenaltyConfig):
         names += ["penalty", "penalty_weight", "one_sided"]
     columns = None if config.columns is None else Columns(config.columns)
+    if config.given:
+        names.append("adversarial_weight")
     return {"config": config, "columns": columns, **{name: getattr(config, name) for name in names}}
 
 
@@ -402,6 +426,9 @@ def _cells(config: AdversarialConfig) -> tuple[int, ...]:
 
 def _generator(config: AdversarialConfig) -> nn.Module:
     inputs = config.latent_dim + config.context
+    if config.given:
+        factor = config.shape[1] // config.given[1]
+        return Restorer(config.given[0], config.shape[0], factor, config.channels[0], config.blocks)
     if config.network == "mlp":
         return mlp_generator(inputs, _cells(config), config.hidden)
     channels, height, width = config.shape
@@ -410,15 +437,16 @@ def _generator(config: AdversarialConfig) -> nn.Module:
 
 
 def _critic(config: AdversarialConfig) -> nn.Module:
-    if config.network == "mlp":
+    context = config.given[0] + 1 if config.given else config.context
+    if config.network == "mlp" and not config.given:
         cells = config.pac * (math.prod(_cells(config)) + config.context)
         critic = mlp_critic(cells, config.hidden[::-1], config.layer_norm)
     else:
         channels, height, width = config.shape
-        make = dcgan_critic if config.network == "dcgan" else resnet_critic
-        critic = make((channels, height, width), config.channels, config.layer_norm, config.context)
+        make = resnet_critic if config.network == "resnet" else dcgan_critic
+        critic = make((channels, height, width), config.channels, config.layer_norm, context)
     if config.spectral_norm:
         for module in list(critic.modules()):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 spectral_norm(module)
-    return WithContext(critic, planes=config.network != "mlp") if config.context else critic
+    return WithContext(critic, planes=config.network != "mlp") if context else critic

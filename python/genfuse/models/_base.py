@@ -21,7 +21,7 @@ from typing_extensions import Self
 from genfuse import plugins
 from genfuse.data import Batch, Dataset, load_data
 from genfuse.errors import DataError, SettingsError, near
-from genfuse.nn import Features, OneHot
+from genfuse.nn import Features, Images, OneHot
 
 
 @dataclass
@@ -93,7 +93,7 @@ class ModelConfig:
 
 
 # What a model can do besides `loss` and `sample` shows in which of these it is an instance of. ``y`` is what is given:
-# labels (N,) or a context (N, C), of a conditional model alone.
+# labels (N,), a context (N, C) or an image (N, C, h, w), of a conditional model alone.
 
 
 @runtime_checkable
@@ -210,6 +210,8 @@ class GenerativeModel(nn.Module):
         self.levels = getattr(config, "levels", None) if levels is None else levels
         if embedding is None and isinstance(config, ModelConfig) and config.context:
             embedding = Features(config.context) if config.condition else OneHot(config.context)
+        if embedding is None and (image := getattr(config, "given", None)):
+            embedding = Images(image[0])
         self.embedding = embedding
         self._stepped: dict[str, int] | None = None
         self._weights: dict[str, list[nn.Parameter]] | None = None
@@ -432,23 +434,23 @@ class GenerativeModel(nn.Module):
         return self.context_of(self.for_all(y, n), n, **embedding)
 
     def for_all(self, y: Tensor | Sequence[float] | int | None, n: int) -> Tensor | None:
-        """One label, or one row (C,) of a context, as of n examples, on the model's device; else y as it is."""
+        """One label, row (C,) of a context or image (C, h, w) as of n examples, on the model's device; else y."""
         if y is None:
             return None
         if isinstance(y, int):
             return torch.full((n,), y, device=self.device)
         y = torch.as_tensor(y, device=self.device)
-        one = y.dim() == 0 or (y.dim() == 1 and y.dtype.is_floating_point)
+        one = y.dim() in (0, 3) or (y.dim() == 1 and y.dtype.is_floating_point)
         return y.expand(n, *y.shape) if one else y
 
     def some_given(self, data: Dataset, n: int) -> dict[str, Tensor]:
         """What `sample` and others are given to draw n examples that stand for all of ``data``: as ``y`` each label in
-        turn, or what is given with the first test examples, if that is a context or the model does not know its labels;
-        nothing if the model is not conditional."""
+        turn, or what is given with the first test examples, if that is a context or an image or the model does not know
+        its labels; nothing if the model is not conditional."""
         if not self.conditional:
             return {}
         labels = isinstance(self.embedding, OneHot) or getattr(self.config, "classes", None)
-        y = self.drawn_labels if labels and not data.condition else data.splits["test"].y
+        y = self.drawn_labels if labels and not (data.condition or data.given) else data.splits["test"].y
         assert y is not None  # `check_data` saw to it
         return {"y": y[torch.arange(n, device=y.device) % len(y)].to(self.device)}
 
@@ -468,6 +470,14 @@ class GenerativeModel(nn.Module):
                 f"the data set {data.name!r} gives {data.condition} numbers with each example, and the model was made "
                 f"for {condition}: pass the data set when you make it, as in genfuse.create(name, data), or take data "
                 "without --data.condition"
+            )
+        given = getattr(self.config, "given", None)
+        if self.config is not None and given != data.given:
+            takes = f"was made for {given or 'none'}" if hasattr(self.config, "given") else (
+                f"takes none, as a {type(self).__name__}: use edm, another diffusion model or wgan-gp")  # fmt: skip
+            raise SettingsError(
+                f"the data set {data.name!r} gives {f'an image {data.given}' if data.given else 'no image'} with each "
+                f"example (--data.task), and the model {takes}"
             )
         columns = getattr(self.config, "columns", None)
         if columns != data.columns and not (columns is None and data.plain):
@@ -577,15 +587,8 @@ def transformed() -> bool:
 
 
 SLACK = 1e-3  # by which x may be off for rounding to 16 bits
-FACTS = (
-    "shape",
-    "levels",
-    "classes",
-    "seen_labels",
-    "condition",
-    "columns",
-    "examples",
-)  # settings that the data decides, where a model has them
+# Settings that the data decides, where a model has them.
+FACTS = ("shape", "levels", "classes", "seen_labels", "condition", "given", "columns", "examples")
 
 
 def _facts(config: Any, data: Dataset) -> dict[str, Any]:

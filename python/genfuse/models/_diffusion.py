@@ -20,7 +20,7 @@ from genfuse.data import Batch, Dataset
 from genfuse.diffusion import Denoiser, drop_rows, likelihood, samplers
 from genfuse.errors import SettingsError
 from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, transformed
-from genfuse.nn import EMA, Columns, DenoisingMLP, Features, OneHot, UNet
+from genfuse.nn import EMA, Columns, DenoisingMLP, Features, OneHot, UNet, in_tiles
 from genfuse.ops import philox
 
 Network = Literal["auto", "mlp", "unet"]
@@ -30,7 +30,7 @@ Network = Literal["auto", "mlp", "unet"]
 class DiffusionConfig(ModelConfig):
     """Settings of every diffusion model. Raises SettingsError for values outside their range."""
 
-    network: Network = "auto"  # unet: images; mlp: any shape, as vectors; auto: unet for images
+    network: Network = "auto"  # unet: images and clips; mlp: any shape, as vectors; auto: unet for those
     hidden: tuple[int, ...] = (128, 128, 128)  # mlp: width of each residual block, all equal
     channels: tuple[int, ...] = (16, 32, 64)  # unet: widths of the scales, each of half the size of the one before
     blocks: int = 1  # unet: residual blocks of each scale on the way down; one more on the way up
@@ -39,6 +39,7 @@ class DiffusionConfig(ModelConfig):
     context_dropout: float = 0.1  # conditional: share of the labels or contexts left out in training, for guidance
     lr: float = 1e-3  # Adam's learning rate
     ema: float = 0.999  # decay of the moving average of the weights that everything but training uses
+    given: tuple[int, ...] | None = None  # (C, h, w) of the image that is given with each; taken from the data
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +49,10 @@ class DiffusionConfig(ModelConfig):
             raise SettingsError("channels must hold at least one width, got ()")
         if len(set(self.hidden)) != 1:
             raise SettingsError(f"hidden must hold one width for each residual block, all equal, got {self.hidden}")
-        if self.network == "unet" and len(self.shape) != 3:
+        if self.network == "unet" and len(self.shape) not in (3, 4):
             raise SettingsError(f"network 'unet' needs images, shape (C, H, W), got {self.shape}: use network 'mlp'")
+        if self.network == "mlp" and self.given:
+            raise SettingsError("network 'mlp' cannot be given images: use network 'unet'")
         if not all(0 <= scale < len(self.channels) for scale in self.attention):
             raise SettingsError(
                 f"attention must name scales, 0..{len(self.channels) - 1} for {len(self.channels)} channels, "
@@ -62,8 +65,10 @@ class DiffusionConfig(ModelConfig):
     def build(self) -> nn.Module:
         """The network F: (c_in x, log_sigma (N,), context (N, C) or None) -> what it predicts, (N, *shape)."""
         context = self.context + bool(self.condition)  # `FeaturesOrNone` adds one
-        if self.network == "unet" or (self.network == "auto" and len(self.shape) == 3):
-            return UNet(self.shape[0], self.channels, self.blocks, self.attention, context, self.dropout)
+        if self.network == "unet" or (self.network == "auto" and len(self.shape) in (3, 4)):
+            given = self.given[0] + 1 if self.given else 0
+            cells = math.prod(self.shape[:-2])
+            return UNet(cells, self.channels, self.blocks, self.attention, context, self.dropout, given)
         cells = self.dimensions if self.columns is None else Columns(self.columns).width
         return DenoisingMLP(cells, self.hidden, context, self.dropout)
 
@@ -263,9 +268,10 @@ class DiffusionModel(GenerativeModel):
 
         ``sampler`` is one of ancestral, ddim, heun, heun-stochastic, langevin, dpm-solver++, and ``options`` are those
         of its function in `genfuse.diffusion.samplers`, such as eta of ddim; ``callback(step, x, sigma, denoised)`` is
-        called in each step, in the model's space. ``y`` is what is given: labels (n,) or a context (n, C), or one label
-        or row (C,) for all; left out, labels are drawn uniformly. ``guidance`` above 1 makes samples more typical of
-        it (`denoise`).
+        called in each step, in the model's space. ``y`` is what is given: labels (n,), a context (n, C), images
+        (n, C, h, w), or one of them for all; left out, labels are drawn uniformly. Images may be of another size than
+        in training, and are then seen in tiles (`genfuse.nn.in_tiles`). ``guidance`` above 1 makes samples more typical
+        of what is given (`denoise`).
 
         One number is drawn from the generator. All noise of example i follows from it and i, so that with the same
         seed the first examples of a larger n are those of a smaller one, and ``batch_size``, the examples that the
@@ -285,16 +291,27 @@ class DiffusionModel(GenerativeModel):
             drawn = self.drawn_labels.to(labels.device)
             y = drawn[(philox.uniform(labels, (n,)) * len(drawn)).long()]
         context = self.context_of(self.for_all(y, n), n)
-        rows = batch_size or max(1, 2**20 // self.mean.numel())  # in bounded memory
+        shape = tuple(self.mean.shape)
+        if self.config and getattr(self.config, "given", None) and context is not None:
+            k = shape[1] // self.config.given[1]
+            shape = (shape[0], *(k * side for side in context.shape[2:]))
+        rows = batch_size or max(1, 2**20 // math.prod(shape))  # in bounded memory
+
+        def denoised(x: Tensor, sigma: float, context: Tensor | None) -> Tensor:
+            if shape == self.mean.shape or context is None:
+                return denoiser(x, sigma, context, guidance=guidance)
+            return in_tiles(lambda y, x: denoiser(x, sigma, y, guidance=guidance), context, x)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
             pairs = zip(x.split(rows), contexts, strict=True)
-            x0 = torch.cat([denoiser(part, sigma, c, guidance=guidance) for part, c in pairs])
+            x0 = torch.cat([denoised(part, sigma, c) for part, c in pairs])
             return x0 if self.levels is None else x0.clamp(-1, 1)
 
         mean, std = self._prior(sigmas[0])
-        x = mean + std * samplers.noisy(weight.new_zeros((n, *self.mean.shape)), 1.0, next(keys))[1]
+        if shape != self.mean.shape:
+            mean, std = (each.mean((1, 2), keepdim=True) for each in (mean, std))
+        x = mean + std * samplers.noisy(weight.new_zeros((n, *shape)), 1.0, next(keys))[1]
 
         def noise(x: Tensor, sigma: float) -> Tensor:
             return samplers.noisy(x, sigma, next(keys))[0]

@@ -8,7 +8,10 @@ from genfuse.nn._conditioners import ConvConditioner as ConvConditioner
 from genfuse.nn._conditioners import MLPConditioner as MLPConditioner
 from genfuse.nn._conditioners import ResidualMLP as ResidualMLP
 from genfuse.nn._context import Features as Features
+from genfuse.nn._context import Images as Images
 from genfuse.nn._context import OneHot as OneHot
+from genfuse.nn._context import beside as beside
+from genfuse.nn._context import in_tiles as in_tiles
 from genfuse.nn._conv import ConvDecoder as ConvDecoder
 from genfuse.nn._conv import conv_encoder as conv_encoder
 from genfuse.nn._coupling import AdditiveCoupling as AdditiveCoupling
@@ -22,6 +25,7 @@ from genfuse.nn._denoisers import NoiseEmbedding as NoiseEmbedding
 from genfuse.nn._denoisers import UNet as UNet
 from genfuse.nn._ema import EMA as EMA
 from genfuse.nn._gan import Residual as Residual
+from genfuse.nn._gan import Restorer as Restorer
 from genfuse.nn._gan import WithContext as WithContext
 from genfuse.nn._gan import dcgan_critic as dcgan_critic
 from genfuse.nn._gan import dcgan_generator as dcgan_generator

@@ -1,7 +1,7 @@
 """Networks that see a noise level: (x, log_sigma, context) -> as much as x.
 
 x is (N, D), or (N, C, H, W) of any height and width; log_sigma, the logarithm of its noise level, (N,); the context
-(N, F) or None.
+(N, F) or None; of `UNet` also an image (N, C, h, w).
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import last_layer
+from genfuse.nn._context import beside
 
 
 class NoiseEmbedding(nn.Module):
@@ -128,7 +129,8 @@ class UNet(nn.Module):
     back, where each sees what the way down made of images of its size.
 
     ``channels`` are the widths of the scales, each of half the size of the one before, rounded up, so that images may
-    be of any size; ``attention`` names the scales, 0 for the whole image, whose blocks have self-attention.
+    be of any size; ``attention`` names the scales, 0 for the whole image, whose blocks have self-attention. ``given``
+    are the channels of a context that is an image, seen beside x. Clips (N, T, C, H, W) have T C ``inputs``.
     """
 
     def __init__(
@@ -139,11 +141,12 @@ class UNet(nn.Module):
         attention: Sequence[int] = (),
         context: int = 0,
         dropout: float = 0.0,
+        given: int = 0,
     ) -> None:
         super().__init__()
         embedded = 4 * channels[0]
         self.embedding = NoiseEmbedding(embedded, context)
-        self.first = nn.Conv2d(inputs, channels[0], 3, padding=1)
+        self.first = nn.Conv2d(inputs + given, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         passed = [(0, channels[0])]  # scale and width of what the way down leaves for the way up
         for scale, width in enumerate(channels):
@@ -161,14 +164,17 @@ class UNet(nn.Module):
         self.last = nn.Sequential(_norm(h), nn.SiLU(), last_layer(nn.Conv2d(h, inputs, 3, padding=1)))
 
     def forward(self, x: Tensor, log_sigma: Tensor, context: Tensor | None = None) -> Tensor:
+        shape, x = x.shape, x.flatten(1, -3)  # the frames of clips as channels
+        if context is not None and context.dim() == 4:
+            x, context = beside(x, context), None
         embedded = F.silu(self.embedding(log_sigma, context))
         passed = [self.first(x)]
         for layer in self.down:
             passed.append(layer(passed[-1], embedded))
         h = self.middle(passed[-1], embedded)
         for layer in self.up:
-            beside = passed.pop()
-            if h.shape[2:] != beside.shape[2:]:
-                h = F.interpolate(h, beside.shape[2:])
-            h = layer(torch.cat([h, beside], 1), embedded)
-        return self.last(h)
+            left = passed.pop()
+            if h.shape[2:] != left.shape[2:]:
+                h = F.interpolate(h, left.shape[2:])
+            h = layer(torch.cat([h, left], 1), embedded)
+        return self.last(h).view(shape)

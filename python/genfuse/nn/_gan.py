@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
+from genfuse.nn._conditioners import last_layer
+from genfuse.nn._context import beside, in_tiles
 
 SLOPE = 0.2  # of leaky ReLUs
 WIDEST = 8  # times the width at the finest resolution
@@ -152,11 +154,44 @@ class Residual(nn.Module):
         return self.shortcut(x) + self.branch(x)
 
 
-class WithContext(nn.Module):
-    """A network that is shown x (N, ...) and a context (N, C) as one tensor.
+class Restorer(nn.Module):
+    """Images (N, channels, k h, k w) of a context as `Images` makes it, (N, C + 1, h, w): SRGAN's generator (arXiv
+    1609.04802, figure 4) without batch norm (arXiv 1707.02921), on top of what bicubic interpolation makes.
 
-    With ``planes``, x are images (N, channels, H, W), and the network sees (N, channels + C, H, W), C constant planes
-    more; without, it sees all cells of x as features, (N, cells + C).
+    It draws nothing: z (N, D) has no say. It sees no further than 2 ``blocks`` + 4 cells of the context, and takes it
+    in tiles, so images may be of any size.
+    """
+
+    def __init__(self, given: int, channels: int, factor: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.given, self.channels, self.factor = given, channels, factor
+
+        def conv(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+        branches = [nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width)) for _ in range(blocks)]
+        body = Residual(nn.Sequential(*map(Residual, branches), conv(width, width)))
+        larger: list[nn.Module] = []
+        for prime in (p for p in range(2, factor + 1) if all(p % q for q in range(2, p))):
+            while factor % prime == 0:
+                larger += [conv(width, width * prime**2), nn.PixelShuffle(prime), nn.LeakyReLU(SLOPE)]
+                factor //= prime
+        self.layers = nn.Sequential(conv(given + 1, width), body, *larger, last_layer(conv(width, channels)))
+
+    def forward(self, z: Tensor, context: Tensor) -> Tensor:
+        return in_tiles(self._restore, context, overlap=64)
+
+    def _restore(self, context: Tensor) -> Tensor:
+        made = self.layers(context)
+        plain = beside(made[:, :0], context[:, : self.given])
+        return plain[:, : self.channels] + made  # grey goes to all channels
+
+
+class WithContext(nn.Module):
+    """A network that is shown x (N, ...) and a context, (N, C) or with ``planes`` an image (N, C, h, w), as one tensor.
+
+    With ``planes``, x are images (N, channels, H, W), and the network sees (N, channels + C, H, W), C planes
+    more, constant ones of a context (N, C); without, it sees all cells of x as features, (N, cells + C).
     """
 
     def __init__(self, network: nn.Module, planes: bool) -> None:
@@ -165,6 +200,8 @@ class WithContext(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         context = context.to(x.dtype)
+        if context.dim() == 4:
+            return self.network(beside(x, context))
         if self.planes:
             together = [x, context[:, :, None, None].expand(-1, -1, *x.shape[2:])]
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genfuse import plots
-from genfuse.data import Dataset
+from genfuse.data import Dataset, resized
 from genfuse.models import (
     Decodes,
     DrawsLatents,
@@ -63,7 +63,13 @@ def draw(
         test = data.batch("test", chosen)
         generator = torch.Generator(model.device).manual_seed(0)
         labels = test.y if model.conditional else None
-        if data.is_image:
+        if data.given:
+            x = model.sample(PAIRS // 2, y=test.y[: PAIRS // 2], generator=generator)  # type: ignore[call-arg, index]
+            restorations(test.y[: PAIRS // 2], x, test.x[: PAIRS // 2], at("samples.png"))  # type: ignore[index]
+        elif len(data.shape) == 4:  # a clip in each row
+            clips = model.sample(ROWS, generator=generator, **_given(_repeated(labels, ROWS)))
+            plots.sample_grid(clips.flatten(0, 1), at("samples.png"), data.shape[0])
+        elif data.is_image:
             if labels is None or data.condition:
                 images = model.sample(plots.SAMPLES, generator=generator, **_given(_repeated(labels, plots.SAMPLES)))
                 plots.sample_grid(images, at("samples.png"))
@@ -87,7 +93,7 @@ def draw(
             originals = test.x[:PAIRS]
             given = _given(_repeated(labels, len(originals)))
             plots.reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))
-        if data.is_image and isinstance(model, DrawsLatents):
+        if data.is_image and not data.given and isinstance(model, DrawsLatents):
             a, b = (model.latents(ROWS, generator=generator) for _ in range(2))
             between = model.interpolate_latents(a, b, STEPS, **_given(_repeated(labels, ROWS)))
             plots.sample_grid(between.transpose(0, 1).flatten(0, 1), at("interpolation.png"), STEPS)
@@ -111,6 +117,16 @@ def draw(
         else:
             plots.points_over_time(kept, test.x, at("progress.png"), data.scaling)
     return drawn
+
+
+def restorations(given: Tensor, made: Tensor, truth: Tensor, path: str | Path) -> None:
+    """Rows of images that were given (N, c, h, w), enlarged by bicubic interpolation if they are smaller, what a model
+    made of them (N, C, H, W), and what they were made of."""
+    size, shown = (made.shape[2], made.shape[3]), {"given": given}
+    if given.shape[2:] != size:
+        shown = {"given": resized(given, size, "nearest"), "bicubic": resized(given, size, "bicubic")}
+    shown = {name: x.expand_as(made) for name, x in shown.items()}
+    plots.rows([*shown.values(), made, truth], [*shown, "model", "truth"], path)
 
 
 def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[str], Path]) -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from genfuse.data import Dataset, augmented
+from genfuse.data import Batch, Dataset, augmented
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
-from genfuse.models import Batch, GenerativeModel, Player
+from genfuse.models import GenerativeModel, Player
 from genfuse.training.checkpoint import STATE, Checkpoint, load_optimizers, optimizer_tensors
 from genfuse.training.options import Options
 from genfuse.training.process import (
@@ -221,7 +221,8 @@ class Loop:
         if self.trainer.flip or self.trainer.shift:  # by the step, so that a run that is resumed goes on alike
             generator = torch.Generator()
             generator.manual_seed(seed_of(self.trainer.seed, AUGMENTATION, self.step, self.fabric.global_rank))
-            batch = batch._replace(x=augmented(batch.x, self.trainer.flip, self.trainer.shift, generator))
+            x = augmented(batch.x, self.trainer.flip, self.trainer.shift, generator)
+            batch = Batch(x, self.data.given_of(x) if self.data.task else batch.y)
         loss, terms = self._training_loss(batch, name)
         self.fabric.backward(loss)
         scaler, clip, several = getattr(self.precision, "scaler", None), self.trainer.grad_clip, len(self.players) > 1

@@ -84,28 +84,14 @@ FORMAT: dict[str, Any] = {
     "training.schedule": str,
     "training.seed": int,
 }
+OptionOfData = typing.Literal[
+    "header", "delimiter", "decimal", "condition", "validation", "columns", "drop", "types", "target", "size", "fit",
+    "mode", "damaged", "stream", "task",
+]  # fmt: skip
 FORMAT_OF_DATA = {  # what older runs do not have
     "root": str | None,
     "splits": dict[str, str],
-    "options": dict[
-        typing.Literal[
-            "header",
-            "delimiter",
-            "decimal",
-            "condition",
-            "validation",
-            "columns",
-            "drop",
-            "types",
-            "target",
-            "size",
-            "fit",
-            "mode",
-            "damaged",
-            "stream",
-        ],
-        str,
-    ],
+    "options": dict[OptionOfData, str],
     "class_names": list[str] | None,
 }
 FORMAT_OF_SCALING = {"mean": list[float], "std": list[float], "names": list[str] | None}

@@ -87,6 +87,10 @@ class Trainer(Options):
                 DataWarning,
                 stacklevel=2,
             )
+        if (self.flip or self.shift) and data.given and not data.task:
+            raise SettingsError(
+                "flip and shift would move images, but not those that are given with them: leave them out"
+            )
         if (self.flip or self.shift) and not (data.is_image and self.shift < min(data.shape[1:])):
             raise SettingsError(
                 f"flip and shift are of images, by less than a side; the shape of {data.name!r} is {data.shape}"
