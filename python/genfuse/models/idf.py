@@ -204,14 +204,13 @@ class IDF(GenerativeModel):
                 a, b = scale.ends[i : i + 2]
                 found.append((h[:, a:b], scale.priors[i](h[:, :a] / unit[:a], context), unit[a:b]))
             h = h[:, : scale.ends[0]]
-        return [*found, (h, self.prior.expand(len(h), *self.prior.shape), self._unit(h)[: self.last[0]])]
+        return [*found, (h, self.prior.expand(len(h), *self.prior.shape), self._unit(h))]
 
     def _whole(self, n: int, take: Callable[[Tensor, Tensor], Tensor], context: Tensor | None) -> Tensor:
         """Examples of what ``take`` makes of each prior's raw parameters and unit: the opposite of `_parts`."""
-        unit = self._unit(self.prior)
-        h = take(self.prior.expand(n, *self.prior.shape), unit[: self.last[0]])
+        h = take(self.prior.expand(n, *self.prior.shape), self._unit(self.prior[None], self.last[0]))
         for scale in reversed(self.scales):
-            unit = self._unit(h)
+            unit = self._unit(h, scale.ends[-1])  # type: ignore[index, arg-type]
             for i, prior in enumerate(scale.priors):  # type: ignore[arg-type]
                 a, b = scale.ends[i : i + 2]  # type: ignore[index]
                 h = torch.cat([h, take(prior(h / unit[:a], context), unit[a:b])], 1)
@@ -226,12 +225,12 @@ class IDF(GenerativeModel):
     def _squeezed(self, h: Tensor) -> Tensor:
         return Squeeze()(h)[0] if self.images else h
 
-    def _unit(self, like: Tensor) -> Tensor:
-        """Half of the range of each channel's cells, as networks see them, (channels, 1, ...)."""
-        unit = (self.sizes / 2).to(like)
+    def _unit(self, h: Tensor, channels: int | None = None) -> Tensor:
+        """Half of the range of the cells of each channel of h, as networks see them, (channels, 1, ...)."""
+        unit, channels = (self.sizes / 2).to(h), channels or h.shape[1]
         if self.columns is not None:
-            return unit
-        return unit.view(1, *[1] * (2 * self.images)).expand(self.config.dimensions, *[1] * (2 * self.images))
+            return unit[:channels]
+        return unit.view(1, *[1] * (h.dim() - 2)).expand(channels, *[-1] * (h.dim() - 2))
 
     def _mixture(self, raw: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, locations and inverse scales (N, c, ..., K) of the prior, in ones, of raw (N, 3 K c, ...)."""
