@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
 from genfuse.nn import Columns, ConvConditioner, ResidualMLP, Squeeze
 from genfuse.nn.likelihoods import log_logistic
 
@@ -26,7 +26,7 @@ class IDFConfig(ModelConfig):
 
     network: Network = "auto"  # conv: images with even sides; mlp: any shape, as vectors; auto: conv if it can be had
     scales: int = 2  # conv: how often 2x2 cells become channels, while both sides are even
-    couplings: int = 2  # additive ones, at each scale
+    couplings: int = 1  # additive ones, at each scale
     mixtures: int = 5  # logistic densities of the prior of a cell
     channels: tuple[int, ...] = (32,)  # conv: width of each residual block of a network, all the same
     hidden: tuple[int, ...] = (128, 128)  # mlp: width of each residual block of a network, all the same
@@ -113,6 +113,9 @@ class IDF(GenerativeModel):
         self.reach = 2 ** math.ceil(math.log2(reach + 1))  # all z are within +-reach
 
     sizes: Tensor
+
+    def players(self) -> list[Player]:
+        return [Player("model", self.parameters(), adam(3e-3))]
 
     def check_data(self, data: Dataset) -> None:
         super().check_data(data)
