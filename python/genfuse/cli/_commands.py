@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from genfuse import plugins
 from genfuse._files import plain
-from genfuse.cli._apply import encode, export, interpolate, reconstruct, score
+from genfuse.cli._apply import compress, decompress, encode, export, interpolate, reconstruct, score
 from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._families import FAMILIES
@@ -191,6 +191,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "encode": encode,
     "reconstruct": reconstruct,
     "interpolate": interpolate,
+    "compress": compress,
+    "decompress": decompress,
     "export": export,
     "train-features": train_features,
     "compare": compare,
