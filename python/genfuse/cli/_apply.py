@@ -1,5 +1,4 @@
-"""``genfuse score``, ``encode``, ``reconstruct``, ``interpolate``, ``compress``, ``decompress`` and ``export``: results out
-of a trained model."""
+"""``genfuse score``, ``encode``, ``reconstruct``, ``interpolate``, ``compress``, ``export``: results of a trained model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -232,9 +231,9 @@ def compress(
     data_root: ROOT = None,
     overwrite: bool = False,
 ) -> int:
-    """Compress images, or a table of integers and categories, without loss, by the model of a run.
+    """Compress images, or a table of integers and categories, without loss: a vae by bits-back, or idf.
 
-    Models of discrete data do: vae by bits-back, and idf. The run is needed to read the file again, on any machine.
+    The file is read again, on any machine, with the same run.
 
     example:
       genfuse compress runs/idf pictures --out pictures.gfz
@@ -252,9 +251,9 @@ def compress(
     from genfuse.applications import compress as compressed
 
     found = compressed(run, file, out, split=split, root=data_root, limit=limit)
-    print(plain(f"written: {out}: {found.examples:,} examples of {found.dimensions:,} cells in {found.bytes:,} bytes"))
-    print(f"bits per dimension: {found.bits_per_dim:.4f}, and {found.message_bits_per_dim:.4f} without names and head")
-    print(f"the model's bound: {found.bound_bits_per_dim:.4f}; initial bits, which are counted: {found.initial:,}")
+    print(plain(f"written: {out}: {found.examples:,} examples in {found.bytes:,} bytes"))
+    print(f"bits per dimension: {found.bits_per_dim:.4f}, without names and head {found.message:.4f}, {found.initial:,} "
+          f"initial bits counted; the model's bound: {found.bound:.4f}")  # fmt: skip
     return 0
 
 
@@ -275,7 +274,7 @@ def decompress(
 
     Args:
         file: file that `genfuse compress` wrote
-        out: folder of pictures to make, or file to write: .npy or .npz for arrays, .csv for tables, .png for one picture
+        out: folder of pictures to make, or file: .npy or .npz for arrays, .csv for tables, .png for one picture
         run: run folder
         overwrite: replace an existing file; never a folder
     """

@@ -143,7 +143,7 @@ class HasTrajectory(Protocol):
 @runtime_checkable
 class Codes(Protocol):
     """Puts n examples x (n, *shape) of levels on the stack of a `genfuse.applications.Coder`, or takes them from it if
-    x is None, and returns them: `genfuse.applications.compress` calls it in float64, within `Exact`."""
+    x is None; returns them. It is called within `genfuse.applications.Exact`, in float64."""
 
     def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor: ...
 

@@ -478,27 +478,25 @@ class VAE(GenerativeModel):
         return -self.iwae_bound(x, samples, y=y, chunk=chunk, generator=generator)
 
     def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor:
-        """Put n examples x on a coder's stack, or take them from it if x is None, by bits-back (arXiv 1901.04866).
+        """See `genfuse.models.Codes`: by bits-back (arXiv 1901.04866). Bits of the stack are taken for a draw of
+        q(z | x), then x is put on it by p(x | z), and z by p(z): in expectation the stack is longer by -ELBO, since
+        whoever takes z and x again puts these bits back.
 
-        Bits of the stack are taken for a draw of q(z | x), x is put by p(x | z), z by p(z): in expectation that makes
-        the stack longer by -ELBO, for whoever takes z and x puts these bits back.
-
-        Raises SettingsError for a likelihood of real numbers, a prior other than N(0, I), a posterior that is no
-        Gaussian, and a conditional model.
+        Raises SettingsError unless the likelihood is of levels, the posterior Gaussian, the prior N(0, I), and nothing
+        is given.
         """
-        odd = {
-            "its likelihood is a density of real numbers, which have no levels": not hasattr(self.likelihood, "code"),
-            "its likelihood is a Bernoulli's, and the data has more levels than 2: binarize the data, or use "
-            "--model.decoder categorical or discretized-logistic": not self.likelihoods,
+        likelihood: Any = self.likelihood
+        for reason, holds in {
+            "its likelihood is a density of real numbers, which have no levels": not hasattr(likelihood, "code"),
+            "its Bernoulli likelihood is of data of 2 levels: binarize it, or use another decoder": not self.likelihoods,
             "its posterior is a flow": self.posterior_flow is not None,
             "its prior is not N(0, I)": self.prior is not None,
             "it is conditional, and what is given would not be in the file": self.conditional,
-        }
-        if reasons := [reason for reason, holds in odd.items() if holds]:
-            raise SettingsError(f"this {type(self).__name__} does not compress: {reasons[0]}")
-        z = None if x is None else coder.gaussian(*self._spread(x))
-        z = coder.prior((n, self.latent_dim), z)
-        found: Tensor = self.likelihood.code(coder, self._raw(coder.centres(z), None), x)  # type: ignore[operator]
+        }.items():
+            if holds:
+                raise SettingsError(f"this {type(self).__name__} does not compress: {reason}")
+        z = coder.prior(n, self.latent_dim, None if x is None else coder.gaussian(*self._spread(x)))
+        found: Tensor = likelihood.code(coder, self._raw(coder.centres(z), None), x)
         if x is None:
             coder.gaussian(*self._spread(found), z)
         coder.flush()

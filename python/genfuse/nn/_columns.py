@@ -175,30 +175,27 @@ class Columns(nn.Module):
 
     @property
     def sizes(self) -> list[int]:
-        """The levels of each column, (D,): integers from the least to the largest of the training split, categories.
-
-        Raises SettingsError for columns of real numbers, and of integers of which cells are missing.
-        """
-        if bool((self.step == 0).any()) or len(self.indicated):
-            odd = sorted({*self.numeric[self.step == 0].tolist(), *self.numeric[self.indicated].tolist()})
+        """How many levels each column has, (D,): integers from the least to the largest of the training split, or
+        categories. Raises SettingsError for columns of real numbers, or of integers of which some are missing."""
+        if odd := {*self.numeric[self.step == 0].tolist(), *self.numeric[self.indicated].tolist()}:
             raise SettingsError(
-                f"column {', '.join(str(i + 1) for i in odd)} of the table is of real numbers, or of numbers that are "
-                "missing in part, and has no levels: only integers, categories and booleans do"
+                f"column {', '.join(str(i + 1) for i in sorted(odd))} of the table has no levels: integers without "
+                "empty cells, categories and booleans do"
             )
         found = torch.zeros(self.columns, dtype=torch.long, device=self.low.device)
         found[self.numeric] = (self._whole(self.high) - self._whole(self.low)).long() + 1
         found[self.block_of] = self.last + 1
-        return found.tolist()  # type: ignore[no-any-return]
+        return found.tolist()
 
     def levels(self, x: Tensor) -> Tensor:
-        """The levels (N, D) of examples (N, D), in float64; outside of 0..size - 1 for integers that training had not."""
+        """The levels of examples, (N, D) in float64; outside of 0..size - 1 for integers beyond those of training."""
         k = x.new_zeros(x.shape, dtype=torch.float64)
         k[..., self.block_of] = self._codes(x).double()
         k[..., self.numeric] = self._whole(self._numbers(x)) - self._whole(self.low)
         return k
 
     def of_levels(self, k: Tensor) -> Tensor:
-        """Examples (N, D), in float64, of their levels (N, D)."""
+        """Examples of levels, (N, D) in float64."""
         values = k.to(torch.float64, copy=True)
         values[..., self.numeric] = values[..., self.numeric] + self._whole(self.low)
         x = (values - self.centre) / self.spread

@@ -38,8 +38,7 @@ def _bounded(t: Tensor, limit: float) -> Tensor:
 
 
 def log_logistic(upper: Tensor, lower: Tensor, gap: Tensor) -> Tensor:
-    """log(sigmoid(upper) - sigmoid(lower)) without cancellation, with ``gap`` = upper - lower: of sigmoid(upper)
-    sigmoid(-lower) (1 - exp(-gap)), which is the same."""
+    """log(sigmoid(upper) - sigmoid(lower)), gap = upper - lower, as sigmoid(upper) sigmoid(-lower) (1 - exp(-gap))."""
     return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
 
 
@@ -86,7 +85,7 @@ class Bernoulli(Likelihood):
         return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
 
     def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
-        return coder.softmax(torch.cat([torch.zeros_like(params), params], -1), x)  # type: ignore[no-any-return]
+        return coder.softmax(torch.cat([torch.zeros_like(params), params], -1), x)
 
     def mean(self, params: Tensor) -> Tensor:
         return at_least_float32(params).squeeze(-1).sigmoid()
