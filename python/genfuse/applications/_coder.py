@@ -157,7 +157,7 @@ class Coder:
     def _choices(self, weights: np.ndarray, k: np.ndarray | None) -> np.ndarray:
         given = self._models.Categorical(perfect=False), np.ascontiguousarray(weights, np.float64)
         if k is None:
-            return self.stack.decode(*given).astype(np.int64)  # type: ignore[no-any-return]
+            return self.stack.decode(*given).astype(np.int64)
         self._waiting.append((k.astype(np.int32), *given))
         return k
 
@@ -179,14 +179,10 @@ class Coder:
 
     def softmax(self, logits: Tensor, k: Tensor | None = None) -> Tensor:
         """Symbols (...) of probabilities softmax(logits), (..., K)."""
-        weights, parts = mixing(logits).flatten(0, -2).numpy(), [np.zeros(0)]
-        whole = None if k is None else k.flatten().numpy()
-        for i in range(0, len(weights) if logits.shape[-1] > 1 else 0, 2**14):
-            parts.append(self._choices(weights[i : i + 2**14], None if whole is None else whole[i : i + 2**14]))
-        found = (
-            torch.from_numpy(np.concatenate(parts)).double() if len(parts) > 1 else torch.zeros(len(weights)).double()
-        )
-        return found.view(logits.shape[:-1])
+        weights, whole = mixing(logits).flatten(0, -2).numpy(), None if k is None else k.flatten().numpy()
+        if weights.shape[1] < 2:
+            return torch.zeros(logits.shape[:-1], dtype=torch.float64)
+        return torch.from_numpy(self._choices(weights, whole)).double().view(logits.shape[:-1])
 
     def logistics(
         self, logits: Tensor, mu: Tensor, precision: Tensor, edges: Callable[[Any], Any], count: int,
@@ -201,7 +197,7 @@ class Coder:
             at = edges(e)
             each = (w[rows, i, None] * cumulative("logistic", (at - c[rows, i, None]) * s[rows, i, None])
                     for i in range(w.shape[1]))  # fmt: skip
-            return sum(each) // w[rows].sum(1, keepdims=True)  # type: ignore[no-any-return]
+            return sum(each) // w[rows].sum(1, keepdims=True)
 
         return self._between(below, count, len(c), w.shape[1], k).view(mu.shape[:-1])
 

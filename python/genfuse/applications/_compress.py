@@ -186,7 +186,7 @@ def _read(
     run: Run, model: Any, file: Any, split: str, root: Any, limit: int | None
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """The levels (N, *shape) of examples, and what else is needed to write them as they were."""
-    shape, (to, _, sizes), notes = tuple(run.config["data"]["shape"]), _alphabet(model), {}
+    shape, (to, _, sizes), notes = tuple(run.config["data"]["shape"]), _alphabet(model), dict[str, Any]()
     path = Path(file) if isinstance(file, (str, Path)) and Path(file).exists() else None
     pictures = sorted(path.rglob("*") if path.is_dir() else [path]) if path and sizes.dim() == 0 else []
     pictures = [each for each in pictures if each.suffix.lower() in SUFFIXES][:limit]
@@ -194,10 +194,12 @@ def _read(
     if sizes.dim():
         found = examples(run, file, split=split, root=root)
         if found.columns:
-            raise DataError(f"{file} has the columns {', '.join(found.columns)}, which the model of {run.path} does not "
-                            "know: compress a file without them")  # fmt: skip
+            others = ", ".join(found.columns)
+            raise DataError(
+                f"{file} has the columns {others}, which the model of {run.path} does not know: leave them out"
+            )
         k, columns = to(found.data.splits[split].x), found.names
-    elif pictures:
+    elif pictures and path:
         names = [(each.relative_to(path) if each != path else Path(path.name)).with_suffix("") for each in pictures]
         notes["names"] = [name.as_posix() for name in names]
         if twice := {name for name in notes["names"] if notes["names"].count(name) > 1}:
@@ -235,7 +237,9 @@ def _read(
         )
     if bool((odd_cells := (k < 0) | (k >= sizes)).any()):
         row, *cell = odd_cells.nonzero()[0].tolist()
-        where = f"column {columns[cell[0]]}: the value" if columns else f"cell {tuple(cell)}: {int(k[(row, *cell)])}"
+        where = (
+            f"column {columns[cell[0]]}: the value" if columns else f"cell {tuple(cell)}: {int(k[row][tuple(cell)])}"
+        )
         levels = int(sizes.expand(shape)[tuple(cell)])
         raise DataError(
             f"{file}, example {row}, {where} is none of the {levels} levels that the training data of {run.path} had"

@@ -78,21 +78,22 @@ class IDF(GenerativeModel):
 
     def __init__(self, config: IDFConfig) -> None:
         super().__init__(config)
-        c, shape = config, config.shape if len(config.shape) == 3 else ()
+        c, shape = config, tuple[int, ...](config.shape)
         self.columns = None if c.columns is None else Columns(c.columns)
         sizes = [c.levels or 2] if self.columns is None else self.columns.sizes
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.float32), persistent=False)
-        halvings = next(
-            (i for i in range(c.scales) if not shape or shape[1] % 2 ** (i + 1) or shape[2] % 2 ** (i + 1)), c.scales
-        )
+        halvings = 0
+        while len(shape) == 3 and halvings < c.scales and not any(side % 2 ** (halvings + 1) for side in shape[1:]):
+            halvings += 1
         self.images, self.scales = halvings > 0, nn.ModuleList()
         network: Any = partial(ConvConditioner, context=c.context, channels=c.channels, residual=True)
         if not self.images:
             shape, network = (c.dimensions,), partial(ResidualMLP, context=c.context, hidden=c.hidden)
         for _ in range(halvings or 1):
-            shape = (4 * shape[0], shape[1] // 2, shape[2] // 2) if self.images else shape
-            self.scales.append(_Scale(network, shape[0], c))
-            shape = (self.scales[-1].ends[0], *shape[1:])  # type: ignore[index]
+            shape = (4 * shape[0], *(side // 2 for side in shape[1:])) if self.images else shape
+            scale = _Scale(network, shape[0], c)
+            self.scales.append(scale)
+            shape = (scale.ends[0], *shape[1:])
         self.prior = nn.Parameter(torch.zeros(3 * c.mixtures * shape[0], *shape[1:]))  # of what is left
         reach = max(sizes) * (1 + FARTHEST * c.couplings * len(self.scales)) / 2
         self.reach = int(2 ** math.ceil(math.log2(reach + 1)))  # all z are within +-reach

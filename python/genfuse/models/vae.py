@@ -488,7 +488,7 @@ class VAE(GenerativeModel):
         likelihood: Any = self.likelihood
         for reason, holds in {
             "its likelihood is a density of real numbers, which have no levels": not hasattr(likelihood, "code"),
-            "its Bernoulli likelihood is of data of 2 levels: binarize it, or use another decoder": not self.likelihoods,
+            "its Bernoulli likelihood is of 2 levels: binarize the data, or use another decoder": not self.likelihoods,
             "its posterior is a flow": self.posterior_flow is not None,
             "its prior is not N(0, I)": self.prior is not None,
             "it is conditional, and what is given would not be in the file": self.conditional,
