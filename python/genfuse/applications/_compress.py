@@ -190,32 +190,32 @@ def _read(
     path = Path(file) if isinstance(file, (str, Path)) and Path(file).exists() else None
     pictures = sorted(path.rglob("*") if path.is_dir() else [path]) if path and sizes.dim() == 0 else []
     pictures = [each for each in pictures if each.suffix.lower() in SUFFIXES][:limit]
-    columns: tuple[str, ...] = ()
+    columns, origin = tuple[str, ...](), file if isinstance(file, (str, Path)) else f"<{type(file).__name__}>"
     if sizes.dim():
         found = examples(run, file, split=split, root=root)
         if found.columns:
             others = ", ".join(found.columns)
             raise DataError(
-                f"{file} has the columns {others}, which the model of {run.path} does not know: leave them out"
+                f"{origin} has the columns {others}, which the model of {run.path} does not know: leave them out"
             )
         k, columns = to(found.data.splits[split].x), found.names
     elif pictures and path:
         names = [(each.relative_to(path) if each != path else Path(path.name)).with_suffix("") for each in pictures]
         notes["names"] = [name.as_posix() for name in names]
         if twice := {name for name in notes["names"] if notes["names"].count(name) > 1}:
-            raise DataError(f"{file}: several pictures are called {min(twice)}, and as .png would be one file")
+            raise DataError(f"{origin}: several pictures are called {min(twice)}, and as .png would be one file")
         x = [load_data(f"images:{each}", hold_out=False).splits["test"].x for each in pictures]
         odd = next((i for i, each in enumerate(x) if each.shape[1:] != shape), None)
         k = to(torch.cat(x).double() / 255) if odd is None else x[odd]
         if odd is None and len(wrong := (_pixels(k, model) != torch.cat(x)).flatten(1).any(1).nonzero()):
             raise DataError(f"{pictures[int(wrong[0])]} has values of none of the {int(sizes)} levels of the model of "
                             f"{run.path}, which are spread over 0..255")  # fmt: skip
-        file = file if odd is None else pictures[odd]
+        origin = origin if odd is None else pictures[odd]
     else:
         array = read_array(path) if path and path.suffix == ".npy" else file if isinstance(file, np.ndarray) else None
         if array is not None:
             if array.dtype.kind not in "biu":
-                raise DataError(f"{file}: expected whole numbers, the levels of examples; got {array.dtype}")
+                raise DataError(f"{origin}: expected whole numbers, the levels of examples; got {array.dtype}")
             notes.update(shape=array.shape[1:], dtype=array.dtype.str)
         if isinstance(file, (str, Path)) and path is None and Path(file).suffix and ":" not in str(file):
             raise DataError(f"there is no file or folder {file}")
@@ -228,21 +228,20 @@ def _read(
                 raise DataError(f"{data.name} has no split {split!r}; it has: {', '.join(data.splits)}")
             k = data.splits[split].x
         if k.is_floating_point():
-            raise DataError(f"{file} has real numbers, and the model of {run.path} is of {int(sizes)} levels")
+            raise DataError(f"{origin} has real numbers, and the model of {run.path} is of {int(sizes)} levels")
     k = k[:limit].long()
     if tuple(k.shape[1:]) != shape or not len(k):
         raise DataError(
-            f"{file} has {len(k)} examples of shape {tuple(k.shape[1:])}, and the model of {run.path} is for {shape}: "
-            "compression crops and scales nothing"
+            f"{origin} has {len(k)} examples of shape {tuple(k.shape[1:])}, and the model of {run.path} is for {shape}; "
+            "nothing is cropped or scaled"
         )
     if bool((odd_cells := (k < 0) | (k >= sizes)).any()):
         row, *cell = odd_cells.nonzero()[0].tolist()
-        where = (
-            f"column {columns[cell[0]]}: the value" if columns else f"cell {tuple(cell)}: {int(k[row][tuple(cell)])}"
-        )
+        value = int(k[row][tuple(cell)])
+        where = f"column {columns[cell[0]]}: the value" if columns else f"cell {tuple(cell)}: {value}"
         levels = int(sizes.expand(shape)[tuple(cell)])
         raise DataError(
-            f"{file}, example {row}, {where} is none of the {levels} levels that the training data of {run.path} had"
+            f"{origin}, example {row}, {where} is none of the {levels} levels that the training data of {run.path} had"
             + ("; binarized data is needed" if levels == 2 and not columns else "")
         )
     return k, notes

@@ -252,8 +252,8 @@ def compress(
 
     found = compressed(run, file, out, split=split, root=data_root, limit=limit)
     print(plain(f"written: {out}: {found.examples:,} examples in {found.bytes:,} bytes"))
-    print(f"bits per dimension: {found.bits_per_dim:.4f}; without names and head: {found.message:.4f}, {found.initial:,}"
-          f" initial bits counted; the model's bound: {found.bound:.4f}")  # fmt: skip
+    print(f"bits per dimension: {found.bits_per_dim:.4f}; without names and head: {found.message:.4f}, of which "
+          f"{found.initial:,} bits to start with; the model's bound: {found.bound:.4f}")  # fmt: skip
     return 0
 
 
