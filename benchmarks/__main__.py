@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _part, _peers, _record, _report, anomaly, examples, flows, gans, ops, quality
+from benchmarks import _part, _peers, _record, _report, anomaly, compression, examples, flows, gans, ops, quality
 from benchmarks.operators import OPERATORS
 
 # Commands that print tables and draw pictures for docs/: each has its own `arguments(parser)` and `run(args)`.
-APPLICATIONS = {"anomaly": anomaly, "quality": quality}
+APPLICATIONS = {"anomaly": anomaly, "compression": compression, "quality": quality}
 
 
 def _size(text: str) -> tuple[int, ...]:

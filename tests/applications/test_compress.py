@@ -213,7 +213,7 @@ def test_a_folder_of_pictures_comes_back_under_its_names(trained, tmp_path, caps
     [
         (levels("grey", 2) * 15, r"example 0, cell \(0, 0, 2\): \d+ is none of the 17 levels"),
         (levels("grey", 2) / 16, "expected whole numbers, the levels of examples; got float64"),
-        (levels("grey", 2)[:, :, :5], r"shape \(1, 5, 8\), and the model of .* is for \(1, 8, 8\)"),
+        (levels("grey", 2)[:, :, :5], r"shape \(1, 5, 8\), and the model of .* takes \(1, 8, 8\)"),
         ("digits.npy", "there is no file or folder digits.npy"),
     ],
 )

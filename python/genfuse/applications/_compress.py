@@ -232,7 +232,7 @@ def _read(
     k = k[:limit].long()
     if tuple(k.shape[1:]) != shape or not len(k):
         raise DataError(
-            f"{origin} has {len(k)} examples of shape {tuple(k.shape[1:])}, and the model of {run.path} is for {shape}; "
+            f"{origin} has {len(k)} examples of shape {tuple(k.shape[1:])}, and the model of {run.path} takes {shape}; "
             "nothing is cropped or scaled"
         )
     if bool((odd_cells := (k < 0) | (k >= sizes)).any()):
