@@ -102,8 +102,8 @@ def run(args: Namespace) -> None:
             print(f"| **genfuse, {name}** | **{found.bits_per_dim:.4f}** | |")
             over = [f"{100 * (bits / found.bound - 1):+.2f}%" for bits in (found.message, found.bits_per_dim)]
             notes.append(
-                f"{name}: bound {found.bound:.4f}; message {found.message:.4f} ({over[0]}), {found.initial} bits to start "
-                f"with counted; file of {found.bytes:,} bytes ({over[1]}); {between - start:.1f} s to write and "
+                f"{name}: bound {found.bound:.4f}; message {found.message:.4f} ({over[0]}), {found.initial} bits to "
+                f"start with counted; file of {found.bytes:,} bytes ({over[1]}); {between - start:.1f} s to write and "
                 f"{seconds - between + start:.1f} s to read, of one core"
             )
         print("", *notes, sep="\n")

@@ -123,7 +123,7 @@ def decompress(file: str | Path, out: Any = None, *, run: Run | str | Path | Non
         last = made.ndim == 4 and len(shape) == 3 and shape != made.shape[1:]
         made = np.ascontiguousarray(made.transpose(0, 2, 3, 1) if last else made).reshape(-1, *shape)
     if out is not None:
-        _write(Path(out), made, notes.get("names"))
+        _write(Path(out), made, [] if hasattr(made, "to_csv") else _pixels(k, exact).numpy().astype("u1"), notes)
     return made, found.path
 
 
@@ -247,7 +247,7 @@ def _read(
     return k, notes
 
 
-def _write(out: Path, made: Any, names: list[str] | None) -> None:
+def _write(out: Path, made: Any, images: Any, notes: dict[str, Any]) -> None:
     table, suffix = hasattr(made, "to_csv"), out.suffix.lower()
     if suffix in ((".csv",) if table else (".npy", ".npz")):
         with writing(out) as file:
@@ -258,15 +258,21 @@ def _write(out: Path, made: Any, names: list[str] | None) -> None:
             else:
                 np.save(file, made)
         return
-    if table or made.ndim != 4 or made.shape[1] not in (1, 3) or (suffix == ".png" and len(made) > 1) or out.is_dir():
+    if (
+        table
+        or images.ndim != 4
+        or images.shape[1] not in (1, 3)
+        or (suffix == ".png" and len(made) > 1)
+        or out.is_dir()
+    ):
         wanted = ".csv" if table else ".npy or .npz, or for several images be a folder that is not there yet"
         raise SettingsError(f"--out must end in {wanted}; got {out}")
     from PIL import Image
 
-    names = names or [f"{i:0{len(str(len(made) - 1))}d}" for i in range(len(made))]
+    names = notes.get("names") or [f"{i:0{len(str(len(made) - 1))}d}" for i in range(len(made))]
     if odd := [n for n in names if {"..", "/"} & {*PurePosixPath(n).parts} or not n or {*n} & {*"\\:\0"}]:
         raise DataError(f"a picture is called {odd[0]!r}, which leads out of its folder: the file is refused")
-    pictures = [Image.fromarray(each[0] if len(each) == 1 else each.transpose(1, 2, 0)) for each in made]
+    pictures = [Image.fromarray(each[0] if len(each) == 1 else each.transpose(1, 2, 0)) for each in images]
     if suffix == ".png":
         with replacing(out) as beside:
             pictures[0].save(beside)
