@@ -7,13 +7,26 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
-    _part, _peers, _record, _report, anomaly, disentanglement, examples, flows, gans, ops, quality, super_resolution,
+    _part,
+    _peers,
+    _record,
+    _report,
+    anomaly,
+    compression,
+    disentanglement,
+    examples,
+    flows,
+    gans,
+    ops,
+    quality,
+    super_resolution,
 )  # fmt: skip
 from benchmarks.operators import OPERATORS
 
 # Commands that print tables and draw pictures for docs/: each has its own `arguments(parser)` and `run(args)`.
 APPLICATIONS = {
     "anomaly": anomaly,
+    "compression": compression,
     "disentanglement": disentanglement,
     "quality": quality,
     "super-resolution": super_resolution,

@@ -333,9 +333,9 @@ def test_what_is_drawn_follows_from_verbs_and_data_and_is_the_same_each_time(nam
 
 def test_a_gif_repeats_frames_that_are_grids_of_images(tmp_path):
     frames = torch.arange(4).view(4, 1, 1, 1, 1).expand(4, 3, 1, 8, 8) / 4
-    plots.animation(list(frames), tmp_path / "moving.gif", columns=3)
+    plots.animation(frames.transpose(0, 1), tmp_path / "moving.gif", columns=3)
     with Image.open(tmp_path / "moving.gif") as gif:
-        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (4, 0, 150)
+        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (4, 0, 120)
         for i in range(4):
             gif.seek(i)
             assert gif.convert("L").getpixel((100, 30)) == pytest.approx(64 * i, abs=2)

@@ -64,14 +64,14 @@ def write_picture(image: Tensor, path: str | Path) -> None:
         Image.fromarray(_pixels(image)[0].squeeze()).save(file, format="PNG")
 
 
-def animation(clips: Tensor, path: str | Path, rate: int = 8) -> None:
+def animation(clips: Tensor, path: str | Path, rate: int = 8, columns: int | None = None) -> None:
     """Clips (N, T, C, H, W) in a grid that moves, ``rate`` frames a second: a .gif, or a .mp4 if imageio is there.
 
     Raises SettingsError for a .mp4 without it.
     """
     from PIL import Image
 
-    columns = math.ceil(len(clips) / math.isqrt(len(clips)))
+    columns = columns or math.ceil(len(clips) / math.isqrt(len(clips)))
     frames = [_tiled(_pixels(frame), columns) for frame in clips.unbind(1)]
     with replacing(Path(path)) as file:
         if file.suffix == ".gif":
@@ -349,15 +349,6 @@ def heat_map(values: Any, rows: Sequence[str], columns: Sequence[str], path: str
         for i, j in np.ndindex(tall, wide if wide <= 20 else 0):
             style: Any = {"ha": "center", "va": "center", "size": 8, "color": "w" if values[i, j] > 0.6 else "k"}
             axes.text(j, i, f"{values[i, j]:.2f}", **style)
-
-
-def animation(frames: Sequence[Tensor], path: str | Path, columns: int, seconds: float = 0.15) -> None:
-    """A GIF that repeats: each frame is images (N, C, H, W) in a grid, as `sample_grid` has them, for so long."""
-    from PIL import Image
-
-    first, *rest = [Image.fromarray(_tiled(_pixels(frame), columns).squeeze()) for frame in frames]
-    with replacing(Path(path)) as file:
-        first.save(file, format="GIF", save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0)
 
 
 def evenly(items: list[Any], most: int) -> list[Any]:

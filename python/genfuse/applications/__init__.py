@@ -1,8 +1,13 @@
-"""What a trained model is used for: scores, codes, reconstructions, larger pictures, programs for other runtimes."""
+"""What a trained model is used for: scores, codes, larger pictures, compressed files, programs for other runtimes."""
 
+from genfuse.applications._coder import Coder as Coder
+from genfuse.applications._coder import Exact as Exact
 from genfuse.applications._codes import encode as encode
 from genfuse.applications._codes import interpolate as interpolate
 from genfuse.applications._codes import reconstruct as reconstruct
+from genfuse.applications._compress import Compressed as Compressed
+from genfuse.applications._compress import compress as compress
+from genfuse.applications._compress import decompress as decompress
 from genfuse.applications._examples import Examples as Examples
 from genfuse.applications._examples import examples as examples
 from genfuse.applications._examples import labels_of as labels_of

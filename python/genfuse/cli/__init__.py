@@ -25,7 +25,8 @@ usage: genfuse COMMAND [options]
   evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples
   score RUN FILE --out FILE  how odd each example is, and which columns make it so; also encode, reconstruct and
                              interpolate RUN FILE --out FILE
-  upscale RUN FILE --out FILE  enlarge a picture or a folder of them by a model of super-resolution
+  upscale RUN FILE --out F  enlarge a picture or a folder of them by a model of super-resolution
+  compress RUN FILES --out F images and tables of levels without loss; decompress F --out FILE|DIR reads them again
   export RUN --out FILE      programs for other runtimes: .onnx or .pt2
   train-features DATA        train the classifier that samples are compared by
   compare MODEL ...          train several models equally long, in one table and page

@@ -1,4 +1,4 @@
-"""``genfuse score``, ``encode``, ``reconstruct``, ``interpolate``, ``upscale``, ``export``: what models are for."""
+"""``genfuse score``, ``encode``, ``upscale``, ``compress``, ``export`` and others: what trained models are for."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +264,72 @@ def export(
     for verb in verbs or ("log_prob", "encode", "decode", "sample"):
         refuse_existing(out.with_name(f"{out.stem}-{verb}{out.suffix}"), overwrite)
     exported(run, out, verbs, say=lambda line: print(plain(line), flush=True))
+    return 0
+
+
+def compress(
+    run: RUN,
+    file: Annotated[str, arg(metavar="FILES")],
+    /,
+    *,
+    out: OUT,
+    split: SPLIT = "test",
+    limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
+    data_root: ROOT = None,
+    overwrite: bool = False,
+) -> int:
+    """Compress images, or a table of integers and categories, without loss: a vae by bits-back, or idf.
+
+    The file is read again, on any machine, with the same run.
+
+    example:
+      genfuse compress runs/idf pictures --out pictures.gfz
+
+    Args:
+        run: run folder
+        file: picture, folder of pictures, .npy, .npz or .csv; or a data set by name
+        out: file to write
+        split: of a data set that comes in splits
+        limit: at most so many examples, the first ones
+        data_root: folder with the data sets that are read from files
+        overwrite: replace an existing file
+    """
+    refuse_existing(out, overwrite)
+    from genfuse.applications import compress as compressed
+
+    found = compressed(run, file, out, split=split, root=data_root, limit=limit)
+    print(plain(f"written: {out}: {found.examples:,} examples in {found.bytes:,} bytes"))
+    print(f"bits per dimension: {found.bits_per_dim:.4f}; without names and head: {found.message:.4f}, of which "
+          f"{found.initial:,} bits to start with; the model's bound: {found.bound:.4f}")  # fmt: skip
+    return 0
+
+
+def decompress(
+    file: Annotated[Path, arg(metavar="FILE")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="FILE|DIR")],
+    run: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(default: found by its digest)")] = None,
+    overwrite: bool = False,
+) -> int:
+    """Write what `genfuse compress` was given: pictures under their names, as .png; arrays and tables as they were.
+
+    The run whose model it was compressed by is looked for in runs, here and beside the file.
+
+    example:
+      genfuse decompress pictures.gfz --out pictures
+
+    Args:
+        file: file that `genfuse compress` wrote
+        out: folder of pictures to make, or file: .npy or .npz for arrays, .csv for tables, .png for one picture
+        run: run folder
+        overwrite: replace an existing file; never a folder
+    """
+    refuse_existing(out, overwrite and not out.is_dir())
+    from genfuse.applications import decompress as decompressed
+
+    made, by = decompressed(file, out, run=run)
+    print(plain(f"written: {out}: {len(made):,} examples, by the model of {by}"))
     return 0
 
 

@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from genfuse import plugins
 from genfuse._files import plain
-from genfuse.cli._apply import encode, export, interpolate, reconstruct, score, upscale
+from genfuse.cli._apply import compress, decompress, encode, export, interpolate, reconstruct, score, upscale
 from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._families import FAMILIES
@@ -192,6 +192,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "reconstruct": reconstruct,
     "interpolate": interpolate,
     "upscale": upscale,
+    "compress": compress,
+    "decompress": decompress,
     "export": export,
     "train-features": train_features,
     "compare": compare,

@@ -2,6 +2,7 @@
 
 from genfuse.data import Batch as Batch
 from genfuse.models._base import FACTS as FACTS
+from genfuse.models._base import Codes as Codes
 from genfuse.models._base import Decodes as Decodes
 from genfuse.models._base import DrawsLatents as DrawsLatents
 from genfuse.models._base import Encodes as Encodes

@@ -140,6 +140,14 @@ class HasTrajectory(Protocol):
     def trajectory(self, z: Tensor, y: Tensor | None = None) -> list[Tensor]: ...
 
 
+@runtime_checkable
+class Codes(Protocol):
+    """Puts n examples x (n, *shape) of levels on the stack of a `genfuse.applications.Coder`, or takes them from it if
+    x is None; returns them. It is called within `genfuse.applications.Exact`, in float64."""
+
+    def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor: ...
+
+
 VERBS = {
     "log_prob", "elbo", "bits_per_dim", "iwae_bound", "anomaly_score", "encode", "decode", "reconstruct", "interpolate",
     "interpolate_latents", "realness", "denoising_error", "score",

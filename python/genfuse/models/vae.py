@@ -543,6 +543,35 @@ class VAE(GenerativeModel):
         """
         return -self.iwae_bound(x, samples, y=y, chunk=chunk, generator=generator)
 
+    def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor:
+        """See `genfuse.models.Codes`: by bits-back (arXiv 1901.04866). Bits of the stack are taken for a draw of
+        q(z | x), then x is put on it by p(x | z), and z by p(z): in expectation the stack is longer by -ELBO, since
+        whoever takes z and x again puts these bits back.
+
+        Raises SettingsError unless the likelihood is of levels, the posterior Gaussian, the prior N(0, I), and nothing
+        is given.
+        """
+        likelihood: Any = self.likelihood
+        for reason, holds in {
+            "its likelihood is a density of real numbers, which have no levels": not hasattr(likelihood, "code"),
+            "its Bernoulli likelihood is of 2 levels: binarize the data, or use another decoder": not self.likelihoods,
+            "its posterior is a flow": self.posterior_flow is not None,
+            "its prior is not N(0, I)": self.prior is not None,
+            "it is conditional, and what is given would not be in the file": self.conditional,
+        }.items():
+            if holds:
+                raise SettingsError(f"this {type(self).__name__} does not compress: {reason}")
+        z = coder.prior(n, self.latent_dim, None if x is None else coder.gaussian(*self._spread(x)))
+        found: Tensor = likelihood.code(coder, self._raw(coder.centres(z), None), x)
+        if x is None:
+            coder.gaussian(*self._spread(found), z)
+        coder.flush()
+        return found
+
+    def _spread(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar, _ = self._encoded(x)
+        return mu, torch.exp(logvar / 2)
+
     def _encoded(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """mu and logvar of the Gaussian, each (N, D): two parts, not copied, of the encoder's output; and the flow's
         context (N, F), if there is one."""

@@ -6,10 +6,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genfuse.nn.likelihoods import at_least_float32
+from genfuse.errors import SettingsError
+from genfuse.nn.likelihoods import at_least_float32, log_logistic
 
 WIDTH = 1e-3  # of the interval, in scores, over which the density of a number is averaged, so that it is bounded
 BOUND = 4.0  # of the scores that `activate` makes: one row in 16,000 of a Gaussian is beyond
@@ -146,8 +146,7 @@ class Columns(nn.Module):
         precision = torch.exp(-log_scale)
         upper, lower = ((edge[..., None] - mu) * precision for edge in (high, low))
         gap = (high - low)[..., None] * precision
-        inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
-        of_numbers = (inside + logits.log_softmax(-1)).logsumexp(-1)
+        of_numbers = (log_logistic(upper, lower, gap) + logits.log_softmax(-1)).logsumexp(-1)
         slope = self._score(self._numbers(x))[1]
         of_numbers = of_numbers + torch.where(number, slope.log() - math.log(WIDTH), 0.0).to(raw.dtype)
         of_numbers = of_numbers.masked_fill(x[..., self.numeric].isnan(), 0.0)
@@ -171,6 +170,61 @@ class Columns(nn.Module):
         scores = mu.gather(-1, chosen)[..., 0] + log_scale.gather(-1, chosen)[..., 0].exp() * logistic
         choices = raw[..., c:]
         return self._cells(scores, self._largest(choices + _gumbel(choices, generator)))
+
+    # As levels 0, 1, ..., if there is no real number among the columns.
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many levels each column has, (D,): integers from the least to the largest of the training split, or
+        categories. Raises SettingsError for columns of real numbers, or of integers of which some are missing."""
+        if odd := {*self.numeric[self.step == 0].tolist(), *self.numeric[self.indicated].tolist()}:
+            raise SettingsError(
+                f"column {', '.join(str(i + 1) for i in sorted(odd))} of the table has no levels: integers without "
+                "empty cells, categories and booleans do"
+            )
+        found = torch.zeros(self.columns, dtype=torch.long, device=self.low.device)
+        found[self.numeric] = (self._whole(self.high) - self._whole(self.low)).long() + 1
+        found[self.block_of] = self.last + 1
+        return found.tolist()
+
+    def levels(self, x: Tensor) -> Tensor:
+        """The levels of examples, (N, D) in float64; outside of 0..size - 1 for integers beyond those of training."""
+        k = x.new_zeros(x.shape, dtype=torch.float64)
+        k[..., self.block_of] = self._codes(x).double()
+        k[..., self.numeric] = self._whole(self._numbers(x)) - self._whole(self.low)
+        return k
+
+    def of_levels(self, k: Tensor) -> Tensor:
+        """Examples of levels, (N, D) in float64."""
+        values = k.to(torch.float64, copy=True)
+        values[..., self.numeric] = values[..., self.numeric] + self._whole(self.low)
+        x = (values - self.centre) / self.spread
+        gone = k[..., self.block_of] == self.missing
+        x[..., self.block_of] = x[..., self.block_of].masked_fill(gone, math.nan)
+        return x
+
+    def _whole(self, numbers: Tensor) -> Tensor:
+        """Standardized numbers (..., P) as integers."""
+        return (numbers.double() * self.spread[self.numeric] + self.centre[self.numeric]).round()
+
+    def code(self, coder: Any, raw: Tensor, x: Tensor | None = None) -> Tensor:
+        """Put examples x on a coder's stack, or take them if x is None; of raw as `log_prob`."""
+        c, sizes = 3 * self.mixtures * self.scores, self.sizes
+        logits, mu, log_scale = self._mixture(raw[..., :c])
+        precision, given = torch.exp(-log_scale), None if x is None else self.levels(x)
+        k = raw.new_zeros(len(raw), self.columns)
+        counts = torch.arange(max(sizes), device=raw.device)[:, None]
+        ends = (counts - 0.5 + self._whole(self.low) - self.centre[self.numeric]) / self.spread[self.numeric]
+        between = self._score(ends)[0].numpy()  # the scores at the lower edge of each level, (levels, P)
+        for i, column in enumerate(self.numeric.tolist()):
+            parts = (each[:, i] for each in (logits, mu, precision))
+            k[:, column] = coder.logistics(
+                *parts, lambda edge, i=i: between[edge, i], sizes[column], None if given is None else given[:, column]
+            )
+        for start, column in zip(self.start.tolist(), self.block_of.tolist(), strict=True):
+            choices = raw[:, c + start : c + start + sizes[column]]
+            k[:, column] = coder.softmax(choices, None if given is None else given[:, column])
+        return self.of_levels(k)
 
     # As real numbers with a density, for flows.
 

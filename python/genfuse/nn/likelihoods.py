@@ -37,13 +37,19 @@ def _bounded(t: Tensor, limit: float) -> Tensor:
     return limit * torch.tanh(t / limit)
 
 
+def log_logistic(upper: Tensor, lower: Tensor, gap: Tensor) -> Tensor:
+    """log(sigmoid(upper) - sigmoid(lower)), gap = upper - lower, as sigmoid(upper) sigmoid(-lower) (1 - exp(-gap))."""
+    return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+
+
 def _uniform_like(t: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform on the open interval (0, 1)."""
     return torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator).clamp_min(torch.finfo(t.dtype).tiny)
 
 
 class Likelihood(nn.Module):
-    """Base: the cells are independent given z. A subclass gives `cell_nll`, `mean` and `sample`."""
+    """Base: the cells are independent given z. A subclass gives `cell_nll`, `mean` and `sample`; one of levels has
+    ``code(coder, params, x)``, which puts examples x (N, *shape) on a coder's stack, or takes them if x is None."""
 
     parameters_per_cell: int
 
@@ -77,6 +83,9 @@ class Bernoulli(Likelihood):
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
         logits = params.squeeze(-1)
         return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+
+    def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
+        return coder.softmax(torch.cat([torch.zeros_like(params), params], -1), x)
 
     def mean(self, params: Tensor) -> Tensor:
         return at_least_float32(params).squeeze(-1).sigmoid()
@@ -136,6 +145,10 @@ class Categorical(Likelihood):
         chosen = params.gather(-1, level.expand(params.shape[:-1]).unsqueeze(-1)).squeeze(-1)
         return params.logsumexp(-1) - chosen
 
+    def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
+        k: Tensor = coder.softmax(params, None if x is None else (x * (self.levels - 1)).round())
+        return k / (self.levels - 1)
+
     def mean(self, params: Tensor) -> Tensor:
         probabilities = at_least_float32(params).softmax(-1)
         return probabilities @ torch.linspace(0, 1, self.levels, dtype=probabilities.dtype, device=params.device)
@@ -169,11 +182,17 @@ class DiscretizedLogistic(Likelihood):
         precision = torch.exp(-log_scale)
         upper = (2 * x - 1 + width / 2 - location) * precision
         lower = (2 * x - 1 - width / 2 - location) * precision
-        # sigmoid(upper) - sigmoid(lower) without cancellation: sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper))
-        log_below, log_above = F.logsigmoid(upper), F.logsigmoid(-lower)
-        inner = log_below + log_above + torch.log(-torch.expm1(-width * precision))
-        top = (self.levels - 1.5) / (self.levels - 1)
-        return -torch.where(x > top, log_above, torch.where(x < 1 - top, log_below, inner))
+        inner, top = log_logistic(upper, lower, width * precision), (self.levels - 1.5) / (self.levels - 1)
+        return -torch.where(x > top, F.logsigmoid(-lower), torch.where(x < 1 - top, F.logsigmoid(upper), inner))
+
+    def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
+        location, log_scale = (each.unsqueeze(-1) for each in self.location_and_log_scale(params))
+        top = self.levels - 1
+        k: Tensor = coder.logistics(
+            torch.zeros_like(location), location, torch.exp(-log_scale), lambda edge: (2 * edge - 1) / top - 1,
+            self.levels, None if x is None else (x * top).round(),
+        )  # fmt: skip
+        return k / top
 
     def mean(self, params: Tensor) -> Tensor:
         location, log_scale = self.location_and_log_scale(params)

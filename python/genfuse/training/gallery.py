@@ -139,8 +139,9 @@ def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[st
     z[rows, :, chosen] = middle[chosen, None] + spread[chosen, None] * steps
     images = model.decode(z.flatten(0, 1), **_given(None if labels is None else labels[:1].expand(z[..., 0].numel())))
     plots.rows(images.split(STEPS), [f"z{i + 1}" for i in chosen.tolist()], at("traversal.png"))
-    frames = images.unflatten(0, (-1, STEPS)).transpose(0, 1)  # there and back
-    plots.animation([*frames, *frames[1:-1].flip(0)], at("traversal.gif"), len(chosen))
+    clips = images.unflatten(0, (-1, STEPS))
+    there_and_back = torch.cat([clips, clips[:, 1:-1].flip(1)], 1)
+    plots.animation(there_and_back, at("traversal.gif"), columns=len(chosen))
     if len(middle) == 2:
         across, up = (points[:, i].quantile(torch.linspace(0.01, 0.99, PLANE).to(points)) for i in range(2))
         z = torch.cartesian_prod(up.flip(0), across).flip(1)

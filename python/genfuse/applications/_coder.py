@@ -1,0 +1,228 @@
+"""Arithmetic that is the same to the last bit on every machine, and a stack that symbols are coded on by it."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genfuse.errors import SettingsError
+
+GRID, LIMIT = 2.0**16, 2.0**10  # what is summed, or a curve is taken of, is a multiple of 1 / GRID within +-LIMIT
+CURVES: dict[str, Callable[..., Tensor]] = {
+    "exp": torch.exp, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "softplus": F.softplus,
+}  # fmt: skip
+OFF = 1 / 8  # of a step: sigmoid(x) = 1/2 + x/4 - x^3/48 + ... comes too near to the middle of steps
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "convolution": 0}  # the first factor's place; the second one's is next
+# Each cell is one operation of IEEE 754, which has one result, or is moved, compared or counted.
+NAMES = (
+    "add sub rsub mul div neg abs sqrt round floor ceil relu leaky_relu hardtanh threshold clamp clamp_min clamp_max "
+    "sign minimum maximum min max amin amax aminmax argmax searchsorted where masked_fill isnan nan_to_num lt le gt "
+    "ge eq ne logical_not logical_and bitwise_and bitwise_or any all fill zero zeros zeros_like ones ones_like full "
+    "full_like empty empty_like new_zeros new_ones new_full new_empty new_empty_strided arange linspace scalar_tensor "
+    "lift_fresh one_hot promote_types result_type _local_scalar_dense detach alias clone copy _to_copy view "
+    "_unsafe_view reshape as_strided t _reshape_alias transpose permute expand repeat unsqueeze squeeze select slice "
+    "split split_with_sizes unbind cat stack index index_select index_put gather scatter flip roll constant_pad_nd "
+    "pixel_shuffle pixel_unshuffle"
+)
+SAME = frozenset(NAMES.split())
+
+
+def on_grid(x: Tensor, grid: float = GRID, limit: float = LIMIT) -> Tensor:
+    """The nearest multiples of 1 / ``grid`` within +-``limit``."""
+    return (x.clamp(-limit, limit) * grid).round() / grid
+
+
+class Exact(TorchDispatchMode):
+    """Within it a network in float64 gives the same bits on every processor, number of threads and library.
+
+    A float64 has 53 bits. The factors of products are rounded to binary grids so coarse, and held within limits so
+    near, that all products, and all sums of them in any order, are multiples of one power of two below 2^53 of it:
+    nothing is rounded that the order of sums, fused multiply-adds or SIMD could change. What libraries compute to a few
+    units in the last place, `CURVES`, is taken of a grid and rounded to one; none of its values lies near the middle
+    between two (the tests try all). Raises SettingsError for an operator of which none of this is known.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        plain, kwargs = name.removesuffix("_"), kwargs or {}
+        scaled = kwargs.get("alpha", args[2] if plain in ("add", "sub", "rsub") and len(args) > 2 else 1) != 1
+        factors = args[PRODUCTS[name] : PRODUCTS[name] + 2] if name in PRODUCTS else args[: plain in CURVES]
+        if space != "aten" or not (factors or plain in SAME) or scaled or kwargs.get("beta", 1) != 1:
+            raise SettingsError(
+                f"the operator {space}::{name} of this network is not known to give the same bits on every machine, so "
+                "that what it compresses might not be decoded elsewhere: leave it out of the network"
+            )
+        if odd := [each.dtype for each in factors if each.dtype != torch.float64]:
+            raise SettingsError(
+                f"{name} of {odd[0]}: a network that compresses must compute in the dtype of its weights"
+            )
+        if name in PRODUCTS:
+            return _product(func, name, list(args), kwargs)
+        if not factors:
+            return func(*args, **kwargs)
+        result = on_grid(CURVES[plain](on_grid(args[0]), *args[1:], **kwargs) + OFF / GRID)
+        return result if plain == name else args[0].copy_(result)
+
+
+def _product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+    """A matrix product or convolution, all of whose sums are exact."""
+    bias, place = None, PRODUCTS[name]
+    weight = args[place + 1]
+    if name == "convolution":
+        bias, args[2] = args[2], None
+        bias = None if bias is None else bias.view(-1, *[1] * (weight.dim() - 2))
+        terms = weight[:, 0].numel() if args[6] else weight[0].numel()  # if it is transposed
+    else:
+        terms = weight.shape[-2]
+    size = float(weight.abs().amax()) * terms if weight.numel() else 0.0
+    if not size < 2.0**26:
+        raise SettingsError(f"weights of a network are too large, or not finite: the largest is {size / terms:.3g}")
+    bits = math.frexp(size)[1]  # |sum| <= 2^10 * 2^bits, in steps of 2^-16 * 2^(bits - 26)
+    args[place : place + 2] = on_grid(args[place]), on_grid(weight, 2.0 ** (26 - bits), math.inf)
+    if name == "addmm":
+        bias, func, args, kwargs = args[0], torch.ops.aten.mm.default, args[1:], {}
+    product: Tensor = func(*args, **kwargs)
+    return product if bias is None else product + bias
+
+
+# Distributions as whole numbers
+
+TOP = 2**30  # what the whole of a distribution is
+FINE = 128.0  # points of a table in 1
+DIGIT = 16  # symbols that are coded at once
+BITS, FEW = 12, 8  # of a latent: the prior has 2^bits bins of one mass; fewer where no bits come back
+
+
+@cache
+def distribution(name: str) -> np.ndarray:
+    """round(2^30 F(i / 128)) of the "logistic" distribution for |i / 128| <= 24, of the "normal" one for <= 8."""
+    x = [i / FINE for i in range(1, (24 if name == "logistic" else 8) * int(FINE) + 1)]
+    upper = [TOP / (1 + math.exp(-v)) if name == "logistic" else TOP * math.erfc(-v * 0.5**0.5) / 2 for v in x]
+    above = np.array([round(v) for v in upper], np.int64)
+    return np.concatenate([TOP - above[::-1], [TOP // 2], above])
+
+
+@cache
+def probit(bits: int) -> np.ndarray:
+    """Quantiles of N(0, 1) at i / 2^(bits + 1), i = 0, 1, ...: even ones are edges, odd ones the centres of bins."""
+    half = [round(NormalDist().inv_cdf(i / 2 ** (bits + 1)) * GRID) / GRID for i in range(1, 2**bits)]
+    return np.array([-math.inf, *half, 0.0, *(-v for v in reversed(half)), math.inf])
+
+
+def cumulative(name: str, x: np.ndarray) -> np.ndarray:
+    """2^30 F(x), whole numbers, linear between the points of the table."""
+    table = distribution(name)
+    place = np.clip(x * FINE + (len(table) - 1) // 2, 0, len(table) - 1)
+    left = np.minimum(place.astype(np.int64), len(table) - 2)
+    part, below = ((place - left) * GRID).astype(np.int64), table[left]
+    return below + ((table[left + 1] - below) * part >> 16)
+
+
+def mixing(logits: Tensor) -> Tensor:
+    """Weights (..., K) in proportion to exp(logits), as fine as the grid allows."""
+    return torch.exp(logits - logits.amax(-1, keepdim=True) + 6.5)
+
+
+class Coder:
+    """A stack of symbols (arXiv 1311.2540, by constriction), on which a model's ``code`` puts examples, or takes them.
+
+    Each method codes symbols k if they are given, and else decodes and returns them. What is put waits, and goes on the
+    stack in reverse order by `flush`, so that a model calls them in one order, that of decoding, for both. Parameters
+    are float64 tensors made within `Exact`. Where ``direct``, latents are means, and take no bits from the stack.
+    """
+
+    def __init__(self, words: Any = (), direct: bool = False) -> None:
+        try:
+            from constriction import stream
+        except ImportError:
+            raise SettingsError("compression needs the package constriction: pip install constriction") from None
+        self._models, self.direct = stream.model, direct
+        self.stack = stream.stack.AnsCoder(np.array(words, np.uint32))
+        self._waiting: list[Any] = []
+
+    @property
+    def bins(self) -> int:
+        return int(2 ** (FEW if self.direct else BITS))
+
+    def flush(self) -> None:
+        for symbols, *model in reversed(self._waiting):
+            self.stack.encode_reverse(symbols, *model)
+        self._waiting.clear()
+
+    def _choices(self, weights: np.ndarray, k: np.ndarray | None) -> np.ndarray:
+        given = self._models.Categorical(perfect=False), np.ascontiguousarray(weights, np.float64)
+        if k is None:
+            return self.stack.decode(*given).astype(np.int64)
+        self._waiting.append((k.astype(np.int32), *given))
+        return k
+
+    def _between(self, below: Callable[[Any, Any], Any], count: int, n: int, wide: int, k: Tensor | None) -> Tensor:
+        """Symbols 0..count-1 (n,), digit by digit: ``below(rows, edges)`` is 2^30 P(k < edge) of edges (n, 17)."""
+        parts, whole = [], None if k is None else k.flatten().numpy().astype(np.int64)
+        step = max(1, 2**21 // (wide * DIGIT))
+        for rows in (slice(i, min(i + step, n)) for i in range(0, n, step) if count > 1):
+            found = np.zeros(rows.stop - rows.start, np.int64)
+            for place in reversed(range(math.ceil(math.log(count, DIGIT) - 1e-9) or 1)):
+                edges = np.clip(found[:, None] + np.arange(DIGIT + 1) * DIGIT**place, 0, count)
+                mass = below(rows, np.clip(edges, 1, count - 1))
+                mass = np.where(edges == 0, 0, np.where(edges == count, TOP, mass))
+                weights = np.diff(mass) + np.diff(edges)  # so that none of the symbols is impossible
+                digit = self._choices(weights, None if whole is None else (whole[rows] - found) // DIGIT**place)
+                found = np.minimum(found + digit * DIGIT**place, count - 1)
+            parts.append(found)
+        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(n)).double()
+
+    def softmax(self, logits: Tensor, k: Tensor | None = None) -> Tensor:
+        """Symbols (...) of probabilities softmax(logits), (..., K)."""
+        weights, whole = mixing(logits).flatten(0, -2).numpy(), None if k is None else k.flatten().numpy()
+        if weights.shape[1] < 2:
+            return torch.zeros(logits.shape[:-1], dtype=torch.float64)
+        return torch.from_numpy(self._choices(weights, whole)).double().view(logits.shape[:-1])
+
+    def logistics(
+        self, logits: Tensor, mu: Tensor, precision: Tensor, edges: Callable[[Any], Any], count: int,
+        k: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Symbols 0..count-1 (...): between which of ``edges(1)``, ..., ``edges(count - 1)`` a draw of a mixture of
+        logistic distributions, of parameters (..., M), lies."""
+        w, c, s = (each.flatten(0, -2).numpy() for each in (mixing(logits) * GRID, mu, precision))
+        w = w.astype(np.int64)
+
+        def below(rows: slice, e: np.ndarray) -> np.ndarray:
+            at = edges(e)
+            each = (w[rows, i, None] * cumulative("logistic", (at - c[rows, i, None]) * s[rows, i, None])
+                    for i in range(w.shape[1]))  # fmt: skip
+            return sum(each) // w[rows].sum(1, keepdims=True)
+
+        return self._between(below, count, len(c), w.shape[1], k).view(mu.shape[:-1])
+
+    def gaussian(self, mu: Tensor, scale: Tensor, k: Tensor | None = None) -> Tensor:
+        """Bins (N, D) of the prior N(0, 1), all of one mass, that latents of N(mu, scale^2) are in."""
+        c, s, at = mu.flatten().numpy(), np.maximum(scale.flatten().numpy(), 1 / GRID), probit(BITS)
+        if self.direct:
+            means = torch.from_numpy(np.minimum(cumulative("normal", c) >> (30 - FEW), 2**FEW - 1)).double()
+            return means.view(mu.shape) if k is None else k
+
+        def below(rows: slice, e: np.ndarray) -> np.ndarray:
+            return cumulative("normal", (at[2 * e] - c[rows, None]) / s[rows, None])
+
+        return self._between(below, self.bins, len(c), 1, k).view(mu.shape)
+
+    def prior(self, n: int, d: int, k: Tensor | None = None) -> Tensor:
+        """Bins (n, d) of latents of N(0, 1)."""
+        model = self._models.Uniform(self.bins)
+        if k is None:
+            return torch.from_numpy(self.stack.decode(model, n * d)).double().view(n, d)
+        self._waiting.append((k.flatten().numpy().astype(np.int32), model))
+        return k
+
+    def centres(self, k: Tensor) -> Tensor:
+        """The latents in the middle of bins."""
+        return torch.from_numpy(probit(FEW if self.direct else BITS))[2 * k.long() + 1]
