@@ -1,5 +1,6 @@
 """What mkdocs.yml cannot say: pages that lie elsewhere, the reference, formulas."""
 
+import html as html_of
 import re
 from itertools import groupby
 from pathlib import Path
@@ -55,7 +56,11 @@ def on_page_content(html, page, config, files):
     """Formulas as MathML, which browsers draw by themselves."""
 
     def drawn(match):
-        latex = match[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        latex = html_of.unescape(match[2])
+        latex = re.sub(r"\\(math\w+) (\w)", r"\\\1{\2}", latex)  # \mathbb E: the converter wants braces
+        latex = re.sub(
+            r"\\(det|exp|log|ln|max|min)\b(?= ?\w| \\(?!left|big))", r"\\\1\\,", latex
+        )  # and leaves no space
         return convert(latex, display="block" if match[1] == "[" else "inline")
 
     return FORMULA.sub(drawn, html)
