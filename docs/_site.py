@@ -57,10 +57,8 @@ def on_page_content(html, page, config, files):
 
     def drawn(match):
         latex = html_of.unescape(match[2])
-        latex = re.sub(r"\\(math\w+) (\w)", r"\\\1{\2}", latex)  # \mathbb E: the converter wants braces
-        latex = re.sub(
-            r"\\(det|exp|log|ln|max|min)\b(?= ?\w| \\(?!left|big))", r"\\\1\\,", latex
-        )  # and leaves no space
+        latex = re.sub(r"\\(math\w+) (\w)", r"\\\1{\2}", latex)  # \mathbb E: the converter asks for braces,
+        latex = re.sub(r"\\(det|exp|log|ln|max|min)\b(?= ?\w| \\(?!left|big))", r"\\\1\\,", latex)  # leaves no space
         return convert(latex, display="block" if match[1] == "[" else "inline")
 
     return FORMULA.sub(drawn, html)
