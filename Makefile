@@ -71,7 +71,7 @@ $(SITE)/.installed: pyproject.toml
 	touch $@
 
 docs: $(SITE)/.installed  ## the site, into build/site; fails on a warning, such as a link that leads nowhere
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
 
 bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json
