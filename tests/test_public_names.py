@@ -8,14 +8,20 @@ import importlib
 import importlib.util
 import inspect
 import re
-from importlib.metadata import entry_points
+import sys
 from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings along
 
 import pytest
 
 from genfuse.cli._commands import COMMANDS
 
 LIST = Path(__file__).with_name("public_names.txt")
+PROJECT = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
 ROOMS = "applications comparison data diffusion errors flows metrics models nn ops plugins sklearn testing training"
 INNER = "diffusion.likelihood diffusion.samplers diffusion.schedules nn.likelihoods"
 MODULES = ["genfuse", *(f"genfuse.{name}" for name in (*ROOMS.split(), *INNER.split()))]
@@ -61,12 +67,12 @@ def line(name, thing):
 def public():
     lines = ["command train", *(line(f"command {name}", command) for name, command in COMMANDS.items())]
     for kind in ("models", "datasets", "metrics"):
-        for point in entry_points(group=f"genfuse.{kind}"):
-            if point.value.startswith("genfuse."):
-                lines.append(f"{kind.removesuffix('s')} {point.name}")
-                if kind == "models":
-                    lines += [line(point.value.replace(":", "."), point.load())]
-                    lines += [line(f"{point.value.replace(':', '.')}.Config", point.load().Config)]
+        for name, target in PROJECT["entry-points"][f"genfuse.{kind}"].items():
+            lines.append(f"{kind.removesuffix('s')} {name}")
+            if kind == "models":
+                module, _, cls = target.partition(":")
+                model = getattr(importlib.import_module(module), cls)
+                lines += [line(f"{module}.{cls}", model), line(f"{module}.{cls}.Config", model.Config)]
     for module in MODULES:
         source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
         for name in names_in(source):
