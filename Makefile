@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV ?= .venv
+# One for each PyTorch and Python that are asked for: what is installed already would be taken for them.
+VENV ?= .venv$(if $(filter-out file,$(origin TORCH) $(origin PYTHON)),-$(subst /,-,$(PYTHON))-$(subst ==,-,$(TORCH)))
 JOBS ?= 2
 COUNT ?= 100000
 BIN := $(VENV)/bin
