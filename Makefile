@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV ?= .venv
+# One for each PyTorch and Python that are asked for: what is installed already would be taken for them.
+VENV ?= .venv$(if $(filter-out file,$(origin TORCH) $(origin PYTHON)),-$(subst /,-,$(PYTHON))-$(subst ==,-,$(TORCH)))
 JOBS ?= 2
 COUNT ?= 100000
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-.PHONY: demo test test-slow sanitize fuzz fuzz-training faults lint bench clean
+.PHONY: demo test test-slow sanitize fuzz fuzz-training faults lint names docs bench clean
 
 DEMO_DATA ?= $(if $(wildcard $(GENFUSE_DATA)/mnist),mnist,glyphs)
 
@@ -58,6 +59,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* $(addprefix tests/cuda_emulator/,*.cpp *.cu include/*))
+
+names: $(INSTALLED)  ## add new public names to the list that the tests hold; what is gone stays on it
+	$(BIN)/python tests/test_public_names.py
+
+# The site needs no PyTorch: it reads the sources.
+SITE := $(VENV)/site
+$(SITE)/.installed: pyproject.toml
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"  # which knows groups
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check --group docs
+	touch $@
+
+docs: $(SITE)/.installed  ## the site, into build/site; fails on a warning, such as a link that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
 
 bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json

@@ -48,7 +48,8 @@ pybind11::dict build_info() {
 }  // namespace
 }  // namespace genfuse
 
-PYBIND11_MODULE(_C, m) {
+// Kernels run without the GIL anyway, and share nothing.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels. They take tensors for their memory alone; genfuse.ops checks what it hands them.";
   m.def("build_info", &genfuse::build_info);
   // The raw generator, for its known answers.

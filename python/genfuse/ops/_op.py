@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _any_requires_grad as any_requires_grad
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
 from torch._C._functorch import TransformType, peek_interpreter_stack, unwrap_if_dead
@@ -31,6 +30,14 @@ from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.utils import _python_dispatch as modes
+
+try:
+    from torch._C import _any_requires_grad as any_requires_grad
+except ImportError:  # PyTorch 2.6
+
+    def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
+        return any(isinstance(each, Tensor) and each.requires_grad for each in args)
+
 
 _C: Any  # the compiled module, or None
 try:
