@@ -46,6 +46,13 @@ METHODS = {
         lambda model: isinstance(model, Reconstructs),
         lambda model, x, given, _: (model.reconstruct(x, **given) - x).square().flatten(1).nanmean(1),
     ),
+    "relative": Method(
+        "squared error of a reconstruction, as a share of that of a blank picture",
+        lambda model: isinstance(model, Reconstructs) and len(model.config.shape) == 3,
+        lambda model, x, given, _: (
+            (model.reconstruct(x, **given) - x).square().flatten(1).sum(1) / x.square().flatten(1).sum(1).clamp(min=1e-6)
+        ),
+    ),
     "denoising": Method(
         "mean squared error of what the denoiser predicts, of a cell",
         lambda model: hasattr(model, "denoising_error"),

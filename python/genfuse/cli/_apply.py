@@ -27,7 +27,7 @@ def score(
     /,
     *,
     out: OUT,
-    method: Literal["auto", "likelihood", "reconstruction", "denoising", "critic"] = "auto",
+    method: Literal["auto", "likelihood", "reconstruction", "relative", "denoising", "critic"] = "auto",
     explain: int = 100,
     samples: int = 50,
     seed: int = 0,
