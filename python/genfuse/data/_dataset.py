@@ -405,7 +405,7 @@ class Dataset:
             raise refuse(f"{k} must divide both sides of the images, {height} x {width}, and leave 2 cells or more")
         if name == "colorize" and self.shape[0] != 3:
             raise refuse("the images are grey already")
-        bare = {part: Split(split.x) for part, split in self.splits.items()}
+        bare = {part: replace(split, y=None) for part, split in self.splits.items()}
         of_task = replace(self, splits=bare, task=task, before=self, classes=None, class_names=None)
         splits = {part: replace(split, y=torch.cat([of_task.given_of(self.batch(part, slice(i, i + 1024)).x)
                                                     for i in range(0, len(split), 1024)]))
