@@ -48,9 +48,10 @@ METHODS = {
     ),
     "relative": Method(
         "squared error of a reconstruction, as a share of that of a blank picture",
-        lambda model: isinstance(model, Reconstructs) and len(model.config.shape) == 3,
+        lambda model: len(model.config.shape) == 3 and isinstance(model, Reconstructs),
         lambda model, x, given, _: (
-            (model.reconstruct(x, **given) - x).square().flatten(1).sum(1) / x.square().flatten(1).sum(1).clamp(min=1e-6)
+            (model.reconstruct(x, **given) - x).square().flatten(1).sum(1)
+            / x.square().flatten(1).sum(1).clamp(min=1e-6)
         ),
     ),
     "denoising": Method(
