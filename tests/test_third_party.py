@@ -116,7 +116,7 @@ def test_every_broken_plugin_is_listed_with_its_error_beside_those_that_work(bro
 def test_the_doctor_counts_them(broken):
     said = broken.run("doctor")
     models = re.search(r"^ +models +(.*)$", said, re.M).group(1)
-    assert re.search(r"\b16 of genfuse \d", models)
+    assert re.search(r"\b17 of genfuse \d", models)
     assert {"1 of acme-slow 1.0", "2 of acme-thief 1.0"} <= set(models.split(", "))
     assert "model syntax" in said
     assert said.count("ERROR") == len(BROKEN) + 3

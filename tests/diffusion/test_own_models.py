@@ -261,7 +261,7 @@ def test_a_run_of_a_former_version_goes_on_as_if_it_had_never_stopped(tmp_path):
     models = []
     for out, resume in (("former", True), ("whole", False)):
         torch.manual_seed(0)
-        model = genfuse.create("flow-matching", data, hidden=(8, 8))
+        model = genfuse.create("flow-matching", data, hidden=(8, 8), channels=(32, 64, 64))
         options = {"steps": 12, "batch_size": 64, "device": "cpu", "pictures": False}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RunWarning)  # of another version, or number of threads

@@ -79,7 +79,7 @@ def test_the_example_is_right_by_its_cpp(example, native):
 
 
 def test_the_page_has_the_example_as_it_is():
-    page = (EXAMPLE.parents[1] / "docs" / "operators.md").read_text()
+    page = (EXAMPLE.parents[1] / "docs" / "own-operator.md").read_text()
     assert (EXAMPLE / "squash.py").read_text().split("\n\n", 1)[1] in page
 
 

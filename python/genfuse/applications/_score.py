@@ -48,7 +48,7 @@ METHODS = {
     ),
     "relative": Method(
         "squared error of a reconstruction, as a share of that of a blank picture",
-        lambda model: len(model.config.shape) == 3 and isinstance(model, Reconstructs),
+        lambda model: bool(model.config) and len(model.config.shape) == 3 and isinstance(model, Reconstructs),
         lambda model, x, given, _: (
             (model.reconstruct(x, **given) - x).square().flatten(1).sum(1)
             / x.square().flatten(1).sum(1).clamp(min=1e-6)

@@ -13,6 +13,7 @@ FAMILIES = {
         "normalizing flows: exact densities": {
             "realnvp": "affine couplings: density and samples in one pass",
             "glow": "realnvp with learned channel mixing, for images",
+            "idf": "couplings of integers: for compression without loss",
             "nsf": "spline couplings: as quick as realnvp, fits more",
             "maf": "autoregressive: density in one pass, samples slower",
             "iaf": "maf turned round: samples in one pass, density slower",
@@ -33,8 +34,11 @@ FAMILIES = {
             "glyphs": "12,000 drawn digits of 28 x 28 pixels: needs no files",
             "mnist": "70,000 handwritten digits of 28 x 28 pixels",
             "fashion-mnist": "70,000 garments of 28 x 28 pixels",
+            "stacked-mnist": "three digits of MNIST as the colours of an image",
             "binarized-mnist": "MNIST of black and white, with a validation split",
-            "sprites": "shapes with known scale, rotation and place; sprites:full is dSprites",
+            "sprites": "shapes of known scale, turn and place, as dSprites",
+            "photos": "patches of photographs: needs scikit-image",
+            "clips": "digits that bounce: T frames as the channels of an image",
             "images": "images:FOLDER, pictures of your own; images:FILE.npy",
         },
         "tables": {
@@ -52,6 +56,7 @@ FAMILIES = {
             "kernel-distance": "maximum mean discrepancy of features (as KID)",
             "precision-recall": "quality and diversity, by nearest neighbours",
             "sliced-wasserstein": "of features, over random directions",
+            "stacked-modes": "how many of 1,000 triples of digits have samples",
             "modes": "how many of a toy's known modes have samples",
         },
         "of codes beside known factors": {

@@ -388,8 +388,9 @@ def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What of config.json has a say in the weights and in what they mean, by sections."""
     free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
     impatient = {} if config["training"].get("patience") is None else {"keep": "best"}
+    settings = {key: value for key, value in config["model"]["settings"].items() if key != "examples"}  # of the data
     return {
-        "model": {"name": config["model"]["name"], **config["model"]["settings"]},
+        "model": {"name": config["model"]["name"], **settings},
         "data": {
             **{key: config["data"][key] for key in ("shape", "binarize", "fingerprint", "scaling")},
             **{
