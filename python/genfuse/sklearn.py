@@ -60,6 +60,8 @@ class _Estimator(BaseEstimator):
             torch.manual_seed(self._seed)
             model = create(self.model, data, **(self.settings or {}))
         options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr}
+        if data.schema is None:
+            options["smooth"] = getattr(self, "smooth", 0.0)
         Trainer(**options, device=self.device, seed=self._seed, pictures=False).fit(model, data)
         self.model_, self.scaling_, self.schema_ = model.double(), data.scaling, data.schema
         self._columns = (
@@ -139,8 +141,9 @@ class Synthesizer(_Estimator):
 class AnomalyDetector(OutlierMixin, _Estimator):
     """What is unlike the rows that were fitted, by `genfuse.applications.scores`.
 
-    Args, beside those of all: ``contamination``, the share of the fitted rows that is called odd, in (0, 0.5]; and
-    ``method``, of the scores. ``offset_`` is the score at which that share begins.
+    Args, beside those of all: ``contamination``, the share of the fitted rows that is called odd, in (0, 0.5];
+    ``method``, of the scores; and ``smooth``, of the `Trainer`, used if all columns are real numbers. ``offset_`` is the
+    score at which that share begins.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class AnomalyDetector(OutlierMixin, _Estimator):
         *,
         contamination: float = 0.1,
         method: str = "auto",
+        smooth: float = 0.5,
         settings: Mapping[str, Any] | None = None,
         steps: int = 1000,
         batch_size: int = 128,
@@ -158,7 +162,7 @@ class AnomalyDetector(OutlierMixin, _Estimator):
     ) -> None:
         super().__init__(model, settings=settings, steps=steps, batch_size=batch_size, lr=lr, device=device,
                          random_state=random_state)  # fmt: skip
-        self.contamination, self.method = contamination, method
+        self.contamination, self.method, self.smooth = contamination, method, smooth
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
         """Train the model on all rows of X. ``y`` is not used."""

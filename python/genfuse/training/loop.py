@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,12 @@ class Loop:
             return self.turns[self.step % len(self.turns)]
         return [player.name for player in self.players].index(self.model.named_player(name))
 
+    @cached_property
+    def _bandwidth(self) -> Tensor:
+        """Standard deviations (D,) of the noise that smooths rows."""
+        rows = self.data.splits["train"].x
+        return self.trainer.smooth * len(rows) ** (-1 / (rows.shape[1] + 4)) * rows.std(0)
+
     def _prepare(self) -> None:
         """Show the model the training split before its first step."""
         if type(self.model).prepare is GenerativeModel.prepare:
@@ -218,10 +225,14 @@ class Loop:
     def _update(self, player: int, batch: Batch) -> None:
         name, stepper = self.players[player].name, self._steppers[player]
         optimizer = self.optimizers[name]
-        if self.trainer.flip or self.trainer.shift:  # by the step, so that a run that is resumed goes on alike
-            generator = torch.Generator()
+        if self.trainer.flip or self.trainer.shift or self.trainer.smooth:
+            generator = torch.Generator()  # by the step, so that a run that is resumed goes on alike
             generator.manual_seed(seed_of(self.trainer.seed, AUGMENTATION, self.step, self.fabric.global_rank))
-            x = augmented(batch.x, self.trainer.flip, self.trainer.shift, generator)
+            if self.trainer.smooth:
+                noise = torch.randn(batch.x.shape, generator=generator).to(batch.x)
+                x = batch.x + self._bandwidth * noise
+            else:
+                x = augmented(batch.x, self.trainer.flip, self.trainer.shift, generator)
             batch = Batch(x, self.data.given_of(x) if self.data.task else batch.y)
         loss, terms = self._training_loss(batch, name)
         self.fabric.backward(loss)

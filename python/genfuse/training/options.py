@@ -28,6 +28,9 @@ class Options:
     """Images: mirror each training example left to right, or not, by chance."""
     shift: int = 0
     """Images: move each training example by up to so many pixels along both axes, by chance; its edges are repeated."""
+    smooth: float = 0.0
+    """Tables of real numbers: train on rows with Gaussian noise of this many bandwidths by Scott's rule, n^(-1/(D + 4))
+    standard deviations of each column, so that few rows are not learned by heart."""
     keep: Literal["auto", "last", "best"] = "auto"
     """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch; auto: the
     best of a model with one player, if the data has a validation split."""
@@ -76,6 +79,8 @@ class Options:
         for name in ("seed", "shift"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.smooth < math.inf:
+            raise SettingsError(f"smooth must be a number of at least 0, got {self.smooth}")
         if self.resume and self.overwrite:
             raise SettingsError("resume and overwrite exclude each other")
         if self.resume and self.out is None:

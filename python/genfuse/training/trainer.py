@@ -95,6 +95,8 @@ class Trainer(Options):
             raise SettingsError(
                 f"flip and shift are of images, by less than a side; the shape of {data.name!r} is {data.shape}"
             )
+        if self.smooth and (len(data.shape) != 1 or data.levels or data.schema):
+            raise SettingsError(f"smooth is of tables of real numbers; {data.name!r} is none: leave it out")
         fabric = self._fabric(len(players))
         out = None if self.out is None else Path(self.out)
         config = None
