@@ -142,8 +142,8 @@ class AnomalyDetector(OutlierMixin, _Estimator):
     """What is unlike the rows that were fitted, by `genfuse.applications.scores`.
 
     Args, beside those of all: ``contamination``, the share of the fitted rows that is called odd, in (0, 0.5];
-    ``method``, of the scores; and ``smooth``, of the `Trainer`, used if all columns are real numbers. ``offset_`` is the
-    score at which that share begins.
+    ``method``, of the scores; and ``smooth``, of the `Trainer`, used if all columns are real numbers. ``offset_`` is
+    the score at which that share begins.
     """
 
     def __init__(

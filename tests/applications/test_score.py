@@ -39,6 +39,19 @@ def test_the_columns_that_make_a_row_odd_are_named(model, settings, trained, odd
     assert (frame["weight_1"].dropna() >= frame["weight_2"].dropna()).all()
 
 
+def test_a_relative_score_is_the_share_of_a_picture_that_its_reconstruction_lacks(trained):
+    model = trained("vae", data="digits").model()
+    x = genfuse.load_data("digits").batch("test", slice(20)).x
+    x = torch.cat([x, torch.zeros_like(x[:1])])  # a blank picture has a score too
+    errors = (model.reconstruct(x) - x).square().flatten(1).sum(1)
+    expected = errors[:-1] / x[:-1].square().flatten(1).sum(1)
+    found = scores(model, x, method="relative")
+    torch.testing.assert_close(found[:-1], expected.detach())
+    assert found[-1].isfinite()
+    with pytest.raises(SettingsError, match="has no relative of examples"):
+        scores(genfuse.create("vae", genfuse.load_data("toy:moons")), torch.zeros(1, 2), method="relative")
+
+
 def test_a_weight_is_what_the_best_of_the_models_values_takes_from_the_score():
     class Gaussian(genfuse.models.GenerativeModel):
         def __init__(self):

@@ -173,9 +173,9 @@ def test_an_asked_for_implementation_that_is_missing_raises_when_it_is_called(op
         operator.function(**arguments)
     with ops.using("auto"):  # chosen automatically, it falls back
         operator.function(**arguments)
-        assert {
-            choice[2] for choice in ops.implementations() if choice[1] == "cpu" and hasattr(ops, choice[0])
-        } == {"reference"}
+        assert {choice[2] for choice in ops.implementations() if choice[1] == "cpu" and hasattr(ops, choice[0])} == {
+            "reference"
+        }
 
 
 class Doubled(torch.Tensor):

@@ -17,6 +17,7 @@ import tiny_models
 import torch
 
 import genfuse
+from genfuse import plugins
 from genfuse._files import read_tensors
 from genfuse.errors import NonFiniteLossError, RunError, SettingsError
 from genfuse.training import Run, Trainer
@@ -293,6 +294,41 @@ def test_what_cannot_be_flipped_or_shifted_is_refused(make, digits, trainer, tmp
     both = (make("tiny"), digits) if "shift" in options else (model, table)
     with pytest.raises(SettingsError, match=r"flip and shift are of images|shift must be at least 0"):
         trainer(**options).fit(*both)
+
+
+def test_rows_are_smoothed_by_a_share_of_scotts_bandwidth_and_alike_where_a_run_goes_on(trainer, tmp_path, monkeypatch):
+    table = genfuse.load_data("toy:moons")
+    rows = table.splits["train"].x
+    shown = []
+    flow = plugins.find("models", "maf").load()
+    loss = flow.loss
+
+    def seen(model, batch, player="model"):
+        shown.append(batch.x.detach().clone())
+        return loss(model, batch, player)
+
+    monkeypatch.setattr(flow, "loss", seen)
+
+    def made():
+        torch.manual_seed(0)
+        return genfuse.create("maf", table, hidden=8, layers=1)
+
+    options = {"smooth": 2.0, "batch_size": len(rows)}
+    whole = trainer(steps=4, out=tmp_path / "whole", keep="last", **options).fit(made(), table)
+    smoothed = torch.cat([x for x in shown if len(x) == len(rows)])
+    variance = smoothed.var(0) - rows.var(0)  # of the noise alone
+    torch.testing.assert_close(variance.sqrt(), 2 * len(rows) ** (-1 / 6) * rows.std(0), rtol=0.1, atol=0)
+    parts = trainer(steps=2, out=tmp_path / "parts", keep="last", **options).fit(made(), table)
+    Trainer.resuming(parts, steps=4).fit(made(), table)
+    weights = [(run.path / "model.safetensors").read_bytes() for run in (whole, parts)]
+    assert weights[0] == weights[1]
+
+
+def test_what_cannot_be_smoothed_is_refused(make, digits, trainer):
+    with pytest.raises(SettingsError, match="smooth is of tables of real numbers; 'digits' is none"):
+        trainer(smooth=0.5).fit(make("tiny"), digits)
+    with pytest.raises(SettingsError, match="smooth must be a number of at least 0, got -1"):
+        trainer(smooth=-1.0)
 
 
 def test_sigterm_says_where_the_run_is_saved(tmp_path):

@@ -72,7 +72,9 @@ def sample(
         overwrite: replace an existing file
     """
     if out.suffix not in (".png", ".csv", ".npy", ".npz", ".gif", ".mp4"):
-        raise SettingsError(f"--out must end in .png, .npy or .npz; got {out}; of tables in .csv, too; of clips .gif, .mp4")
+        raise SettingsError(
+            f"--out must end in .png, .npy or .npz; got {out}; of tables in .csv, too; of clips .gif, .mp4"
+        )
     if n < 1:
         raise SettingsError(f"--n must be at least 1; got {n}")
     if temperature is not None and not 0 < temperature < math.inf:
