@@ -211,7 +211,7 @@ class Loop:
     def _bandwidth(self) -> Tensor:
         """Standard deviations (D,) of the noise that smooths rows."""
         rows = self.data.splits["train"].x
-        return self.trainer.smooth * len(rows) ** (-1 / (rows.shape[1] + 4)) * rows.std(0)
+        return self.trainer.smooth * len(rows) ** (-1 / (rows.shape[1] + 4)) * rows.std(0, correction=0)
 
     def _prepare(self) -> None:
         """Show the model the training split before its first step."""
