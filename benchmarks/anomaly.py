@@ -37,13 +37,13 @@ def _ours(model: str, train: np.ndarray, test: np.ndarray, seed: int, **options:
     return -detector.fit(train).score_samples(test)
 
 
-def _of_images(model: str, train: np.ndarray, test: np.ndarray, seed: int, *, steps: int, **settings: Any) -> Any:
+def _of_images(model: str, train: np.ndarray, test: np.ndarray, seed: int, *, method: str, steps: int) -> Any:
     """Levels of grey (N, 1, H, W)."""
     data = genfuse.load_data(train, hold_out=False, seed=seed)
     torch.manual_seed(seed)
-    made = genfuse.create(model, data, **settings)
+    made = genfuse.create(model, data)
     genfuse.Trainer(steps=steps, seed=seed, pictures=False).fit(made, data)
-    return scores(made, torch.from_numpy(test).float() / 255, samples=5).numpy()
+    return scores(made, torch.from_numpy(test).float() / 255, method=method, samples=5).numpy()
 
 
 def _flat(score: Score, train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
@@ -71,7 +71,8 @@ TABLES: dict[str, Score] = {
     "PCA, likelihood": partial(_of, PCA, n_components=0.9, svd_solver="full"),
 }
 IMAGES: dict[str, Score] = {
-    "vae": partial(_of_images, "vae", steps=2000),
+    "vae, relative": partial(_of_images, "vae", method="relative", steps=2000),
+    "vae, likelihood": partial(_of_images, "vae", method="likelihood", steps=2000),
     "kNN (5th)": partial(_flat, _neighbours),
     "isolation forest": partial(_flat, partial(_of, IsolationForest)),
     "PCA, likelihood": partial(_flat, partial(_of, PCA, n_components=0.9, svd_solver="full")),
