@@ -72,6 +72,7 @@ TABLES: dict[str, Score] = {
 }
 IMAGES: dict[str, Score] = {
     "vae, relative": partial(_of_images, "vae", method="relative", steps=2000),
+    "vae, reconstruction": partial(_of_images, "vae", method="reconstruction", steps=2000),
     "vae, likelihood": partial(_of_images, "vae", method="likelihood", steps=2000),
     "kNN (5th)": partial(_flat, _neighbours),
     "isolation forest": partial(_flat, partial(_of, IsolationForest)),

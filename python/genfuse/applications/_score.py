@@ -35,6 +35,11 @@ def _minus_likelihood(model: Any, x: Tensor, given: dict[str, Any], samples: int
     return -getattr(model, "log_prob" if "log_prob" in model.likelihoods else "elbo")(x, **given)
 
 
+def _errors(model: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    """Squared errors of a reconstruction, (N, cells)."""
+    return (model.reconstruct(x, **given) - x).square().flatten(1)
+
+
 METHODS = {
     "likelihood": Method(
         "-log p(x), or what bounds it from above, in nats",
@@ -44,15 +49,12 @@ METHODS = {
     "reconstruction": Method(
         "mean squared error of a reconstructed cell",
         lambda model: isinstance(model, Reconstructs),
-        lambda model, x, given, _: (model.reconstruct(x, **given) - x).square().flatten(1).nanmean(1),
+        lambda model, x, given, _: _errors(model, x, given).nanmean(1),
     ),
     "relative": Method(
         "squared error of a reconstruction, as a share of that of a blank picture",
         lambda model: bool(model.config) and len(model.config.shape) == 3 and isinstance(model, Reconstructs),
-        lambda model, x, given, _: (
-            (model.reconstruct(x, **given) - x).square().flatten(1).sum(1)
-            / x.square().flatten(1).sum(1).clamp(min=1e-6)
-        ),
+        lambda model, x, given, _: _errors(model, x, given).sum(1) / x.square().flatten(1).sum(1).clamp(min=1e-6),
     ),
     "denoising": Method(
         "mean squared error of what the denoiser predicts, of a cell",
@@ -93,8 +95,9 @@ def scores(
     """How odd examples x (N, *shape) are, (N,) on the CPU: the higher, the odder.
 
     ``method`` is the first of `METHODS` that the model has, or one by name: ``likelihood``, -log p(x) in nats, exact or
-    bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``); ``reconstruction``; ``denoising``; or
-    ``critic``, which tells real from generated examples and no density. The same seed gives the same scores.
+    bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``); ``reconstruction``; ``relative``, of
+    pictures; ``denoising``; or ``critic``, which tells real from generated examples and no density. The same seed gives
+    the same scores.
 
     Raises SettingsError for a method that the model does not have.
     """
