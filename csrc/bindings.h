@@ -2,6 +2,7 @@
 // How an operator's launches become functions of the module: structures are filled in the order of the arguments.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -33,14 +34,27 @@ class DeviceGuard {
 };
 #endif
 
+#ifdef GENFUSE_CUDA
+template <class Problem, class Out, class = void>
+constexpr bool has_cuda = false;
+template <class Problem, class Out>
+constexpr bool has_cuda<Problem, Out,
+                        std::void_t<decltype(run_cuda(std::declval<const Problem&>(), std::declval<const Out&>(),
+                                                      static_cast<void*>(nullptr)))>> = true;
+#endif
+
 // Runs an operator on the CPU (device -1) or on a GPU, without the interpreter's lock.
 template <class Problem, class Out>
 void run(const Problem& problem, const Out& out, [[maybe_unused]] int device, [[maybe_unused]] uintptr_t stream) {
   pybind11::gil_scoped_release nogil;
 #ifdef GENFUSE_CUDA
   if (device >= 0) {
-    DeviceGuard guard(device);
-    return run_cuda(problem, out, reinterpret_cast<void*>(stream));
+    if constexpr (has_cuda<Problem, Out>) {
+      DeviceGuard guard(device);
+      return run_cuda(problem, out, reinterpret_cast<void*>(stream));
+    } else {
+      throw std::invalid_argument("this operator has no CUDA kernel");
+    }
   }
 #endif
   run_cpu(problem, out);

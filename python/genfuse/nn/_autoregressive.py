@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from genfuse.errors import SettingsError
+from genfuse import ops
 from genfuse.nn._conditioners import Tails, soft_slope, spline_settings
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
@@ -69,6 +70,8 @@ class MADE(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise([features, *hidden, len(last)]))
         for i, (own, of) in enumerate(zip([*degrees, last], seen, strict=True)):
             self.register_buffer(f"mask{i}", (own[:, None] >= of).float(), persistent=False)
+        counts = [self.get_buffer(f"mask{i}").sum(1).long() for i in range(len(self.layers))]
+        self.register_buffer("counts", torch.cat(counts), persistent=False)
 
     def weights(self) -> list[Tensor]:
         """Weights of the layers, masked, so that what an optimizer does to entries outside the mask has no effect."""
@@ -111,17 +114,12 @@ class MADE(nn.Module):
         return autoregressive_inverse(y, weights, biases, bounds, context=added, residual=self.residual, **settings)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        added = self.project(context)
-        first, *hidden, last = zip(self.weights(), self.biases(), strict=True)
-        h = F.linear(x.clamp(-LIMIT, LIMIT) if self.squash else x, *first)
-        h = h if added is None else h + added
-        if self.residual:
-            for one, two in zip(hidden[::2], hidden[1::2], strict=True):
-                h = h + F.linear(F.linear(h.relu(), *one).relu(), *two)
-            return F.linear(h, *last)
-        for layer in [*hidden, last]:
-            h = F.linear(h.relu(), *layer)
-        return h
+        x = x.clamp(-LIMIT, LIMIT) if self.squash else x
+        if x.is_cpu:  # whose kernel leaves out what is masked
+            weights, counts = [layer.weight for layer in self.layers], self.get_buffer("counts")
+        else:
+            weights, counts = self.weights(), None
+        return ops.mlp(x, weights, self.biases(), added=self.project(context), residual=self.residual, counts=counts)
 
 
 class AutoregressiveAffine(Transform):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from genfuse.errors import SettingsError
-from genfuse.nn._mlp import mlp
+from genfuse.nn._mlp import linear_layers, mlp
+from genfuse import ops
 from genfuse.ops import Scale, SplineSettings, rational_quadratic_spline
 
 Tails = Literal["linear", "none", "circular"]
@@ -63,7 +64,9 @@ class MLPConditioner(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = x.asinh() if self.squash else x
-        return self.last(self.layers(x if context is None else torch.cat([x, context.to(x.dtype)], -1)))
+        x = x if context is None else torch.cat([x, context.to(x.dtype)], -1)
+        hidden = [layer for layer in self.layers.modules() if isinstance(layer, nn.Linear)]
+        return linear_layers(x, [*hidden, self.last])  # type: ignore[list-item]
 
 
 class ResidualMLP(nn.Module):
@@ -104,11 +107,16 @@ class ResidualMLP(nn.Module):
         x = x.asinh() if self.squash else x
         if context is not None:
             context = context.to(x.dtype)
-        h = self.first(x if context is None else torch.cat([x, context], -1))  # (N, width)
+        x = x if context is None else torch.cat([x, context], -1)
+        if not (self.dropout and self.training):
+            layers = [self.first, *(layer for block in self.blocks for layer in block), self.last]
+            gates = [] if context is None else [torch.sigmoid(gate(context)) for gate in self.gates]
+            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            return ops.mlp(x, weights, biases, residual=True, gates=gates)
+        h = self.first(x)  # (N, width)
         for i, block in enumerate(self.blocks):
             inner = F.relu(block[0](F.relu(h)), inplace=True)  # type: ignore[index]
-            if self.dropout:
-                inner = F.dropout(inner, self.dropout, self.training)
+            inner = F.dropout(inner, self.dropout)
             inner = block[1](inner)  # type: ignore[index]
             if context is not None:
                 inner = inner * torch.sigmoid(self.gates[i](context))

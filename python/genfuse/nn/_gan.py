@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import last_layer
 from genfuse.nn._context import beside, in_tiles
+from genfuse.nn._mlp import MLP
 
 SLOPE = 0.2  # of leaky ReLUs
 WIDEST = 8  # times the width at the finest resolution
@@ -28,7 +29,7 @@ Image = tuple[int, int, int]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class Generator(nn.Sequential):
+class Generator(MLP):
     """Layers that see z (N, D) and the context (N, C), if there is one, side by side: (N, D + C)."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -49,7 +50,7 @@ def mlp_critic(inputs: int, hidden: Sequence[int], layer_norm: bool = False) -> 
     for before, after in pairwise([inputs, *hidden]):
         norm = [nn.LayerNorm(after)] if layer_norm else []
         layers += [nn.Linear(before, after), *norm, nn.LeakyReLU(SLOPE, inplace=True)]
-    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], 1))
+    return MLP(*layers, nn.Linear([inputs, *hidden][-1], 1))
 
 
 def dcgan_generator(inputs: int, shape: Image, channels: Sequence[int]) -> Generator:

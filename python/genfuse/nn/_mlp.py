@@ -3,12 +3,69 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
+
+from genfuse import ops
 
 
-def mlp(sizes: Sequence[int]) -> nn.Sequential:
+class MLP(nn.Sequential):
+    """Layers one after the other, of which linear ones with ReLU or LeakyReLU between them are one `ops.mlp`.
+
+    Layers that have hooks of their own, or no bias, run by themselves.
+    """
+
+    one_node = True  # of autograd's graph, for `ops.input_gradient`
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, i = list(self), 0
+        while i < len(layers):
+            end, slope = _run_of(layers, i)
+            x = linear_layers(x, layers[i:end:2], slope) if end > i else layers[i](x)  # type: ignore[arg-type]
+            i = max(end, i + 1)
+        return x
+
+
+def linear_layers(x: Tensor, layers: Sequence[nn.Linear], slope: float = 0.0) -> Tensor:
+    """Linear layers with (Leaky)ReLU between them."""
+    return ops.mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], slope=slope)
+
+
+def _run_of(layers: Sequence[nn.Module], start: int) -> tuple[int, float]:
+    """Where linear layers with one activation between them end that begin at start, and the activation's slope."""
+    if not _fuses(layers[start]):
+        return start, 0.0
+    end, slope = start + 1, None
+    while end + 1 < len(layers) and _fuses(layers[end + 1]):
+        own = _slope(layers[end])
+        if own is None or slope not in (None, own):
+            break
+        end, slope = end + 2, own
+    return end, slope or 0.0
+
+
+def _fuses(layer: nn.Module) -> bool:
+    forward = getattr(type(layer), "forward", None)
+    return forward is nn.Linear.forward and layer.bias is not None and not _hooks(layer)
+
+
+def _slope(layer: nn.Module) -> float | None:
+    """Of an activation that `ops.mlp` knows."""
+    if _hooks(layer):
+        return None
+    if type(layer) is nn.LeakyReLU:
+        return layer.negative_slope if 0 <= layer.negative_slope < 1 else None
+    return 0.0 if type(layer) is nn.ReLU else None
+
+
+def _hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
+def mlp(sizes: Sequence[int]) -> MLP:
     """Linear layers (..., sizes[0]) -> (..., sizes[-1]) with ReLU between them; two sizes make one linear layer."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+    return MLP(*layers[:-1])

@@ -12,6 +12,7 @@ from genfuse.ops._gradient_penalty import gradient_penalty as gradient_penalty
 from genfuse.ops._gradient_penalty import input_gradient as input_gradient
 from genfuse.ops._gradient_penalty import scores_and_gradient as scores_and_gradient
 from genfuse.ops._interpolate import interpolate as interpolate
+from genfuse.ops._mlp import mlp as mlp
 from genfuse.ops._op import available as available
 from genfuse.ops._op import build_info as build_info
 from genfuse.ops._op import decompositions as decompositions

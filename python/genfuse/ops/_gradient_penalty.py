@@ -259,7 +259,10 @@ def _layers_told_apart(critic: Callable[..., Tensor]) -> Iterator[list[tuple[int
     number, handles = torch.autograd._get_sequence_nr, []
     if isinstance(critic, nn.Module) and type(critic) not in _located:
         _located.add(type(critic))
+        whole = [f"{name}." * bool(name) for name, layer in critic.named_modules() if getattr(layer, "one_node", False)]
         for name, layer in critic.named_modules():
+            if any(name != prefix[:-1] and name.startswith(prefix) for prefix in whole):
+                continue
             text = f"{name} ({type(layer).__name__})" if name else "its forward"
 
             def leave(*_: Any, text: str = text) -> None:

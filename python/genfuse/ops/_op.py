@@ -198,6 +198,7 @@ def fused(
     saved: Callable | None = None,
     constant: Callable | None = None,
     takes: Callable | None = None,
+    piecewise_linear: bool = False,
 ) -> Callable:
     r"""Make an operator out of its formula, its results and a problem.
 
@@ -234,6 +235,7 @@ def fused(
             ValueError for settings that go with none. Where the operator is called through the dispatcher, as by hand,
             it raises a ValueError for other tensors, and for some of another device; the function that is returned,
             whose callers have looked at them, does not ask. Default: any will do.
+        piecewise_linear: whether the operator is that in its tensors, for `input_gradient`.
 
     Returns:
         The operator, a function of the schema's arguments, by position.
@@ -348,6 +350,8 @@ def fused(
     further, nothing = range(wrt, tensors), (None,) * settings
 
     class Function(torch.autograd.Function):
+        piecewise_linear = False
+
         @staticmethod
         def forward(ctx: Any, run: Any, *flat: Any) -> Any:
             if lists:
@@ -400,6 +404,7 @@ def fused(
             return tuple(found.get(i) for i in range(wrt))
         return _tuple(backward_kernel.operator(*cotangents, *given)) if wrt else ()
 
+    Function.piecewise_linear = piecewise_linear
     nothing_more = (None,) * (len(kinds) - wrt)
     apply = super(torch.autograd.Function, Function).apply
 

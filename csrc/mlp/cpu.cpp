@@ -1,0 +1,197 @@
+#include <memory>
+
+#include "bindings.h"
+#include "mlp/launch.h"
+#include "mlp/product.h"
+
+namespace genfuse::mlp {
+namespace {
+
+// Where what a network hands from layer to layer lies in `hidden`.
+template <class T, class Memory>
+struct Layout {
+  const Problem& p;
+  Memory* hidden;
+
+  Memory* value(int64_t layer) const {
+    Memory* at = hidden;
+    for (int64_t i = 0; i < layer; ++i) at += p.rows * p.widths[i + 1];
+    return at;
+  }
+  Memory* inner(int64_t block) const { return value(p.layers() - 1) + block * p.rows * p.widths[1]; }
+};
+
+template <class T>
+Product<T> layer(const Problem& p, int64_t i, Matrix<T> in) {
+  const int64_t inputs = p.widths[i], outputs = p.widths[i + 1];
+  Product<T> product{p.rows, outputs, inputs, in, {element<T>(p.weights[i], 0), 1, inputs}, {}};
+  if (p.counts) {
+    product.counts = p.counts, product.masked = Masked::b_columns;
+    for (int64_t j = 0; j < i; ++j) product.counts += p.widths[j + 1];
+  }
+  return product;
+}
+
+template <class T>
+void forward(const Problem& p, const Forward& out) {
+  const int64_t last = p.layers() - 1;
+  const Layout<T, T> at{p, element<T>(out.hidden, 0)};
+  std::unique_ptr<T[]> total;
+  if (p.residual) {
+    total.reset(new T[size_t(p.rows * p.widths[1])]);
+    std::fill_n(total.get(), p.rows * p.widths[1], T(0));
+  }
+  Matrix<T> in{element<T>(p.x, 0), p.x_stride, 1};
+  for (int64_t i = 0; i <= last; ++i) {
+    Product<T> product = layer(p, i, in);
+    Finish<T>& f = product.finish;
+    f.out = i < last ? at.value(i) : element<T>(out.y, 0);
+    f.bias = element<T>(p.biases[i], 0);
+    f.slope = T(p.slope);
+    if (i == 0 && p.added) f.added = element<T>(p.added, 0), f.added_stride = p.added_stride;
+    f.rectified = i < last && !(p.residual && i + 1 == last);
+    if (p.residual && i < last && i % 2 == 0) {
+      f.total = total.get();
+      if (i && p.gates.count) f.inner = at.inner(i / 2 - 1), f.gate = element<T>(p.gates[i / 2 - 1], 0);
+    }
+    multiply(product);
+    in = {f.out, p.widths[i + 1], 1};
+  }
+}
+
+// Sums of each column of g (rows, columns), in blocks: a long sum would lose digits.
+template <class T>
+GENFUSE_HD void sum_columns(const T* g, int64_t rows, int64_t columns, int64_t begin, int64_t end, T* out) {
+  constexpr int64_t kRowsOfSum = 128;
+  T part[kBlock];
+  std::fill(out + begin, out + end, T(0));
+  for (int64_t i0 = 0; i0 < rows; i0 += kRowsOfSum) {
+    std::fill(part, part + (end - begin), T(0));
+    for (int64_t i = i0; i < std::min(i0 + kRowsOfSum, rows); ++i) {
+      const T* row = g + i * columns + begin;
+#pragma omp simd
+      for (int64_t j = 0; j < end - begin; ++j) part[j] += row[j];
+    }
+    for (int64_t j = begin; j < end; ++j) out[j] += part[j - begin];
+  }
+}
+// What a gate passes of a gradient, and the gate's own.
+template <class T>
+GENFUSE_HD void pass_gate(const T* g, const T* gate, const T* inner, T* passed, T* own, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) passed[j] = g[j] * gate[j];
+  if (own) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) own[j] = g[j] * inner[j];
+  }
+}
+#define GENFUSE_STEPS(T)                                                                                  \
+  GENFUSE_SIMD void sums(const T* g, int64_t rows, int64_t columns, int64_t begin, int64_t end, T* out) { \
+    sum_columns(g, rows, columns, begin, end, out);                                                       \
+  }                                                                                                       \
+  GENFUSE_SIMD void gated(const T* g, const T* gate, const T* inner, T* passed, T* own, int64_t n) {      \
+    pass_gate(g, gate, inner, passed, own, n);                                                            \
+  }
+GENFUSE_STEPS(float)
+GENFUSE_STEPS(double)
+#undef GENFUSE_STEPS
+
+template <class T>
+void backward(const Gradients& p, const Backward& made) {
+  const int64_t n = p.layers();
+  const auto out = [&](int64_t i) { return static_cast<T*>(made.gradients[i]); };
+  T *const of_x = out(0), *const of_added = out(1);
+  const auto of_weight = [&](int64_t i) { return out(2 + i); };
+  const auto of_bias = [&](int64_t i) { return out(2 + n + i); };
+  const auto of_gate = [&](int64_t i) { return out(2 + 2 * n + i); };
+  const int64_t last = n - 1, widest = *std::max_element(p.widths.items, p.widths.items + p.widths.count);
+  const Layout<T, const T> at{p, element<T>(p.hidden, 0)};
+  std::unique_ptr<T[]> room(new T[size_t(p.rows * widest * 3)]);
+  T *g = room.get(), *next = g + p.rows * widest, *const total = next + p.rows * widest;
+
+  // Gradients of a layer's weight and bias, given that of what it puts out.
+  const auto of_layer = [&](int64_t i, const T* from) {
+    const int64_t inputs = p.widths[i], outputs = p.widths[i + 1];
+    const Matrix<T> in = i ? Matrix<T>{at.value(i - 1), inputs, 1} : Matrix<T>{element<T>(p.x, 0), p.x_stride, 1};
+    if (of_weight(i)) {
+      Product<T> product = layer(p, i, in);
+      if (p.counts) product.masked = Masked::result_rows;
+      product.m = outputs, product.n = inputs, product.k = p.rows, product.a = {from, 1, outputs}, product.b = in;
+      product.finish.out = of_weight(i);
+      multiply(product);
+    }
+    if (of_bias(i)) {
+      const int64_t blocks = (outputs + kBlock - 1) / kBlock;
+#pragma omp parallel for schedule(static) if (p.rows * outputs > (int64_t(1) << 18))
+      for (int64_t b = 0; b < blocks; ++b) {
+        sums(from, p.rows, outputs, b * kBlock, std::min((b + 1) * kBlock, outputs), of_bias(i));
+      }
+    }
+  };
+  // The gradient of what a layer takes in: through an activation, if its value is given, and added to a total.
+  const auto through_layer = [&](int64_t i, const T* from, const T* value, T* sum, T* to) {
+    Product<T> product = layer(p, i, Matrix<T>{from, p.widths[i + 1], 1});
+    if (p.counts) product.masked = Masked::b_rows;
+    product.n = p.widths[i], product.k = p.widths[i + 1], product.b = {product.b.data, p.widths[i], 1};
+    product.finish.out = to, product.finish.value = value, product.finish.total = sum;
+    product.finish.slope = T(p.slope);
+    multiply(product);
+  };
+
+  const T* now = element<T>(p.gy, 0);
+  if (p.residual) {
+    of_layer(last, now);
+    through_layer(last, now, nullptr, nullptr, total);
+    for (int64_t i = last - 1; i > 0; i -= 2) {
+      const int64_t block = i / 2 - 1, units = p.rows * p.widths[1];
+      const T* from = total;
+      if (p.gates.count) {
+        T* own = of_gate(block);
+        for_blocks(units, [&](int64_t begin, int64_t end) {
+          const int64_t at0 = begin * kBlock, count = std::min(end * kBlock, units) - at0;
+          gated(total + at0, element<T>(p.gates[block], at0), at.inner(block) + at0, next + at0,
+                own ? own + at0 : nullptr, count);
+        });
+        from = next;
+      }
+      of_layer(i, from);
+      through_layer(i, from, at.value(i - 1), nullptr, g);
+      of_layer(i - 1, g);
+      through_layer(i - 1, g, at.value(i - 2), total, next);
+    }
+    // A network of one hidden layer hands it on as it is.
+    now = total;
+  } else {
+    for (int64_t i = last; i > 0; --i) {
+      of_layer(i, now);
+      through_layer(i, now, at.value(i - 1), nullptr, g);
+      now = g;
+      std::swap(g, next);
+    }
+  }
+  of_layer(0, now);
+  if (of_added) std::copy_n(now, p.rows * p.widths[1], of_added);
+  if (of_x) through_layer(0, now, nullptr, nullptr, of_x);
+}
+
+}  // namespace
+
+void run_cpu(const Problem& p, const Forward& out) { p.dtype == 0 ? forward<float>(p, out) : forward<double>(p, out); }
+void run_cpu(const Gradients& p, const Backward& out) {
+  p.dtype == 0 ? backward<float>(p, out) : backward<double>(p, out);
+}
+
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  define(m, "mlp",
+         fields(&P::dtype, &P::x, &P::x_stride, &P::rows, &P::added, &P::added_stride, &P::weights, &P::biases,
+                &P::gates, &P::widths, &P::counts, &P::slope, &P::residual),
+         fields(&Forward::y, &Forward::hidden));
+  using G = Gradients;
+  define(m, "mlp_backward",
+         fields_of<G>(&G::dtype, &G::x, &G::x_stride, &G::rows, &G::added, &G::added_stride, &G::weights, &G::biases,
+                      &G::gates, &G::widths, &G::counts, &G::slope, &G::residual, &G::gy, &G::hidden),
+         fields(&Backward::gradients));
+}
+
+}  // namespace genfuse::mlp

@@ -1,0 +1,43 @@
+#pragma once
+#include <cstdint>
+
+#include "portable.h"
+
+namespace genfuse::mlp {
+
+// A network of layers y = W x + b, with (Leaky)ReLU between them. x is (rows, widths[0]), weights[i] (widths[i + 1],
+// widths[i]), biases[i] (widths[i + 1]); all but x and added is contiguous. Not given are null: added (rows, widths[1]),
+// which goes to the first layer; counts, of each unit of all layers, how many inputs it sees, the first ones.
+// A residual network's hidden layers after the first are in pairs, each a block h + gate (W2 r(W1 r(h) + b1) + b2), and
+// gates (rows, widths[1]), if there are any, are one a block. `hidden` has the values that each hidden layer hands on,
+// (rows, widths[i + 1]), and then for each gate what it multiplies.
+struct Problem {
+  int dtype;
+  const void* x;
+  int64_t x_stride, rows;
+  const void* added;
+  int64_t added_stride;
+  List<const void*> weights, biases, gates;
+  List<int64_t> widths;
+  const int64_t* counts;
+  double slope;
+  bool residual;
+
+  int64_t layers() const { return weights.count; }
+};
+
+struct Forward {
+  void *y, *hidden;
+};
+
+// gy (rows, outputs), and what the forward pass kept.
+struct Gradients : Problem {
+  const void *gy, *hidden;
+};
+
+// Of x, added, weights, biases and gates, one list after the other; null where none is wanted.
+struct Backward {
+  List<void*> gradients;
+};
+
+}  // namespace genfuse::mlp

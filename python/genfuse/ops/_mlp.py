@@ -1,0 +1,339 @@
+"""Multilayer perceptrons whose forward and backward pass are one call each."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torch.autograd, not torch.func
+from torch.nn import functional as F
+
+from genfuse.ops import _op
+
+MOST_LAYERS = 24  # portable.h's list has room for flags of all their tensors
+# PyTorch's own products are as quick elsewhere, or this was never run there.
+_NATIVE = hasattr(_op._C, "mlp") and "AVX" in _op.build_info()["simd"]
+
+
+def _network(
+    x: Tensor, added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    gates: Sequence[Tensor], slope: float, residual: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """y, and what each hidden layer hands on followed by what gates multiply."""
+    if counts is not None:
+        seen = counts.split([len(w) for w in weights])
+        weights = [
+            w * (torch.arange(w.shape[1], device=w.device) < n[:, None]) for w, n in zip(weights, seen, strict=True)
+        ]
+    layers = list(zip(weights, biases, strict=True))
+    kept: list[Tensor] = []
+    inner: list[Tensor] = []
+
+    def rectify(a: Tensor) -> Tensor:
+        kept.append(F.leaky_relu(a, slope) if slope else F.relu(a))
+        return kept[-1]
+
+    h = F.linear(x, *layers[0])  # (N, H)
+    h = h if added is None else h + added
+    if residual:
+        for i, (first, second) in enumerate(zip(layers[1:-1:2], layers[2:-1:2], strict=True)):
+            block = F.linear(rectify(F.linear(rectify(h), *first)), *second)
+            if gates:
+                inner.append(block)
+                block = block * gates[i]
+            h = h + block
+        return F.linear(h, *layers[-1]), [*kept, h, *inner]
+    for layer in layers[1:]:
+        h = F.linear(rectify(h), *layer)
+    return h, kept
+
+
+def formula(*given: Any) -> tuple[Tensor, Tensor]:
+    y, kept = _network(*given)
+    return y, torch.cat([k.flatten() for k in kept]) if kept else y.new_empty(0)
+
+
+def _widths(weights: Sequence[Tensor]) -> list[int]:
+    return [weights[0].shape[1], *(w.shape[0] for w in weights)]
+
+
+def _results(
+    x: Tensor, added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    gates: Sequence[Tensor], *settings: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = x.shape[0]
+    units = sum([b.shape[0] for b in biases[:-1]]) + len(gates) * biases[0].shape[0]
+    return x.new_empty((rows, biases[-1].shape[0])), x.new_empty(rows * units)
+
+
+def _problem(
+    x: Tensor, added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    gates: Sequence[Tensor], slope: float, residual: bool,
+) -> tuple:  # fmt: skip
+    x, stride = _op.rows(x)
+    added, added_stride = (None, 0) if added is None else _op.rows(added)
+    return (
+        _op.DTYPES[x.dtype], x, stride, x.shape[0], added, added_stride, [w.contiguous() for w in weights],
+        [b.contiguous() for b in biases], [g.contiguous() for g in gates], _widths(weights),
+        None if counts is None else counts.contiguous(), slope, residual,
+    )  # fmt: skip
+
+
+def _takes(
+    x: Tensor, added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    gates: Sequence[Tensor], slope: float, residual: bool,
+) -> tuple:  # fmt: skip
+    ((rows, columns), dtype), n = _op.matrix(x), len(weights)
+    if dtype is not _op.wide(x) or not 0 < n <= MOST_LAYERS:
+        raise ValueError(f"x must be float32 or float64, and layers 1 to {MOST_LAYERS}; got {dtype} and {n}")
+    widths = [columns, *(w.shape[0] for w in weights)]
+    _check_blocks(widths, len(gates), residual)
+    hidden = (rows, widths[1]), dtype
+    return (
+        _op.matrix(x), hidden, ((sum(widths[1:]),), torch.int64), [((b, a), dtype) for a, b in pairwise(widths)],
+        [((b,), dtype) for b in widths[1:]], [hidden] * len(gates),
+    )  # fmt: skip
+
+
+def _check_blocks(widths: Sequence[int], gates: int, residual: bool) -> None:
+    """Raise a ValueError unless hidden layers make residual blocks, one for each gate, where there are to be any."""
+    hidden = list(widths[1:-1])
+    if residual and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
+        raise ValueError(
+            "hidden layers of a residual network must be one width and pairs of widths, of which the second is the "
+            f"first width again; got {hidden}"
+        )
+    if gates and (not residual or gates != len(hidden) // 2):
+        raise ValueError(f"gates must be one for each residual block, got {gates}")
+
+
+def _differentiated(
+    needed: Sequence[bool], gy: Tensor, x: Tensor, added: Tensor | None, counts: Tensor | None,
+    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], *settings: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """PyTorch's gradients of x, added, weights, biases and gates, to be differentiated again if grad mode is on."""
+    n, end = len(weights), 2 + 2 * len(weights)
+
+    def flat(*t: Any) -> Tensor:
+        return _network(*t[:2], counts, t[2 : 2 + n], t[2 + n : end], t[end:], *settings)[0]
+
+    by = [i for i, wanted in enumerate(needed) if wanted]
+    found = _op.differentiate(flat, (gy,), (x, added, *weights, *biases, *gates), by)
+    return [*map(dict(zip(by, found, strict=True)).get, range(len(needed)))]
+
+
+def _backward_formula(gy: Tensor, hidden: Tensor, *given: Any) -> Tensor:
+    found = _differentiated(given[-1], gy, *given[:-1])
+    return torch.cat([f.flatten() for f in found if f is not None])
+
+
+def _backward_results(
+    gy: Tensor, hidden: Tensor, x: Tensor, added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], gates: Sequence[Tensor], slope: float, residual: bool, needed: Sequence[bool],
+) -> Tensor:  # fmt: skip
+    every = (x, added, *weights, *biases, *gates)
+    return x.new_empty(sum([t.numel() for t, wanted in zip(every, needed, strict=True) if wanted and t is not None]))
+
+
+def _backward_problem(gy: Tensor, hidden: Tensor, *given: Any) -> tuple:
+    return (*_problem(*given[:-1]), gy.contiguous(), hidden, given)
+
+
+class _Cpu:
+    """The kernels of the CPU as operators must have them, the gradients in one tensor."""
+
+    @staticmethod
+    def mlp(*given: Any) -> None:
+        _op._C.mlp(*given)
+
+    @staticmethod
+    def mlp_backward(*given: Any) -> None:
+        *problem, (x, added, _, weights, biases, gates, *_, needed), flat, device, stream = given
+        _op._C.mlp_backward(*problem, _parts(flat, (x, added, *weights, *biases, *gates), needed), device, stream)
+
+
+def _parts(flat: Tensor, every: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Of a tensor of gradients that are needed, each, and None for others."""
+    start, found = 0, list[Tensor | None]()
+    for t, is_needed in zip(every, needed, strict=True):
+        if is_needed and t is not None:
+            found.append(flat[start : start + t.numel()].view(t.shape))
+            start += t.numel()
+        else:
+            found.append(None)
+    return found
+
+
+def _backward_takes(gy: Tensor, hidden: Tensor, *given: Any) -> tuple:
+    wanted = _takes(*given[:-1])
+    y, kept = _results(*given[:-1])
+    many = 2 + sum(map(len, given[3:6]))
+    if len(given[-1]) != many:
+        raise ValueError(f"needed must be {many} flags, got {len(given[-1])}")
+    return (y.shape, y.dtype), (kept.shape, kept.dtype), *wanted
+
+
+# The gradients that are needed, of x, added, weights, biases and gates, one after the other.
+_gradients = _op.fused(
+    "mlp_backward(Tensor gy, Tensor hidden, Tensor x, Tensor? added, Tensor? counts, Tensor[] weights, "
+    "Tensor[] biases, Tensor[] gates, float slope, bool residual, bool[] needed) -> Tensor",
+    formula=_backward_formula,
+    results=_backward_results,
+    problem=_backward_problem,
+    native=_Cpu if _NATIVE else None,
+    takes=_backward_takes,
+)
+
+
+def _backward(needed: Sequence[bool], cotangents: Sequence[Tensor], *given: Any, outputs: Any) -> Sequence[Any]:
+    x, added, _, weights, biases, gates, *_ = given
+    every = (x, added, *weights, *biases, *gates)
+    wanted, gy = [*needed[:2], *needed[3 : 1 + len(every)]], cotangents[0]
+    if torch.is_grad_enabled() or _op.transformed() or is_batched(gy):
+        found = _differentiated(wanted, gy, *given)
+    else:
+        found = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
+    return [*found[:2], None, *found[2:]]
+
+
+# Of x (N, D), what is added to the first layer (N, H), how many inputs each unit sees, weights, biases, and gates.
+_fused = _op.fused(
+    "mlp(Tensor x, Tensor? added, Tensor? counts, Tensor[] weights, Tensor[] biases, Tensor[] gates, "
+    "float slope, bool residual) -> (Tensor, Tensor)",
+    formula=formula,
+    results=_results,
+    problem=_problem,
+    native=_Cpu if _NATIVE else None,
+    backward=_backward,
+    keep=True,
+    constant=lambda *given: (1,),
+    takes=_takes,
+    piecewise_linear=True,
+)
+
+
+_KERNEL = _op.KERNELS["mlp"]
+
+
+class _Node(torch.autograd.Function):
+    """The whole network where nobody listens to the dispatcher: with its many tensors, half a small one's time is
+    spent on the way to the kernel and back."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: tuple, x: Tensor, added: Any, counts: Any, *parameters: Tensor) -> Tensor:
+        given = _nested(settings, x, added, counts, parameters)
+        y, hidden = made = _results(*given)
+        _op._C.mlp(*_problem(*given), *made, -1, 0)
+        ctx.save_for_backward(x, added, counts, hidden, *parameters)
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple:
+        x, added, counts, hidden, *parameters = ctx.saved_tensors
+        given = _nested(ctx.settings, x, added, counts, parameters)
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or is_batched(gy) or not _op.plain((gy,)):
+            return None, *_backward(needed, (gy,), *given, outputs=(None, hidden))
+        found: list[Tensor | None] = [
+            _op.like(t) if wanted else None
+            for t, wanted in zip((x, added, *parameters), (*needed[:2], *needed[3:]), strict=True)
+        ]
+        _op._C.mlp_backward(*_problem(*given), gy.contiguous(), hidden, found, -1, 0)
+        return None, *found[:2], None, *found[2:]
+
+
+_apply = super(torch.autograd.Function, _Node).apply
+
+
+def _nested(settings: tuple, x: Tensor, added: Any, counts: Any, parameters: Sequence[Tensor]) -> tuple:
+    n, slope, residual = settings
+    return x, added, counts, parameters[:n], parameters[n : 2 * n], parameters[2 * n :], slope, residual
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    slope: float = 0.0,
+    residual: bool = False,
+    added: Tensor | None = None,
+    gates: Sequence[Tensor] = (),
+    counts: Tensor | None = None,
+) -> Tensor:
+    r"""Apply linear layers with an activation between them.
+
+    .. math::
+        h_1 = W_1 x + b_1, \qquad h_{i+1} = W_{i+1}\, a(h_i) + b_{i+1}, \qquad a(h) = \max(h, \text{slope} \cdot h)
+
+    On a CPU of x86-64 with AVX2 or AVX-512, in float32 and float64, the whole network is one kernel forward and one
+    backward, with matrix products of its own. Elsewhere, and under autocast, it is PyTorch's layers one by one.
+    Differentiable to any order; what is above the first is PyTorch's.
+
+    Args:
+        x: (..., D).
+        weights: of each layer, (outputs, inputs), as `torch.nn.Linear` has them.
+        biases: of each layer, (outputs,).
+        slope: of the activation below 0: 0 for ReLU, above it LeakyReLU.
+        residual: whether hidden layers after the first are in pairs that make blocks
+            :math:`h + W_2\, a(W_1\, a(h) + b_1) + b_2`, without activation after the last one (arXiv 1603.05027).
+        added: what is added to the first layer before its activation, (..., H), such as a linear map of a context.
+        gates: factors of what each residual block adds, (..., H) each.
+        counts: of each unit of all layers, one layer after the other, how many of its inputs it sees, the first ones;
+            the other weights count as 0 and are not multiplied: int64, (outputs of all layers,).
+
+    Returns:
+        The last layer's outputs, (..., outputs).
+
+    Raises:
+        ValueError: for layers whose sizes, dtypes or devices do not go together, a slope that is not in [0, 1), blocks
+            that do not fit, or a number of gates that is not that of the blocks.
+    """
+    if not 0 <= slope < 1:
+        raise ValueError(f"slope must be in [0, 1), got {slope}")
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
+    if x.dim() != 2:
+        flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, added, *gates)]
+        settings = {"slope": slope, "residual": residual, "counts": counts}
+        y = mlp(flat[0], weights, biases, added=flat[1], gates=flat[2:], **settings)  # type: ignore[arg-type]
+        return y.view(*x.shape[:-1], y.shape[-1])
+    given = (x, added, counts, weights, biases, gates, slope, residual)
+    fused = x.is_cpu and x.dtype in (torch.float32, torch.float64) and len(weights) <= MOST_LAYERS
+    if not fused or _KERNEL.chosen["cpu"] is not _KERNEL.native or torch.is_autocast_enabled("cpu"):
+        _check_blocks(_widths(weights), len(gates), residual)
+        return _network(*given)[0]
+    _check(*given)
+    every = (x, added, counts, *weights, *biases, *gates)
+    if _op.compiling() or not _op.plain(every):
+        return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]
+    return _apply((len(weights), slope, residual), *every)
+
+
+def _check(
+    x: Tensor, added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    gates: Sequence[Tensor], slope: float, residual: bool,
+) -> None:  # fmt: skip
+    """Raise a ValueError that names the first argument which does not go with x."""
+    widths = _widths(weights)
+    if residual or gates:
+        _check_blocks(widths, len(gates), residual)
+    inputs, dtype = x.shape[1], x.dtype
+    fits = added is None and counts is None and not gates
+    for w, b in zip(weights, biases, strict=True):
+        outputs = b.shape[0]
+        fits = fits and w.shape == (outputs, inputs) and w.dtype is dtype is b.dtype and w.is_cpu and b.is_cpu
+        inputs = outputs
+    if fits:
+        return
+    shapes: dict[str, tuple] = {}
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        shapes[f"weights[{i}]"] = w, (widths[i + 1], x.shape[1] if i == 0 else widths[i])
+        shapes[f"biases[{i}]"] = b, (widths[i + 1],)
+    hidden = (x.shape[0], widths[1])
+    shapes |= {} if added is None else {"added": (added, hidden)}
+    shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)}
+    shapes |= {} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)}
+    _op.check_alike(x, "x", **shapes)
