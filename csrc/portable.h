@@ -136,17 +136,23 @@ GENFUSE_HD float log_(float x) {
 }
 GENFUSE_HD double log_(double x) { return log(x); }
 
-// ln(1 + e^x), relatively accurate for all x.
-GENFUSE_HD float softplus(float x) {
-  const float z = exp_(-fabsf(x)), positive = x > 0.f ? x : 0.f;
+// ln(1 + e^-|x|), relatively accurate for all x: what softplus is above max(x, 0).
+GENFUSE_HD float softplus_above(float x) {
+  const float z = exp_(-fabsf(x));
 #ifdef __CUDA_ARCH__
-  return positive + log1pf(z);
+  return log1pf(z);
 #else
   const bool small = z < 0.41421356f;
-  return positive + ln_reduced(small ? z : 0.5f * (z - 1.f), small ? 0.f : 1.f);
+  return ln_reduced(small ? z : 0.5f * (z - 1.f), small ? 0.f : 1.f);
 #endif
 }
-GENFUSE_HD double softplus(double x) { return (x > 0. ? x : 0.) + log1p(exp(-fabs(x))); }
+GENFUSE_HD double softplus_above(double x) { return log1p(exp(-fabs(x))); }
+
+// ln(1 + e^x), relatively accurate for all x.
+template <class T>
+GENFUSE_HD T softplus(T x) {
+  return (x > 0 ? x : T(0)) + softplus_above(x);
+}
 
 template <class T>
 GENFUSE_HD T sigmoid(T x) {

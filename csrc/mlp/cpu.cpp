@@ -1,5 +1,3 @@
-#include <memory>
-
 #include "bindings.h"
 #include "mlp/launch.h"
 #include "mlp/product.h"
@@ -21,6 +19,15 @@ struct Layout {
   Memory* inner(int64_t block) const { return value(p.layers() - 1) + block * p.rows * p.widths[1]; }
 };
 
+// Room that a thread keeps from call to call: memory that is new each time has to be given by the system page by page.
+template <class T>
+T* scratch(int64_t size) {
+  thread_local std::vector<T> room;
+  constexpr size_t kMostKept = (size_t(64) << 20) / sizeof(T);
+  if (room.size() < size_t(size) || room.size() > kMostKept) std::vector<T>(size_t(size)).swap(room);
+  return room.data();
+}
+
 template <class T>
 Product<T> layer(const Problem& p, int64_t i, Matrix<T> in) {
   const int64_t inputs = p.widths[i], outputs = p.widths[i + 1];
@@ -36,11 +43,8 @@ template <class T>
 void forward(const Problem& p, const Forward& out) {
   const int64_t last = p.layers() - 1;
   const Layout<T, T> at{p, element<T>(out.hidden, 0)};
-  std::unique_ptr<T[]> total;
-  if (p.residual) {
-    total.reset(new T[size_t(p.rows * p.widths[1])]);
-    std::fill_n(total.get(), p.rows * p.widths[1], T(0));
-  }
+  T* const total = p.residual ? scratch<T>(p.rows * p.widths[1]) : nullptr;
+  if (total) std::fill_n(total, p.rows * p.widths[1], T(0));
   Matrix<T> in{element<T>(p.x, 0), p.x_stride, 1};
   for (int64_t i = 0; i <= last; ++i) {
     Product<T> product = layer(p, i, in);
@@ -51,7 +55,7 @@ void forward(const Problem& p, const Forward& out) {
     if (i == 0 && p.added) f.added = element<T>(p.added, 0), f.added_stride = p.added_stride;
     f.rectified = i < last && !(p.residual && i + 1 == last);
     if (p.residual && i < last && i % 2 == 0) {
-      f.total = total.get();
+      f.total = total;
       if (i && p.gates.count) f.inner = at.inner(i / 2 - 1), f.gate = element<T>(p.gates[i / 2 - 1], 0);
     }
     multiply(product);
@@ -96,6 +100,28 @@ GENFUSE_STEPS(float)
 GENFUSE_STEPS(double)
 #undef GENFUSE_STEPS
 
+// Gradient of a layer's weight, given what it takes in and the gradient of what it puts out.
+template <class T>
+void multiply_weight(const Problem& p, int64_t i, const T* g, Matrix<T> in, T* out) {
+  Product<T> product = layer(p, i, in);
+  if (p.counts) product.masked = Masked::result_rows;
+  product.m = p.widths[i + 1], product.n = p.widths[i], product.k = p.rows;
+  product.a = {g, 1, product.m}, product.b = in;
+  product.finish.out = out;
+  multiply(product);
+}
+
+// The gradient of what a layer takes in: through an activation, if its value is given, and added to a total.
+template <class T>
+void multiply_back(const Problem& p, int64_t i, const T* g, const T* value, T* total, T* out) {
+  Product<T> product = layer(p, i, Matrix<T>{g, p.widths[i + 1], 1});
+  if (p.counts) product.masked = Masked::b_rows;
+  product.n = p.widths[i], product.k = p.widths[i + 1], product.b = {product.b.data, p.widths[i], 1};
+  product.finish.out = out, product.finish.value = value, product.finish.total = total;
+  product.finish.slope = T(p.slope);
+  multiply(product);
+}
+
 template <class T>
 void backward(const Gradients& p, const Backward& made) {
   const int64_t n = p.layers();
@@ -106,20 +132,13 @@ void backward(const Gradients& p, const Backward& made) {
   const auto of_gate = [&](int64_t i) { return out(2 + 2 * n + i); };
   const int64_t last = n - 1, widest = *std::max_element(p.widths.items, p.widths.items + p.widths.count);
   const Layout<T, const T> at{p, element<T>(p.hidden, 0)};
-  std::unique_ptr<T[]> room(new T[size_t(p.rows * widest * 3)]);
-  T *g = room.get(), *next = g + p.rows * widest, *const total = next + p.rows * widest;
+  T *g = scratch<T>(p.rows * widest * 3), *next = g + p.rows * widest, *const total = next + p.rows * widest;
 
   // Gradients of a layer's weight and bias, given that of what it puts out.
   const auto of_layer = [&](int64_t i, const T* from) {
-    const int64_t inputs = p.widths[i], outputs = p.widths[i + 1];
-    const Matrix<T> in = i ? Matrix<T>{at.value(i - 1), inputs, 1} : Matrix<T>{element<T>(p.x, 0), p.x_stride, 1};
-    if (of_weight(i)) {
-      Product<T> product = layer(p, i, in);
-      if (p.counts) product.masked = Masked::result_rows;
-      product.m = outputs, product.n = inputs, product.k = p.rows, product.a = {from, 1, outputs}, product.b = in;
-      product.finish.out = of_weight(i);
-      multiply(product);
-    }
+    const int64_t outputs = p.widths[i + 1];
+    const Matrix<T> in = i ? Matrix<T>{at.value(i - 1), p.widths[i], 1} : Matrix<T>{element<T>(p.x, 0), p.x_stride, 1};
+    if (of_weight(i)) multiply_weight(p, i, from, in, of_weight(i));
     if (of_bias(i)) {
       const int64_t blocks = (outputs + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(static) if (p.rows * outputs > (int64_t(1) << 18))
@@ -128,14 +147,8 @@ void backward(const Gradients& p, const Backward& made) {
       }
     }
   };
-  // The gradient of what a layer takes in: through an activation, if its value is given, and added to a total.
   const auto through_layer = [&](int64_t i, const T* from, const T* value, T* sum, T* to) {
-    Product<T> product = layer(p, i, Matrix<T>{from, p.widths[i + 1], 1});
-    if (p.counts) product.masked = Masked::b_rows;
-    product.n = p.widths[i], product.k = p.widths[i + 1], product.b = {product.b.data, p.widths[i], 1};
-    product.finish.out = to, product.finish.value = value, product.finish.total = sum;
-    product.finish.slope = T(p.slope);
-    multiply(product);
+    multiply_back(p, i, from, value, sum, to);
   };
 
   const T* now = element<T>(p.gy, 0);
@@ -174,11 +187,48 @@ void backward(const Gradients& p, const Backward& made) {
   if (of_x) through_layer(0, now, nullptr, nullptr, of_x);
 }
 
+template <class T>
+void chain(const Gradients& p, const Chain& out) {
+  const Layout<T, const T> at{p, element<T>(p.hidden, 0)};
+  const Layout<T, T> kept{p, element<T>(out.kept, 0)};
+  const T* g = element<T>(p.gy, 0);
+  for (int64_t i = p.layers() - 1; i > 0; --i) {
+    multiply_back(p, i, g, at.value(i - 1), static_cast<T*>(nullptr), kept.value(i - 1));
+    g = kept.value(i - 1);
+  }
+  multiply_back<T>(p, 0, g, nullptr, nullptr, element<T>(out.x, 0));
+}
+
+template <class T>
+void chain_backward(const ChainGradients& p, const Backward& made) {
+  const int64_t last = p.layers() - 1, widest = *std::max_element(p.widths.items, p.widths.items + p.widths.count);
+  const Layout<T, const T> at{p, element<T>(p.hidden, 0)}, kept{p, element<T>(p.kept, 0)};
+  T *u = scratch<T>(p.rows * widest * 2), *next = u + p.rows * widest;
+  Matrix<T> in{element<T>(p.gx, 0), p.widths[0], 1};
+  for (int64_t i = 0; i <= last; ++i) {
+    const T* g = i < last ? kept.value(i) : element<T>(p.gy, 0);
+    if (T* out = static_cast<T*>(made.gradients[1 + i])) multiply_weight(p, i, g, in, out);
+    T* const out = i < last ? u : static_cast<T*>(made.gradients[0]);
+    if (!out) return;
+    Product<T> product = layer(p, i, in);
+    product.finish.out = out, product.finish.slope = T(p.slope);
+    if (i < last) product.finish.value = at.value(i);
+    multiply(product);
+    in = {out, p.widths[i + 1], 1};
+    std::swap(u, next);
+  }
+}
+
 }  // namespace
 
 void run_cpu(const Problem& p, const Forward& out) { p.dtype == 0 ? forward<float>(p, out) : forward<double>(p, out); }
 void run_cpu(const Gradients& p, const Backward& out) {
   p.dtype == 0 ? backward<float>(p, out) : backward<double>(p, out);
+}
+
+void run_cpu(const Gradients& p, const Chain& out) { p.dtype == 0 ? chain<float>(p, out) : chain<double>(p, out); }
+void run_cpu(const ChainGradients& p, const Backward& out) {
+  p.dtype == 0 ? chain_backward<float>(p, out) : chain_backward<double>(p, out);
 }
 
 void bind(pybind11::module_& m) {
@@ -188,9 +238,15 @@ void bind(pybind11::module_& m) {
                 &P::gates, &P::widths, &P::counts, &P::slope, &P::residual),
          fields(&Forward::y, &Forward::hidden));
   using G = Gradients;
-  define(m, "mlp_backward",
-         fields_of<G>(&G::dtype, &G::x, &G::x_stride, &G::rows, &G::added, &G::added_stride, &G::weights, &G::biases,
-                      &G::gates, &G::widths, &G::counts, &G::slope, &G::residual, &G::gy, &G::hidden),
+  const auto gradients =
+      fields_of<G>(&G::dtype, &G::x, &G::x_stride, &G::rows, &G::added, &G::added_stride, &G::weights, &G::biases,
+                   &G::gates, &G::widths, &G::counts, &G::slope, &G::residual, &G::gy, &G::hidden);
+  define(m, "mlp_backward", gradients, fields(&Backward::gradients));
+  define(m, "mlp_chain", gradients, fields(&Chain::x, &Chain::kept));
+  using C = ChainGradients;
+  define(m, "mlp_chain_backward",
+         fields_of<C>(&C::dtype, &C::x, &C::x_stride, &C::rows, &C::added, &C::added_stride, &C::weights, &C::biases,
+                      &C::gates, &C::widths, &C::counts, &C::slope, &C::residual, &C::gy, &C::hidden, &C::gx, &C::kept),
          fields(&Backward::gradients));
 }
 

@@ -6,11 +6,11 @@
 namespace genfuse::mlp {
 
 // A network of layers y = W x + b, with (Leaky)ReLU between them. x is (rows, widths[0]), weights[i] (widths[i + 1],
-// widths[i]), biases[i] (widths[i + 1]); all but x and added is contiguous. Not given are null: added (rows, widths[1]),
-// which goes to the first layer; counts, of each unit of all layers, how many inputs it sees, the first ones.
-// A residual network's hidden layers after the first are in pairs, each a block h + gate (W2 r(W1 r(h) + b1) + b2), and
-// gates (rows, widths[1]), if there are any, are one a block. `hidden` has the values that each hidden layer hands on,
-// (rows, widths[i + 1]), and then for each gate what it multiplies.
+// widths[i]), biases[i] (widths[i + 1]); all but x and added is contiguous. Not given are null: added (rows,
+// widths[1]), which goes to the first layer; counts, of each unit of all layers, how many inputs it sees, the first
+// ones. A residual network's hidden layers after the first are in pairs, each a block h + gate (W2 r(W1 r(h) + b1) +
+// b2), and gates (rows, widths[1]), if there are any, are one a block. `hidden` has the values that each hidden layer
+// hands on, (rows, widths[i + 1]), and then for each gate what it multiplies.
 struct Problem {
   int dtype;
   const void* x;
@@ -35,9 +35,21 @@ struct Gradients : Problem {
   const void *gy, *hidden;
 };
 
-// Of x, added, weights, biases and gates, one list after the other; null where none is wanted.
+// Of x, added, weights, biases and gates, one list after the other; of a chain, of gy and weights. Null where none is
+// wanted.
 struct Backward {
   List<void*> gradients;
+};
+
+// Of a plain network the gradient gy (rows, outputs) for x, which is linear in gy and in the weights, and those on the
+// way to it, laid out as `hidden` is.
+struct Chain {
+  void *x, *kept;
+};
+
+// Given a gradient for that gradient.
+struct ChainGradients : Gradients {
+  const void *gx, *kept;
 };
 
 }  // namespace genfuse::mlp

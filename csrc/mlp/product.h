@@ -20,6 +20,21 @@ struct Vector {
   static constexpr int lanes = bytes / sizeof(T);
 };
 
+// A number, or some of them side by side.
+template <class X, class T>
+GENFUSE_HD X& at(T* p) {
+  return *reinterpret_cast<X*>(p);
+}
+template <class X, class T>
+GENFUSE_HD X at(const T* p) {
+  return *reinterpret_cast<const X*>(p);
+}
+
+template <class T>
+struct Single {
+  using type = T;
+};
+
 // Element (i, j) lies at data[i row + j column]; one of both strides is 1.
 template <class T>
 struct Matrix {
@@ -36,10 +51,10 @@ struct Finish {
   T* out;
   const T *bias = nullptr, *added = nullptr;
   int64_t added_stride = 0;
-  T* inner = nullptr;         // gets what is multiplied by the gate
+  T* inner = nullptr;  // gets what is multiplied by the gate
   const T* gate = nullptr;
-  const T* value = nullptr;   // of the activation through which a gradient goes back
-  T* total = nullptr;         // is added to, and goes on instead
+  const T* value = nullptr;  // of the activation through which a gradient goes back
+  T* total = nullptr;        // is added to, and goes on instead
   bool rectified = false;
   T slope = 0;
 };
@@ -96,7 +111,7 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
       const int64_t seen = p.masked == Masked::b_rows ? std::clamp<int64_t>(p.counts[i] - j, 0, columns) : columns;
       const T* from = p.b.data + i * p.b.row + j;
       if (seen == width) {
-        for (int l = 0; l < width; l += lanes) *reinterpret_cast<V*>(to + l) = *reinterpret_cast<const V*>(from + l);
+        for (int l = 0; l < width; l += lanes) at<V>(to + l) = at<V>(from + l);
       } else {
         for (int64_t l = 0; l < width; ++l) to[l] = l < seen ? from[l] : T(0);
       }
@@ -113,10 +128,10 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
     for (; i + lanes <= whole; i += lanes) {
       V rows[lanes];
       GENFUSE_UNROLL(16)
-      for (int l = 0; l < lanes; ++l) rows[l] = *reinterpret_cast<const V*>(from + l * p.b.column + i);
+      for (int l = 0; l < lanes; ++l) rows[l] = at<V>(from + l * p.b.column + i);
       transpose<T, bytes>(rows);
       GENFUSE_UNROLL(16)
-      for (int l = 0; l < lanes; ++l) *reinterpret_cast<V*>(to + (i - begin + l) * width + l0) = rows[l];
+      for (int l = 0; l < lanes; ++l) at<V>(to + (i - begin + l) * width + l0) = rows[l];
     }
     for (int l = 0; l < lanes; ++l) {
       const int64_t seen =
@@ -128,81 +143,56 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
 }
 
 // out (height, width lanes) = A (height, k) B (k, width lanes), plus what out was if `add`. A is given from its first
-// element on, by rows or by columns; B is packed.
-template <class T, int bytes, int height, int width, bool by_rows>
-GENFUSE_HD void tile(const T* a, int64_t stride, const T* b, int64_t k, bool add, T* out) {
+// element on, by rows or by columns; B is packed. Sums are written out one by one, since GCC may keep them in memory
+// in a loop over them.
+template <class T, int bytes, int height, int width, bool by_rows, size_t... t>
+GENFUSE_HD void sum_tile(const T* a, int64_t stride, const T* b, int64_t k, bool add, T* out,
+                         std::index_sequence<t...>) {
   using V = typename Vector<T, bytes>::type;
-  constexpr int lanes = Vector<T, bytes>::lanes, threes = (height + 2) / 3;
-  V sum[height][width];
-  GENFUSE_UNROLL(16)
-  for (int i = 0; i < height; ++i) {
-    GENFUSE_UNROLL(4)
-    for (int v = 0; v < width; ++v) sum[i][v] = V{};
-  }
+  constexpr int lanes = Vector<T, bytes>::lanes;
+  V sum[height * width] = {};
   // An address holds a base and one offset: three rows share a base, so that registers suffice.
-  const T* base[threes];
-  GENFUSE_UNROLL(16)
-  for (int i = 0; i < threes; ++i) base[i] = a + (by_rows ? 3 * i * stride : 0);
+  const T* const base[] = {a, a + 3 * stride, a + 6 * stride, a + 9 * stride, a + 12 * stride};
   GENFUSE_UNROLL(4)
   for (int64_t j = 0; j < k; ++j) {
-    V other[width];
-    GENFUSE_UNROLL(4)
-    for (int v = 0; v < width; ++v) other[v] = *reinterpret_cast<const V*>(b + (j * width + v) * lanes);
-    GENFUSE_UNROLL(16)
-    for (int i = 0; i < height; ++i) {
-      const T one = by_rows ? base[i / 3][j + (i % 3) * stride] : a[j * stride + i];
-      GENFUSE_UNROLL(4)
-      for (int v = 0; v < width; ++v) sum[i][v] += one * other[v];
-    }
+    const V other[] = {at<V>(b + j * width * lanes), at<V>(b + (j * width + width - 1) * lanes)};
+    ((sum[t] +=
+      (by_rows ? base[t / width / 3][j + t / width % 3 * stride] : a[j * stride + t / width]) * other[t % width]),
+     ...);
   }
-  GENFUSE_UNROLL(16)
-  for (int i = 0; i < height; ++i) {
-    GENFUSE_UNROLL(4)
-    for (int v = 0; v < width; ++v) {
-      V* to = reinterpret_cast<V*>(out + (i * width + v) * lanes);
-      *to = add ? *to + sum[i][v] : sum[i][v];
-    }
-  }
+  if (add) ((sum[t] += at<V>(out + t * lanes)), ...);
+  ((at<V>(out + t * lanes) = sum[t]), ...);
 }
 
-// The sums of n columns from j on of row i, at most `most`, become results.
-template <class T, int most>
+// Sums become results, of column j on, which lie at `to` where all that has rows has them.
+template <class X, class T>
+GENFUSE_HD void finish(const Finish<T>& f, X x, int64_t i, int64_t j, int64_t to) {
+  if (f.bias) x += at<X>(f.bias + j);
+  if (f.added) x += at<X>(f.added + i * f.added_stride + j);
+  if (f.inner) at<X>(f.inner + to) = x;
+  if (f.gate) x *= at<X>(f.gate + to);
+  if (f.value) x = through(x, at<X>(f.value + to), f.slope);
+  if (f.total) at<X>(f.total + to) = x += at<X>(f.total + to);
+  if (f.rectified) x = rectify(x, f.slope);
+  at<X>(f.out + to) = x;
+}
+
+// Sums l to n of row i, which are of columns from j on: as many at a time as there are, so halves of vectors at the
+// end.
+template <class T, int bytes>
+GENFUSE_HD void finish_lanes(const Product<T>& p, int64_t i, int64_t j, int64_t l, int64_t n, const T* sums) {
+  constexpr int lanes = bytes / sizeof(T);
+  using X = typename std::conditional_t<lanes == 1, Single<T>, Vector<T, bytes>>::type;
+  for (; l + lanes <= n; l += lanes) finish<X>(p.finish, at<X>(sums + l), i, j + l, i * p.n + j + l);
+  if constexpr (lanes > 1) finish_lanes<T, bytes / 2>(p, i, j, l, n, sums);
+}
+
+template <class T, int bytes>
 GENFUSE_HD void finish_row(const Product<T>& p, int64_t i, int64_t j, int64_t n, T* sums) {
-  const Finish<T>& f = p.finish;
-  const int64_t at = i * p.n + j;
-  if (f.bias) {
-#pragma omp simd
-    for (int64_t l = 0; l < n; ++l) sums[l] += f.bias[j + l];
+  if (p.masked == Masked::result_rows && p.counts[i] < j + n) {
+    for (int64_t l = std::max<int64_t>(p.counts[i] - j, 0); l < n; ++l) sums[l] = 0;
   }
-  if (f.added) {
-#pragma omp simd
-    for (int64_t l = 0; l < n; ++l) sums[l] += f.added[i * f.added_stride + j + l];
-  }
-  if (f.inner) std::copy_n(sums, n, f.inner + at);
-  if (f.gate) {
-#pragma omp simd
-    for (int64_t l = 0; l < n; ++l) sums[l] *= f.gate[at + l];
-  }
-  if (f.value) {
-#pragma omp simd
-    for (int64_t l = 0; l < n; ++l) sums[l] = through(sums[l], f.value[at + l], f.slope);
-  }
-  if (f.total) {
-#pragma omp simd
-    for (int64_t l = 0; l < n; ++l) sums[l] = f.total[at + l] += sums[l];
-  }
-  if (f.rectified) {
-#pragma omp simd
-    for (int64_t l = 0; l < n; ++l) sums[l] = rectify(sums[l], f.slope);
-  }
-  if (p.masked == Masked::result_rows) {
-    for (int64_t l = 0; l < n; ++l) sums[l] = j + l < p.counts[i] ? sums[l] : T(0);
-  }
-  if (n == most) {
-    std::memcpy(f.out + at, sums, most * sizeof(T));
-  } else {
-    std::copy_n(sums, n, f.out + at);
-  }
+  finish_lanes<T, bytes>(p, i, j, 0, n, sums);
 }
 
 // Of which rows of B a panel of columns has elements that are not 0.
@@ -224,9 +214,9 @@ struct Room {
 };
 
 // Rows [first, last) of the columns from j on, width vectors of them. `tall` rows at a time, fewer at the end.
-template <class T, int bytes, int tall>
+template <class T, class Level, int width>
 GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t j, Room<T>& room) {
-  constexpr int width = 2, columns = width * Vector<T, bytes>::lanes;
+  constexpr int bytes = Level::bytes, tall = Level::tall, columns = width * Vector<T, bytes>::lanes;
   const int64_t n = std::min<int64_t>(columns, p.n - j);
   const auto [begin, end] = depth_of(p, j, n);
   room.packed.resize(size_t(kDepth * columns));
@@ -244,12 +234,13 @@ GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t 
         constexpr int rows = decltype(height)::value;
         const bool seen = p.masked != Masked::result_rows || *std::max_element(p.counts + i, p.counts + i + rows) > j;
         if (p.a.column == 1) {
-          tile<T, bytes, rows, width, true>(a, p.a.row, room.packed.data(), depth, k > begin, to);
+          Level::template tile<T, rows, width, true>(a, p.a.row, room.packed.data(), depth, k > begin, to);
         } else {
-          tile<T, bytes, rows, width, false>(a, p.a.column, room.packed.data(), seen ? depth : 0, k > begin, to);
+          Level::template tile<T, rows, width, false>(a, p.a.column, room.packed.data(), seen ? depth : 0, k > begin,
+                                                      to);
         }
         if (k + depth >= end) {
-          for (int r = 0; r < rows; ++r) finish_row<T, columns>(p, i + r, j, n, to + r * columns);
+          for (int r = 0; r < rows; ++r) finish_row<T, bytes>(p, i + r, j, n, to + r * columns);
         }
         i += rows;
       };
@@ -268,38 +259,53 @@ GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t 
   }
 }
 
-template <class T>
-struct Level {
-  void (*run)(const Product<T>&, int64_t, int64_t, int64_t, Room<T>&);
-  int columns;
-};
-
-#define GENFUSE_PANEL(T, name, bytes, tall)                                                               \
-  void name(const Product<T>& p, int64_t first, int64_t last, int64_t j, Room<T>& room) {                 \
-    panel<T, bytes, tall>(p, first, last, j, room);                                                       \
-  }
+// A level of x86-64: bytes of a vector, and rows of a tile that its registers have room for. Each tile is a function of
+// its own: in one that has all of them GCC does not keep the sums in registers.
+#define GENFUSE_LEVEL(name, attributes, bytes_of_vector, rows_of_tile)                                                 \
+  struct name {                                                                                                        \
+    static constexpr int bytes = bytes_of_vector, tall = rows_of_tile;                                                 \
+    template <class T, int height, int width, bool by_rows>                                                            \
+    attributes __attribute__((noinline)) static void tile(const T* a, int64_t stride, const T* b, int64_t k, bool add, \
+                                                          T* out) {                                                    \
+      sum_tile<T, bytes, height, width, by_rows>(a, stride, b, k, add, out,                                            \
+                                                 std::make_index_sequence<height * width>());                          \
+    }                                                                                                                  \
+    template <class T>                                                                                                 \
+    attributes static void run(const Product<T>& p, int64_t first, int64_t last, int64_t j, Room<T>& room) {           \
+      p.n - j > Vector<T, bytes>::lanes ? panel<T, name, 2>(p, first, last, j, room)                                   \
+                                        : panel<T, name, 1>(p, first, last, j, room);                                  \
+    }                                                                                                                  \
+  };
 #ifdef GENFUSE_SIMD_LEVELS
-#define GENFUSE_PANELS(T)                                                             \
-  __attribute__((target("arch=x86-64-v4"))) GENFUSE_PANEL(T, panel_v4, 64, 14)        \
-  __attribute__((target("arch=x86-64-v3"))) GENFUSE_PANEL(T, panel_v3, 32, 6)         \
-  GENFUSE_PANEL(T, panel_v1, 16, 6)                                                   \
-  const Level<T> level_of(T) {                                                        \
-    if (__builtin_cpu_supports("x86-64-v4")) return {panel_v4, 128 / sizeof(T)};      \
-    if (__builtin_cpu_supports("x86-64-v3")) return {panel_v3, 64 / sizeof(T)};       \
-    return {panel_v1, 32 / sizeof(T)};                                                \
-  }
+GENFUSE_LEVEL(V4, __attribute__((target("arch=x86-64-v4"))), 64, 14)
+GENFUSE_LEVEL(V3, __attribute__((target("arch=x86-64-v3"))), 32, 6)
+GENFUSE_LEVEL(V1, , 16, 6)
 #else
-#define GENFUSE_PANELS(T)              \
-  GENFUSE_PANEL(T, panel_v1, 16, 12)   \
-  const Level<T> level_of(T) { return {panel_v1, 32 / sizeof(T)}; }
+GENFUSE_LEVEL(V1, , 16, 12)
 #endif
-GENFUSE_PANELS(float)
-GENFUSE_PANELS(double)
+
+template <class T>
+struct Panels {
+  void (*run)(const Product<T>&, int64_t, int64_t, int64_t, Room<T>&);
+  int64_t columns;
+
+  static Panels best() {
+#ifdef GENFUSE_SIMD_LEVELS
+    if (__builtin_cpu_supports("x86-64-v4")) return of<V4>();
+    if (__builtin_cpu_supports("x86-64-v3")) return of<V3>();
+#endif
+    return of<V1>();
+  }
+  template <class Level>
+  static Panels of() {
+    return {&Level::template run<T>, 2 * Vector<T, Level::bytes>::lanes};
+  }
+};
 
 // Runs a product on all threads where there is enough work.
 template <class T>
 void multiply(const Product<T>& p) {
-  static const Level<T> level = level_of(T());
+  static const auto level = Panels<T>::best();
   const int64_t panels = (p.n + level.columns - 1) / level.columns, heights = (p.m + kHeight - 1) / kHeight;
 #pragma omp parallel for schedule(static) if (p.m * p.n * p.k > (int64_t(1) << 19))
   for (int64_t task = 0; task < panels * heights; ++task) {

@@ -583,7 +583,8 @@ class VAE(GenerativeModel):
                 f"the encoder must return (N, {wanted}), mu and logvar of {d} latent dimensions side by side, and more "
                 f"for a posterior flow alone; got {tuple(out.shape)}"
             )
-        return out[:, :d], out[:, d:wanted], out[:, wanted:] if out.shape[1] > wanted else None
+        mu, logvar, *features = out.split([d, d, out.shape[1] - wanted] if out.shape[1] > wanted else d, 1)
+        return mu, logvar, features[0] if features else None
 
     def _draw(
         self,

@@ -113,13 +113,20 @@ class MADE(nn.Module):
         added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
         return autoregressive_inverse(y, weights, biases, bounds, context=added, residual=self.residual, **settings)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x.clamp(-LIMIT, LIMIT) if self.squash else x
+    def network(self, x: Tensor, context: Tensor | None = None) -> ops.Network:
+        """The network as a layer of a flow takes it."""
         if x.is_cpu:  # whose kernel leaves out what is masked
             weights, counts = [layer.weight for layer in self.layers], self.get_buffer("counts")
         else:
             weights, counts = self.weights(), None
-        return ops.mlp(x, weights, self.biases(), added=self.project(context), residual=self.residual, counts=counts)
+        added, limit = self.project(context), LIMIT if self.squash else None
+        added = None if added is None else added.to(x.dtype)  # under autocast it is of 16 bits
+        return ops.Network(weights, self.biases(), self.residual, added, counts=counts, limit=limit)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        n = self.network(x, context)
+        x = x.clamp(-LIMIT, LIMIT) if self.squash else x
+        return ops.mlp(x, n.weights, n.biases, added=n.added, residual=n.residual, counts=n.counts)
 
 
 class AutoregressiveAffine(Transform):
@@ -159,8 +166,8 @@ class AutoregressiveAffine(Transform):
         _start_near_zero(self.made)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        params = self.made(x, context).to(x.dtype)
-        return affine_coupling(x, params, 0, scale=self.scale, slope=soft_slope(self.scale, 3))
+        network, slope = self.made.network(x, context), soft_slope(self.scale, 3)
+        return ops.affine_layer(x, network, scale=self.scale, slope=slope)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.made.inverse(y, context, scale=self.scale, slope=soft_slope(self.scale, 3))
@@ -204,12 +211,15 @@ class AutoregressiveSpline(Transform):
             self.domain = self.codomain = constraints.interval(-float(bound), float(bound))
         self.made = MADE(features, hidden, settings.params, context=context, residual=residual, squash=squash)
         damping = self.made.weights()[-1].shape[1] ** -0.5 if damped else 1.0
+        self.spline = settings._replace(damping=damping)
         self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails, "damping": damping}
         _start_near_zero(self.made)
         with torch.no_grad():  # equal bins and slopes of 1 make the identity
             self.made.biases()[-1].view(features, -1)[:, 2 * bins :] = settings.unit_derivative
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.spline.tails != "none":  # which has to look at x first
+            return ops.spline_layer(x, self.made.network(x, context), 0, self.spline)
         params = self.made(x, context).to(x.dtype).unflatten(1, (self.features, self.parameters_each))  # (N, D, P)
         return rational_quadratic_spline(x, params, **self.settings)
 

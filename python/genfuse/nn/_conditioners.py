@@ -7,7 +7,7 @@ last layer of each starts near 0, so that a flow starts near the identity.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from genfuse.errors import SettingsError
-from genfuse.nn._mlp import linear_layers, mlp
+from genfuse.nn._mlp import mlp
 from genfuse import ops
 from genfuse.ops import Scale, SplineSettings, rational_quadratic_spline
 
@@ -62,11 +62,13 @@ class MLPConditioner(nn.Module):
         self.layers = nn.Sequential(mlp(widths), nn.ReLU(inplace=True)) if hidden else nn.Identity()
         self.last = last_layer(nn.Linear(widths[-1], outputs), 10 * START)
 
+    def network(self, context: Tensor | None) -> ops.Network:
+        """The network as a layer of a flow takes it."""
+        hidden = [*self.layers[0]][::2] if isinstance(self.layers, nn.Sequential) else []
+        return _network([*hidden, self.last], self.squash, context)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x.asinh() if self.squash else x
-        x = x if context is None else torch.cat([x, context.to(x.dtype)], -1)
-        hidden = [layer for layer in self.layers.modules() if isinstance(layer, nn.Linear)]
-        return linear_layers(x, [*hidden, self.last])  # type: ignore[list-item]
+        return _run(self.network(context), x)
 
 
 class ResidualMLP(nn.Module):
@@ -103,25 +105,40 @@ class ResidualMLP(nn.Module):
                 self.gates.append(nn.Linear(context, width))
         self.last = last_layer(nn.Linear(width, outputs))
 
+    def network(self, context: Tensor | None) -> ops.Network | None:
+        """The network as a layer of a flow takes it; None if it drops units."""
+        if self.dropout and self.training:
+            return None
+        layers = [self.first, *(layer for block in self.blocks for layer in block), self.last]  # type: ignore[union-attr]
+        made = _network(layers, self.squash, context)
+        gates = [] if context is None else [torch.sigmoid(gate(made.context)) for gate in self.gates]
+        return made._replace(residual=True, gates=gates)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if network := self.network(context):
+            return _run(network, x)
         x = x.asinh() if self.squash else x
-        if context is not None:
-            context = context.to(x.dtype)
-        x = x if context is None else torch.cat([x, context], -1)
-        if not (self.dropout and self.training):
-            layers = [self.first, *(layer for block in self.blocks for layer in block), self.last]
-            gates = [] if context is None else [torch.sigmoid(gate(context)) for gate in self.gates]
-            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-            return ops.mlp(x, weights, biases, residual=True, gates=gates)
-        h = self.first(x)  # (N, width)
+        context = None if context is None else context.to(x.dtype)
+        h = self.first(x if context is None else torch.cat([x, context], -1))  # (N, width)
         for i, block in enumerate(self.blocks):
             inner = F.relu(block[0](F.relu(h)), inplace=True)  # type: ignore[index]
-            inner = F.dropout(inner, self.dropout)
-            inner = block[1](inner)  # type: ignore[index]
+            inner = block[1](F.dropout(inner, self.dropout))  # type: ignore[index]
             if context is not None:
                 inner = inner * torch.sigmoid(self.gates[i](context))
             h = h + inner
         return self.last(h)
+
+
+def _network(layers: Sequence[Any], squash: bool, context: Tensor | None) -> ops.Network:
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    context = None if context is None else context.to(weights[0].dtype)
+    return ops.Network(weights, biases, context=context, limit=0.0 if squash else None)
+
+
+def _run(network: ops.Network, x: Tensor) -> Tensor:
+    x = x if network.limit is None else x.asinh()
+    x = x if network.context is None else torch.cat([x, network.context], -1)
+    return ops.mlp(x, network.weights, network.biases, residual=network.residual, gates=network.gates)
 
 
 class ConvConditioner(nn.Module):

@@ -5,8 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfuse import ops
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import output_layer, soft_slope, spline_settings, start_spline
+from genfuse.nn._conditioners import (
+    MLPConditioner,
+    ResidualMLP,
+    output_layer,
+    soft_slope,
+    spline_settings,
+    start_spline,
+)
+from genfuse.nn._mlp import hooks
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
 
@@ -76,6 +85,15 @@ class Coupling(Transform):
             raise ValueError(f"the conditioner must return (N, {wanted}{cells}), got {tuple(raw.shape)}")
         return raw.to(x.dtype)
 
+    def network(self, x: Tensor, context: Tensor | None) -> ops.Network | None:
+        """The conditioner, if the layer can be one node of autograd's graph; `raw` runs all others."""
+        conditioner = self.conditioner
+        if x.dim() != 2 or self.mask is not None or type(conditioner) not in (MLPConditioner, ResidualMLP):
+            return None
+        if hooks(conditioner) or conditioner.last.out_features != self.parameters_each * (x.shape[1] - abs(self.split)):  # type: ignore[union-attr]
+            return None
+        return conditioner.network(context)  # type: ignore[operator, no-any-return]
+
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """The moved features transformed, or with ``inverse`` put back, and the log-determinant (N,)."""
         raise NotImplementedError(f"{type(self).__name__} has no couple")
@@ -105,6 +123,8 @@ class AffineCoupling(Coupling):
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         where = self.split if self.mask is None else self.mask
         slope = soft_slope(self.scale, 2)
+        if network := self.network(x, context):
+            return ops.affine_layer(x, network, self.split, scale=self.scale, slope=slope, inverse=inverse)
         return affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
 
 
@@ -139,9 +159,12 @@ class SplineCoupling(Coupling):
         self.parameters_each = settings.params  # 3 bins - 1
         super().__init__(conditioner, split=split)
         damping = start_spline(conditioner, settings, damped)
+        self.spline = settings._replace(damping=damping)
         self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": damping}
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if network := self.network(x, context):
+            return ops.spline_layer(x, network, self.split, self.spline._replace(inverse=inverse))
         kept, moved = self.halves(x)
         raw = self.raw(x, context).unflatten(1, (moved.shape[1], self.parameters_each)).movedim(2, -1)  # (N, C, ..., P)
         y, logdet = rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)

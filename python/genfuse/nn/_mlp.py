@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,14 +21,13 @@ class MLP(nn.Sequential):
         layers, i = list(self), 0
         while i < len(layers):
             end, slope = _run_of(layers, i)
-            x = linear_layers(x, layers[i:end:2], slope) if end > i else layers[i](x)  # type: ignore[arg-type]
+            if end > i:
+                run: list[Any] = layers[i:end:2]
+                x = ops.mlp(x, [layer.weight for layer in run], [layer.bias for layer in run], slope=slope)
+            else:
+                x = layers[i](x)
             i = max(end, i + 1)
         return x
-
-
-def linear_layers(x: Tensor, layers: Sequence[nn.Linear], slope: float = 0.0) -> Tensor:
-    """Linear layers with (Leaky)ReLU between them."""
-    return ops.mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], slope=slope)
 
 
 def _run_of(layers: Sequence[nn.Module], start: int) -> tuple[int, float]:
@@ -45,22 +45,21 @@ def _run_of(layers: Sequence[nn.Module], start: int) -> tuple[int, float]:
 
 def _fuses(layer: nn.Module) -> bool:
     forward = getattr(type(layer), "forward", None)
-    return forward is nn.Linear.forward and layer.bias is not None and not _hooks(layer)
+    return forward is nn.Linear.forward and layer.bias is not None and not hooks(layer)
 
 
 def _slope(layer: nn.Module) -> float | None:
     """Of an activation that `ops.mlp` knows."""
-    if _hooks(layer):
+    if hooks(layer):
         return None
     if type(layer) is nn.LeakyReLU:
         return layer.negative_slope if 0 <= layer.negative_slope < 1 else None
     return 0.0 if type(layer) is nn.ReLU else None
 
 
-def _hooks(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+def hooks(layer: nn.Module) -> bool:
+    """Whether somebody listens to a layer's calls."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def mlp(sizes: Sequence[int]) -> MLP:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfuse import ops
+
 
 class AnyLikelihood(Protocol):
     """p(x | z) as a VAE needs it: of the decoder's output ``raw`` for M latents, whatever it is, and M examples."""
@@ -79,6 +81,12 @@ class Bernoulli(Likelihood):
     """
 
     parameters_per_cell = 1
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        logits = at_least_float32(params).squeeze(-1)  # (..., N, *shape)
+        rows = logits.shape[: logits.dim() - x.dim() + 1]
+        flat = [t.reshape(rows.numel(), -1) for t in (logits, x.to(logits.dtype).expand_as(logits))]
+        return -ops.bernoulli_nll(*flat).view(rows)
 
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
         logits = params.squeeze(-1)

@@ -6,12 +6,16 @@ from genfuse.ops._affine_coupling import Scale as Scale
 from genfuse.ops._affine_coupling import affine_coupling as affine_coupling
 from genfuse.ops._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from genfuse.ops._bernoulli import bernoulli as bernoulli
+from genfuse.ops._bernoulli_nll import bernoulli_nll as bernoulli_nll
 from genfuse.ops._diffuse import diffuse as diffuse
 from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty as gradient_norm_penalty
 from genfuse.ops._gradient_penalty import gradient_penalty as gradient_penalty
 from genfuse.ops._gradient_penalty import input_gradient as input_gradient
 from genfuse.ops._gradient_penalty import scores_and_gradient as scores_and_gradient
 from genfuse.ops._interpolate import interpolate as interpolate
+from genfuse.ops._layer import Network as Network
+from genfuse.ops._layer import affine_layer as affine_layer
+from genfuse.ops._layer import spline_layer as spline_layer
 from genfuse.ops._mlp import mlp as mlp
 from genfuse.ops._op import available as available
 from genfuse.ops._op import build_info as build_info

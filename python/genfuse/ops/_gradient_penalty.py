@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from genfuse.ops import _op
+from genfuse.ops import _mlp, _op
 from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty
 from genfuse.ops._interpolate import interpolate
 
@@ -65,6 +65,10 @@ def _declared(node: Node, depends: Depends) -> bool:
 
 def _constant(*inputs: int) -> Check:
     return lambda node, depends: not any(depends[node.next_functions[k][0]] for k in inputs)
+
+
+def _only_first(node: Node, depends: Depends) -> bool:
+    return not any(depends[before] for before, _ in node.next_functions[1:])
 
 
 def _not_both(left: int, right: int) -> Check:
@@ -160,6 +164,10 @@ def _cut(vjp: Callable[..., Tensor], *names: str) -> tuple[VJP, None]:
     return of_node, None
 
 
+def _mlp_node(node: Node, depends: Depends, g: Tensor) -> Gradients:
+    return _mlp.input_gradient(node, g), *[None] * (len(node.next_functions) - 1)
+
+
 def _clamp(g: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     return torch.where(x.clamp(low, high) == x, g, 0)
 
@@ -186,6 +194,7 @@ _OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass 
     "ClampBackward1": _cut(_clamp, "self", "min", "max"),
     "ClampMinBackward0": _cut(_clamp, "self", "min"),
     "ClampMaxBackward0": _cut(lambda g, x, high: _clamp(g, x, None, high), "self", "max"),
+    "_NodeBackward": (_mlp_node, lambda node, depends: _mlp.is_chain(node) and _only_first(node, depends)),
     "AbsBackward0": _cut(lambda g, x: g * x.sgn(), "self"),
 }
 for _d in (2, 3):

@@ -209,7 +209,6 @@ _fused = _op.fused(
     keep=True,
     constant=lambda *given: (1,),
     takes=_takes,
-    piecewise_linear=True,
 )
 
 
@@ -217,14 +216,16 @@ _KERNEL = _op.KERNELS["mlp"]
 
 
 class _Node(torch.autograd.Function):
-    """The whole network where nobody listens to the dispatcher: with its many tensors, half a small one's time is
-    spent on the way to the kernel and back."""
+    """The whole network: with its many tensors, half a small one's time is spent on the way to the kernel and back."""
 
     @staticmethod
     def forward(ctx: Any, settings: tuple, x: Tensor, added: Any, counts: Any, *parameters: Tensor) -> Tensor:
         given = _nested(settings, x, added, counts, parameters)
-        y, hidden = made = _results(*given)
-        _op._C.mlp(*_problem(*given), *made, -1, 0)
+        if _op.plain((x, added, counts, *parameters)):
+            y, hidden = made = _results(*given)
+            _op._C.mlp(*_problem(*given), *made, -1, 0)
+        else:  # a mode that wants to see operators
+            y, hidden = _KERNEL.operator(*given)
         ctx.save_for_backward(x, added, counts, hidden, *parameters)
         ctx.settings = settings
         return y
@@ -242,6 +243,62 @@ class _Node(torch.autograd.Function):
         ]
         _op._C.mlp_backward(*_problem(*given), gy.contiguous(), hidden, found, -1, 0)
         return None, *found[:2], None, *found[2:]
+
+
+class _Chain(torch.autograd.Function):
+    """The gradient of a plain network for x, which is linear in gy and in each weight."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: float, gy: Tensor, hidden: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(gy, hidden, x, *parameters)
+        ctx.slope = slope
+        gx, ctx.kept = _op.like(x), torch.empty_like(hidden)
+        _op._C.mlp_chain(*_Chain.problem(ctx, gy, hidden, x, *parameters), gx, ctx.kept, -1, 0)
+        return gx
+
+    @staticmethod
+    def problem(ctx: Any, gy: Tensor, hidden: Tensor, x: Tensor, *parameters: Tensor) -> tuple:
+        return *_problem(*_nested((len(parameters) // 2, ctx.slope, False), x, None, None, parameters)), gy, hidden
+
+    @staticmethod
+    def backward(ctx: Any, ggx: Tensor) -> tuple:
+        gy, hidden, x, *parameters = ctx.saved_tensors
+        weights, needed = parameters[: len(parameters) // 2], ctx.needs_input_grad[1:]
+        wanted = [needed[0], *needed[3 : 3 + len(weights)]]
+        rest = (None,) * len(weights)
+        if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx,)):
+            by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+            again = lambda gy, *weights: _chain(gy, hidden, weights, ctx.slope)  # noqa: E731
+            made = iter(_op.differentiate(again, (ggx,), (gy, *weights), by))
+            found = [next(made) if is_wanted else None for is_wanted in wanted]
+        else:
+            found = [_op.like(t) if is_wanted else None for t, is_wanted in zip((gy, *weights), wanted, strict=True)]
+            problem = _Chain.problem(ctx, gy, hidden, x, *parameters)
+            _op._C.mlp_chain_backward(*problem, ggx.contiguous(), ctx.kept, found, -1, 0)
+        return None, found[0], None, None, *found[1:], *rest
+
+
+def _chain(gy: Tensor, hidden: Tensor, weights: Sequence[Tensor], slope: float) -> Tensor:
+    values = hidden.split([len(gy) * len(w) for w in weights[:-1]])
+    g = gy @ weights[-1]
+    for w, value in zip(reversed(weights[:-1]), reversed(values), strict=True):
+        g = torch.where(value.view_as(g) <= 0, g * slope, g) @ w
+    return g
+
+
+def is_chain(node: Any) -> bool:
+    """Whether a node of autograd's graph is a network whose gradient for x is a chain of products."""
+    return not node.settings[2] and node.saved_tensors[1] is None and node.saved_tensors[2] is None
+
+
+def input_gradient(node: Any, g: Tensor) -> Tensor:
+    """The gradient for x of the network of a node that `is_chain`, differentiable in g and the weights."""
+    x, _, _, hidden, *parameters = node.saved_tensors
+    n, slope, _ = node.settings
+    x, hidden = x.detach(), hidden.detach()
+    if _op.plain((g, x)):
+        return _Chain.apply(slope, g.contiguous(), hidden, x, *parameters)
+    return _chain(g, hidden, parameters[:n], slope)
 
 
 _apply = super(torch.autograd.Function, _Node).apply
@@ -306,10 +363,9 @@ def mlp(
         _check_blocks(_widths(weights), len(gates), residual)
         return _network(*given)[0]
     _check(*given)
-    every = (x, added, counts, *weights, *biases, *gates)
-    if _op.compiling() or not _op.plain(every):
+    if _op.compiling() or _op.transformed() or _op.tracing() is not None:
         return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]
-    return _apply((len(weights), slope, residual), *every)
+    return _apply((len(weights), slope, residual), x, added, counts, *weights, *biases, *gates)
 
 
 def _check(

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -198,7 +199,6 @@ def fused(
     saved: Callable | None = None,
     constant: Callable | None = None,
     takes: Callable | None = None,
-    piecewise_linear: bool = False,
 ) -> Callable:
     r"""Make an operator out of its formula, its results and a problem.
 
@@ -235,7 +235,6 @@ def fused(
             ValueError for settings that go with none. Where the operator is called through the dispatcher, as by hand,
             it raises a ValueError for other tensors, and for some of another device; the function that is returned,
             whose callers have looked at them, does not ask. Default: any will do.
-        piecewise_linear: whether the operator is that in its tensors, for `input_gradient`.
 
     Returns:
         The operator, a function of the schema's arguments, by position.
@@ -350,8 +349,6 @@ def fused(
     further, nothing = range(wrt, tensors), (None,) * settings
 
     class Function(torch.autograd.Function):
-        piecewise_linear = False
-
         @staticmethod
         def forward(ctx: Any, run: Any, *flat: Any) -> Any:
             if lists:
@@ -404,7 +401,6 @@ def fused(
             return tuple(found.get(i) for i in range(wrt))
         return _tuple(backward_kernel.operator(*cotangents, *given)) if wrt else ()
 
-    Function.piecewise_linear = piecewise_linear
     nothing_more = (None,) * (len(kinds) - wrt)
     apply = super(torch.autograd.Function, Function).apply
 
@@ -497,6 +493,11 @@ def _narrow(made: Any, results: Any) -> Any:
     if isinstance(results, tuple):
         return tuple(m.to(r.dtype).contiguous() for m, r in zip(made, results, strict=True))
     return made.to(results.dtype).contiguous()
+
+
+def cpu_only(*names: str) -> Any:
+    """Compiled kernels that there are for the CPU alone, as `fused` takes a module; None where they were not built."""
+    return SimpleNamespace(**{n: getattr(_C, n) for n in names}) if hasattr(_C, names[0]) else None
 
 
 def _native(kernel: Callable, results: Callable, problem: Callable) -> Callable:

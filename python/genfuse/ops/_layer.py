@@ -1,0 +1,170 @@
+"""A layer of a flow as one node of autograd's graph: a network, and the transform by what it makes."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor as is_batched
+
+from genfuse.ops import _affine_coupling, _mlp, _op
+from genfuse.ops import _rational_quadratic_spline as _spline
+
+
+class Network(NamedTuple):
+    """What makes a layer's parameters of what it is shown: the arguments of `mlp`."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    residual: bool = False
+    added: Tensor | None = None
+    gates: Sequence[Tensor] = ()
+    counts: Tensor | None = None
+    context: Tensor | None = None  # (N, C), shown beside what is shown of x
+    limit: float | None = None  # of what is shown of x: within [-limit, limit], or if it is 0, asinh(x)
+
+
+def _affine(x: Tensor, params: Tensor, split: int, scale: str, slope: float, inverse: bool) -> tuple:
+    return x, params, None, None, split, scale, slope, False, False, inverse
+
+
+def _splined(x: Tensor, params: Tensor, settings: tuple) -> tuple:
+    return x, params.view(*x.shape, -1), None, *settings
+
+
+_AFFINE = tuple(_op.KERNELS[f"affine_coupling{end}"] for end in ("", "_backward"))
+_SPLINE = tuple(_op.KERNELS[f"rational_quadratic_spline{end}"] for end in ("", "_backward"))
+
+
+def _squash(x: Tensor, limit: float | None) -> Tensor:
+    return x if limit is None else x.clamp(-limit, limit) if limit else x.asinh()
+
+
+def _through_squash(g: Tensor, x: Tensor, limit: float | None) -> Tensor:
+    if limit is None:
+        return g
+    return g * (x.abs() <= limit) if limit else g * (x.square() + 1).rsqrt()
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, how: tuple, settings: tuple, x: Tensor, context: Any, added: Any, counts: Any, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kernels, arguments, shown, moved, limit = how
+        seen = _squash(x[:, shown], limit)
+        seen = seen if context is None else torch.cat([seen, context], 1)
+        given = _mlp._nested(settings, seen, added, counts, parameters)
+        params, hidden = made = _mlp._results(*given)
+        _op._C.mlp(*_mlp._problem(*given), *made, -1, 0)
+        part = x if moved is None else x[:, moved]
+        y, logdet = kernels[0].native(*arguments(part, params))
+        if moved is not None:
+            y = torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
+        ctx.save_for_backward(x, context, added, counts, seen, params, hidden, *parameters)
+        ctx.how, ctx.settings = how, settings
+        ctx.set_materialize_grads(False)
+        return y, logdet
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, glogdet: Tensor | None) -> tuple:
+        x, context, added, counts, seen, params, hidden, *parameters = ctx.saved_tensors
+        kernels, arguments, shown, moved, limit = ctx.how
+        gy = torch.zeros_like(x) if gy is None else gy
+        glogdet = x.new_zeros(len(x)) if glogdet is None else glogdet
+        needed = ctx.needs_input_grad[2:]
+        every = (x, context, added, *parameters)
+        wanted = [*needed[:3], *needed[4:]]
+        if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not _op.plain((gy, glogdet)):
+            by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+            again = partial(_composed, ctx.how, ctx.settings, counts)
+            made = iter(_op.differentiate(again, (gy, glogdet), every, by))
+            found = [next(made) if is_wanted else None for is_wanted in wanted]
+            return None, None, *found[:3], None, *found[3:]
+        part, gpart = (x, gy) if moved is None else (x[:, moved], gy[:, moved])
+        gmoved, gparams = kernels[1].native(gpart, glogdet, *arguments(part, params))
+        given = _mlp._nested(ctx.settings, seen, added, counts, parameters)
+        results = [_op.like(t) if w else None for t, w in zip((added, *parameters), wanted[2:], strict=True)]
+        gseen = _op.like(seen) if wanted[0] or wanted[1] else None
+        problem = _mlp._problem(*given)
+        _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden, [gseen, *results], -1, 0)
+        gx = gcontext = None
+        if gseen is not None:
+            own = gseen if context is None else gseen[:, : x[:, shown].shape[1]]
+            gcontext = gseen[:, own.shape[1] :] if wanted[1] else None
+            if wanted[0]:
+                if moved is None:
+                    gx = gmoved
+                else:
+                    gx = gy.clone(memory_format=torch.contiguous_format)
+                    gx[:, moved] = gmoved
+                gx[:, shown] += _through_squash(own, x[:, shown], limit)
+        return None, None, gx, gcontext, results[0], None, *results[1:]
+
+
+def _composed(
+    how: tuple, settings: tuple, counts: Any, x: Tensor, context: Any, added: Any, *parameters: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of one operator for each part."""
+    kernels, arguments, shown, moved, limit = how
+    seen = _squash(x[:, shown], limit)
+    seen = seen if context is None else torch.cat([seen, context], 1)
+    _, _, _, weights, biases, gates, slope, residual = _mlp._nested(settings, seen, added, counts, parameters)
+    params = _mlp.mlp(
+        seen, weights, biases, slope=slope, residual=residual, added=added, gates=gates, counts=counts
+    ).to(x.dtype)
+    part = x if moved is None else x[:, moved]
+    fused = _affine_coupling._fused if kernels is _AFFINE else _spline._fused
+    y, logdet = fused(*arguments(part, params))
+    if moved is not None:
+        y = torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
+    return y, logdet
+
+
+_apply = super(torch.autograd.Function, _Layer).apply
+
+
+def _layer(how: tuple, x: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+    settings = len(network.weights), 0.0, network.residual
+    others = network.context, network.added, network.counts
+    parameters = (*network.weights, *network.biases, *network.gates)
+    quick = (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and settings[0] <= _mlp.MOST_LAYERS
+        and all(k.chosen["cpu"] is k.native is not None for k in (_mlp._KERNEL, *how[0]))
+        and not torch.is_autocast_enabled("cpu")
+        and not _op.compiling()
+        and _op.plain((x, *others, *parameters))
+    )
+    if not quick:
+        return _composed(how, settings, others[2], x, *others[:2], *parameters)
+    return _apply(how, settings, x, *others, *parameters)
+
+
+def affine_layer(
+    x: Tensor,
+    network: Network,
+    split: int = 0,
+    *,
+    scale: _affine_coupling.Scale = "tanh",
+    slope: float | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`affine_coupling` of x (N, D) by the parameters that a network makes of the features which pass through, as one
+    node of autograd's graph. With split 0 all move, and the network is shown all, as a masked one may be.
+
+    Arguments, results and errors are those of `affine_coupling` and `mlp`. Differentiable to any order.
+    """
+    slope = _affine_coupling.checked_slope(scale, slope, None)
+    shown = slice(split or None) if split >= 0 else slice(split, None)
+    arguments = partial(_affine, split=split, scale=scale, slope=slope, inverse=inverse)
+    return _layer((_AFFINE, arguments, shown, None, network.limit), x, network)
+
+
+def spline_layer(x: Tensor, network: Network, split: int, settings: _spline.Settings) -> tuple[Tensor, Tensor]:
+    """`rational_quadratic_spline` of x (N, D) in the same way; ``settings`` are not of tails "none"."""
+    moved = None if not split else slice(split, None) if split > 0 else slice(split)
+    shown = slice(split or None) if split >= 0 else slice(split, None)
+    return _layer((_SPLINE, partial(_splined, settings=settings.arguments), shown, moved, network.limit), x, network)
