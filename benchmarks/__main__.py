@@ -19,6 +19,7 @@ from benchmarks import (
     gans,
     ops,
     quality,
+    steps,
     super_resolution,
 )  # fmt: skip
 from benchmarks.operators import OPERATORS
@@ -53,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw time against size here")
+
+    command = commands.add_parser("steps", parents=[measure], help="training steps beside PyTorch, JAX and the others")
+    command.add_argument("--only", nargs="+", metavar="TEXT", help="only the steps whose name has one of these")
+    command.add_argument("--threads", choices=list(steps.SETTINGS), help="one pinned thread, or all; default: both")
+    command.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
 
     command = commands.add_parser("training", parents=[measure], help="seconds an epoch beside plain PyTorch's")
     command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where MNIST lies (default: GENFUSE_DATA)")
@@ -109,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{key + ':':<12} {value}")
         if args.command == "ops":
             record, bars = ops.run(args)
+        elif args.command == "steps":
+            record, bars = steps.run(args)
         elif args.command == "flows":
             record, bars = _part.run(args, flows.PARTS, flows.QUALITY)
         elif args.command == "gans":
