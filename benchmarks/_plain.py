@@ -23,6 +23,9 @@ class Plain(nn.Module):
         """The noise of a step on a batch like x."""
         return ()
 
+    def after_step(self) -> None:
+        """What follows an update."""
+
     def loss(self, x: Tensor, *noise: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -66,30 +69,34 @@ class VAE(Plain):
 
 
 class Critic(Plain):
-    """The critic's part: by Wasserstein's distance and a gradient penalty, or by the loss of the first GAN."""
+    """The critic's loss of a WGAN-GP, or with ``r3gan`` of a GAN with relativistic scores, R1 and R2."""
 
-    def __init__(self, cells: int, hidden: tuple[int, ...], latent: int, generator: nn.Module, penalty: bool) -> None:
+    def __init__(self, cells: int, hidden: tuple[int, ...], latent: int, generator: nn.Module, r3gan: bool) -> None:
         super().__init__()
         self.critic = mlp(cells, *hidden[::-1], 1, activation=_leaky)
         fake = mlp(latent, *hidden, cells, activation=_leaky).requires_grad_(False)
         for mine, other in zip(fake.parameters(), generator.parameters(), strict=True):
             mine.copy_(other)
-        self.fake, self.latent, self.penalty = [fake], latent, penalty  # a list: of these the critic has no parameters
+        self.fake, self.latent, self.r3gan = [fake], latent, r3gan  # a list: of these the critic has no parameters
 
     def draw(self, x: Tensor) -> tuple[Tensor, ...]:
         z = torch.randn(len(x), self.latent, device=x.device)
-        return (z, torch.rand(len(x), 1, device=x.device)) if self.penalty else (z,)
+        return (z,) if self.r3gan else (z, torch.rand(len(x), 1, device=x.device))
 
     def loss(self, x: Tensor, z: Tensor, *epsilon: Tensor) -> Tensor:  # type: ignore[override]
         real = 2 * x.flatten(1) - 1
         with torch.no_grad():
             fake = torch.tanh(self.fake[0](z))
-        real_out, fake_out = self.critic(real), self.critic(fake)
-        if not self.penalty:
-            return F.softplus(-real_out).mean() + F.softplus(fake_out).mean()
+        if self.r3gan:
+            real.requires_grad_(), fake.requires_grad_()
+            real_out, fake_out = self.critic(real), self.critic(fake)
+            slopes = torch.autograd.grad(real_out.sum() + fake_out.sum(), (real, fake), create_graph=True)
+            penalty = sum(slope.square().sum(1).mean() for slope in slopes) / 2
+            return F.softplus(fake_out - real_out).mean() + penalty
         between = (epsilon[0] * real + (1 - epsilon[0]) * fake).requires_grad_()
-        (gradient,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
-        return fake_out.mean() - real_out.mean() + 10 * ((gradient.norm(2, dim=1) - 1) ** 2).mean()
+        (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
+        penalty = ((slope.norm(2, dim=1) - 1) ** 2).mean()
+        return self.critic(fake).mean() - self.critic(real).mean() + 10 * penalty
 
 
 class ResidualNet(nn.Module):
@@ -183,13 +190,31 @@ class Reverse(nn.Module):
         return x.flip(1), 0.0
 
 
-def _log_scale(raw: Tensor, scale: str) -> Tensor:
-    if scale == "tanh":
-        return torch.tanh(raw)
-    if scale == "sigmoid":
-        return F.logsigmoid(raw + 2)
-    largest = {"softclip": 2, "softclip 3": 3}.get(scale)
-    return raw if largest is None else raw / (1 + (raw / largest).abs())
+def _softclip(raw: Tensor, largest: float) -> Tensor:
+    return raw / (1 + (raw / largest).abs())
+
+
+class Squeeze(nn.Module):
+    def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, float]:
+        n, c, h, w = x.shape
+        squares = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        return squares.reshape(n, 4 * c, h // 2, w // 2), 0.0
+
+
+class Leave(nn.Module):
+    """Half of the channels leave, by a learned prior given the others, which go on through more layers."""
+
+    def __init__(self, prior: nn.Module, rest: list[nn.Module], kept: int) -> None:
+        super().__init__()
+        self.prior, self.rest, self.kept = prior, nn.ModuleList(rest), kept
+
+    def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, logdet = self.prior(x, context)
+        z, left = x.tensor_split([self.kept], 1)
+        for layer in self.rest:
+            z, change = layer(z, context)
+            logdet = logdet + change
+        return torch.cat([z.flatten(1), left.flatten(1)], 1), logdet
 
 
 class Coupling(nn.Module):
@@ -214,7 +239,7 @@ class Coupling(nn.Module):
             y, logdet = _spline(moved, raw.unflatten(1, (moved.shape[1], -1)), bins=self.bins, bound=3.0)
         else:
             s, t = raw.chunk(2, 1)
-            s = _log_scale(s, self.scale)
+            s = torch.tanh(s) if self.scale == "tanh" else _softclip(s, 2)
             y, logdet = moved * torch.exp(s) + t, s.flatten(1).sum(1)
         return torch.cat([y, kept] if self.last else [kept, y], 1), logdet
 
@@ -230,7 +255,7 @@ class Autoregressive(nn.Module):
         if self.bins:
             return _spline(x, raw.unflatten(1, (x.shape[1], -1)), bins=self.bins, bound=3.0)
         s, t = raw.chunk(2, -1)
-        s = _log_scale(s, "softclip 3")
+        s = _softclip(s, 3)
         return x * torch.exp(s) + t, s.sum(-1)
 
 
@@ -284,3 +309,80 @@ def nsf_ar(features: int, hidden: tuple[int, ...] = (256, 256), context: int = 0
     for _ in range(layers):
         made += [LULinear(features), Autoregressive(features, hidden, context, bins=8)]
     return Flow([*made, LULinear(features)], context)
+
+
+def glow(channels: int, steps: int = 8, width: int = 32) -> Flow:
+    """Of two scales."""
+
+    def scale(channels: int) -> list[nn.Module]:
+        made: list[nn.Module] = [Squeeze()]
+        for _ in range(steps):
+            network = ConvNet(channels // 2, channels, width)
+            coupling = Coupling(network, channels // 2, scale="softclip", squash=False)
+            made += [ActNorm(channels), LULinear(channels), coupling]
+        return made
+
+    prior = Coupling(ConvNet(2 * channels, 4 * channels, width), 2 * channels, scale="softclip", squash=False)
+    return Flow([*scale(4 * channels), Leave(prior, scale(8 * channels), 2 * channels)])
+
+
+class _Denoising(nn.Module):
+    """Residual blocks of two linear layers, with the noise level's scale and shift between them."""
+
+    def __init__(self, features: int, hidden: tuple[int, ...], waves: int = 16) -> None:
+        super().__init__()
+        width = hidden[0]
+        self.frequencies = torch.logspace(math.log10(0.1), math.log10(4), waves)
+        self.embedding = mlp(2 * waves, width, width, activation=nn.SiLU)
+        self.first = nn.Linear(features, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)])
+            for _ in hidden
+        )
+        self.last = nn.Linear(width, features)
+
+    def forward(self, x: Tensor, log_sigma: Tensor) -> Tensor:
+        angles = log_sigma[:, None] * self.frequencies
+        embedded = F.silu(self.embedding(torch.cat([angles.cos(), angles.sin()], -1)))
+        h = self.first(x)
+        for first, film, second in self.blocks:  # type: ignore[misc]
+            scale, shift = film(embedded).chunk(2, -1)
+            h = h + second(F.silu(first(F.silu(h)) * (1 + scale) + shift))
+        return self.last(F.silu(h))
+
+
+class Diffusion(Plain):
+    """A network that predicts noise, or EDM's v, at noise levels drawn anew, and its moving average."""
+
+    def __init__(self, network: nn.Module, model: Any) -> None:
+        super().__init__()
+        self.network, self.model = network, [model]  # a list: of ours are the noise levels alone
+        ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+        self.averaged = [torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=ema)]
+
+    def draw(self, x: Tensor) -> tuple[Tensor, ...]:
+        (model,) = self.model
+        if hasattr(model, "sigma_of"):
+            return model.sigma_of[torch.randint(model.timesteps, (len(x),))], torch.randn_like(x)
+        return torch.exp(model.P_mean + model.P_std * torch.randn(len(x))), torch.randn_like(x)
+
+    def loss(self, x: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:  # type: ignore[override]
+        (model,) = self.model
+        x = x if model.levels is None else 2 * x - 1
+        x, s = x / model.denoiser.sigma_data, sigma / model.denoiser.sigma_data
+        log_sigma, s = s.log(), s.view(-1, *[1] * (x.dim() - 1))
+        alpha = (1 + s * s) ** -0.5
+        target = eps if model.denoiser.predict == "noise" else alpha * (eps - s * x)
+        return F.mse_loss(self.network(alpha * (x + s * eps), log_sigma), target)
+
+    def after_step(self) -> None:
+        self.averaged[0].update_parameters(self.network)
+
+
+def ddpm(features: int, model: Any, hidden: tuple[int, ...] = (128, 128, 128)) -> Diffusion:
+    return Diffusion(_Denoising(features, hidden), model)
+
+
+def edm(model: Any) -> Diffusion:
+    """Of genfuse's own U-Net, which is made of PyTorch's modules."""
+    return Diffusion(copy.deepcopy(model.denoiser.network), model)

@@ -24,16 +24,21 @@ from benchmarks import _jax, _peers, _plain
 from benchmarks._measure import FULL, QUICK, Side, Timing, rounds
 from benchmarks._record import Bar
 from benchmarks.examples import KernelNoise
+from benchmarks.ops import first_line
 from genfuse.models import Batch
 
 OURS, PRODUCTS, FUSED, PLAIN, COMPILED, JAX = (
     "genfuse", "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"
 )  # fmt: skip
+AT_MOST = {"products": PRODUCTS, "JAX": JAX}
 RATE = 1e-5  # a step costs the same, and the model stays as it is
 MOVED = 0.02  # of all weights before anything, by chance: a flow starts as the identity, where much is 0
 LOSS_ERROR = 1e-4  # as a share of the loss
 GRADIENT_ERROR = 1e-3  # of the gradient's norm: rounding moves examples across a ReLU's kink
 SETTINGS = {"one": "one pinned thread, CPU time", "all": "all threads, wall time"}
+
+
+Model = tuple[torch.nn.Module, Callable[[], Tensor]]  # and its loss
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,23 @@ class Case:
     plain: Callable[..., _plain.Plain]  # of our model
     jax: Callable[..., tuple[Callable, Callable]] | None = None  # likewise: the loss, and the noise of a step
     draw: Callable[..., Tensor] = torch.randn
-    peers: dict[str, Callable[[], _peers.Flow]] = field(default_factory=dict)
-    bars: dict[str, float] = field(default_factory=dict)  # the least or, of products and JAX, most times as fast
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}"
+    peers: dict[str, Callable[..., Model]] = field(default_factory=dict)  # of x and the context
+    bars: dict[str, float] = field(default_factory=dict)  # how many times as fast as a peer; of `AT_MOST` the reverse
 
 
 def _binary(*shape: int) -> Tensor:
     return torch.rand(*shape).round()
+
+
+def _pythae(hidden: tuple[int, ...], latent: int, x: Tensor, given: None) -> Model:
+    model = _peers.pythae_vae(tuple(x.shape[1:]), hidden, latent)
+    return model, lambda: model({"data": x}).loss
+
+
+def _density(name: str, library: str, settings: dict[str, Any], x: Tensor, given: Tensor | None) -> Model:
+    flow = _peers.MODELS[name][library](x.shape[1], **settings)
+    args = (x,) if given is None else (x, given)
+    return flow.model, lambda: -flow.log_prob(*args).mean()
 
 
 def _vae(side: int, hidden: tuple[int, ...], latent: int, rows: int, **bars: float) -> Case:
@@ -66,59 +78,79 @@ def _vae(side: int, hidden: tuple[int, ...], latent: int, rows: int, **bars: flo
         lambda model: _plain.VAE(side**2, hidden, latent),
         lambda model: _jax.vae(len(hidden) + 1, latent),
         _binary,
-        bars=bars,
+        {"pythae": partial(_pythae, hidden, latent)},
+        bars,
     )
 
 
-def _critic(name: str, rows: int, penalty: bool, **bars: float) -> Case:
-    settings = {} if penalty else {"loss": "non-saturating", "penalty": "none"}
+def _critic(model: str, **bars: float) -> Case:
+    r3gan = model == "gan"
     return Case(
-        name,
-        rows,
-        {"shape": (1, 28, 28), "levels": 256, **settings},
-        lambda model: _plain.Critic(784, (256, 256), 100, model.generator, penalty),
-        (lambda model: _jax.critic(model.generator.parameters(), 100)) if penalty else None,
+        model,
+        64,
+        {"shape": (1, 28, 28)},
+        lambda model: _plain.Critic(784, (256, 256), 100, model.generator, r3gan),
+        None if r3gan else lambda model: _jax.critic(model.generator.parameters(), 100),
         torch.rand,
         bars=bars,
     )
 
 
-def _flow(
-    name: str, rows: int, features: int, plain: Callable[..., _plain.Flow], context: int = 0, **rest: Any
-) -> Case:
-    given = {"conditional": True, "condition": context} if context else {}
-    settings = {"shape": (features,), "levels": None, **given, **rest.pop("settings", {})}
-    return Case(name, rows, settings, lambda model: plain(features), **rest)
+def _flow(name: str, plain: Callable[..., _plain.Flow], **bars: float) -> Case:
+    """With default settings, of a table of 43 columns."""
+    peers = {library: partial(_density, name, library, {}) for library in _peers.MODELS.get(name, ())}
+    return Case(name, 256, {"shape": (43,), "levels": None}, lambda model: plain(43), peers=peers, bars=bars)
+
+
+def _inference(name: str, plain: Callable[..., _plain.Flow], *libraries: str) -> Case:
+    """Of the size that simulation-based inference uses: 5 parameters given 5 numbers, 5 layers, 50 hidden units."""
+    hidden = (50, 50)
+    sizes = {"hidden": hidden, "context": 5}
+    return Case(
+        name,
+        200,
+        {"shape": (5,), "levels": None, "conditional": True, "condition": 5, "layers": 5, "hidden": hidden},
+        lambda model: plain(5, **sizes),
+        peers={library: partial(_density, name, library, sizes) for library in libraries},
+        bars={"nflows": 5.0, "zuko": 4.0},
+    )
 
 
 def _couplings(features: int, hidden: int, layers: int, **bars: float) -> Case:
     """As in the paper: halves that are kept in turn, scales by tanh."""
     widths = (hidden, hidden)
-    return _flow(
+    settings = {"layers": layers, "hidden": widths, "linear": False, "scale": "tanh", "squash": False}
+    return Case(
         "realnvp",
         256,
-        features,
-        lambda d: _plain.realnvp(d, widths, layers, linear=False),
-        jax=lambda model: _jax.realnvp(features, layers),
-        settings={"layers": layers, "hidden": widths, "linear": False, "scale": "tanh", "squash": False},
+        {"shape": (features,), "levels": None, **settings},
+        lambda model: _plain.realnvp(features, widths, layers, linear=False),
+        lambda model: _jax.realnvp(features, layers),
         bars=bars,
     )
 
 
 CASES = {
-    "VAE 64-64-64-10, batch 64": _vae(8, (64, 64), 10, 64, JAX=1.0),
-    "RealNVP, D = 2, 8 couplings of 2 x 64, batch 256": _couplings(2, 64, 8, JAX=1.0),
-    "VAE 784-256-256-20, batch 128": _vae(28, (256, 256), 20, 128, JAX=1.0, products=1.25),
-    "WGAN-GP critic 784-256-256-1, batch 64": _critic("wgan-gp", 64, True, JAX=1.0, products=1.25),
-    "RealNVP, D = 43, 10 couplings of 2 x 256, batch 256": _couplings(43, 256, 10, JAX=1.0),
-    "GAN discriminator 784-256-256-1, batch 64": _critic("gan", 64, False, products=1.25),
-    "realnvp, D = 43, batch 256": _flow(
-        "realnvp", 256, 43, lambda d: _plain.realnvp(d, (256, 256), 10), bars={"products": 1.25, "zuko": 1.8}
-    ),
-    "nsf, D = 43, batch 256": _flow("nsf", 256, 43, _plain.nsf, bars={"products": 1.25, "nflows": 4.0}),
-    "maf, D = 43, batch 256": _flow("maf", 256, 43, _plain.maf, bars={"products": 1.25, "zuko": 1.7}),
-    "nsf-ar, D = 43, batch 256": _flow("nsf-ar", 256, 43, _plain.nsf_ar, bars={"products": 1.25}),
-}
+    "vae 64-64-64-10, batch 64": _vae(8, (64, 64), 10, 64, JAX=1.0),
+    "realnvp D = 2, 8 couplings of 2 x 64 alone, batch 256": _couplings(2, 64, 8, JAX=1.0),
+    "vae 784-256-256-20, batch 128": _vae(28, (256, 256), 20, 128, JAX=1.0, products=1.25),
+    "wgan-gp critic 784-256-256-1, batch 64": _critic("wgan-gp", JAX=1.0, products=1.25),
+    "realnvp D = 43, 10 couplings of 2 x 256 alone, batch 256": _couplings(43, 256, 10, JAX=1.0),
+    "gan discriminator 784-256-256-1, batch 64": _critic("gan", products=1.25),
+    "realnvp D = 43, batch 256": _flow("realnvp", partial(_plain.realnvp, hidden=(256, 256), layers=10),
+                                       products=1.25, zuko=1.8),
+    "nsf D = 43, batch 256": _flow("nsf", _plain.nsf, products=1.25, nflows=4.0),
+    "maf D = 43, batch 256": _flow("maf", _plain.maf, products=1.25, zuko=1.7),
+    "nsf-ar D = 43, batch 256": _flow("nsf-ar", _plain.nsf_ar, products=1.25),
+    "nsf D = 5 given 5, batch 200": _inference("nsf", _plain.nsf, "nflows"),
+    "maf D = 5 given 5, batch 200": _inference("maf", _plain.maf, "nflows", "zuko"),
+    "nsf-ar D = 5 given 5, batch 200": _inference("nsf-ar", _plain.nsf_ar, "nflows", "zuko"),
+    "ddpm D = 2, batch 256": Case("ddpm", 256, {"shape": (2,), "levels": None}, partial(_plain.ddpm, 2)),
+    "glow 28 x 28, batch 32": Case("glow", 32, {"shape": (1, 28, 28), "levels": None}, lambda model: _plain.glow(1),
+                                   bars={"products": 1.15}),
+    "edm 28 x 28, batch 64": Case("edm", 64, {"shape": (1, 28, 28)}, _plain.edm, draw=torch.rand,
+                                  bars={"products": 1.15}),
+}  # fmt: skip
 
 
 class Products(TorchDispatchMode):
@@ -170,7 +202,9 @@ class Ours:
             self.model.stepped(self.player.name)
 
 
-def _step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, after: Callable[[], object] | None) -> Side:
+def _step(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, after: Callable[[], object] = lambda: None
+) -> Side:
     for group in optimizer.param_groups:
         group["lr"] = RATE
 
@@ -178,8 +212,7 @@ def _step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, after: C
         loss().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if after is not None:
-            after()
+        after()
 
     return Side(run)
 
@@ -203,68 +236,59 @@ def _wrong(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor
 
 def sides(case: Case, compiled: bool) -> dict[str, Side | str]:
     """All that is compared; a side that is a text is left out, and the text says why."""
-    ours, plain = Ours(case), None
+    ours = Ours(case)
     x = ours.x if ours.given is None else torch.cat([ours.x, ours.given], -1)
 
-    def own(fused: bool) -> tuple[_plain.Plain, torch.optim.Optimizer]:
+    def plain(fused: bool, compiled: bool = False) -> tuple[_plain.Plain, Side]:
         model = case.plain(ours.model)
         _plain.load(model, ours.parameters, ours.model)
         betas = ours.optimizer.param_groups[0]["betas"]
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        return model, torch.optim.Adam(weights, lr=RATE, betas=betas, fused=fused or None)
+        optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=betas, fused=fused or None)
+        loss = torch.compile(model.loss) if compiled else model.loss
+        return model, _step(lambda: loss(x, *model.draw(x)), optimizer, model.after_step)
 
-    plain, optimizer = own(fused=True)
+    model, step = plain(fused=True)
     with KernelNoise():
         torch.manual_seed(1)
-        noise = plain.draw(x)
+        noise = model.draw(x)
     torch.manual_seed(1)
     found = _gradients(ours.loss(), ours.parameters)
-    wanted = _gradients(plain.loss(x, *noise), list(plain.parameters()))
-    step = partial(_step, after=None)
-    result: dict[str, Side | str] = {
-        OURS: _wrong(found, wanted) or _step(ours.loss, ours.optimizer, ours.stepped),
-        FUSED: step(partial(_loss, plain, x), optimizer),
-    }
+    wanted = _gradients(model.loss(x, *noise), list(model.parameters()))
+    right = _step(ours.loss, ours.optimizer, ours.stepped)
+    result: dict[str, Side | str] = {OURS: _wrong(found, wanted) or right}
     with Products() as products:
-        result[FUSED].run()  # type: ignore[union-attr]
-    result[PRODUCTS] = Side(products.replay, torch.no_grad)
-    plain, optimizer = own(fused=False)
-    result[PLAIN] = step(partial(_loss, plain, x), optimizer)
+        step.run()
+    result |= {PRODUCTS: Side(products.replay, torch.no_grad), FUSED: step, PLAIN: plain(fused=False)[1]}
     if compiled:
-        plain, optimizer = own(fused=True)
-        plain.loss = torch.compile(plain.loss)  # type: ignore[method-assign]
-        result[COMPILED] = step(partial(_loss, plain, x), optimizer)
         try:
-            result[COMPILED].run()  # type: ignore[union-attr]
+            _, step = plain(fused=True, compiled=True)
+            step.run()
+            result[COMPILED] = step
         except Exception as error:  # no compiler, or a formula that it cannot take: the row says why
-            result[COMPILED] = str(error).partition("\n")[0]
+            result[COMPILED] = first_line(error)
     if case.jax:
-        if reason := _peers.absent("jax") or _peers.absent("optax"):
-            result[JAX] = reason
-        else:
-            _jax.quiet()
-            loss, draw = case.jax(ours.model)
-            flat = x.flatten(1)
-            wrong = _wrong(_jax.loss_and_gradients(loss, ours.parameters, flat, *noise), wanted)
-            result[JAX] = wrong or Side(*_jax_step(loss, draw, ours.parameters, flat))
+        result[JAX] = _peers.absent("jax") or _peers.absent("optax") or _jax_side(case, ours, noise, wanted)
     for name, make in case.peers.items():
-        result[name] = _peers.absent(name) or make()
+        if reason := _peers.absent(name):
+            result[name] = reason
+            continue
+        theirs, loss = make(ours.x, ours.given)
+        result[name] = _step(loss, torch.optim.Adam(theirs.train().parameters()))
     return result
 
 
-def _jax_step(*args: Any) -> tuple[Any, ...]:
-    import contextlib
-
-    run, finish = _jax.step(*args, RATE)
-    return run, contextlib.nullcontext, finish
-
-
-def _loss(plain: _plain.Plain, x: Tensor) -> Tensor:
-    return plain.loss(x, *plain.draw(x))
+def _jax_side(case: Case, ours: Ours, noise: tuple[Tensor, ...], wanted: tuple[Tensor, list[Tensor]]) -> Side | str:
+    assert case.jax
+    _jax.quiet()
+    (loss, draw), x = case.jax(ours.model), ours.x.flatten(1)
+    if wrong := _wrong(_jax.loss_and_gradients(loss, ours.parameters, x, *noise), wanted):
+        return wrong
+    run, finish = _jax.step(loss, draw, ours.parameters, x, RATE)
+    return Side(run, finish=finish)
 
 
 def measure(name: str, setting: str, quick: bool, compiled: bool) -> dict[str, Any]:
-    """One case as a row of the record, printed too. Times of a side, and how many times genfuse's they are, by round."""
+    """One case as a row of the record, and printed. Each side has its time, and as how many times genfuse's."""
     case = CASES[name]
     made = sides(case, compiled)
     now = time.process_time if setting == "one" else time.perf_counter
