@@ -17,8 +17,8 @@ import torch
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things compared: what is called, the context of its calls, which is entered outside the clock, and what
-    waits for the work that calls have begun."""
+    """One of the things compared: what is called, the context of its calls, which is entered outside the clock, and
+    what waits for the work that they began."""
 
     run: Callable[[], object]
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
@@ -83,7 +83,6 @@ def _gpu_clock(side: Side, block: float, now: Callable[[], float]) -> Callable[[
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield

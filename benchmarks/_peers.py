@@ -22,8 +22,8 @@ LIBRARIES = ("nflows", "normflows", "zuko")
 
 @dataclass(frozen=True)
 class Flow:
-    """A flow of any library: what is trained, log p(x) (N,) of x (N, D), and of a context (N, C) where the flow was made
-    for one, and n samples (n, D)."""
+    """A flow of any library: what is trained, log p(x) (N,) of x (N, D), and of a context (N, C) if it was made for
+    one, and n samples (n, D)."""
 
     model: nn.Module
     log_prob: Callable[..., Tensor]
@@ -41,7 +41,8 @@ def absent(side: str) -> str:
 
 
 def versions() -> str:
-    return ", ".join(f"{name} {'(absent)' if absent(name) else version(name)}" for name in LIBRARIES)
+    names = (*LIBRARIES, "pythae", "jax", "optax")
+    return ", ".join(f"{name} {'(absent)' if absent(name) else version(name)}" for name in names)
 
 
 Spline = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

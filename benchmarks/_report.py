@@ -6,12 +6,13 @@ from typing import Any
 from benchmarks._record import Bar
 
 Json = dict[str, Any]
+STEP_SETTINGS = {"one": "one pinned thread, CPU time", "all": "all threads, wall time"}
 MODES = {"forward": "forward", "backward": "backward", "both": "forward+backward"}
 INTRODUCTION = """# Benchmarks
 
-Written whole by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`; edit nothing here by hand. The
-records come from `python -m benchmarks ops --json RECORD.json`, and `training`, `flows`, `gans` or
-`examples` in place of `ops`. Figures of an NVIDIA H200 are in [gpu.md](gpu.md).
+Written by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`, which replaces the sections of its
+records; edit nothing here by hand. The records come from `python -m benchmarks steps --json RECORD.json`, and `ops`,
+`training`, `flows`, `gans` or `examples` in place of `steps`. Figures of an NVIDIA H200 are in [gpu.md](gpu.md).
 
 A time is the median of one run, with the 20% and 80% quantiles in brackets. All sides take turns in that run. An
 operator is checked against float64 before it is timed: its error may be twice that of eager PyTorch in the same dtype.
@@ -103,26 +104,99 @@ def _operators(record: Json) -> list[str]:
     return parts
 
 
-def report(records: list[Json]) -> str:
-    """The page that docs/benchmarks.md is: the same records give the same page."""
-    parts = [INTRODUCTION]
-    for record in records:
-        settings = record["settings"]
-        title = ", ".join([record["command"], *(settings[key] for key in ("device", "dtype") if key in settings)])
-        parts.append(f"## {title}\n")
-        if settings["quick"]:
-            parts.append("This is a `--quick` run: a check that all runs, and no measurement.\n")
-        parts.append("".join(f"- {key}: {value}\n" for key, value in record["machine"].items()))
-        if record["bars"]:
-            parts.append(_bars(record))
-        if record["command"] == "ops":
-            parts += _operators(record)
-        elif "parts" in record:
-            for part in record["parts"]:
-                parts += [f"### {part['name']}\n", part["about"] + "\n", _rows(part["rows"])]
-        else:
-            parts.append(_rows(record["rows"]))
-    return "\n".join(parts)
+STEPS = """A training step is the loss, its gradients, Adam's update and the clearing of gradients, of a batch that is there. All sides
+have the same network and loss, and take turns in one process; on one thread that is pinned to one core and timed by its
+CPU time, and on all threads by the clock. Before that, at the same weights and noise, genfuse's loss and gradients and
+JAX's are held against plain PyTorch's. *PyTorch* is the model as one writes it by hand, with torch.optim.Adam as it is
+by default or fused; *products* are all matrix products and convolutions of that step alone; *JAX* is value_and_grad and
+optax.adam in one jit with donated arguments. nflows, normflows, zuko and pythae have the model of their own that is
+nearest in size. Figures beside genfuse's time are multiples of it, the median of the rounds with the 20% and 80%
+quantiles: above 1, genfuse's step is the shorter one.
+"""
+
+
+def _ratio(result: Json) -> str:
+    return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**result["ratio"])
+
+
+def describe_step(row: Json) -> str:
+    """One step in one setting as lines for the terminal."""
+    lines = [f"{row['case']}, {STEP_SETTINGS[row['setting']]}"]
+    for side, result in row["sides"].items():
+        figure = result.get("failure") or f"{_band(result):<32} {_ratio(result) if 'ratio' in result else ''}"
+        lines.append(f"  {side:<22} {figure}".rstrip())
+    if "shares" in row:
+        lines.append("  " + ", ".join(f"{part} {share:.0%}" for part, share in row["shares"].items()))
+    return "\n".join(lines)
+
+
+def _steps(record: Json) -> list[str]:
+    """A table for each setting, and what is missing in it and why."""
+    parts = [f"![Training steps beside other code]({record['chart']})\n"] if "chart" in record else []
+    parts.append(STEPS)
+    for setting, title in STEP_SETTINGS.items():
+        rows = [row for row in record["comparisons"] if row["setting"] == setting]
+        if not rows:
+            continue
+        own = ["genfuse", "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"]
+        own = [side for side in own if any(side in row["sides"] for row in rows)]
+        failures = {
+            result["failure"]: side for row in rows for side, result in row["sides"].items() if "failure" in result
+        }
+        cells = []
+        for row in rows:
+            shown = {side: result for side, result in row["sides"].items() if "failure" not in result}
+            ours = _band(shown["genfuse"]) if "genfuse" in shown else "-"
+            others = [
+                f"{side} {_ratio(result)}" for side, result in shown.items() if side not in own and "ratio" in result
+            ]
+            ratios = [_ratio(shown[side]) if "ratio" in shown.get(side, {}) else "-" for side in own[1:]]
+            cells.append([row["case"], ours, *ratios, ", ".join(others) or "-"])
+        parts += [f"### {title[0].upper()}{title[1:]}\n", _table(["step", *own, "other libraries"], cells)]
+        parts += [f"{side}: {reason}\n" for reason, side in failures.items()]
+        if shares := [
+            [row["case"], *(f"{share:.0%}" for share in row["shares"].values())] for row in rows if "shares" in row
+        ]:
+            head = ["step", *next(row["shares"] for row in rows if "shares" in row)]
+            parts += ["Where the time of genfuse's step goes, by torch.profiler:\n", _table(head, shares)]
+    return parts
+
+
+def report(records: list[Json], page: str = "") -> str:
+    """The page that docs/benchmarks.md is: the same records give the same page. Of a former ``page`` it keeps the
+    sections that no record is of."""
+    sections: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: record["command"] != "steps"):
+        title, text = _section(record)
+        sections[title] = sections.get(title, "") + text
+    for section in page.split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        if title not in {_section(record)[0] for record in records}:
+            sections[title] = sections.get(title, "") + f"## {title}\n{text}"
+    return "\n".join([INTRODUCTION, *(text.rstrip("\n") + "\n" for text in sections.values())])
+
+
+def _section(record: Json) -> tuple[str, str]:
+    """The title of a record's section, and all of it."""
+    settings = record["settings"]
+    command = "Whole training steps" if record["command"] == "steps" else record["command"]
+    title = ", ".join([command, *(settings[key] for key in ("device", "dtype") if key in settings)])
+    parts = [f"## {title}\n"]
+    if settings["quick"]:
+        parts.append("This is a `--quick` run: a check that all runs, and no measurement.\n")
+    if record["command"] == "steps":
+        parts += _steps(record)
+    parts.append("".join(f"- {key}: {value}\n" for key, value in record["machine"].items()))
+    if record["bars"]:
+        parts.append(_bars(record))
+    if record["command"] == "ops":
+        parts += _operators(record)
+    elif "parts" in record:
+        for part in record["parts"]:
+            parts += [f"### {part['name']}\n", part["about"] + "\n", _rows(part["rows"])]
+    elif "rows" in record:
+        parts.append(_rows(record["rows"]))
+    return title, "\n".join(parts) + "\n"
 
 
 def _rows(rows: list[Json]) -> str:
@@ -171,3 +245,45 @@ def plot(record: Json, folder: Path) -> list[Path]:
         paths.append(folder / f"{op}_{settings['device']}_{settings['dtype']}_{mode}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
+
+
+def chart(record: Json, path: Path) -> None:
+    """How long other code takes for a training step, as multiples of genfuse's time; on one thread, if it was timed."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from genfuse.plots import CONTEXT, DATA, MODEL
+
+    setting = record["comparisons"][0]["setting"]
+    rows = [row for row in record["comparisons"] if row["setting"] == setting][::-1]
+    marks: dict[str, Json] = {
+        "PyTorch": {"marker": "o", "color": DATA},
+        "PyTorch, fused Adam": {"marker": "o", "markerfacecolor": "none", "color": DATA},
+        "torch.compile": {"marker": "s", "color": "#7a9a5b"},
+        "JAX": {"marker": "^", "color": "#e09f3e"},
+        "other libraries": {"marker": "D", "color": "0.35"},
+        "products": {"marker": "|", "color": "0.5", "markersize": 11, "label": "its matrix products alone"},
+    }
+    with rc_context(CONTEXT):
+        figure = Figure(figsize=(8, 0.36 * len(rows) + 1.6), layout="constrained")
+        axes = figure.subplots()
+        for side, style in marks.items():
+            points = [
+                (result["ratio"]["median"], y, name)
+                for y, row in enumerate(rows)
+                for name, result in row["sides"].items()
+                if "ratio" in result and (name == side or (side == "other libraries" and name not in marks))
+            ]
+            if points:
+                x, y, _ = zip(*points, strict=True)
+                axes.plot(x, y, **{"linestyle": "none", "markersize": 6, "label": side, **style})
+                for point in points if side == "other libraries" else ():
+                    axes.annotate(point[2], point[:2], (5, 3), textcoords="offset points", fontsize=7, color="0.35")
+        axes.axvline(1, color=MODEL, label="genfuse")
+        axes.set(xscale="log", xlabel=f"time of a training step, as a multiple of genfuse's ({STEP_SETTINGS[setting]})")
+        axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
+        axes.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
+        axes.minorticks_off()
+        figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

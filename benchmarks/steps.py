@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,21 +22,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import genfuse
 from benchmarks import _jax, _peers, _plain
-from benchmarks._measure import FULL, QUICK, Side, Timing, rounds
+from benchmarks._measure import QUICK, Effort, Side, Timing, rounds
+from benchmarks._part import OURS
 from benchmarks._record import Bar
+from benchmarks._report import STEP_SETTINGS as SETTINGS
+from benchmarks._report import describe_step
 from benchmarks.examples import KernelNoise
 from benchmarks.ops import first_line
 from genfuse.models import Batch
 
-OURS, PRODUCTS, FUSED, PLAIN, COMPILED, JAX = (
-    "genfuse", "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"
-)  # fmt: skip
+PRODUCTS, FUSED, PLAIN, COMPILED, JAX = "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"
 AT_MOST = {"products": PRODUCTS, "JAX": JAX}
+EFFORT = Effort(
+    block=0.1, rounds=(9, 31), seconds=8
+)  # long turns: in training, too, a step finds its weights in caches
 RATE = 1e-5  # a step costs the same, and the model stays as it is
 MOVED = 0.02  # of all weights before anything, by chance: a flow starts as the identity, where much is 0
 LOSS_ERROR = 1e-4  # as a share of the loss
 GRADIENT_ERROR = 1e-3  # of the gradient's norm: rounding moves examples across a ReLU's kink
-SETTINGS = {"one": "one pinned thread, CPU time", "all": "all threads, wall time"}
+PRODUCT_NAMES = ("mm", "addmm", "bmm", "baddbmm")
+SHARES: dict[str, Callable[[str], bool]] = {  # of the time of a step, by the profiler's names
+    "products": lambda name: name.removeprefix("aten::") in PRODUCT_NAMES or "conv" in name,
+    "kernels": lambda name: name.startswith(("genfuse::", "Function")),
+    "optimizer": lambda name: name.startswith(("Optimizer.", "aten::_fused_", "aten::_foreach_")),
+    "element-wise, copies": lambda name: name.startswith("aten::"),
+}
 
 
 Model = tuple[torch.nn.Module, Callable[[], Tensor]]  # and its loss
@@ -112,7 +123,7 @@ def _inference(name: str, plain: Callable[..., _plain.Flow], *libraries: str) ->
         {"shape": (5,), "levels": None, "conditional": True, "condition": 5, "layers": 5, "hidden": hidden},
         lambda model: plain(5, **sizes),
         peers={library: partial(_density, name, library, sizes) for library in libraries},
-        bars={"nflows": 5.0, "zuko": 4.0},
+        bars={library: {"nflows": 5.0, "zuko": 4.0}[library] for library in libraries},
     )
 
 
@@ -156,14 +167,14 @@ CASES = {
 class Products(TorchDispatchMode):
     """Records the matrix products and convolutions that are made within, and their backward."""
 
-    names = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+    names = {f"aten::{name}" for name in (*PRODUCT_NAMES, "convolution", "convolution_backward")}
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable, tuple, dict]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function._schema.name in [f"aten::{name}" for name in self.names]:
+        if function._schema.name in self.names:
             kept = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, args)
             self.calls.append((function, kept, kwargs or {}))
         return function(*args, **(kwargs or {}))
@@ -287,55 +298,81 @@ def _jax_side(case: Case, ours: Ours, noise: tuple[Tensor, ...], wanted: tuple[T
     return Side(run, finish=finish)
 
 
-def measure(name: str, setting: str, quick: bool, compiled: bool) -> dict[str, Any]:
+def profile(ours: Side, seconds: float) -> dict[str, float]:
+    """Shares of a step's time, with the profiler's own cost in all of them: what is under no name is PyTorch's autograd
+    and Python. A kernel of genfuse that makes matrix products counts as a kernel."""
+    calls, start = 3, time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        while calls > 0 or time.perf_counter() - start < seconds:
+            ours.run()
+            calls -= 1
+        whole = 1e6 * (time.perf_counter() - start)
+    shares = dict.fromkeys(SHARES, 0.0)
+    for event in profiled.key_averages():
+        part = next((part for part, named in SHARES.items() if named(event.key)), "rest")
+        if part != "rest":
+            shares[part] += event.self_cpu_time_total / whole
+    return {**shares, "rest": 1 - sum(shares.values())}
+
+
+def measure(name: str, setting: str, args: Namespace) -> dict[str, Any]:
     """One case as a row of the record, and printed. Each side has its time, and as how many times genfuse's."""
-    case = CASES[name]
-    made = sides(case, compiled)
-    now = time.process_time if setting == "one" else time.perf_counter
-    times = rounds({k: s for k, s in made.items() if isinstance(s, Side)}, "cpu", QUICK if quick else FULL, now)
-    found: dict[str, Any] = {}
-    for side, what in made.items():
-        if isinstance(what, str):
-            found[side] = {"failure": what}
-            continue
-        found[side] = dataclasses.asdict(Timing.of(times[side]))
+    effort, made = QUICK if args.quick else EFFORT, sides(CASES[name], args.compile)
+    running = {side: what for side, what in made.items() if isinstance(what, Side)}
+    times = rounds(running, "cpu", effort, time.process_time if setting == "one" else time.perf_counter)
+    found: dict[str, Any] = {side: {"failure": what} for side, what in made.items() if isinstance(what, str)}
+    for side, seconds in times.items():
+        found[side] = dataclasses.asdict(Timing.of(seconds))
         if side != OURS and OURS in times:
-            ratios = [theirs / ours for theirs, ours in zip(times[side], times[OURS], strict=True)]
+            ratios = [theirs / ours for theirs, ours in zip(seconds, times[OURS], strict=True)]
             found[side]["ratio"] = dataclasses.asdict(Timing.of(ratios))
-    print(f"{name}, {SETTINGS[setting]}", flush=True)
-    for side, result in found.items():
-        if "failure" in result:
-            print(f"  {side:<20} {result['failure']}", flush=True)
-            continue
-        ratio = result.get("ratio")
-        times_ours = f"{ratio['median']:6.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of genfuse's" if ratio else ""
-        print(f"  {side:<20} {1e3 * result['median']:8.3f} ms {times_ours}", flush=True)
-    return {"case": name, "setting": setting, "sides": found}
+    row = {"case": name, "setting": setting, "sides": {side: found[side] for side in made}}
+    if args.profile and OURS in running:
+        row["shares"] = profile(running[OURS], effort.seconds / 10)
+    print(describe_step(row), flush=True)
+    return row
 
 
-def _in_setting(setting: str, names: list[str], quick: bool, compiled: bool) -> list[dict[str, Any]]:
+def _in_setting(setting: str, names: list[str], args: Namespace) -> list[dict[str, Any]]:
     if setting == "one":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
-    return [measure(name, setting, quick, compiled) for name in names]
+    return [measure(name, setting, args) for name in names]
 
 
 def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
-    """Measure and print; each setting in a process of its own, whose threads are made after it is pinned."""
+    """Measure and print; each setting in a process of its own, which is pinned before JAX and OpenMP make threads."""
     names = [name for name in CASES if not args.only or any(part in name for part in args.only)]
     rows: list[dict[str, Any]] = []
     for setting in [args.threads] if args.threads else SETTINGS:
-        before = os.environ.get("OMP_NUM_THREADS")
-        if setting == "one":
-            os.environ["OMP_NUM_THREADS"] = "1"
-        with get_context("spawn").Pool(1) as pool:
-            rows += pool.apply(_in_setting, (setting, names, args.quick, args.compile))
-        if setting == "one":
-            del os.environ["OMP_NUM_THREADS"]
-            if before is not None:
-                os.environ["OMP_NUM_THREADS"] = before
-    return {"command": "steps", "settings": {"device": "cpu", "quick": args.quick}, "comparisons": rows}, bars(rows)
+        threads = {"OMP_NUM_THREADS": "1"} if setting == "one" else {}
+        with patch.dict(os.environ, threads), get_context("spawn").Pool(1) as pool:
+            rows += pool.apply(_in_setting, (setting, names, args))
+    settings = {"device": "cpu", "quick": args.quick}
+    return {"command": "steps", "settings": settings, "comparisons": rows}, bars(rows)
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
-    return []
+    """Genfuse's step over its products on all threads, and over JAX's and under other libraries' on one."""
+    made = []
+    for row in rows:
+        for key, bar in CASES[row["case"]].bars.items():
+            side = AT_MOST.get(key, key)
+            if (row["setting"] == "all") != (side == PRODUCTS):
+                continue
+            found = (row["sides"][each] for each in (OURS, side))
+            why = next((each["failure"] for each in found if "failure" in each), "")
+            ratio = None if why else row["sides"][side]["ratio"]["median"]
+            what = f"{row['case']}, {SETTINGS[row['setting']]}, "
+            if key in AT_MOST:
+                value = None if ratio is None else 1 / ratio
+                made.append(Bar(f"{what}genfuse / {side}", value, bar, at_most=True, why=why))
+            else:
+                made.append(Bar(f"{what}{side} / genfuse", ratio, bar, why=why))
+    return made
+
+
+def wrong(record: dict[str, Any]) -> bool:
+    """Whether a side's loss or gradients were not plain PyTorch's."""
+    results = (result for row in record["comparisons"] for result in row["sides"].values())
+    return any(result.get("failure", "").startswith("WRONG") for result in results)
