@@ -335,8 +335,9 @@ def measure(name: str, setting: str, args: Namespace) -> dict[str, Any]:
 
 def _in_setting(setting: str, names: list[str], args: Namespace) -> list[dict[str, Any]]:
     if setting == "one":
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):  # on Linux
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     return [measure(name, setting, args) for name in names]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import genfuse.flows._flow
-from benchmarks import _measure, _peers, _record, examples, fits, flows, gans, ops
+from benchmarks import _measure, _peers, _plain, _record, examples, fits, flows, gans, ops, steps
 from benchmarks.__main__ import main
 from benchmarks.operators import OPERATORS
 from examples.fused import vae
@@ -321,6 +321,105 @@ def test_a_twin_whose_gradient_is_wrong_gets_no_time(tmp_path, monkeypatch, caps
     assert [what for what, seconds in sides(_record.load(path)).items() if not seconds] == [
         "vae (8, 6), a step, genfuse"
     ]
+
+
+SMALLEST = "vae 64-64-64-10, batch 64"
+
+
+def test_training_steps_are_timed_beside_plain_pytorch_and_their_products(tmp_path):
+    path, chart, page = (tmp_path / name for name in ("record.json", "steps.svg", "page.md"))
+    before = os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)
+    page.write_text("# Old\n\n## gans, cpu\n\nkept\n\n## Whole training steps, cpu\n\nreplaced\n")
+    arguments = ["--quick", "--threads", "one", "--only", SMALLEST, "--profile", "--chart", str(chart)]
+    assert main(["steps", *arguments, "--json", str(path)]) == 0
+    assert (os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)) == before
+    record = _record.load(path)
+    (row,) = record["comparisons"]
+    assert (row["case"], row["setting"]) == (SMALLEST, "one")
+    times = row["sides"]
+    assert 0 < times["products"]["median"] < times["genfuse"]["median"]
+    for side in ("products", "PyTorch", "PyTorch, fused Adam"):
+        assert 0 < times[side]["ratio"]["low"] <= times[side]["ratio"]["median"] <= times[side]["ratio"]["high"]
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert row["shares"]["products"] > 0.01
+    assert row["shares"]["kernels"] > 0.01
+    assert "</svg>" in chart.read_text()
+    assert main(["report", str(path), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Whole training steps, cpu",
+        "## gans, cpu",
+    ]
+    assert "![Training steps beside other code](steps.svg)" in text
+    assert f"| {SMALLEST} |" in text
+    assert "kept" in text
+    assert "replaced" not in text
+
+
+@pytest.mark.parametrize("name", steps.CASES)
+def test_a_step_is_that_of_the_same_model_by_hand(name, monkeypatch):
+    all_absent(monkeypatch)
+    made = steps.sides(steps.CASES[name], compiled=False)
+    assert isinstance(made["genfuse"], _measure.Side), made["genfuse"]
+
+
+@pytest.mark.parametrize("cases", ["wgan-gp critic 784-256-256-1, batch 64", SMALLEST, "realnvp D = 2"])
+def test_a_step_is_that_of_jax(cases, monkeypatch):
+    for library in ("jax", "optax"):
+        pytest.importorskip(library)
+    monkeypatch.setattr(_peers, "absent", lambda library: "" if library in ("jax", "optax") else ABSENT)
+    (case,) = (case for name, case in steps.CASES.items() if name.startswith(cases))
+    made = steps.sides(case, compiled=False)
+    assert isinstance(made["JAX"], _measure.Side), made["JAX"]
+    right = case.jax
+    wrong = dataclasses.replace(case, jax=lambda model: (_scaled(right(model)[0]), right(model)[1]))
+    assert steps.sides(wrong, compiled=False)["JAX"].startswith("WRONG: the loss is off by")
+
+
+def _scaled(loss):
+    return lambda *args: 1.001 * loss(*args)
+
+
+def test_a_step_with_another_loss_or_gradient_gets_no_time(monkeypatch):
+    def with_a_gradient(self, *args):
+        loss, bias = right(self, *args), self.decoder[-1].bias
+        return loss + 1.0 * (bias - bias.detach()).sum()
+
+    all_absent(monkeypatch)
+    right = _plain.VAE.loss
+    monkeypatch.setattr(_plain.VAE, "loss", lambda *args: 1.001 * right(*args))
+    assert steps.sides(steps.CASES[SMALLEST], False)["genfuse"].startswith("WRONG: the loss is off by")
+    monkeypatch.setattr(_plain.VAE, "loss", with_a_gradient)
+    assert steps.sides(steps.CASES[SMALLEST], False)["genfuse"].startswith("WRONG: the gradient is off by")
+
+
+def test_a_step_that_is_wrong_fails_the_command():
+    row = {"sides": {"genfuse": {"failure": "WRONG: the loss is off by 1"}, "JAX": {"failure": ABSENT}}}
+    assert steps.wrong({"comparisons": [row]})
+    del row["sides"]["genfuse"]
+    assert not steps.wrong({"comparisons": [row]})
+
+
+def test_the_products_of_a_step_are_recorded_and_replayed():
+    layer, x = torch.nn.Linear(3, 4), torch.randn(2, 3, requires_grad=True)
+    convolution, image = torch.nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5)
+    with steps.Products() as products:
+        layer(x).relu().sum().backward()
+        convolution(image).exp().sum().backward()
+    names = [function._schema.name.removeprefix("aten::") for function, _, _ in products.calls]
+    assert names == ["addmm", "mm", "mm", "convolution", "convolution_backward"]
+    with torch.no_grad(), steps.Products() as again:
+        products.replay()
+    assert [call[0] for call in again.calls] == [call[0] for call in products.calls]
+
+
+def test_bars_of_steps_hold_the_setting_that_they_are_of():
+    def row(setting, **ratios):
+        sides = {side: {"ratio": {"median": ratio}} for side, ratio in ratios.items()}
+        return {"case": "vae 784-256-256-20, batch 128", "setting": setting, "sides": {"genfuse": {}, **sides}}
+
+    made = steps.bars([row("one", products=0.5, JAX=1.25), row("all", products=0.5, JAX=1.25)])
+    assert [(bar.value, bar.bar, bar.verdict) for bar in made] == [(0.8, 1.0, "met"), (2.0, 1.25, "NOT MET")]
 
 
 @pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST, MINIBOONE and POWER: set GENFUSE_DATA")
