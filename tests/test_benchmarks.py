@@ -191,10 +191,11 @@ def test_training_is_timed_beside_plain_pytorch(tmp_path, capsys):
     path = tmp_path / "record.json"
     assert main(["training", "--quick", "--json", str(path)]) == 0
     record = _record.load(path)
-    assert len(record["bars"]) == 2
+    assert len(record["bars"]) == 3
     assert all(bar["value"] > 0 for bar in record["bars"])
     main(["report", str(path), "--out", str(tmp_path / "page.md")])
-    assert "| VAE on MNIST (640 images), an epoch, genfuse |" in (tmp_path / "page.md").read_text()
+    for name in ("vae", "wgan-gp"):
+        assert f"| {name} on MNIST (640 images), an epoch, genfuse |" in (tmp_path / "page.md").read_text()
 
 
 ABSENT = "nothing is installed here"
