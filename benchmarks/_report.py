@@ -109,9 +109,13 @@ there. All sides have the same network and loss, and take turns in one process: 
 core, by its CPU time, and on all threads, by the clock. Before anything is timed, genfuse's loss and gradients, and
 JAX's, are held against plain PyTorch's at the same weights and noise. *PyTorch* is the model as one writes it by hand,
 with torch.optim.Adam as it is by default, or fused; *products* are the matrix products and convolutions of that step
-alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. nflows, normflows, zuko and pythae have
-the model of their own that is nearest. Figures beside genfuse's time are multiples of it, the median of the rounds with
-the 20% and 80% quantiles: above 1, genfuse's step is the shorter one.
+alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. EDM's U-Net is genfuse's own on all
+sides, and diffusion models keep a moving average of the weights. Figures beside genfuse's time are multiples of it, the
+median of the rounds with the 20% and 80% quantiles: above 1, genfuse's step is the shorter one.
+
+nflows, normflows, zuko and pythae have the model of their own that is nearest, of the same sizes: normflows' spline
+layer also bends the coordinates that pass through, which its equal model leaves out; zuko's autoregressive flows and
+nflows' MAF turn the order of coordinates around where genfuse has linear layers or normalised activations.
 """
 
 
