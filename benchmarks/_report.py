@@ -110,8 +110,9 @@ core, by its CPU time, and on all threads, by the clock. Before anything is time
 JAX's, are held against plain PyTorch's at the same weights and noise. *PyTorch* is the model as one writes it by hand,
 with torch.optim.Adam as it is by default, or fused; *products* are the matrix products and convolutions of that step
 alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. EDM's U-Net is genfuse's own on all
-sides, and diffusion models keep a moving average of the weights. Figures beside genfuse's time are multiples of it, the
-median of the rounds with the 20% and 80% quantiles: above 1, genfuse's step is the shorter one.
+sides, and diffusion models keep a moving average of the weights. Figures beside genfuse's time are multiples of it:
+above 1, genfuse's step is the shorter one. They are ratios of the 20% quantiles of all rounds, as whatever else runs on
+a machine only ever makes a step longer, with the 90% interval by the bootstrap over rounds.
 
 nflows, normflows, zuko and pythae have the model of their own that is nearest, of the same sizes: normflows' spline
 layer also bends the coordinates that pass through, which its equal model leaves out; zuko's autoregressive flows and
@@ -120,7 +121,7 @@ nflows' MAF turn the order of coordinates around where genfuse has linear layers
 
 
 def _ratio(result: Json) -> str:
-    return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**result["ratio"])
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**result["ratio"])
 
 
 def describe_step(row: Json) -> str:
@@ -276,7 +277,7 @@ def chart(record: Json, path: Path) -> None:
         axes = figure.subplots()
         for side, style in marks.items():
             points = [
-                (row["sides"][side]["ratio"]["median"], y)
+                (row["sides"][side]["ratio"]["value"], y)
                 for y, row in enumerate(rows)
                 if "ratio" in row["sides"].get(side, {})
             ]

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -315,17 +316,25 @@ def profile(ours: Side, seconds: float) -> dict[str, float]:
     return {**shares, "rest": 1 - sum(shares.values())}
 
 
+def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """Of their time to ours, by the quantile `LEAST` of each, with the 90% interval by the bootstrap over rounds."""
+    pairs, drawn = np.array([theirs, ours]), np.random.default_rng(0).integers(len(ours), size=(1000, len(ours)))
+    least = np.quantile(pairs, LEAST, axis=-1)
+    again = np.quantile(pairs[:, drawn], LEAST, axis=-1)
+    low, high = np.quantile(again[0] / again[1], [0.05, 0.95])
+    return {"value": float(least[0] / least[1]), "low": float(low), "high": float(high)}
+
+
 def measure(name: str, setting: str, args: Namespace) -> dict[str, Any]:
     """One case as a row of the record, and printed. Each side has its time, and as how many times genfuse's."""
-    effort, made = QUICK if args.quick else EFFORT, sides(CASES[name], args.compile)
+    effort, made = QUICK if args.quick else EFFORT[setting], sides(CASES[name], args.compile)
     running = {side: what for side, what in made.items() if isinstance(what, Side)}
     times = rounds(running, "cpu", effort, time.process_time if setting == "one" else time.perf_counter)
     found: dict[str, Any] = {side: {"failure": what} for side, what in made.items() if isinstance(what, str)}
     for side, seconds in times.items():
         found[side] = dataclasses.asdict(Timing.of(seconds))
         if side != OURS and OURS in times:
-            ratios = [theirs / ours for theirs, ours in zip(seconds, times[OURS], strict=True)]
-            found[side]["ratio"] = dataclasses.asdict(Timing.of(ratios))
+            found[side]["ratio"] = ratio(seconds, times[OURS])
     row = {"case": name, "setting": setting, "sides": {side: found[side] for side in made}}
     if args.profile and OURS in running:
         row["shares"] = profile(running[OURS], effort.seconds / 10)
@@ -363,13 +372,13 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
                 continue
             found = (row["sides"][each] for each in (OURS, side))
             why = next((each["failure"] for each in found if "failure" in each), "")
-            ratio = None if why else row["sides"][side]["ratio"]["median"]
+            times = None if why else row["sides"][side]["ratio"]["value"]
             what = f"{row['case']}, {SETTINGS[row['setting']]}, "
             if key in AT_MOST:
-                value = None if ratio is None else 1 / ratio
+                value = None if times is None else 1 / times
                 made.append(Bar(f"{what}genfuse / {side}", value, bar, at_most=True, why=why))
             else:
-                made.append(Bar(f"{what}{side} / genfuse", ratio, bar, why=why))
+                made.append(Bar(f"{what}{side} / genfuse", times, bar, why=why))
     return made
 
 

@@ -341,7 +341,7 @@ def test_training_steps_are_timed_beside_plain_pytorch_and_their_products(tmp_pa
     times = row["sides"]
     assert 0 < times["products"]["median"] < times["genfuse"]["median"]
     for side in ("products", "PyTorch", "PyTorch, fused Adam"):
-        assert 0 < times[side]["ratio"]["low"] <= times[side]["ratio"]["median"] <= times[side]["ratio"]["high"]
+        assert 0 < times[side]["ratio"]["low"] <= times[side]["ratio"]["value"] <= times[side]["ratio"]["high"]
     assert sum(row["shares"].values()) == pytest.approx(1)
     assert row["shares"]["products"] > 0.01
     assert row["shares"]["kernels"] > 0.01
@@ -415,9 +415,19 @@ def test_the_products_of_a_step_are_recorded_and_replayed():
     assert [call[0] for call in again.calls] == [call[0] for call in products.calls]
 
 
+def test_the_ratio_of_two_steps_is_not_moved_by_turns_that_were_disturbed():
+    ours = [1.0 + 0.001 * i for i in range(20)]
+    theirs = [2 * each for each in ours]
+    disturbed = [each * (50 if i % 3 == 0 else 1) for i, each in enumerate(theirs)]
+    for found in (steps.ratio(theirs, ours), steps.ratio(disturbed, ours)):
+        assert found["low"] <= found["value"] <= found["high"]
+        assert found["value"] == pytest.approx(2, rel=0.01)
+        assert found["high"] < 2.1
+
+
 def test_bars_of_steps_hold_the_setting_that_they_are_of():
     def row(setting, **ratios):
-        sides = {side: {"ratio": {"median": ratio}} for side, ratio in ratios.items()}
+        sides = {side: {"ratio": {"value": ratio}} for side, ratio in ratios.items()}
         return {"case": "vae 784-256-256-20, batch 128", "setting": setting, "sides": {"genfuse": {}, **sides}}
 
     made = steps.bars([row("one", products=0.5, JAX=1.25), row("all", products=0.5, JAX=1.25)])
