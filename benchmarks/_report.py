@@ -109,10 +109,11 @@ there. All sides have the same network and loss, and take turns in one process: 
 core, by its CPU time, and on all threads, by the clock. Before anything is timed, genfuse's loss and gradients, and
 JAX's, are held against plain PyTorch's at the same weights and noise. *PyTorch* is the model as one writes it by hand,
 with torch.optim.Adam as it is by default, or fused; *products* are the matrix products and convolutions of that step
-alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. EDM's U-Net is genfuse's own on all
-sides, and diffusion models keep a moving average of the weights. Figures beside genfuse's time are multiples of it:
-above 1, genfuse's step is the shorter one. They are ratios of the 20% quantiles of all rounds, as whatever else runs on
-a machine only ever makes a step longer, with the 90% interval by the bootstrap over rounds.
+alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. The two flows of couplings alone are
+`realnvp` without learned linear layers. EDM's U-Net is genfuse's own on all sides, and diffusion models keep a moving
+average. Figures beside genfuse's time are multiples of it: above 1, genfuse's step is the shorter one. They are ratios
+of the 20% quantiles of all rounds, as whatever else runs on a machine only ever makes a step longer, with the 90%
+interval by the bootstrap over rounds.
 
 nflows, normflows, zuko and pythae have the model of their own that is nearest, of the same sizes: normflows' spline
 layer also bends the coordinates that pass through, which its equal model leaves out; zuko's autoregressive flows and
@@ -285,7 +286,7 @@ def chart(record: Json, path: Path) -> None:
                 label = "its matrix products alone" if side == "products" else side
                 axes.plot(*zip(*points, strict=True), **{"linestyle": "none", "markersize": 6, "label": label, **style})
         axes.axvline(1, color=MODEL, label="genfuse")
-        axes.set(xscale="log", xlabel=f"time of a training step, as a multiple of genfuse's ({STEP_SETTINGS[setting]})")
+        axes.set(xscale="log", xlabel=f"time of a step, as a multiple of genfuse's ({STEP_SETTINGS[setting]})")
         axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
         axes.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
         axes.minorticks_off()

@@ -365,7 +365,7 @@ def test_a_step_is_that_of_the_same_model_by_hand(name, monkeypatch):
     assert isinstance(made["genfuse"], _measure.Side), made["genfuse"]
 
 
-@pytest.mark.parametrize("cases", ["wgan-gp critic 784-256-256-1, batch 64", SMALLEST, "realnvp D = 2"])
+@pytest.mark.parametrize("cases", ["wgan-gp critic 784-256-256-1, batch 64", SMALLEST, "8 couplings of 2 x 64"])
 def test_a_step_is_that_of_jax(cases, monkeypatch):
     for library in ("jax", "optax"):
         pytest.importorskip(library)
