@@ -9,7 +9,7 @@ import dataclasses
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -231,8 +231,10 @@ def _step(
     return Side(run)
 
 
-def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return loss.detach(), list(torch.autograd.grad(loss, parameters))
+def _gradients(loss: Tensor, parameters: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The loss and its gradients as an optimizer would find them."""
+    loss.backward()
+    return loss.detach(), [weight.grad.clone() for weight in parameters if weight.grad is not None]
 
 
 def _wrong(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> str:
@@ -267,7 +269,9 @@ def sides(case: Case, compiled: bool) -> dict[str, Side | str]:
         noise = model.draw(x)
     torch.manual_seed(1)
     found = _gradients(ours.loss(), ours.parameters)
-    wanted = _gradients(model.loss(x, *noise), list(model.parameters()))
+    ours.optimizer.zero_grad()
+    wanted = _gradients(model.loss(x, *noise), model.parameters())
+    model.zero_grad()
     right = _step(ours.loss, ours.optimizer, ours.stepped)
     result: dict[str, Side | str] = {OURS: _wrong(found, wanted) or right}
     with Products() as products:
