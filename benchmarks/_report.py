@@ -283,10 +283,11 @@ def chart(record: Json, path: Path) -> None:
                 if "ratio" in row["sides"].get(side, {})
             ]
             if points:
-                label = "its matrix products alone" if side == "products" else side
+                label = "matrix products alone" if side == "products" else side
                 axes.plot(*zip(*points, strict=True), **{"linestyle": "none", "markersize": 6, "label": label, **style})
         axes.axvline(1, color=MODEL, label="genfuse")
-        axes.set(xscale="log", xlabel=f"time of a step, as a multiple of genfuse's ({STEP_SETTINGS[setting]})")
+        axes.set(xscale="log")
+        figure.supxlabel(f"time of a step, as a multiple of genfuse's ({STEP_SETTINGS[setting]})", fontsize=10)
         axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
         axes.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
         axes.minorticks_off()
