@@ -164,7 +164,10 @@ def _steps(record: Json) -> list[str]:
             [row["case"], *(f"{share:.0%}" for share in row["shares"].values())] for row in rows if "shares" in row
         ]:
             head = ["step", *next(row["shares"] for row in rows if "shares" in row)]
-            parts += ["Where the time of genfuse's step goes, by torch.profiler:\n", _table(head, shares)]
+            parts += [
+                "Where the time of genfuse's step goes, by torch.profiler; products that a kernel of genfuse makes are the kernel's:\n",
+                _table(head, shares),
+            ]
     return parts
 
 

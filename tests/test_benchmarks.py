@@ -343,8 +343,7 @@ def test_training_steps_are_timed_beside_plain_pytorch_and_their_products(tmp_pa
     for side in ("products", "PyTorch", "PyTorch, fused Adam"):
         assert 0 < times[side]["ratio"]["low"] <= times[side]["ratio"]["value"] <= times[side]["ratio"]["high"]
     assert sum(row["shares"].values()) == pytest.approx(1)
-    assert row["shares"]["products"] > 0.01
-    assert row["shares"]["kernels"] > 0.01
+    assert all(row["shares"][part] > 0.01 for part in ("kernels", "optimizer", "rest"))
     assert "</svg>" in chart.read_text()
     assert main(["report", str(path), "--out", str(page)]) == 0
     text = page.read_text()
