@@ -165,8 +165,8 @@ def _steps(record: Json) -> list[str]:
         ]:
             head = ["step", *next(row["shares"] for row in rows if "shares" in row)]
             parts += [
-                "Where the time of genfuse's step goes, by torch.profiler; products that a kernel of genfuse makes are the "
-                "kernel's:\n",
+                "Where the time of genfuse's step goes, by torch.profiler; products that a kernel of genfuse makes are "
+                "the kernel's:\n",
                 _table(head, shares),
             ]
     return parts
