@@ -78,10 +78,11 @@ bench: $(INSTALLED)  ## measure everything, and write docs/benchmarks.md from it
 	$(BIN)/python -m benchmarks ops --json build/ops.json
 	$(BIN)/python -m benchmarks training --quality --json build/training.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[peers]"
+	$(BIN)/python -m benchmarks steps --compile --profile --json build/steps.json --chart docs/steps.svg
 	$(BIN)/python -m benchmarks flows --quality --json build/flows.json
 	$(BIN)/python -m benchmarks gans --quality --json build/gans.json
 	$(BIN)/python -m benchmarks examples --json build/examples.json
-	$(BIN)/python -m benchmarks report build/ops.json build/training.json build/flows.json build/gans.json build/examples.json --out docs/benchmarks.md
+	$(BIN)/python -m benchmarks report build/steps.json build/ops.json build/training.json build/flows.json build/gans.json build/examples.json --out docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) build dist

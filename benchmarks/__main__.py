@@ -19,6 +19,7 @@ from benchmarks import (
     gans,
     ops,
     quality,
+    steps,
     super_resolution,
 )  # fmt: skip
 from benchmarks.operators import OPERATORS
@@ -53,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw time against size here")
+
+    command = commands.add_parser("steps", parents=[measure], help="training steps beside PyTorch, JAX and the others")
+    command.add_argument("--only", nargs="+", metavar="TEXT", help="only the steps whose name has one of these")
+    command.add_argument("--threads", choices=list(steps.SETTINGS), help="one pinned thread, or all; default: both")
+    command.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
+    command.add_argument("--profile", action="store_true", help="also where the time of our step goes")
+    command.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios here, .svg or .png")
 
     command = commands.add_parser("training", parents=[measure], help="seconds an epoch beside plain PyTorch's")
     command.add_argument("--data-root", type=Path, metavar="FOLDER", help="where MNIST lies (default: GENFUSE_DATA)")
@@ -98,17 +106,20 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(_report.report(records), encoding="utf-8")
+        page = args.out.read_text(encoding="utf-8") if args.out.exists() else ""
+        args.out.write_text(_report.report(records, page), encoding="utf-8")
     else:
         if args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no GPU here")
         machine = _record.machine(args.device)
-        if args.command == "flows":
+        if args.command in ("flows", "steps"):
             machine["peers"] = _peers.versions()
         for key, value in machine.items():
             print(f"{key + ':':<12} {value}")
         if args.command == "ops":
             record, bars = ops.run(args)
+        elif args.command == "steps":
+            record, bars = steps.run(args)
         elif args.command == "flows":
             record, bars = _part.run(args, flows.PARTS, flows.QUALITY)
         elif args.command == "gans":
@@ -119,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
             from benchmarks import training  # all of genfuse, which the operators can do without
 
             record, bars = training.run(args)
+        if getattr(args, "chart", None):
+            _report.chart(record, args.chart)
+            record["chart"] = args.chart.name
         records = [_record.record({"machine": machine, **record}, bars)]
         print(*bars, sep="\n")
         if args.json:
@@ -126,7 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, "plot", None):
         for record in records:
             _report.plot(record, args.plot)
-    wrong = {"ops": ops.wrong, "flows": _part.wrong, "gans": _part.wrong, "examples": _part.wrong}.get(args.command)
+    wrong = {
+        "steps": steps.wrong,
+        "ops": ops.wrong,
+        "flows": _part.wrong,
+        "gans": _part.wrong,
+        "examples": _part.wrong,
+    }.get(args.command)
     return int(wrong is not None and wrong(records[0]))
 
 

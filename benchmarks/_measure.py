@@ -1,26 +1,28 @@
 """The clock and the memory meter. All sides take turns, so that drift of the machine hits all of them alike."""
 
 import contextlib
+import gc
 import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things compared: what is called, and the context of its calls, which is entered outside the clock."""
+    """One of the things compared: what is called, the context of its calls, which is entered outside the clock, and
+    what waits for the work that they began."""
 
     run: Callable[[], object]
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    finish: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,45 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _cpu_clock(run: Callable[[], object], block: float) -> Callable[[], list[float]]:
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+def _cpu_clock(side: Side, block: float, now: Callable[[], float]) -> Callable[[], list[float]]:
+    def turn() -> list[float]:
+        start = now()
+        for _ in range(number):
+            side.run()
+        side.finish()
+        return [(now() - start) / number]
+
     number = 1
     for _ in range(2):  # the first estimate is of cold calls
-        number = max(1, int(block / timer.timeit(number).mean))
-    return lambda: [timer.timeit(number).mean]
+        number = max(1, int(block / turn()[0]))
+    return turn
 
 
-def _gpu_clock(run: Callable[[], object], block: float) -> Callable[[], list[float]]:
+def _gpu_clock(side: Side, block: float, now: Callable[[], float]) -> Callable[[], list[float]]:
     from triton.testing import do_bench
 
     ms = 1e3 * block
-    return lambda: [t / 1e3 for t in do_bench(run, warmup=ms / 4, rep=ms, return_mode="all")]
+    return lambda: [t / 1e3 for t in do_bench(side.run, warmup=ms / 4, rep=ms, return_mode="all")]
 
 
-def interleave(sides: dict[str, Side], device: str, effort: Effort) -> dict[str, Timing]:
-    """Time all sides in rounds: in each round every side has one turn, in a new order."""
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def rounds(
+    sides: dict[str, Side], device: str, effort: Effort, now: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds a call of all sides in rounds: in each round every side has one turn, in a new order."""
     clock = _gpu_clock if device == "cuda" else _cpu_clock
     turns = {}
     for name, side in sides.items():
         with side.context():
-            turns[name] = clock(side.run, effort.block)
+            turns[name] = clock(side, effort.block, now)
     times: dict[str, list[float]] = {name: [] for name in sides}
     fewest, most = effort.rounds
     end = time.perf_counter() + effort.seconds
@@ -88,9 +107,14 @@ def interleave(sides: dict[str, Side], device: str, effort: Effort) -> dict[str,
         if round_ >= fewest and time.perf_counter() > end:
             break
         for name in shuffle.sample(list(sides), len(sides)):
-            with sides[name].context():
+            with sides[name].context(), _no_garbage_collection():
                 times[name] += turns[name]()
-    return {name: Timing.of(values) for name, values in times.items()}
+    return times
+
+
+def interleave(sides: dict[str, Side], device: str, effort: Effort) -> dict[str, Timing]:
+    """Time all sides by `rounds`."""
+    return {name: Timing.of(times) for name, times in rounds(sides, device, effort).items()}
 
 
 def peak_memory(side: Side, device: str) -> int:

@@ -1,4 +1,5 @@
-"""The flows of nflows, normflows and zuko, as their users write them. A library is imported where it is used."""
+"""The flows of nflows, normflows and zuko, and pythae's VAE, as their users write them. A library is imported where it
+is used."""
 
 import copy
 import math
@@ -8,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -20,10 +22,11 @@ LIBRARIES = ("nflows", "normflows", "zuko")
 
 @dataclass(frozen=True)
 class Flow:
-    """A flow of any library: what is trained, log p(x) (N,) of x (N, D), and n samples (n, D)."""
+    """A flow of any library: what is trained, log p(x) (N,) of x (N, D), and of a context (N, C) if it was made for
+    one, and n samples (n, D)."""
 
     model: nn.Module
-    log_prob: Callable[[Tensor], Tensor]
+    log_prob: Callable[..., Tensor]
     sample: Callable[[int], Tensor]
 
 
@@ -38,7 +41,8 @@ def absent(side: str) -> str:
 
 
 def versions() -> str:
-    return ", ".join(f"{name} {'(absent)' if absent(name) else version(name)}" for name in LIBRARIES)
+    names = (*LIBRARIES, "pythae", "jax", "optax")
+    return ", ".join(f"{name} {'(absent)' if absent(name) else version(name)}" for name in names)
 
 
 Spline = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -82,13 +86,16 @@ def _nflows_linear(features: int) -> nn.Module:
     return CompositeTransform([RandomPermutation(features), LULinear(features, identity_init=True)])
 
 
-def _nflows_nsf(features: int, *, dropout: float = 0.0) -> Flow:
+def _nflows_nsf(features: int, *, dropout: float = 0.0, hidden: tuple[int, ...] = (128, 128), context: int = 0) -> Flow:
     from nflows.nn.nets import ResidualNet
     from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
     from nflows.utils import create_alternating_binary_mask
 
     def network(inputs: int, outputs: int) -> nn.Module:
-        return ResidualNet(inputs, outputs, hidden_features=128, num_blocks=2, dropout_probability=dropout)
+        return ResidualNet(
+            inputs, outputs, hidden_features=hidden[0], num_blocks=len(hidden), dropout_probability=dropout,
+            context_features=context or None,
+        )  # fmt: skip
 
     layers = []
     for i in range(5):
@@ -100,23 +107,26 @@ def _nflows_nsf(features: int, *, dropout: float = 0.0) -> Flow:
     return _nflows([*layers, _nflows_linear(features)], features)
 
 
-def _nflows_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
-    from nflows.flows import MaskedAutoregressiveFlow
+def _nflows_maf(features: int, *, hidden: tuple[int, ...] = (256, 256), context: int = 0) -> Flow:
+    from nflows.transforms import MaskedAffineAutoregressiveTransform, ReversePermutation
 
-    flow = MaskedAutoregressiveFlow(  # a block is a hidden layer here, and the first layer is another one
-        features, hidden[0], num_layers=5, num_blocks_per_layer=len(hidden) - 1, use_residual_blocks=False
-    )
-    return Flow(flow, flow.log_prob, flow.sample)
+    layers = []
+    for _ in range(5):  # a block is a hidden layer here, and the first layer is another one
+        made = MaskedAffineAutoregressiveTransform(
+            features, hidden[0], context_features=context or None, num_blocks=len(hidden) - 1, use_residual_blocks=False
+        )
+        layers += [ReversePermutation(features), made]
+    return _nflows(layers, features)
 
 
-def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
+def _nflows_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256), context: int = 0) -> Flow:
     from nflows.transforms import MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 
     layers = []
     for _ in range(5):
         spline = MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
-            features, hidden[0], num_blocks=len(hidden) - 1, use_residual_blocks=False,
-            num_bins=8, tails="linear", tail_bound=3.0,
+            features, hidden[0], context_features=context or None, num_blocks=len(hidden) - 1,
+            use_residual_blocks=False, num_bins=8, tails="linear", tail_bound=3.0,
         )  # fmt: skip
         layers += [_nflows_linear(features), spline]
     return _nflows([*layers, _nflows_linear(features)], features)
@@ -138,7 +148,7 @@ def _normflows_nsf(features: int, *, dropout: float = 0.0, equal: bool = False) 
 
 
 def _zuko(flow: nn.Module) -> Flow:
-    return Flow(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
+    return Flow(flow, lambda x, context=None: flow(context).log_prob(x), lambda n: flow().sample((n,)))
 
 
 def _zuko_realnvp(features: int) -> Flow:
@@ -147,16 +157,16 @@ def _zuko_realnvp(features: int) -> Flow:
     return _zuko(zuko.flows.RealNVP(features, transforms=10, hidden_features=(256, 256)))
 
 
-def _zuko_maf(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
+def _zuko_maf(features: int, *, hidden: tuple[int, ...] = (256, 256), context: int = 0) -> Flow:
     import zuko
 
-    return _zuko(zuko.flows.MAF(features, transforms=5, hidden_features=hidden))
+    return _zuko(zuko.flows.MAF(features, context, transforms=5, hidden_features=hidden))
 
 
-def _zuko_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256)) -> Flow:
+def _zuko_nsf_ar(features: int, *, hidden: tuple[int, ...] = (256, 256), context: int = 0) -> Flow:
     import zuko
 
-    return _zuko(zuko.flows.NSF(features, transforms=5, bins=8, hidden_features=hidden))
+    return _zuko(zuko.flows.NSF(features, context, transforms=5, bins=8, hidden_features=hidden))
 
 
 MODELS: dict[str, dict[str, Callable[..., Flow]]] = {  # by our name of the model, and by library
@@ -169,6 +179,36 @@ MODELS: dict[str, dict[str, Callable[..., Flow]]] = {  # by our name of the mode
     "maf": {"nflows": _nflows_maf, "zuko": _zuko_maf},
     "nsf-ar": {"nflows": _nflows_nsf_ar, "zuko": _zuko_nsf_ar},
 }
+
+
+def pythae_vae(shape: tuple[int, ...], hidden: tuple[int, ...], latent: int) -> nn.Module:
+    """Called with {"data": x}, of which ``loss`` is minus the ELBO; with a Bernoulli likelihood."""
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    def mlp(*widths: int) -> nn.Sequential:
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+        return nn.Sequential(*layers[:-1])
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Flatten(), mlp(math.prod(shape), *hidden, 2 * latent))
+
+        def forward(self, x: Tensor) -> Any:
+            mu, logvar = self.network(x).chunk(2, -1)
+            return ModelOutput(embedding=mu, log_covariance=logvar)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(mlp(latent, *hidden[::-1], math.prod(shape)), nn.Sigmoid())
+
+        def forward(self, z: Tensor) -> Any:
+            return ModelOutput(reconstruction=self.network(z).view(-1, *shape))
+
+    return VAE(VAEConfig(input_dim=shape, latent_dim=latent, reconstruction_loss="bce"), Encoder(), Decoder())
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from typing import Any
 from benchmarks._record import Bar
 
 Json = dict[str, Any]
+STEP_SETTINGS = {"one": "one pinned thread, CPU time", "all": "all threads, wall time"}
 MODES = {"forward": "forward", "backward": "backward", "both": "forward+backward"}
 INTRODUCTION = """# Benchmarks
 
-Written whole by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`; edit nothing here by hand. The
-records come from `python -m benchmarks ops --json RECORD.json`, and `training`, `flows`, `gans` or
-`examples` in place of `ops`. Figures of an NVIDIA H200 are in [gpu.md](gpu.md).
+Written by `python -m benchmarks report RECORD.json... --out docs/benchmarks.md`, which replaces the sections of its
+records; edit nothing here by hand. The records come from `python -m benchmarks steps --json RECORD.json`, and `ops`,
+`training`, `flows`, `gans` or `examples` in place of `steps`. Figures of an NVIDIA H200 are in [gpu.md](gpu.md).
 
 A time is the median of one run, with the 20% and 80% quantiles in brackets. All sides take turns in that run. An
 operator is checked against float64 before it is timed: its error may be twice that of eager PyTorch in the same dtype.
@@ -103,26 +104,109 @@ def _operators(record: Json) -> list[str]:
     return parts
 
 
-def report(records: list[Json]) -> str:
-    """The page that docs/benchmarks.md is: the same records give the same page."""
-    parts = [INTRODUCTION]
-    for record in records:
-        settings = record["settings"]
-        title = ", ".join([record["command"], *(settings[key] for key in ("device", "dtype") if key in settings)])
-        parts.append(f"## {title}\n")
-        if settings["quick"]:
-            parts.append("This is a `--quick` run: a check that all runs, and no measurement.\n")
-        parts.append("".join(f"- {key}: {value}\n" for key, value in record["machine"].items()))
-        if record["bars"]:
-            parts.append(_bars(record))
-        if record["command"] == "ops":
-            parts += _operators(record)
-        elif "parts" in record:
-            for part in record["parts"]:
-                parts += [f"### {part['name']}\n", part["about"] + "\n", _rows(part["rows"])]
-        else:
-            parts.append(_rows(record["rows"]))
-    return "\n".join(parts)
+STEPS = """A training step is the loss, its gradients, Adam's update and the clearing of gradients, of a batch that is
+there. All sides have the same network and loss, and take turns in one process: on one thread that is pinned to one
+core, by its CPU time, and on all threads, by the clock. Before anything is timed, genfuse's loss and gradients, and
+JAX's, are held against plain PyTorch's at the same weights and noise. *PyTorch* is the model as one writes it by hand,
+with torch.optim.Adam as it is by default, or fused; *products* are the matrix products and convolutions of that step
+alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. The two flows of couplings alone are
+`realnvp` without learned linear layers. EDM's U-Net is genfuse's own on all sides, and diffusion models keep a moving
+average. Figures beside genfuse's time are multiples of it: above 1, genfuse's step is the shorter one. They are ratios
+of the 20% quantiles of all rounds, as whatever else runs on a machine only ever makes a step longer, with the 90%
+interval by the bootstrap over rounds.
+
+nflows, normflows, zuko and pythae have the model of their own that is nearest, of the same sizes: normflows' spline
+layer also bends the coordinates that pass through, which its equal model leaves out; zuko's autoregressive flows and
+nflows' MAF turn the order of coordinates around where genfuse has linear layers or normalised activations.
+"""
+
+
+def _ratio(result: Json) -> str:
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**result["ratio"])
+
+
+def describe_step(row: Json) -> str:
+    """One step in one setting as lines for the terminal."""
+    lines = [f"{row['case']}, {STEP_SETTINGS[row['setting']]}"]
+    for side, result in row["sides"].items():
+        figure = result.get("failure") or f"{_band(result):<32} {_ratio(result) if 'ratio' in result else ''}"
+        lines.append(f"  {side:<22} {figure}".rstrip())
+    if "shares" in row:
+        lines.append("  " + ", ".join(f"{part} {share:.0%}" for part, share in row["shares"].items()))
+    return "\n".join(lines)
+
+
+def _steps(record: Json) -> list[str]:
+    """A table for each setting, and what is missing in it and why."""
+    parts = [f"![Training steps beside other code]({record['chart']})\n"] if "chart" in record else []
+    parts.append(STEPS)
+    for setting, title in STEP_SETTINGS.items():
+        rows = [row for row in record["comparisons"] if row["setting"] == setting]
+        if not rows:
+            continue
+        own = ["genfuse", "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"]
+        own = [side for side in own if any(side in row["sides"] for row in rows)]
+        failures = {
+            result["failure"]: side for row in rows for side, result in row["sides"].items() if "failure" in result
+        }
+        cells = []
+        for row in rows:
+            shown = {side: result for side, result in row["sides"].items() if "failure" not in result}
+            ours = _band(shown["genfuse"]) if "genfuse" in shown else "-"
+            others = [
+                f"{side} {_ratio(result)}" for side, result in shown.items() if side not in own and "ratio" in result
+            ]
+            ratios = [_ratio(shown[side]) if "ratio" in shown.get(side, {}) else "-" for side in own[1:]]
+            cells.append([row["case"], ours, *ratios, ", ".join(others) or "-"])
+        parts += [f"### {title[0].upper()}{title[1:]}\n", _table(["step", *own, "other libraries"], cells)]
+        parts += [f"{side}: {reason}\n" for reason, side in failures.items()]
+        if shares := [
+            [row["case"], *(f"{share:.0%}" for share in row["shares"].values())] for row in rows if "shares" in row
+        ]:
+            head = ["step", *next(row["shares"] for row in rows if "shares" in row)]
+            parts += [
+                "Where the time of genfuse's step goes, by torch.profiler; products that a kernel of genfuse makes are "
+                "the kernel's:\n",
+                _table(head, shares),
+            ]
+    return parts
+
+
+def report(records: list[Json], page: str = "") -> str:
+    """The page that docs/benchmarks.md is: the same records give the same page. Of a former ``page`` it keeps the
+    sections that no record is of."""
+    sections: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: record["command"] != "steps"):
+        title, text = _section(record)
+        sections[title] = sections.get(title, "") + text
+    for section in page.split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        if title not in {_section(record)[0] for record in records}:
+            sections[title] = sections.get(title, "") + f"## {title}\n{text}"
+    return "\n".join([INTRODUCTION, *(text.rstrip("\n") + "\n" for text in sections.values())])
+
+
+def _section(record: Json) -> tuple[str, str]:
+    """The title of a record's section, and all of it."""
+    settings = record["settings"]
+    command = "Whole training steps" if record["command"] == "steps" else record["command"]
+    title = ", ".join([command, *(settings[key] for key in ("device", "dtype") if key in settings)])
+    parts = [f"## {title}\n"]
+    if settings["quick"]:
+        parts.append("This is a `--quick` run: a check that all runs, and no measurement.\n")
+    if record["command"] == "steps":
+        parts += _steps(record)
+    parts.append("".join(f"- {key}: {value}\n" for key, value in record["machine"].items()))
+    if record["bars"]:
+        parts.append(_bars(record))
+    if record["command"] == "ops":
+        parts += _operators(record)
+    elif "parts" in record:
+        for part in record["parts"]:
+            parts += [f"### {part['name']}\n", part["about"] + "\n", _rows(part["rows"])]
+    elif "rows" in record:
+        parts.append(_rows(record["rows"]))
+    return title, "\n".join(parts) + "\n"
 
 
 def _rows(rows: list[Json]) -> str:
@@ -171,3 +255,46 @@ def plot(record: Json, folder: Path) -> list[Path]:
         paths.append(folder / f"{op}_{settings['device']}_{settings['dtype']}_{mode}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
+
+
+def chart(record: Json, path: Path) -> None:
+    """How long other code takes for a training step, as multiples of genfuse's time; on one thread, if it was timed."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from genfuse.plots import CONTEXT, DATA, MODEL
+
+    setting = record["comparisons"][0]["setting"]
+    rows = [row for row in record["comparisons"] if row["setting"] == setting][::-1]
+    marks: dict[str, Json] = {
+        "PyTorch": {"marker": "o", "color": DATA},
+        "PyTorch, fused Adam": {"marker": "o", "markerfacecolor": "none", "color": DATA},
+        "torch.compile": {"marker": "s", "color": "#7a9a5b"},
+        "JAX": {"marker": "^", "color": "#e09f3e"},
+        "nflows": {"marker": "D", "color": "0.25"},
+        "zuko": {"marker": "v", "color": "0.45"},
+        "normflows": {"marker": "P", "color": "0.65"},
+        "pythae": {"marker": "X", "color": "0.35"},
+        "products": {"marker": "|", "color": "0.5", "markersize": 11},
+    }
+    with rc_context(CONTEXT):
+        figure = Figure(figsize=(8, 0.34 * len(rows) + 1.6), layout="constrained")
+        axes = figure.subplots()
+        for side, style in marks.items():
+            points = [
+                (row["sides"][side]["ratio"]["value"], y)
+                for y, row in enumerate(rows)
+                if "ratio" in row["sides"].get(side, {})
+            ]
+            if points:
+                label = "matrix products alone" if side == "products" else side
+                axes.plot(*zip(*points, strict=True), **{"linestyle": "none", "markersize": 6, "label": label, **style})
+        axes.axvline(1, color=MODEL, label="genfuse")
+        axes.set(xscale="log")
+        figure.supxlabel(f"time of a step, as a multiple of genfuse's ({STEP_SETTINGS[setting]})", fontsize=10)
+        axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
+        axes.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
+        axes.minorticks_off()
+        figure.legend(loc="outside upper center", ncols=5, fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

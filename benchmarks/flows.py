@@ -1,4 +1,4 @@
-"""Normalizing flows beside nflows, normflows and zuko: splines, steps, sampling, memory, and what they learn."""
+"""Normalizing flows beside nflows, normflows and zuko: splines, sampling, memory, and what they learn."""
 
 import contextlib
 import copy
@@ -153,23 +153,11 @@ def _step(flow: Flow, batches: Tensor) -> Side:
     return Side(update)
 
 
-def step(part: Part) -> None:
-    """One step of training on normal noise: loss, gradients, Adam, gradients cleared. nsf: 5 couplings between
-    LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins, no dropout; normflows' layer also bends
-    the coordinates that pass through, which its equal model leaves out. realnvp: 10 couplings of 2 hidden layers of
-    256. maf, nsf-ar: 5 layers of 2 hidden layers of 256; our nsf-ar has LU-linear layers too, and so
-    has nflows', where zuko reverses the order."""
-    rows, features = part.size((256, 43), (16, 6))
-    batches = torch.randn(64, rows, features, device=part.args.device)
-    bars = {"nsf": {"nflows": 2.5, "normflows": 5.0}, "realnvp": {"zuko": 1.5}}
-    for name in _peers.MODELS:
-        sides = _sides(_flows(part, name, batches[0]), partial(_step, batches=batches))
-        part.compare(f"{name} ({rows}, {features}), a step", sides, bars.get(name))
-
-
 def inside(part: Part) -> None:
-    """A step of training of the peers' own models, as above, with our operators in place of their splines and affine
-    transforms; the networks, and all else, are theirs. zuko's come in three tensors, which are put together first."""
+    """A step of training of the peers' own models on normal noise, with our operators in place of their splines and
+    affine transforms; the networks, and all else, are theirs. zuko's come in three tensors, which are put together
+    first. nsf: 5 couplings between LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins; maf,
+    nsf-ar: 5 layers of 2 hidden layers of 256."""
     rows, features = part.size((256, 43), (16, 6))
     batches = torch.randn(64, rows, features, device=part.args.device)
     bars = {("nsf", "nflows"): 1.0, ("nsf", "normflows"): 1.0, ("nsf-ar", "zuko"): 1.8, ("maf", "zuko"): 1.1}
@@ -288,9 +276,9 @@ def _learn(part: Part, data: Any, name: str, settings: dict[str, Any], side: str
 def tables(part: Part) -> None:
     """Log-likelihood of the test rows, in nats, in the units of the files, and the seconds of the training. All sides:
     4,000 steps of Adam, batches of 128, the learning rate falling from 5e-4 to 0 along a cosine, gradients clipped to a
-    norm of 5, and at the end of each epoch a validation, of which the best gives the weights. nsf: as in the steps
-    above, with dropout 0.2, which is nflows' setting. maf, nsf-ar: 5 layers of 2 hidden layers, of 64 (zuko's default)
-    or 256. One run each, one after the other."""
+    norm of 5, and at the end of each epoch a validation, of which the best gives the weights. nsf: 5 couplings between
+    LU-linear layers, as above, with dropout 0.2, which is nflows' setting. maf, nsf-ar: 5 layers of 2 hidden layers, of
+    64 (zuko's default) or 256. One run each, one after the other."""
     root = Path(part.args.data_root or os.environ.get("GENFUSE_DATA") or ".")
     small, wide = {"hidden": (64, 64)}, {"hidden": (256, 256)}
     models: list[tuple[str, dict[str, Any]]] = [
@@ -347,5 +335,5 @@ def images(part: Part) -> None:
         part.row(f"MNIST, {name}, published", value=published, unit=" bits/dim; not the same setting")
 
 
-PARTS = {part.__name__: part for part in (spline, step, inside, sampling, memory, tables, images)}
+PARTS = {part.__name__: part for part in (spline, inside, sampling, memory, tables, images)}
 QUALITY = ("tables", "images")

@@ -1,4 +1,4 @@
-"""Adversarial models beside plain PyTorch: the gradient penalty and a critic's step; and what they learn."""
+"""Adversarial models beside plain PyTorch: the gradient penalty, R3GAN's critic; and what they learn."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from benchmarks._part import OURS, Part
 from benchmarks._record import Bar
 from examples.plain import wgan_gp
 from genfuse.metrics import mode_coverage
-from genfuse.models import Batch
 from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient
 
 PLAIN = "double backward"
@@ -208,32 +207,6 @@ def r3gan(part: Part) -> None:
         part.row(f"R3GAN's critic, {name}, ceiling by multiplications", value=counts[PLAIN] / counts[OURS], unit="x")
 
 
-def step(part: Part) -> None:
-    """An update of WGAN-GP's critic by a batch of 64 images of 28 x 28, networks 100-256-256-784 and 784-256-256-1:
-    generated images, loss, penalty, gradients, Adam. The other side is plain PyTorch code of the same."""
-    device = part.args.device
-    torch.manual_seed(0)
-    model = genfuse.create("wgan-gp", shape=(1, 28, 28)).to(device).train()
-    critic = model.players()[0]
-    optimizer = critic.optimizer(critic.parameters)
-    for weight in model.generator.parameters():
-        weight.requires_grad_(False)  # as the training loop does
-    plain = wgan_gp.WGANGP().to(device)
-    plain_optimizer = torch.optim.Adam(plain.critic.parameters(), lr=1e-4, betas=(0.0, 0.9))
-    x = torch.rand(part.size(64, 4), 1, 28, 28, device=device)
-
-    def ours() -> None:
-        model.loss(Batch(x), critic.name)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def theirs() -> None:
-        wgan_gp.update(plain.critic_loss(x.flatten(1)), plain_optimizer)
-
-    sides: dict[str, Side | str] = {OURS: Side(ours), "plain PyTorch": Side(theirs)}
-    part.compare(f"critic step, batch {len(x)}", sides, {"plain PyTorch": 1.3})
-
-
 def modes(part: Part) -> None:
     """Eight Gaussians, by each model with three seeds: of 10,000 samples the modes covered, and the share within three
     standard deviations of one."""
@@ -253,5 +226,5 @@ def modes(part: Part) -> None:
             part.bars += bars
 
 
-PARTS = {part.__name__: part for part in (penalty, r3gan, step, modes)}
+PARTS = {part.__name__: part for part in (penalty, r3gan, modes)}
 QUALITY = (modes.__name__,)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import genfuse.flows._flow
-from benchmarks import _measure, _peers, _record, examples, fits, flows, gans, ops
+from benchmarks import _measure, _peers, _plain, _record, examples, fits, flows, gans, ops, steps
 from benchmarks.__main__ import main
 from benchmarks.operators import OPERATORS
 from examples.fused import vae
@@ -191,10 +191,11 @@ def test_training_is_timed_beside_plain_pytorch(tmp_path, capsys):
     path = tmp_path / "record.json"
     assert main(["training", "--quick", "--json", str(path)]) == 0
     record = _record.load(path)
-    assert len(record["bars"]) == 2
+    assert len(record["bars"]) == 3
     assert all(bar["value"] > 0 for bar in record["bars"])
     main(["report", str(path), "--out", str(tmp_path / "page.md")])
-    assert "| VAE on MNIST (640 images), an epoch, genfuse |" in (tmp_path / "page.md").read_text()
+    for name in ("vae", "wgan-gp"):
+        assert f"| {name} on MNIST (640 images), an epoch, genfuse |" in (tmp_path / "page.md").read_text()
 
 
 ABSENT = "nothing is installed here"
@@ -218,18 +219,19 @@ def sides(record):
 def test_flows_are_timed_where_no_peer_is_installed_and_its_bars_are_not_counted(tmp_path, monkeypatch):
     all_absent(monkeypatch)
     path = tmp_path / "record.json"
-    code, record = flows_record(path, "spline", "step", "sampling")
+    code, record = flows_record(path, "spline", "inside", "sampling")
     assert code == 0
     found = sides(record)
-    assert all((seconds is not None) == what.endswith(", genfuse") for what, seconds in found.items())
-    assert {what.split()[0] for what in found} >= {"nsf", "realnvp", "maf", "nsf-ar", "rational_quadratic_spline"}
+    timed = {what for what, seconds in found.items() if seconds is not None}
+    assert timed == {what for what in found if what.endswith(", genfuse") and not what.startswith(_peers.LIBRARIES)}
+    assert {what.split()[0] for what in timed} >= {"maf", "nsf-ar", "rational_quadratic_spline"}
     for bar in record["bars"]:
         ours_alone = "samples / log_prob" in bar["what"]
         assert bar["value"] > 0 if ours_alone else bar["value"] is None and bar["why"]
     assert main(["report", str(path), "--out", str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
     assert "### sampling" in page
-    assert f"| nsf (16, 6), a step, nflows | {ABSENT} |" in page
+    assert f"| nflows's nsf (16, 6), a step, nflows | {ABSENT} |" in page
     assert f"NOT MEASURED: {ABSENT}" in page
 
 
@@ -237,7 +239,7 @@ def test_flows_are_timed_where_no_peer_is_installed_and_its_bars_are_not_counted
 def test_flows_are_timed_beside_a_peer(library, tmp_path, monkeypatch):
     pytest.importorskip(library, reason=f"{library} is not installed")
     monkeypatch.setattr(_peers, "absent", lambda other: "" if other == library else ABSENT)
-    code, record = flows_record(tmp_path / "record.json", "spline", "step", "sampling")
+    code, record = flows_record(tmp_path / "record.json", "spline", "inside", "sampling")
     assert code == 0
     assert any(what.endswith(f", {library}") and seconds for what, seconds in sides(record).items())
     assert any(bar["what"].endswith(f"vs {library}") and bar["value"] > 0 for bar in record["bars"])
@@ -274,18 +276,18 @@ def test_a_flow_whose_density_is_wrong_gets_no_time(tmp_path, monkeypatch, capsy
         "standard_normal_log_prob",
         lambda z, logdet: right(z, logdet) * (1.001 if z.dtype is torch.float32 else 1),
     )
-    code, record = flows_record(tmp_path / "record.json", "step")
+    code, record = flows_record(tmp_path / "record.json", "sampling")
     assert code == 1
     assert "WRONG: density is off by" in capsys.readouterr().out
     assert not any(sides(record).values())
 
 
-def test_the_gradient_penalty_and_a_critic_step_are_timed_beside_plain_pytorch(tmp_path):
+def test_the_gradient_penalty_is_timed_beside_double_backward(tmp_path):
     path = tmp_path / "record.json"
     assert main(["gans", "--quick", "--json", str(path)]) == 0
     record = _record.load(path)
     assert all(seconds for seconds in sides(record).values())
-    assert len(record["bars"]) == 6
+    assert len(record["bars"]) == 5
     assert all(bar["value"] > 0 for bar in record["bars"])
 
 
@@ -321,6 +323,114 @@ def test_a_twin_whose_gradient_is_wrong_gets_no_time(tmp_path, monkeypatch, caps
     assert [what for what, seconds in sides(_record.load(path)).items() if not seconds] == [
         "vae (8, 6), a step, genfuse"
     ]
+
+
+SMALLEST = "vae 64-64-64-10, batch 64"
+
+
+def test_training_steps_are_timed_beside_plain_pytorch_and_their_products(tmp_path):
+    path, chart, page = (tmp_path / name for name in ("record.json", "steps.svg", "page.md"))
+    before = os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)
+    page.write_text("# Old\n\n## gans, cpu\n\nkept\n\n## Whole training steps, cpu\n\nreplaced\n")
+    arguments = ["--quick", "--threads", "one", "--only", SMALLEST, "--profile", "--chart", str(chart)]
+    assert main(["steps", *arguments, "--json", str(path)]) == 0
+    assert (os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)) == before
+    record = _record.load(path)
+    (row,) = record["comparisons"]
+    assert (row["case"], row["setting"]) == (SMALLEST, "one")
+    times = row["sides"]
+    assert 0 < times["products"]["median"] < times["genfuse"]["median"]
+    for side in ("products", "PyTorch", "PyTorch, fused Adam"):
+        assert 0 < times[side]["ratio"]["low"] <= times[side]["ratio"]["value"] <= times[side]["ratio"]["high"]
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert all(row["shares"][part] > 0.01 for part in ("kernels", "optimizer", "rest"))
+    assert "</svg>" in chart.read_text()
+    assert main(["report", str(path), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Whole training steps, cpu",
+        "## gans, cpu",
+    ]
+    assert "![Training steps beside other code](steps.svg)" in text
+    assert f"| {SMALLEST} |" in text
+    assert "kept" in text
+    assert "replaced" not in text
+
+
+@pytest.mark.parametrize("name", steps.CASES)
+def test_a_step_is_that_of_the_same_model_by_hand(name, monkeypatch):
+    all_absent(monkeypatch)
+    made = steps.sides(steps.CASES[name], compiled=False)
+    assert isinstance(made["genfuse"], _measure.Side), made["genfuse"]
+
+
+@pytest.mark.parametrize("cases", ["wgan-gp critic 784-256-256-1, batch 64", SMALLEST, "8 couplings of 2 x 64"])
+def test_a_step_is_that_of_jax(cases, monkeypatch):
+    for library in ("jax", "optax"):
+        pytest.importorskip(library)
+    monkeypatch.setattr(_peers, "absent", lambda library: "" if library in ("jax", "optax") else ABSENT)
+    (case,) = (case for name, case in steps.CASES.items() if name.startswith(cases))
+    made = steps.sides(case, compiled=False)
+    assert isinstance(made["JAX"], _measure.Side), made["JAX"]
+    right = case.jax
+    wrong = dataclasses.replace(case, jax=lambda model: (_scaled(right(model)[0]), right(model)[1]))
+    assert steps.sides(wrong, compiled=False)["JAX"].startswith("WRONG: the loss is off by")
+
+
+def _scaled(loss):
+    return lambda *args: 1.001 * loss(*args)
+
+
+def test_a_step_with_another_loss_or_gradient_gets_no_time(monkeypatch):
+    def with_a_gradient(self, *args):
+        loss, bias = right(self, *args), self.decoder[-1].bias
+        return loss + 1.0 * (bias - bias.detach()).sum()
+
+    all_absent(monkeypatch)
+    right = _plain.VAE.loss
+    monkeypatch.setattr(_plain.VAE, "loss", lambda *args: 1.001 * right(*args))
+    assert steps.sides(steps.CASES[SMALLEST], False)["genfuse"].startswith("WRONG: the loss is off by")
+    monkeypatch.setattr(_plain.VAE, "loss", with_a_gradient)
+    assert steps.sides(steps.CASES[SMALLEST], False)["genfuse"].startswith("WRONG: the gradient is off by")
+
+
+def test_a_step_that_is_wrong_fails_the_command():
+    row = {"sides": {"genfuse": {"failure": "WRONG: the loss is off by 1"}, "JAX": {"failure": ABSENT}}}
+    assert steps.wrong({"comparisons": [row]})
+    del row["sides"]["genfuse"]
+    assert not steps.wrong({"comparisons": [row]})
+
+
+def test_the_products_of_a_step_are_recorded_and_replayed():
+    layer, x = torch.nn.Linear(3, 4), torch.randn(2, 3, requires_grad=True)
+    convolution, image = torch.nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5)
+    with steps.Products() as products:
+        layer(x).relu().sum().backward()
+        convolution(image).exp().sum().backward()
+    names = [function._schema.name.removeprefix("aten::") for function, _, _ in products.calls]
+    assert names == ["addmm", "mm", "mm", "convolution", "convolution_backward"]
+    with torch.no_grad(), steps.Products() as again:
+        products.replay()
+    assert [call[0] for call in again.calls] == [call[0] for call in products.calls]
+
+
+def test_the_ratio_of_two_steps_is_not_moved_by_turns_that_were_disturbed():
+    ours = [1.0 + 0.001 * i for i in range(20)]
+    theirs = [2 * each for each in ours]
+    disturbed = [each * (50 if i % 3 == 0 else 1) for i, each in enumerate(theirs)]
+    for found in (steps.ratio(theirs, ours), steps.ratio(disturbed, ours)):
+        assert found["low"] <= found["value"] <= found["high"]
+        assert found["value"] == pytest.approx(2, rel=0.01)
+        assert found["high"] < 2.1
+
+
+def test_bars_of_steps_hold_the_setting_that_they_are_of():
+    def row(setting, **ratios):
+        sides = {side: {"ratio": {"value": ratio}} for side, ratio in ratios.items()}
+        return {"case": "vae 784-256-256-20, batch 128", "setting": setting, "sides": {"genfuse": {}, **sides}}
+
+    made = steps.bars([row("one", products=0.5, JAX=1.25), row("all", products=0.5, JAX=1.25)])
+    assert [(bar.value, bar.bar, bar.verdict) for bar in made] == [(0.8, 1.0, "met"), (2.0, 1.25, "NOT MET")]
 
 
 @pytest.mark.skipif("GENFUSE_DATA" not in os.environ, reason="needs MNIST, MINIBOONE and POWER: set GENFUSE_DATA")
