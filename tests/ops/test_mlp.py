@@ -10,8 +10,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genfuse import ops
-from genfuse.nn import AffineCoupling, AutoregressiveSpline, MLPConditioner, ResidualMLP, SplineCoupling, mlp_critic
-from genfuse.nn import AutoregressiveAffine as MAF
+from genfuse.nn import (
+    AffineCoupling,
+    AutoregressiveAffine,
+    AutoregressiveSpline,
+    MLPConditioner,
+    ResidualMLP,
+    SplineCoupling,
+    mlp_critic,
+)  # fmt: skip
 from genfuse.ops import _layer, _mlp
 
 NETWORKS = {
@@ -234,7 +241,7 @@ LAYERS = {
     "affine, residual": lambda c: AffineCoupling(ResidualMLP(3, 8, c, hidden=(16, 16)), split=3),
     "spline": lambda c: SplineCoupling(ResidualMLP(3, 44, c, hidden=(16, 16)), split=3, bins=4),
     "spline, last": lambda c: SplineCoupling(MLPConditioner(3, 44, c, hidden=(16,)), split=-3, bins=4),
-    "maf": lambda c: MAF(7, (16, 20), context=c, scale="softclip", squash=True),
+    "maf": lambda c: AutoregressiveAffine(7, (16, 20), context=c, scale="softclip", squash=True),
     "nsf-ar": lambda c: AutoregressiveSpline(7, (16, 16, 16), context=c, bins=4, residual=True),
 }
 
@@ -272,9 +279,9 @@ def test_a_layer_of_a_flow_is_one_node_with_the_gradients_of_its_parts(name, con
         )
         parts = run()
     for a, b in zip([*once, *found], parts, strict=False):
-        assert a is None and b is None or torch.allclose(a, b, atol=1e-10)
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-10)
     for a, b in zip(run(), parts, strict=True):
-        assert a is None and b is None or torch.allclose(a, b, atol=1e-8)
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

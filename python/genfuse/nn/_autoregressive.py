@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from genfuse.errors import SettingsError
 from genfuse import ops
+from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import Tails, soft_slope, spline_settings
 from genfuse.nn._transform import Transform
-from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
+from genfuse.ops import Scale, autoregressive_inverse, rational_quadratic_spline
 
 LIMIT = 5.0  # of what squashed networks see
 
@@ -115,10 +115,8 @@ class MADE(nn.Module):
 
     def network(self, x: Tensor, context: Tensor | None = None) -> ops.Network:
         """The network as a layer of a flow takes it."""
-        if x.is_cpu:  # whose kernel leaves out what is masked
-            weights, counts = [layer.weight for layer in self.layers], self.get_buffer("counts")
-        else:
-            weights, counts = self.weights(), None
+        weights: list[Any] = [layer.weight for layer in self.layers] if x.is_cpu else self.weights()
+        counts = self.get_buffer("counts") if x.is_cpu else None  # the CPU's kernel leaves out what is masked
         added, limit = self.project(context), LIMIT if self.squash else None
         added = None if added is None else added.to(x.dtype)  # under autocast it is of 16 bits
         return ops.Network(weights, self.biases(), self.residual, added, counts=counts, limit=limit)

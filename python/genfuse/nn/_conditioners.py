@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from genfuse import ops
 from genfuse.errors import SettingsError
 from genfuse.nn._mlp import mlp
-from genfuse import ops
 from genfuse.ops import Scale, SplineSettings, rational_quadratic_spline
 
 Tails = Literal["linear", "none", "circular"]
@@ -64,7 +64,8 @@ class MLPConditioner(nn.Module):
 
     def network(self, context: Tensor | None) -> ops.Network:
         """The network as a layer of a flow takes it."""
-        hidden = [*self.layers[0]][::2] if isinstance(self.layers, nn.Sequential) else []
+        layers: Any = self.layers
+        hidden = [] if isinstance(layers, nn.Identity) else [*layers[0]][::2]
         return _network([*hidden, self.last], self.squash, context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -109,7 +110,8 @@ class ResidualMLP(nn.Module):
         """The network as a layer of a flow takes it; None if it drops units."""
         if self.dropout and self.training:
             return None
-        layers = [self.first, *(layer for block in self.blocks for layer in block), self.last]  # type: ignore[union-attr]
+        blocks: Any = self.blocks
+        layers = [self.first, *(layer for block in blocks for layer in block), self.last]
         made = _network(layers, self.squash, context)
         gates = [] if context is None else [torch.sigmoid(gate(made.context)) for gate in self.gates]
         return made._replace(residual=True, gates=gates)

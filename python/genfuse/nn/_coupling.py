@@ -87,12 +87,13 @@ class Coupling(Transform):
 
     def network(self, x: Tensor, context: Tensor | None) -> ops.Network | None:
         """The conditioner, if the layer can be one node of autograd's graph; `raw` runs all others."""
-        conditioner = self.conditioner
+        conditioner: Any = self.conditioner
         if x.dim() != 2 or self.mask is not None or type(conditioner) not in (MLPConditioner, ResidualMLP):
             return None
-        if hooks(conditioner) or conditioner.last.out_features != self.parameters_each * (x.shape[1] - abs(self.split)):  # type: ignore[union-attr]
+        if hooks(conditioner) or conditioner.last.out_features != self.parameters_each * (x.shape[1] - abs(self.split)):
             return None
-        return conditioner.network(context)  # type: ignore[operator, no-any-return]
+        network: ops.Network | None = conditioner.network(context)
+        return network
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """The moved features transformed, or with ``inverse`` put back, and the log-determinant (N,)."""

@@ -1,15 +1,15 @@
 """Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse.nn._transform import Transform
-from genfuse.ops import actnorm, fused
+from genfuse.ops import actnorm, fused, mlp
 
 # Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up.
 _reorder: Callable = fused(
@@ -18,6 +18,42 @@ _reorder: Callable = fused(
     results=lambda x, order, back: torch.empty_like(x, memory_format=torch.contiguous_format),
     backward=lambda needed, cotangents, x, order, back, outputs: (_reorder(cotangents[0], back, order), None, None),
     saved=lambda needed, x, order, back: (None, order, back),
+)
+
+
+def _lu_factors(triangles: Tensor, log_diagonal: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """L, without its diagonal of ones, and U, (D, D) each."""
+    return triangles.tril(-1), triangles.triu(1) + torch.diag(signs * log_diagonal.exp())
+
+
+def _lu_formula(
+    triangles: Tensor, log_diagonal: Tensor, signs: Tensor, back: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    lower, upper = _lu_factors(triangles, log_diagonal, signs)
+    return torch.addmm(upper, lower, upper).index_select(1, back), log_diagonal.sum()
+
+
+def _lu_backward(
+    needed: Sequence[bool], cotangents: Sequence[Tensor | None], triangles: Tensor, log_diagonal: Tensor,
+    signs: Tensor, back: Tensor, order: Tensor, outputs: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    gweight, glogdet = cotangents
+    of_log = torch.zeros_like(log_diagonal) if glogdet is None else glogdet.expand_as(log_diagonal)
+    if gweight is None:
+        return None, of_log, None, None, None
+    lower, upper = _lu_factors(triangles, log_diagonal, signs)
+    g = gweight.index_select(1, order)
+    of_upper = torch.addmm(g, lower.mT, g)
+    of_triangles = (g @ upper.mT).tril(-1) + of_upper.triu(1)
+    return of_triangles, torch.addcmul(of_log, of_upper.diagonal(), upper.diagonal()), None, None, None
+
+
+# L U P as one node of autograd's graph, which is small beside a layer, and the sum of the logarithms.
+_lu: Callable = fused(
+    "lu_product(Tensor triangles, Tensor log_diagonal, Tensor signs, Tensor back, Tensor order) -> (Tensor, Tensor)",
+    formula=_lu_formula,
+    results=lambda triangles, log_diagonal, *rest: (torch.empty_like(triangles), log_diagonal.new_empty(())),
+    backward=_lu_backward,
 )
 
 
@@ -88,16 +124,17 @@ class LULinear(Transform):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L, without its diagonal of ones, and U, (D, D) each."""
-        return self.triangles.tril(-1), self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
+        return _lu_factors(self.triangles, self.log_diagonal, self.signs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.is_autocast_enabled(x.device.type):  # a rounded W would have another determinant and inverse
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        lower, upper = self.factors()
-        weight = _reorder(torch.addmm(upper, lower, upper), self.back, self.order)
-        y = F.linear(x, weight, self.bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], self.bias)
-        return y, self._logdet(x)
+        weight, logdet = _lu(self.triangles, self.log_diagonal, self.signs, self.back, self.order)
+        if x.dim() == 2:
+            return mlp(x, [weight], [self.bias]), logdet.expand(len(x))
+        y = F.conv2d(x, weight[:, :, None, None], self.bias)
+        return y, (math.prod(x.shape[2:]) * logdet).expand(len(x))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()

@@ -30,7 +30,7 @@ def _affine(x: Tensor, params: Tensor, split: int, scale: str, slope: float, inv
 
 
 def _splined(x: Tensor, params: Tensor, settings: tuple) -> tuple:
-    return x, params.view(*x.shape, -1), None, *settings
+    return x, params.view(*x.shape, params.shape[1] // x.shape[1]), None, *settings
 
 
 _AFFINE = tuple(_op.KERNELS[f"affine_coupling{end}"] for end in ("", "_backward"))

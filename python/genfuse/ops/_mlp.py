@@ -110,13 +110,13 @@ def _check_blocks(widths: Sequence[int], gates: int, residual: bool) -> None:
 
 def _differentiated(
     needed: Sequence[bool], gy: Tensor, x: Tensor, added: Tensor | None, counts: Tensor | None,
-    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], *settings: Any,
+    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], slope: float, residual: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """PyTorch's gradients of x, added, weights, biases and gates, to be differentiated again if grad mode is on."""
     n, end = len(weights), 2 + 2 * len(weights)
 
     def flat(*t: Any) -> Tensor:
-        return _network(*t[:2], counts, t[2 : 2 + n], t[2 + n : end], t[end:], *settings)[0]
+        return _network(t[0], t[1], counts, t[2 : 2 + n], t[2 + n : end], t[end:], slope, residual)[0]
 
     by = [i for i, wanted in enumerate(needed) if wanted]
     found = _op.differentiate(flat, (gy,), (x, added, *weights, *biases, *gates), by)
