@@ -19,6 +19,7 @@ from genfuse.data import Batch, Dataset, augmented
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import GenerativeModel, Player
 from genfuse.training.checkpoint import STATE, Checkpoint, load_optimizers, optimizer_tensors
+from genfuse.training.lean import lean
 from genfuse.training.options import Options
 from genfuse.training.process import (
     AUGMENTATION,
@@ -78,7 +79,9 @@ class Loop:
         self.precision = precision
         wrapped, *self._steppers = fabric.setup(model, *self.optimizers.values())
         wrapped.mark_forward_method("loss")
-        # A single process can leave out Fabric's wrapper, and with it its cost per step.
+        for optimizer in self.optimizers.values():
+            lean(optimizer)
+        # A single process can leave out Fabric's wrappers, and with them their cost per step.
         self._training_loss = wrapped.loss if fabric.world_size > 1 else self._loss
 
         # Every process takes as many examples of a batch: the few that are too many wait for another epoch's order.
