@@ -32,7 +32,16 @@ def lean(optimizer: Optimizer) -> Optimizer:
     if type(optimizer) in UPDATES:
         step = Optimizer.profile_hook_step(_Lean(optimizer).step)  # which calls the hooks
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.zero_grad = MethodType(_zero_grad, optimizer)  # type: ignore[method-assign]
     return optimizer
+
+
+def _zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
+    if not set_to_none:
+        type(optimizer).zero_grad(optimizer, set_to_none)
+    for group in optimizer.param_groups if set_to_none else ():
+        for weight in group["params"]:
+            weight.grad = None
 
 
 class _Lean:
@@ -101,9 +110,9 @@ def _rmsprop(group: dict[str, Any], state: Any) -> Callable:
             torch._foreach_copy_(copies, gradients)
         else:
             lists = [weights, gradients, squares, steps]
-        flags = {"foreach": None, "differentiable": False, "capturable": False, "centered": False, "has_complex": False}
-        options = {key: group[key] for key in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")}
-        rmsprop(*lists[:3], [], [], lists[3], **flags, **options)
+        of_weights, of_gradients, of_squares, of_steps = lists
+        options: dict[str, Any] = {key: group[key] for key in ("lr", "alpha", "eps", "weight_decay", "maximize")}
+        rmsprop(of_weights, of_gradients, of_squares, [], [], of_steps, momentum=0, centered=False, **options)
 
     return step
 
