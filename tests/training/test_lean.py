@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from tiny_models import Tiny
 from torch import nn
 
 import genfuse
+from genfuse.data import Batch
+from genfuse.errors import SettingsError
 from genfuse.training import Run, Trainer, flatten, lean
+from genfuse.training.lean import Graphed
 from genfuse.training.process import SMALL, fitting_threads
 
 ADAM = {"lr": 1e-2, "betas": (0.5, 0.9), "eps": 1e-6, "fused": True}
@@ -193,6 +197,59 @@ def test_a_model_with_a_weight_that_no_loss_sees_is_trained(digits):
 
 def test_flat_parameters_are_public():
     assert flatten(network().parameters())[0].dim() == 1
+
+
+# compiled
+
+
+def test_a_graphed_step_is_replayed_on_whole_batches_after_the_first(monkeypatch):
+    class Graph:  # on the CPU nothing can be recorded: a replay here runs the step again on the examples that it has
+        def replay(self):
+            graphed.terms["sum"].copy_(graphed.batch.x.sum() + graphed.batch.y.sum())
+            replays.append(1)
+
+    def step(batch):
+        steps.append(len(batch.x))
+        return {"sum": batch.x.sum() + batch.y.sum()}
+
+    steps, replays = [], []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    graphed = Graphed(step, 4)
+    sizes = [4, 4, 3, 1, 4, 4, 2, 4]
+    terms = [graphed(Batch(torch.full((n,), float(i)), torch.ones(n))) for i, n in enumerate(sizes)]
+    assert steps == [4, 4, 3, 1, 4, 2]  # 4 for the record
+    assert len(replays) == 3
+    assert [float(each["sum"]) for each in terms] == [n * (i + 1) for i, n in enumerate(sizes)]
+
+
+def test_cuda_graphs_without_cuda_are_refused(digits):
+    with pytest.raises(SettingsError, match="compile 'cuda-graphs' needs a CUDA device"):
+        Trainer(steps=1, device="cpu", compile="cuda-graphs").fit(Tiny(Tiny.Config()), digits)
+    with pytest.raises(SettingsError, match="of one device, and not of precision 16-mixed"):
+        Trainer(compile="cuda-graphs", devices=2)
+    with pytest.raises(SettingsError, match="compile must be one of off, loss, cuda-graphs"):
+        Trainer(compile="all")
+
+
+def test_a_compiled_loss_trains_to_the_same_weights(monkeypatch):
+    compiled = []
+
+    def eager(function, compile=torch.compile):
+        compiled.append(function)
+        return compile(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    data = genfuse.load_data("toy:moons")
+    weights = []
+    for how in ("off", "loss"):
+        torch.manual_seed(0)
+        model = genfuse.create("realnvp", data, hidden=(8,), layers=2)
+        Trainer(steps=5, batch_size=1500, compile=how, pictures=False).fit(model, data)
+        weights.append(model.state_dict())
+    assert len(compiled) == 1
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][key])
 
 
 # threads

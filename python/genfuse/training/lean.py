@@ -1,4 +1,4 @@
-"""Steps of optimizers in few calls."""
+"""Steps in few calls: of optimizers, and whole ones as CUDA graphs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer, RMSprop
 from torch.optim.rmsprop import rmsprop
 
+from genfuse.data import Batch
 from genfuse.nn import Together, flatten
 
 OTHERWISE = ("amsgrad", "momentum", "centered", "capturable", "differentiable")  # options that leave a step as it is
@@ -122,3 +123,32 @@ UPDATES: dict[type, Callable] = {
     AdamW: partial(_adam, torch._fused_adamw_),
     RMSprop: _rmsprop,
 }
+
+
+class Graphed:
+    """A step on a batch as a CUDA graph, replayed on the examples of each batch of ``rows``. The first `WARM` steps run
+    as ever, so that all memory is there, and so does each on a batch of another size, as the last of an epoch is.
+
+    ``step`` must wait for nothing, and give tensors. What it does in Python besides is done once, when it is recorded.
+    """
+
+    WARM = 3
+
+    def __init__(self, step: Callable[[Batch], dict[str, Tensor]], rows: int) -> None:
+        self.step, self.rows, self.calls = step, rows, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= self.WARM or len(batch.x) != self.rows:
+            return self.step(batch)
+        if self.graph is None:
+            self.batch = Batch(*(None if each is None else each.clone() for each in batch))  # type: ignore[arg-type]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # which records, and runs nothing
+                self.terms = self.step(self.batch)
+        for mine, each in zip(self.batch, batch, strict=True):
+            if mine is not None and each is not None:
+                mine.copy_(each)
+        self.graph.replay()
+        return {name: term.clone() for name, term in self.terms.items()}

@@ -104,6 +104,8 @@ class Trainer(Options):
         with ExitStack() as stack:
             stack.enter_context(fitting_threads(model, self.batch_size, recorded))
             fabric = self._fabric(len(players))
+            if self.compile == "cuda-graphs" and fabric.device.type != "cuda":
+                raise SettingsError(f"compile 'cuda-graphs' needs a CUDA device; the training is on {fabric.device}")
             config = None
             if out is not None:
                 config = run.describe(model, data, self._options())
