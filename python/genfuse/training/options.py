@@ -45,8 +45,8 @@ class Options:
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     """Number format: 16-mixed needs CUDA; mixed keeps weights and data in float32."""
     compile: Literal["off", "loss", "cuda-graphs"] = "off"
-    """loss: torch.compile of it, which takes one to two minutes and then shortens steps of U-Nets alone; cuda-graphs: the
-    whole step of each player as one launch, which was written without a GPU and is untried."""
+    """loss: torch.compile of it, which takes one to two minutes and then shortens steps of U-Nets alone; cuda-graphs:
+    the whole step of each player as one launch, which was written without a GPU and is untried."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; left out, one at the end of each epoch."""
     keep_checkpoints: int = 2
