@@ -14,7 +14,8 @@ from genfuse import plugins
 from genfuse._version import __version__
 from genfuse.errors import DataError, PluginError
 
-SWITCHES = ("GENFUSE_IMPL", "GENFUSE_DISABLE_PLUGINS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+SWITCHES = ("GENFUSE_IMPL", "GENFUSE_DISABLE_PLUGINS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def report(data_root: Path | None = None) -> Iterator[str]:
@@ -57,7 +58,14 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _hardware() -> Iterator[tuple[str, str]]:
     import torch
 
+    from genfuse.training.process import SMALL
+
     yield "CPU", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    waiting = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+    how = waiting or "spin while they wait, which is slow on busy cores: set OMP_WAIT_POLICY=passive"
+    fixed = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+    small = "" if fixed else f"; trainings of less than {SMALL / 1e6:.0f} million operations a step use 1"
+    yield "threads", how + small
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         yield f"cuda:{i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"

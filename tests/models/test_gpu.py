@@ -141,3 +141,15 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, gpu):
                 model.stepped(player.name)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("name", ["realnvp", "nsf"])
+def test_a_training_by_cuda_graphs_ends_in_the_same_weights(name, schedule, gpu):
+    weights = []
+    for how in ("off", "cuda-graphs"):
+        model, data = _made(name, "toy:moons")
+        Trainer(steps=12, batch_size=1000, device="cuda", schedule=schedule, compile=how).fit(model, data)
+        weights.append(model.state_dict())
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][key], rtol=1e-3, atol=1e-5)

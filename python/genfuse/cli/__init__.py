@@ -63,6 +63,8 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0; 2 for what the user can mend; 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin keep busy cores from those that they wait for
     debug = "--debug" in args
     try:
         with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from typing_extensions import Self
 from genfuse import plugins
 from genfuse.data import Batch, Dataset, load_data
 from genfuse.errors import DataError, SettingsError, near
-from genfuse.nn import Features, Images, OneHot
+from genfuse.nn import Features, Images, OneHot, Together
 
 
 @dataclass
@@ -222,7 +222,7 @@ class GenerativeModel(nn.Module):
             embedding = Images(image[0])
         self.embedding = embedding
         self._stepped: dict[str, int] | None = None
-        self._weights: dict[str, list[nn.Parameter]] | None = None
+        self._weights: dict[str, Together] | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -319,11 +319,15 @@ class GenerativeModel(nn.Module):
 
     def _versions(self) -> dict[str, int]:
         """How often the weights of each player were changed in place."""
+        return {player: sum(w._version for w in weights.tensors) for player, weights in self._weights_of().items()}
+
+    def _weights_of(self) -> dict[str, Together]:
+        """The weights of each player."""
         if self._weights is None:  # it takes longer to find them than to look at them
-            self._weights = {player.name: list(player.parameters) for player in self.players()}
+            self._weights = {player.name: Together(player.parameters) for player in self.players()}
             for weights in self._weights.values():
-                _counted.update(map(id, weights))
-        return {player: sum(weight._version for weight in weights) for player, weights in self._weights.items()}
+                _counted.update(map(id, weights.tensors))
+        return self._weights
 
     def train(self, mode: bool = True) -> Self:
         self._weights = None

@@ -89,9 +89,10 @@ class WGAN(_Wasserstein):
     @torch.no_grad()
     def clip_weights(self) -> None:
         """Bring each weight of the critic into [-clip, clip]. Nobody has to call it: each update is followed by it."""
-        weights: list[Tensor] = list(self.critic.parameters())
-        torch._foreach_clamp_max_(weights, self.clip)
-        torch._foreach_clamp_min_(weights, -self.clip)
+        compiling = torch.compiler.is_compiling()
+        weights = self.critic.parameters() if compiling else self._weights_of()[self.critic_name].merged()
+        for each in weights:
+            each.clamp_(-self.clip, self.clip)
 
     def after_step(self, player: str) -> None:
         if player == self.critic_name:

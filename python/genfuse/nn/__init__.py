@@ -24,6 +24,8 @@ from genfuse.nn._denoisers import DenoisingMLP as DenoisingMLP
 from genfuse.nn._denoisers import NoiseEmbedding as NoiseEmbedding
 from genfuse.nn._denoisers import UNet as UNet
 from genfuse.nn._ema import EMA as EMA
+from genfuse.nn._flat import Together as Together
+from genfuse.nn._flat import flatten as flatten
 from genfuse.nn._gan import Residual as Residual
 from genfuse.nn._gan import Restorer as Restorer
 from genfuse.nn._gan import WithContext as WithContext

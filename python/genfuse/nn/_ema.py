@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from genfuse.nn._flat import Together, flatten
+
 
 class EMA(nn.Module):
     """A network whose weights are the moving average of another's: w <- d w + (1 - d) w', once per `update`.
@@ -18,6 +20,7 @@ class EMA(nn.Module):
     """
 
     updates: Tensor
+    _found: tuple[nn.Module, Together, Together] | None = None  # the last module, the averages, and its weights
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
@@ -33,8 +36,8 @@ class EMA(nn.Module):
         self._updated = True
         self.updates.add_(1)
         step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        weights = _averageable(module)
-        torch._foreach_lerp_(_averageable(self.module), weights, [step.to(weight.dtype) for weight in weights])
+        averages, weights = self._both(module)
+        torch._foreach_lerp_(averages, weights, [step.to(weight.dtype) for weight in weights])
 
     @torch.no_grad()
     def follow(self, module: nn.Module) -> None:
@@ -42,18 +45,36 @@ class EMA(nn.Module):
         if self._updated is None:
             self._updated = bool(self.updates)
         if not self._updated:
-            torch._foreach_copy_(_averageable(self.module), _averageable(module))
+            torch._foreach_copy_(*self._both(module))
+
+    def _both(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages, and what they are averages of: in one tensor each, if `flatten` laid out the weights."""
+        if self._found is None or self._found[0] is not module:  # it takes longer to find them than to average them
+            flatten(self.module.parameters())
+            self._found = module, Together(_averageable(self.module)), Together(_averageable(module))
+        averages, weights = self._found[1].merged(), self._found[2].merged()
+        if [each.shape for each in averages] == [each.shape for each in weights]:
+            return averages, weights
+        return self._found[1].tensors, self._found[2].tensors
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the network with the averaged weights makes of its inputs."""
         return self.module(*inputs, **named)
 
     def train(self, mode: bool = True) -> Self:
+        self._found = None
         return super().train(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": None}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._found = None
+        return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._updated = None
+        self._updated = self._found = None
 
 
 def _averageable(module: nn.Module) -> list[Tensor]:

@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from genfuse.data import Batch, Dataset, augmented
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import GenerativeModel, Player
 from genfuse.training.checkpoint import STATE, Checkpoint, load_optimizers, optimizer_tensors
+from genfuse.training.lean import Graphed, lean
 from genfuse.training.options import Options
 from genfuse.training.process import (
     AUGMENTATION,
@@ -71,15 +72,26 @@ class Loop:
             for group in optimizer.param_groups:
                 group["base_lr"] = group["lr"] if trainer.lr is None else trainer.lr
                 group["lr"] = group["base_lr"]
+                if trainer.compile == "cuda-graphs":  # which are recorded with the numbers that are not on the device
+                    group["capturable"] = True
+                    if trainer.schedule != "constant":
+                        group["lr"] = torch.tensor(group["lr"], device=fabric.device)
         precision = fabric.strategy.precision
         if precision.precision != "64-true":
             # Fabric would round the data, which a likelihood must see as they are; autocast rounds where it may.
             precision.convert_input = lambda data: data  # type: ignore[method-assign]
         self.precision = precision
-        wrapped, *self._steppers = fabric.setup(model, *self.optimizers.values())
+        self.scaler = getattr(precision, "scaler", None)
+        wrapped, *steppers = fabric.setup(model, *self.optimizers.values())
         wrapped.mark_forward_method("loss")
-        # A single process can leave out Fabric's wrapper, and with it its cost per step.
-        self._training_loss = wrapped.loss if fabric.world_size > 1 else self._loss
+        for optimizer in self.optimizers.values():
+            lean(optimizer)
+        alone = fabric.world_size == 1 and not self.scaler  # then Fabric's wrappers only cost time
+        self._loss_of = self._loss if alone else wrapped.loss
+        self._backward: Callable[[Tensor], Any] = Tensor.backward if alone else fabric.backward
+        self._steppers = [*self.optimizers.values()] if alone else steppers
+        if trainer.compile == "loss":
+            self._loss_of = torch.compile(self._loss_of)
 
         # Every process takes as many examples of a batch: the few that are too many wait for another epoch's order.
         self.examples = len(data.splits["train"]) // fabric.world_size * fabric.world_size
@@ -89,6 +101,11 @@ class Loop:
         self.lap = self.steps_per_epoch
         if not (trainer.steps or trainer.epochs):  # the passes over small data are many and short
             self.lap *= math.ceil(LAP / self.steps_per_epoch)
+        self._steps: list[Callable[[Batch], dict[str, Tensor]]] = [
+            partial(self._take_step, player) for player in range(len(players))
+        ]
+        if trainer.compile == "cuda-graphs":
+            self._steps = [Graphed(step, trainer.batch_size) for step in self._steps]
         self.turns = [i for i, player in enumerate(players) for _ in range(player.steps)]
         self.step = 0
         self.checkpointed: int | None = None  # the step of the last checkpoint
@@ -223,8 +240,7 @@ class Loop:
             self.model.prepare(self.data.batch("train", index) for index in order.split(self.trainer.batch_size))
 
     def _update(self, player: int, batch: Batch) -> None:
-        name, stepper = self.players[player].name, self._steppers[player]
-        optimizer = self.optimizers[name]
+        name = self.players[player].name
         if self.trainer.flip or self.trainer.shift or self.trainer.smooth:
             generator = torch.Generator()  # by the step, so that a run that is resumed goes on alike
             generator.manual_seed(seed_of(self.trainer.seed, AUGMENTATION, self.step, self.fabric.global_rank))
@@ -234,25 +250,34 @@ class Loop:
             else:
                 x = augmented(batch.x, self.trainer.flip, self.trainer.shift, generator)
             batch = Batch(x, self.data.given_of(x) if self.data.task else batch.y)
-        loss, terms = self._training_loss(batch, name)
-        self.fabric.backward(loss)
-        scaler, clip, several = getattr(self.precision, "scaler", None), self.trainer.grad_clip, len(self.players) > 1
+        if self.trainer.schedule != "constant":
+            for group in self.optimizers[name].param_groups:
+                lr = group["base_lr"] * self.trainer.factor(self.step, self.total)
+                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        self.pending.append((self.step + 1, name, self._steps[player](batch)))
+
+    def _take_step(self, player: int, batch: Batch) -> dict[str, Tensor]:
+        """Update a player; returns its loss and the terms. Nothing here may wait for the device."""
+        name = self.players[player].name
+        optimizer = self.optimizers[name]
+        loss, terms = self._loss_of(batch, name)
+        self._backward(loss)
+        scaler, clip, several = self.scaler, self.trainer.grad_clip, len(self.players) > 1
         if clip is not None or (several and not scaler):  # the balance of players shows in their gradients
             if scaler:
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([w.grad for w in self.trained[name] if w.grad is not None])
+            gradients = [w.grad for w in self.trained[name] if w.grad is not None]
+            norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+            norm = torch.linalg.vector_norm(torch.stack(norms))  # as of get_total_norm, in half its time
             if clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.trained[name], clip, norm)
             if several and not scaler:  # which lets gradients overflow
                 terms = {**terms, "gradient_norm": norm}
-        if self.trainer.schedule != "constant":
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * self.trainer.factor(self.step, self.total)
-        stepper.step()
+        self._steppers[player].step()
         optimizer.zero_grad()
         with torch.no_grad():
             self.model.stepped(name)
-        self.pending.append((self.step + 1, name, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}))
+        return {"loss": loss.detach(), **{key: term.detach() for key, term in terms.items()}}
 
     def _loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
         with self.precision.forward_context():
@@ -299,7 +324,7 @@ class Loop:
                         sums[term].append(value)
             if sums:
                 means = {term: sum(each) / len(each) for term, each in sums.items()}
-                lr = self.optimizers[player.name].param_groups[0]["lr"]
+                lr = float(self.optimizers[player.name].param_groups[0]["lr"])
                 self._log("train", {"player": player.name, **means, "lr": lr, "examples_per_second": rate})
                 prefix = f"{player.name} " if len(self.players) > 1 else ""
                 shown.update({prefix + term: value for term, value in means.items()})

@@ -44,6 +44,9 @@ class Options:
     """Number of devices that share each batch; under torchrun it is the number of its processes."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     """Number format: 16-mixed needs CUDA; mixed keeps weights and data in float32."""
+    compile: Literal["off", "loss", "cuda-graphs"] = "off"
+    """loss: torch.compile of it, which takes one to two minutes and then shortens steps of U-Nets alone; cuda-graphs:
+    the whole step of each player as one launch, which was written without a GPU and is untried."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; left out, one at the end of each epoch."""
     keep_checkpoints: int = 2
@@ -73,6 +76,7 @@ class Options:
             ("schedule", ("constant", "cosine")),
             ("keep", ("auto", "last", "best")),
             ("precision", ("32-true", "bf16-mixed", "16-mixed", "64-true")),
+            ("compile", ("off", "loss", "cuda-graphs")),
         ):
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -81,6 +85,10 @@ class Options:
                 raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.smooth < math.inf:
             raise SettingsError(f"smooth must be a number of at least 0, got {self.smooth}")
+        if self.compile == "cuda-graphs" and (self.devices > 1 or self.precision == "16-mixed"):
+            raise SettingsError(
+                "compile 'cuda-graphs' is of one device, and not of precision 16-mixed, which waits for it"
+            )
         if self.resume and self.overwrite:
             raise SettingsError("resume and overwrite exclude each other")
         if self.resume and self.out is None:

@@ -20,7 +20,7 @@ from genfuse.models import GenerativeModel
 from genfuse.training import gallery, run
 from genfuse.training.loop import Callback, Loop
 from genfuse.training.options import Options
-from genfuse.training.process import forked_rng
+from genfuse.training.process import fitting_threads, forked_rng
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -97,22 +97,28 @@ class Trainer(Options):
             )
         if self.smooth and (len(data.shape) != 1 or data.levels or data.schema):
             raise SettingsError(f"smooth is of tables of real numbers; {data.name!r} is none: leave it out")
-        fabric = self._fabric(len(players))
         out = None if self.out is None else Path(self.out)
-        config = None
-        if out is not None:
-            config = run.describe(model, data, self._options())
-            run.claim(out, self.resume, self.overwrite)
-            if self.resume:
-                check_same(out, config)
-        fabric.launch()
-        if fabric.world_size > 1:
-            atexit.register(_leave_group)
-        if self.batch_size % fabric.world_size:
-            raise SettingsError(
-                f"batch_size {self.batch_size} cannot be shared equally by {fabric.world_size} processes"
-            )
+        recorded = None
+        if out is not None and self.resume and (out / run.CONFIG).is_file():
+            recorded = run.read_config(out).get("threads")  # a run may be older than that
         with ExitStack() as stack:
+            stack.enter_context(fitting_threads(model, self.batch_size, recorded))
+            fabric = self._fabric(len(players))
+            if self.compile == "cuda-graphs" and fabric.device.type != "cuda":
+                raise SettingsError(f"compile 'cuda-graphs' needs a CUDA device; the training is on {fabric.device}")
+            config = None
+            if out is not None:
+                config = run.describe(model, data, self._options())
+                run.claim(out, self.resume, self.overwrite)
+                if self.resume:
+                    check_same(out, config)
+            fabric.launch()
+            if fabric.world_size > 1:
+                atexit.register(_leave_group)
+            if self.batch_size % fabric.world_size:
+                raise SettingsError(
+                    f"batch_size {self.batch_size} cannot be shared equally by {fabric.world_size} processes"
+                )
             if out is not None and fabric.is_global_zero:
                 stack.enter_context(locked(out))
                 run.claim(out, self.resume, self.overwrite)  # again: from here on nobody else writes
