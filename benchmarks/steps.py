@@ -6,6 +6,7 @@ genfuse's weights and noise are held against plain PyTorch's.
 """
 
 import dataclasses
+import gc
 import os
 import time
 from argparse import Namespace
@@ -31,6 +32,7 @@ from benchmarks._report import describe_step
 from benchmarks.examples import KernelNoise
 from benchmarks.ops import first_line
 from genfuse.models import Batch
+from genfuse.training.lean import lean
 
 PRODUCTS, FUSED, PLAIN, COMPILED, JAX = "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"
 AT_MOST = {"products": PRODUCTS, "JAX": JAX}
@@ -206,7 +208,7 @@ class Ours:
             self.loss()  # which starts what normalises activations
             for weight in self.parameters:
                 weight += MOVED * torch.randn_like(weight)
-        self.optimizer = self.player.optimizer(self.parameters)
+        self.optimizer = lean(self.player.optimizer(self.parameters))  # as `training/loop.py` does
 
     def loss(self) -> Tensor:
         return self.model.loss(self.batch, self.player.name)[0]
@@ -335,6 +337,8 @@ def measure(name: str, setting: str, args: Namespace) -> dict[str, Any]:
     """One case as a row of the record, and printed. Each side has its time, and as how many times genfuse's."""
     effort, made = QUICK if args.quick else EFFORT[setting], sides(CASES[name], args.compile)
     running = {side: what for side, what in made.items() if isinstance(what, Side)}
+    gc.collect()
+    gc.freeze()  # what all sides made is no side's garbage
     times = rounds(running, "cpu", effort, time.process_time if setting == "one" else time.perf_counter)
     found: dict[str, Any] = {side: {"failure": what} for side, what in made.items() if isinstance(what, str)}
     for side, seconds in times.items():
