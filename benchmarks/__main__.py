@@ -17,6 +17,7 @@ from benchmarks import (
     examples,
     flows,
     gans,
+    integrations,
     ops,
     quality,
     steps,
@@ -29,6 +30,7 @@ APPLICATIONS = {
     "anomaly": anomaly,
     "compression": compression,
     "disentanglement": disentanglement,
+    "integrations": integrations,
     "quality": quality,
     "super-resolution": super_resolution,
 }

@@ -469,3 +469,19 @@ def test_the_quality_of_a_model_is_a_table_and_a_picture_and_is_not_trained_agai
     found.write_text(found.read_text().replace('"steps": 4', '"steps": 5'))
     assert main([*arguments, "--data", "toy:moons"]) == 0
     assert "| 5 |" in capsys.readouterr().out
+
+
+def test_patched_libraries_are_compared_before_they_are_timed(monkeypatch, capsys):
+    pytest.importorskip("zuko", reason="zuko is not installed")
+    case = ["integrations", "--quick", "--only", "zuko MAF, 1,000 samples"]
+    assert main(case) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"\| zuko MAF, 1,000 samples( \| [\d.e+]+ m?s){2} \| [\d.]+ \[.*\] \| 20, (NOT MET|met) \| 0 of 3 \|",
+        row,
+    )
+    right = genfuse.ops.autoregressive_inverse
+    wrong = lambda *args, **kwargs: (right(*args, **kwargs)[0] + 1, None)  # noqa: E731
+    monkeypatch.setattr(genfuse.ops, "autoregressive_inverse", wrong)
+    with pytest.raises(RuntimeError, match="WRONG: results differ by"):
+        main(case)

@@ -95,7 +95,7 @@ class Reader:
 
     def python(self, block, page):
         """As it stands; the tests that it defines pass. Trackers and the like need not be installed."""
-        wanted = re.findall(r"^import (wandb|mlflow|optuna)$", block.text, re.MULTILINE)
+        wanted = re.findall(r"^import (wandb|mlflow|optuna|zuko)$", block.text, re.MULTILINE)
         if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
             self.left_out.append(f"{page.name}, line {block.line}: {missing[0]} is not installed")
             return

@@ -13,7 +13,7 @@ ROOT = Path(genfuse.__file__).parent
 LAYERS = [
     {"errors", "_version"},
     {"_files", "ops"},
-    {"nn", "plots"},
+    {"integrations", "nn", "plots"},
     {"flows", "diffusion"},
     {"plugins"},
     {"data"},

@@ -25,6 +25,7 @@ PROJECT = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").rea
 ROOMS = "applications comparison data diffusion errors flows metrics models nn ops plugins sklearn testing training"
 INNER = "diffusion.likelihood diffusion.samplers diffusion.schedules nn.likelihoods"
 MODULES = ["genfuse", *(f"genfuse.{name}" for name in (*ROOMS.split(), *INNER.split()))]
+PATCHES = [f"genfuse.integrations.{name}" for name in ("nflows", "normflows", "pythae", "zuko")]
 
 
 def names_in(source):
@@ -77,6 +78,9 @@ def public():
         source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
         for name in names_in(source):
             lines.append(line(f"{module}.{name}", getattr(importlib.import_module(module), name)))
+    for module in PATCHES:  # none of them can be imported without the library that it patches
+        source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+        lines += [f"{module}.{name}()" for name in {"patch", "report", "unpatch"} & {*names_in(source)}]
     return {subject(text): text for text in sorted(set(lines))}
 
 

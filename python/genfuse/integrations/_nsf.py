@@ -1,0 +1,182 @@
+"""What nflows and normflows share, which are both made of the code of Neural Spline Flows (arXiv 1906.04032)."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genfuse import ops
+from genfuse.integrations import _networks
+from genfuse.integrations._patch import Left, Peer, inherits, joined
+
+
+def replace_splines(peer: Peer, splines: Any, *, circular: bool) -> None:
+    """Both functions of a module of splines, which may know circular tails and bounds of each coordinate."""
+
+    def spline(x: Tensor, *raw: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        if raw[0].shape != raw[1].shape or x.dtype not in (torch.float32, torch.float64):
+            raise Left("other than float32 and float64, and as many widths as heights")
+        return ops.rational_quadratic_spline(x, joined(*raw), bins=raw[0].shape[-1], by_element=True, **options)
+
+    @peer.replaces(splines, "unconstrained_rational_quadratic_spline")
+    def unconstrained(
+        inputs: Tensor, unnormalized_widths: Tensor, unnormalized_heights: Tensor, unnormalized_derivatives: Tensor,
+        inverse: bool = False, tails: Any = "linear", tail_bound: Any = 1.0,
+        min_bin_width: float = splines.DEFAULT_MIN_BIN_WIDTH, min_bin_height: float = splines.DEFAULT_MIN_BIN_HEIGHT,
+        min_derivative: float = splines.DEFAULT_MIN_DERIVATIVE,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        of_each, is_tensor = isinstance(tails, list | tuple), isinstance(tail_bound, Tensor)
+        if not {*(tails if of_each else [tails])} <= {"linear", "circular"}:
+            raise Left("tails that are neither linear nor circular")
+        if (not circular and (tails != "linear" or is_tensor)) or (is_tensor and tail_bound.requires_grad):
+            raise Left("tails that are not linear, or a bound in a tensor")
+        y, logdet = spline(
+            inputs, unnormalized_widths, unnormalized_heights, unnormalized_derivatives, inverse=inverse, tails=tails,
+            bound=tail_bound, min_width=min_bin_width, min_height=min_bin_height, min_derivative=min_derivative,
+        )  # fmt: skip
+        if tails == "linear":
+            return y, logdet
+        # Outside, normflows leaves circular coordinates as they are; where each has tails of its own, it returns 0.
+        inside = (inputs >= -tail_bound) & (inputs <= tail_bound)
+        return torch.where(inside, y, 0.0 if of_each else inputs), torch.where(inside, logdet, 0.0)
+
+    @peer.replaces(splines, "rational_quadratic_spline")
+    def constrained(
+        inputs: Tensor, unnormalized_widths: Tensor, unnormalized_heights: Tensor, unnormalized_derivatives: Tensor,
+        inverse: bool = False, left: Any = 0.0, right: Any = 1.0, bottom: Any = 0.0, top: Any = 1.0,
+        min_bin_width: float = splines.DEFAULT_MIN_BIN_WIDTH, min_bin_height: float = splines.DEFAULT_MIN_BIN_HEIGHT,
+        min_derivative: float = splines.DEFAULT_MIN_DERIVATIVE,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if any(isinstance(side, Tensor) and side.requires_grad for side in (left, right, bottom, top)):
+            raise Left("a box that is learned")
+        if not circular and not (inputs.numel() and inputs.min() >= left and inputs.max() <= right):
+            raise Left("inputs outside of the box, or none")  # nflows looks at left and right of the inverse too
+        return spline(
+            inputs, unnormalized_widths, unnormalized_heights, unnormalized_derivatives, inverse=inverse, tails="none",
+            box=(left, right, bottom, top),
+            min_width=min_bin_width, min_height=min_bin_height, min_derivative=min_derivative,
+        )  # fmt: skip
+
+
+def settings(layer: Any, width: float) -> dict[str, Any]:
+    """Of the splines of a layer, as an operator takes them; raw widths and heights are over the root of the width."""
+    if layer.tails != "linear" or not isinstance(layer.tail_bound, int | float):
+        raise Left("tails that are not linear, or a bound of each coordinate")
+    return {
+        "bins": layer.num_bins, "bound": layer.tail_bound, "damping": 1 / math.sqrt(width),
+        "min_width": layer.min_bin_width, "min_height": layer.min_bin_height, "min_derivative": layer.min_derivative,
+    }  # fmt: skip
+
+
+def elementwise(layer: Any, width: float, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """All of a layer's splines from what its network returned, with the log-determinant of each example."""
+    options = settings(layer, width)
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
+        raise Left("images, other dtypes than float32 and float64, or no elements")
+    return ops.rational_quadratic_spline(x, params.reshape(*x.shape, -1), inverse=inverse, **options)
+
+
+def coupling(kind: type) -> Any:
+    """`_coupling_transform` of couplings of splines."""
+
+    def ours(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        inherits(self, kind, "_piecewise_cdf")
+        net = self.transform_net
+        width = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
+        if width is None:
+            raise Left("a network whose width is unknown, of which the peer warns")
+        return elementwise(self, width, inputs, transform_params, inverse=inverse)
+
+    return ours
+
+
+@cache
+def _places(features: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Where the entries of L, and those of U and then its diagonal, lie in a matrix; and the identity."""
+    lower, upper = torch.tril_indices(features, features, -1), torch.triu_indices(features, features, 1)
+    diagonal = torch.arange(features).expand(2, -1)
+    flat = [i * features + j for i, j in (lower, torch.cat([upper, diagonal], 1))]
+    return *(each.to(device) for each in flat), torch.eye(features).flatten().to(device)
+
+
+def triangles(self: Any) -> tuple[Tensor, Tensor]:
+    """`_create_lower_upper` of LU-linear layers, in a write a matrix."""
+    lower, upper, identity = _places(self.features, self.lower_entries.device)
+    identity = identity.to(self.lower_entries.dtype)
+    ours = (
+        identity.index_copy(0, lower, self.lower_entries),
+        torch.zeros_like(identity).index_copy(0, upper, torch.cat([self.upper_entries, self.upper_diag])),
+    )
+    return ours[0].view(self.features, -1), ours[1].view(self.features, -1)
+
+
+def _check_blocks(blocks: Sequence[Any], kind: type) -> None:
+    """Leave networks of other blocks than linear layers and ReLU."""
+    if any(type(block) is not kind for block in blocks):
+        raise Left("a network of somebody's own")
+    if any(getattr(block, "use_batch_norm", False) or getattr(block, "batch_norm", None) for block in blocks):
+        raise Left("batch norm")
+    if any(block.dropout.p and block.training for block in blocks):
+        raise Left("dropout")
+    if not all(_networks.is_relu(block.activation) for block in blocks):
+        raise Left("activations that are not ReLU")
+    _networks.check_plain(*blocks)
+
+
+def residual_net(resnet: Any) -> Any:
+    """`forward` of ResidualNet."""
+
+    def ours(self: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        _check_blocks(self.blocks, resnet.ResidualBlock)
+        if getattr(self, "preprocessing", None) is not None or inputs.dim() != 2:
+            raise Left("preprocessed features, or more axes than two")
+        hidden = [each for block in self.blocks for each in block.linear_layers]
+        layers = [self.initial_layer, *hidden, self.final_layer]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            raise Left("a network of somebody's own")
+        if context is None:
+            return _networks.mlp(inputs, layers, residual=True)
+        gates = [block.context_layer(context).sigmoid() for block in self.blocks]
+        return _networks.mlp(torch.cat((inputs, context), dim=1), layers, residual=True, gates=gates)
+
+    return ours
+
+
+def _layers(net: Any, context: Tensor | None, made: Any) -> tuple[list[Any], bool, Tensor | None]:
+    """Of a MADE: its layers, whether the hidden ones are residual, and what is added to the first one."""
+    blocks = list(getattr(net, "blocks", ()))
+    residual = any(type(block) is made.MaskedResidualBlock for block in blocks)
+    if type(net) is not made.MADE or type(getattr(net, "preprocessing", None)) not in (type(None), nn.Identity):
+        raise Left("a network of somebody's own, or preprocessed features")
+    _check_blocks(blocks, made.MaskedResidualBlock if residual else made.MaskedFeedforwardBlock)
+    if residual and context is not None:
+        raise Left("a context in every block")
+    if not residual and not _networks.is_relu(getattr(net, "activation", None)):
+        raise Left("no ReLU after the first layer")
+    hidden = [each for block in blocks for each in (block.linear_layers if residual else [block.linear])]
+    layers = [net.initial_layer, *hidden, net.final_layer]
+    if any(type(each) is not made.MaskedLinear for each in layers):
+        raise Left("a network of somebody's own")
+    return layers, residual, None if context is None else net.activation(net.context_layer(context))
+
+
+def made_net(made: Any) -> Any:
+    """`forward` of MADE."""
+
+    def ours(self: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        layers, residual, added = _layers(self, context, made)
+        return _networks.mlp(inputs, layers, residual=residual, added=added)
+
+    return ours
+
+
+def autoregressive(layer: Any, y: Tensor, context: Tensor | None, made: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`inverse` of autoregressive layers by one sweep; the options are of `ops.autoregressive_inverse`."""
+    net = layer.autoregressive_net
+    if y.dim() != 2 or not y.numel():
+        raise Left("images, or no elements")
+    layers, residual, added = _layers(net, context, made)
+    return _networks.inverse(y, net, layers, context=added, residual=residual, **options)

@@ -1,0 +1,97 @@
+"""`patch()` for normflows: rational-quadratic splines, affine couplings, and the inverse of autoregressive layers.
+
+The functions of `normflows.utils.splines` are replaced in all modules that have imported them, and couplings and
+autoregressive layers of splines take a shorter way to the same operator, models made before the patch too. The inverse
+of autoregressive layers, which normflows takes for densities, is one sweep in place of a pass of the network for each
+feature.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from genfuse.integrations import _networks, _nsf
+from genfuse.integrations._patch import Left, Peer, affine, check_large, inherits
+
+_peer = Peer("normflows", "1.7.3")
+patch = _peer.patch
+unpatch = _peer.unpatch
+report = _peer.report
+
+from normflows.flows import mixing
+from normflows.flows.affine import autoregressive, coupling
+from normflows.flows.neural_spline.autoregressive import (
+    MaskedPiecewiseRationalQuadraticAutoregressive as _Autoregressive,
+)
+from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling as _Coupling
+from normflows.nets import made, mlp, resnet
+from normflows.utils import splines
+
+_peer.replaces(_Coupling, "_coupling_transform", quick=True)(_nsf.coupling(_Coupling))
+_peer.replaces(resnet.ResidualNet, "forward")(_nsf.residual_net(resnet))
+_peer.replaces(made.MADE, "forward")(_nsf.made_net(made))
+_peer.replaces(mixing._LULinear, "_create_lower_upper")(_nsf.triangles)
+_nsf.replace_splines(_peer, splines, circular=True)
+
+
+def _affine(self: Any, z: list[Tensor], *, inverse: bool) -> tuple[list[Tensor], Tensor]:
+    """normflows' "sigmoid" divides by the sigmoid, and its "sigmoid_inv" multiplies by it."""
+    if not self.scale or self.scale_map not in ("exp", "sigmoid", "sigmoid_inv"):
+        raise Left("a coupling without scales")
+    z1, z2 = z
+    check_large(z2)
+    params = self.param_map(z1)
+    shift, scale = params[:, 0::2], params[:, 1::2]
+    if self.scale_map != "exp":
+        scale = F.logsigmoid(scale + 2)
+    y, logdet = affine(z2, -scale if self.scale_map == "sigmoid" else scale, shift, inverse=inverse)
+    return [z1, y], logdet
+
+
+_peer.replaces(coupling.AffineCoupling, "forward")(partial(_affine, inverse=False))
+_peer.replaces(coupling.AffineCoupling, "inverse")(partial(_affine, inverse=True))
+
+
+def _masked(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    raise Left("its mask multiplies, so that an operator would save nothing")
+
+
+for _verb in ("forward", "inverse"):
+    _peer.replaces(coupling.MaskedAffineFlow, _verb)(_masked)
+
+
+@_peer.replaces(_Autoregressive, "_elementwise", quick=True)
+def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
+    if hasattr(self.autoregressive_net, "hidden_features"):
+        raise Left("a network of somebody's own")
+    return _nsf.elementwise(self, 1.0, inputs, autoregressive_params, inverse=inverse)
+
+
+def _elements(self: Any, inputs: Tensor, autoregressive_params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    check_large(inputs)
+    scale, shift = self._unconstrained_scale_and_shift(autoregressive_params)
+    return affine(inputs, (torch.sigmoid(scale + 2) + 1e-3).log(), shift, inverse=inverse)
+
+
+_peer.replaces(autoregressive.MaskedAffineAutoregressive, "_elementwise_forward")(partial(_elements, inverse=False))
+_peer.replaces(autoregressive.MaskedAffineAutoregressive, "_elementwise_inverse")(partial(_elements, inverse=True))
+
+
+@_peer.replaces(mlp.MLP, "forward")
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    return _networks.sequential(x, list(self.net))
+
+
+@_peer.replaces(autoregressive.Autoregressive, "inverse")
+def _inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    options: dict[str, Any] = {"scale": "sigmoid", "slope": 1e-3}
+    if isinstance(self, _Autoregressive):
+        inherits(self, _Autoregressive, "_elementwise", "_elementwise_inverse")
+        options = _nsf.settings(self, 1.0)
+    else:
+        kind = autoregressive.MaskedAffineAutoregressive
+        inherits(self, kind, "_elementwise_inverse", "_unconstrained_scale_and_shift")
+    return _nsf.autoregressive(self, inputs, context, made, **options)
