@@ -33,8 +33,9 @@ def _splined(x: Tensor, params: Tensor, settings: tuple) -> tuple:
     return x, params.view(*x.shape, params.shape[1] // x.shape[1]), None, *settings
 
 
-_AFFINE = tuple(_op.KERNELS[f"affine_coupling{end}"] for end in ("", "_backward"))
-_SPLINE = tuple(_op.KERNELS[f"rational_quadratic_spline{end}"] for end in ("", "_backward"))
+_FUSED = {"affine_coupling": _affine_coupling._fused, "rational_quadratic_spline": _spline._fused}
+_KERNELS: dict[str, tuple[Any, Any]]
+_KERNELS = {name: (_op.KERNELS[name], _op.KERNELS[f"{name}_backward"]) for name in _FUSED}
 
 
 def _squash(x: Tensor, limit: float | None) -> Tensor:
@@ -52,14 +53,14 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, how: tuple, settings: tuple, x: Tensor, context: Any, added: Any, counts: Any, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        kernels, arguments, shown, moved, limit = how
+        transform, arguments, shown, moved, limit = how
         seen = _squash(x[:, shown], limit)
         seen = seen if context is None else torch.cat([seen, context], 1)
         given = _mlp._nested(settings, seen, added, counts, parameters)
         params, hidden = made = _mlp._results(*given)
         _op._C.mlp(*_mlp._problem(*given), *made, -1, 0)
         part = x if moved is None else x[:, moved]
-        y, logdet = kernels[0].native(*arguments(part, params))
+        y, logdet = _KERNELS[transform][0].native(*arguments(part, params))
         if moved is not None:
             y = torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
         ctx.save_for_backward(x, context, added, counts, seen, params, hidden, *parameters)
@@ -70,7 +71,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, glogdet: Tensor | None) -> tuple:
         x, context, added, counts, seen, params, hidden, *parameters = ctx.saved_tensors
-        kernels, arguments, shown, moved, limit = ctx.how
+        transform, arguments, shown, moved, limit = ctx.how
         gy = torch.zeros_like(x) if gy is None else gy
         glogdet = x.new_zeros(len(x)) if glogdet is None else glogdet
         needed = ctx.needs_input_grad[2:]
@@ -83,7 +84,7 @@ class _Layer(torch.autograd.Function):
             found = [next(made) if is_wanted else None for is_wanted in wanted]
             return None, None, *found[:3], None, *found[3:]
         part, gpart = (x, gy) if moved is None else (x[:, moved], gy[:, moved])
-        gmoved, gparams = kernels[1].native(gpart, glogdet, *arguments(part, params))
+        gmoved, gparams = _KERNELS[transform][1].native(gpart, glogdet, *arguments(part, params))
         given = _mlp._nested(ctx.settings, seen, added, counts, parameters)
         results = [_op.like(t) if w else None for t, w in zip((added, *parameters), wanted[2:], strict=True)]
         gseen = _op.like(seen) if wanted[0] or wanted[1] else None
@@ -107,7 +108,7 @@ def _composed(
     how: tuple, settings: tuple, counts: Any, x: Tensor, context: Any, added: Any, *parameters: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same of one operator for each part."""
-    kernels, arguments, shown, moved, limit = how
+    transform, arguments, shown, moved, limit = how
     seen = _squash(x[:, shown], limit)
     seen = seen if context is None else torch.cat([seen, context], 1)
     _, _, _, weights, biases, gates, slope, residual = _mlp._nested(settings, seen, added, counts, parameters)
@@ -115,8 +116,7 @@ def _composed(
         seen, weights, biases, slope=slope, residual=residual, added=added, gates=gates, counts=counts
     ).to(x.dtype)
     part = x if moved is None else x[:, moved]
-    fused = _affine_coupling._fused if kernels is _AFFINE else _spline._fused
-    y, logdet = fused(*arguments(part, params))
+    y, logdet = _FUSED[transform](*arguments(part, params))
     if moved is not None:
         y = torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
     return y, logdet
@@ -130,12 +130,12 @@ def _layer(how: tuple, x: Tensor, network: Network) -> tuple[Tensor, Tensor]:
     others = network.context, network.added, network.counts
     parameters = (*network.weights, *network.biases, *network.gates)
     quick = (
-        x.is_cpu
+        not _op.compiling()
+        and x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and settings[0] <= _mlp.MOST_LAYERS
-        and all(k.chosen["cpu"] is k.native is not None for k in (_mlp._KERNEL, *how[0]))
+        and all(k.chosen["cpu"] is k.native is not None for k in (_mlp._KERNEL, *_KERNELS[how[0]]))
         and not torch.is_autocast_enabled("cpu")
-        and not _op.compiling()
         and _op.plain((x, *others, *parameters))
     )
     if not quick:
@@ -160,11 +160,13 @@ def affine_layer(
     slope = _affine_coupling.checked_slope(scale, slope, None)
     shown = slice(split or None) if split >= 0 else slice(split, None)
     arguments = partial(_affine, split=split, scale=scale, slope=slope, inverse=inverse)
-    return _layer((_AFFINE, arguments, shown, None, network.limit), x, network)
+    return _layer(("affine_coupling", arguments, shown, None, network.limit), x, network)
 
 
 def spline_layer(x: Tensor, network: Network, split: int, settings: _spline.Settings) -> tuple[Tensor, Tensor]:
     """`rational_quadratic_spline` of x (N, D) in the same way; ``settings`` are not of tails "none"."""
     moved = None if not split else slice(split, None) if split > 0 else slice(split)
     shown = slice(split or None) if split >= 0 else slice(split, None)
-    return _layer((_SPLINE, partial(_splined, settings=settings.arguments), shown, moved, network.limit), x, network)
+    arguments = partial(_splined, settings=settings.arguments)
+    how = "rational_quadratic_spline", arguments, shown, moved, network.limit
+    return _layer(how, x, network)

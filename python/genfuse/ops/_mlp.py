@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _network(
     if residual:
         for i, (first, second) in enumerate(zip(layers[1:-1:2], layers[2:-1:2], strict=True)):
             block = F.linear(rectify(F.linear(rectify(h), *first)), *second)
-            if gates:
+            if len(gates):
                 inner.append(block)
                 block = block * gates[i]
             h = h + block
@@ -140,17 +141,13 @@ def _backward_problem(gy: Tensor, hidden: Tensor, *given: Any) -> tuple:
     return (*_problem(*given[:-1]), gy.contiguous(), hidden, given)
 
 
-class _Cpu:
-    """The kernels of the CPU as operators must have them, the gradients in one tensor."""
+def _backward_in_one(*given: Any) -> None:
+    """The kernel of the gradients with its results in one tensor, as an operator must have them."""
+    *problem, (x, added, _, weights, biases, gates, *_, needed), flat, device, stream = given
+    _op._C.mlp_backward(*problem, _parts(flat, (x, added, *weights, *biases, *gates), needed), device, stream)
 
-    @staticmethod
-    def mlp(*given: Any) -> None:
-        _op._C.mlp(*given)
 
-    @staticmethod
-    def mlp_backward(*given: Any) -> None:
-        *problem, (x, added, _, weights, biases, gates, *_, needed), flat, device, stream = given
-        _op._C.mlp_backward(*problem, _parts(flat, (x, added, *weights, *biases, *gates), needed), device, stream)
+_CPU = SimpleNamespace(mlp=_op._C.mlp, mlp_backward=_backward_in_one) if _NATIVE else None
 
 
 def _parts(flat: Tensor, every: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -181,7 +178,7 @@ _gradients = _op.fused(
     formula=_backward_formula,
     results=_backward_results,
     problem=_backward_problem,
-    native=_Cpu if _NATIVE else None,
+    native=_CPU,
     takes=_backward_takes,
 )
 
@@ -193,7 +190,8 @@ def _backward(needed: Sequence[bool], cotangents: Sequence[Tensor], *given: Any,
     if torch.is_grad_enabled() or _op.transformed() or is_batched(gy):
         found = _differentiated(wanted, gy, *given)
     else:
-        found = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
+        parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
+        found = [None if g is None else g.clone() for g in parts]  # a weight's would hold the memory of x's
     return [*found[:2], None, *found[2:]]
 
 
@@ -204,7 +202,7 @@ _fused = _op.fused(
     formula=formula,
     results=_results,
     problem=_problem,
-    native=_Cpu if _NATIVE else None,
+    native=_CPU,
     backward=_backward,
     keep=True,
     constant=lambda *given: (1,),
@@ -350,7 +348,7 @@ def mlp(
     """
     if not 0 <= slope < 1:
         raise ValueError(f"slope must be in [0, 1), got {slope}")
-    if not weights or len(weights) != len(biases):
+    if len(weights) == 0 or len(weights) != len(biases):  # a compiler cannot trace the truth of a tuple
         raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
     if x.dim() != 2:
         flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, added, *gates)]
@@ -374,10 +372,10 @@ def _check(
 ) -> None:  # fmt: skip
     """Raise a ValueError that names the first argument which does not go with x."""
     widths = _widths(weights)
-    if residual or gates:
+    if residual or len(gates):
         _check_blocks(widths, len(gates), residual)
     inputs, dtype = x.shape[1], x.dtype
-    fits = added is None and counts is None and not gates
+    fits = added is None and counts is None and len(gates) == 0
     for w, b in zip(weights, biases, strict=True):
         outputs = b.shape[0]
         fits = fits and w.shape == (outputs, inputs) and w.dtype is dtype is b.dtype and w.is_cpu and b.is_cpu

@@ -633,11 +633,16 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def available(device: str) -> list[str]:
-    """The implementations that every operator which is written in them at all has on a type of device."""
+    """The implementations that every operator which is written in them at all has on a type of device. Those whose
+    compiled kernel is for the CPU alone run their formula elsewhere, and do not count there."""
     return [
         i
         for i in ("native", "triton", "reference")
-        if all(k.find(i, device)[0] for k in KERNELS.values() if getattr(k, i) is not None)
+        if all(
+            k.find(i, device)[0]
+            for k in KERNELS.values()
+            if getattr(k, i) is not None and not (device == "cuda" and isinstance(k.module, SimpleNamespace))
+        )
     ]
 
 
