@@ -344,6 +344,7 @@ def test_the_section_of_an_operator_is_whole(name):
 def test_the_table_of_operators_has_their_implementations(name):
     kernel = ops._op.KERNELS.get(name)
     native, triton = (kernel.native, kernel.triton) if kernel else (None, None)
-    expected = [*(["C++", "CUDA"] if native else []), *(["Triton"] if triton else []), "PyTorch"]
+    compiled = ["C++"] if kernel and kernel.cpu_only else ["C++", "CUDA"]
+    expected = [*(compiled if native else []), *(["Triton"] if triton else []), "PyTorch"]
     found = next(row[2] for row in rows(OPERATORS) if row[0] == f"[`{name}`](#{name})")
     assert found == ", ".join(expected) or (kernel is None and found.startswith("PyTorch, "))

@@ -77,11 +77,18 @@ class Kernel:
         first = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
         return self.chosen["cpu"] if first.is_cpu else self.chosen.get(first.device.type, self.operator)
 
+    @property
+    def cpu_only(self) -> bool:
+        """Whether its compiled kernel is for the CPU alone, by `cpu_only`; elsewhere its formula runs."""
+        return isinstance(self.module, SimpleNamespace)
+
     def find(self, implementation: str, device: str) -> tuple[Callable | None, str]:
         """What implements this on a type of device, or None and the reason why nothing does."""
         if implementation == "reference":
             return self.reference, "plain PyTorch"
         if implementation == "native":
+            if device == "cuda" and self.cpu_only:
+                return None, "no CUDA kernel for this operator"
             ours = self.operator.namespace == "genfuse"
             if self.native is None or (ours and _C is None):
                 return None, (ours and _why_not) or "no compiled kernel for this operator"
@@ -641,7 +648,7 @@ def available(device: str) -> list[str]:
         if all(
             k.find(i, device)[0]
             for k in KERNELS.values()
-            if getattr(k, i) is not None and not (device == "cuda" and isinstance(k.module, SimpleNamespace))
+            if getattr(k, i) is not None and not (device == "cuda" and k.cpu_only)
         )
     ]
 
