@@ -1,5 +1,8 @@
 #include "bindings.h"
 #include "mlp/launch.h"
+
+// What has no levels of x86-64 has no kernels, and runs PyTorch's layers.
+#ifdef GENFUSE_SIMD_LEVELS
 #include "mlp/product.h"
 
 namespace genfuse::mlp {
@@ -251,3 +254,9 @@ void bind(pybind11::module_& m) {
 }
 
 }  // namespace genfuse::mlp
+
+#else
+namespace genfuse::mlp {
+void bind(pybind11::module_&) {}
+}  // namespace genfuse::mlp
+#endif

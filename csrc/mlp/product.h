@@ -276,26 +276,14 @@ GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t 
                                         : panel<T, name, 1>(p, first, last, j, room);                                  \
     }                                                                                                                  \
   };
-#ifdef GENFUSE_SIMD_LEVELS
 GENFUSE_LEVEL(V4, __attribute__((target("arch=x86-64-v4"))), 64, 14)
 GENFUSE_LEVEL(V3, __attribute__((target("arch=x86-64-v3"))), 32, 6)
-GENFUSE_LEVEL(V1, , 16, 6)
-#else
-GENFUSE_LEVEL(V1, , 16, 12)
-#endif
 
 template <class T>
 struct Panels {
   void (*run)(const Product<T>&, int64_t, int64_t, int64_t, Room<T>&);
   int64_t columns;
 
-  static Panels best() {
-#ifdef GENFUSE_SIMD_LEVELS
-    if (__builtin_cpu_supports("x86-64-v4")) return of<V4>();
-    if (__builtin_cpu_supports("x86-64-v3")) return of<V3>();
-#endif
-    return of<V1>();
-  }
   template <class Level>
   static Panels of() {
     return {&Level::template run<T>, 2 * Vector<T, Level::bytes>::lanes};
@@ -305,7 +293,8 @@ struct Panels {
 // Runs a product on all threads where there is enough work.
 template <class T>
 void multiply(const Product<T>& p) {
-  static const auto level = Panels<T>::best();
+  static const auto level =
+      __builtin_cpu_supports("x86-64-v4") ? Panels<T>::template of<V4>() : Panels<T>::template of<V3>();
   const int64_t panels = (p.n + level.columns - 1) / level.columns, heights = (p.m + kHeight - 1) / kHeight;
 #pragma omp parallel for schedule(static) if (p.m * p.n * p.k > (int64_t(1) << 19))
   for (int64_t task = 0; task < panels * heights; ++task) {
