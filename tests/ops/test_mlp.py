@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from genfuse import ops
 from genfuse.nn import (
@@ -175,13 +176,22 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_the_operators():
+def test_modes_see_pytorchs_operators_and_profilers_the_kernels():
     leaves, settings = arguments(6, [3, 8, 2])
+    expected = results(ops.mlp, leaves, settings, torch.float32)
     with Recorder() as recorder:
         found = results(ops.mlp, leaves, settings, torch.float32)
-    assert {"genfuse::mlp", "genfuse::mlp_backward"} <= set(recorder.names)
-    for a, b in zip(found, results(ops.mlp, leaves, settings, torch.float32), strict=True):
-        assert torch.equal(a, b)
+    assert "aten::addmm" in recorder.names
+    with torch.profiler.profile() as profile:
+        again = results(ops.mlp, leaves, settings, torch.float32)
+    if _mlp._NATIVE:
+        assert {"genfuse::mlp", "genfuse::mlp_backward"} <= {event.key for event in profile.key_averages()}
+    for a, b, c in zip(expected, found, again, strict=True):
+        torch.testing.assert_close(a, b)
+        assert torch.equal(a, c)
+    with FlopCounterMode(display=False) as counter:
+        results(ops.mlp, leaves, settings, torch.float32)
+    assert counter.get_total_flops() == 3 * 2 * 6 * (3 * 8 + 8 * 2)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +234,7 @@ def test_a_critic_of_linear_layers_is_penalised_by_a_chain_of_products(slope, ca
         out = critic(x)
         return out, torch.autograd.grad(out.sum(), x, create_graph=True)[0]
 
-    with Recorder():  # which the chain of kernels would pass by
+    with Recorder():  # where it is PyTorch's own layers
         seen = penalty(critic, ops.scores_and_gradient)
     for a, b in zip(penalty(critic, ops.scores_and_gradient), seen, strict=True):
         torch.testing.assert_close(a, b)

@@ -85,7 +85,8 @@ class Bernoulli(Likelihood):
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         logits = at_least_float32(params).squeeze(-1)  # (..., N, *shape)
         rows = logits.shape[: logits.dim() - x.dim() + 1]
-        flat = [t.reshape(rows.numel(), -1) for t in (logits, x.to(logits.dtype).expand_as(logits))]
+        sizes = rows.numel(), x.shape[1:].numel()
+        flat = [t.reshape(sizes) for t in (logits, x.to(logits.dtype).expand_as(logits))]
         return -ops.bernoulli_nll(*flat).view(rows)
 
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:

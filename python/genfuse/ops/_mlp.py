@@ -222,7 +222,7 @@ class _Node(torch.autograd.Function):
         if _op.plain((x, added, counts, *parameters)):
             y, hidden = made = _results(*given)
             _op._C.mlp(*_problem(*given), *made, -1, 0)
-        else:  # a mode that wants to see operators
+        else:  # a profiler that wants to see operators, or a tensor that stands for others
             y, hidden = _KERNEL.operator(*given)
         ctx.save_for_backward(x, added, counts, hidden, *parameters)
         ctx.settings = settings
@@ -357,7 +357,8 @@ def mlp(
         return y.view(*x.shape[:-1], y.shape[-1])
     given = (x, added, counts, weights, biases, gates, slope, residual)
     fused = x.is_cpu and x.dtype in (torch.float32, torch.float64) and len(weights) <= MOST_LAYERS
-    if not fused or _KERNEL.chosen["cpu"] is not _KERNEL.native or torch.is_autocast_enabled("cpu"):
+    seen = _op.modes._is_in_torch_dispatch_mode  # by a mode, such as a counter of operations, that knows PyTorch's own
+    if not fused or seen or _KERNEL.chosen["cpu"] is not _KERNEL.native or torch.is_autocast_enabled("cpu"):
         _check_blocks(_widths(weights), len(gates), residual)
         return _network(*given)[0]
     _check(*given)
