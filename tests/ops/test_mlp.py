@@ -294,6 +294,17 @@ def test_a_layer_of_a_flow_is_one_node_with_the_gradients_of_its_parts(name, con
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squashed_is_asinh_of_numbers_of_any_size(dtype):
+    x = torch.tensor(
+        [0.0, -0.0, 1e-30, -1e-8, 1e-3, -0.5, 1, 3, -40, 1e8, -1e20, 1e37, torch.inf, torch.nan], dtype=dtype
+    )
+    found = _layer._squashed(x[:, None], 0.0)[:, 0]
+    torch.testing.assert_close(
+        found, x.double().asinh().to(dtype), equal_nan=True, atol=0, rtol=4 * torch.finfo(dtype).eps
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_bernoulli_nll_is_the_cross_entropy(dtype):
     torch.manual_seed(0)

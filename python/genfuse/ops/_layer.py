@@ -42,6 +42,16 @@ def _squash(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else x.clamp(-limit, limit) if limit else x.asinh()
 
 
+def _squashed(x: Tensor, limit: float | None) -> Tensor:
+    """The same without a derivative, and several times as fast: PyTorch takes asinh one element at a time."""
+    if limit != 0.0:
+        return _squash(x, limit)
+    size = x.abs()
+    share = size / torch.hypot(size, size.new_ones(())).add_(1)  # size^2 would overflow
+    share.nan_to_num_(1.0)  # of infinity
+    return torch.addcmul(size, size, share).log1p_().copysign_(x)
+
+
 def _through_squash(g: Tensor, x: Tensor, limit: float | None) -> Tensor:
     if limit is None:
         return g
@@ -54,7 +64,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, how: tuple, settings: tuple, x: Tensor, context: Any, added: Any, counts: Any, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         transform, arguments, shown, moved, limit = how
-        seen = _squash(x[:, shown], limit)
+        seen = _squashed(x[:, shown], limit)
         seen = seen if context is None else torch.cat([seen, context], 1)
         given = _mlp._nested(settings, seen, added, counts, parameters)
         params, hidden = made = _mlp._results(*given)
