@@ -106,7 +106,7 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
   using V = typename Vector<T, bytes>::type;
   constexpr int lanes = Vector<T, bytes>::lanes;
   const int64_t columns = std::min<int64_t>(width, p.n - j);
-  if (p.b.column == 1) {
+  if (p.b.column == 1 && p.masked != Masked::b_columns) {  // of one row, both strides are 1
     for (int64_t i = begin; i < end; ++i, to += width) {
       const int64_t seen = p.masked == Masked::b_rows ? std::clamp<int64_t>(p.counts[i] - j, 0, columns) : columns;
       const T* from = p.b.data + i * p.b.row + j;

@@ -30,6 +30,7 @@ NETWORKS = {
     "gated": ([5, 50, 50, 50, 50, 50, 17], {"residual": True, "gates": True}),
     "residual": ([5, 50, 33, 50, 50, 50, 17], {"residual": True, "added": True}),
     "masked": ([21, 64, 64, 42], {"counts": True, "added": True}),
+    "masked, one input": ([1, 40, 1, 3], {"counts": "any"}),
     "masked at random": ([21, 64, 30, 64, 42], {"residual": True, "counts": "any"}),
 }
 
