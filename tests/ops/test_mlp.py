@@ -284,7 +284,7 @@ def test_a_layer_of_a_flow_is_one_node_with_the_gradients_of_its_parts(name, con
         patch.setattr(
             _layer,
             "_layer",
-            lambda how, x, n: _layer._composed(
+            lambda how, x, n, each: _layer._composed(
                 how, (len(n.weights), 0.0, n.residual), n.counts, x, n.context, n.added, *n.weights, *n.biases, *n.gates
             ),
         )
@@ -293,6 +293,27 @@ def test_a_layer_of_a_flow_is_one_node_with_the_gradients_of_its_parts(name, con
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-10)
     for a, b in zip(run(), parts, strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": [torch.zeros(5, 2)], "biases": [torch.zeros(5)]}, r"weights\[0\] must have shape \(4, 2\)"),
+        ({"weights": [torch.zeros(4, 3)]}, r"weights\[0\] must have shape \(4, 2\)"),
+        ({"weights": []}, "as many layers"),
+        ({"context": torch.zeros(2, 1)}, r"context must have shape \(3, 1\)"),
+        ({"counts": torch.zeros(3, dtype=torch.int64)}, "counts must have shape"),
+        ({"gates": [torch.zeros(3, 4)]}, "gates must be one for each residual block"),
+        ({"biases": [torch.zeros(4).double()]}, "dtype"),
+    ],
+)
+def test_a_network_that_does_not_fit_a_layer_is_refused(change, message):
+    network = ops.Network([torch.zeros(4, 2)], [torch.zeros(4)])
+    ops.affine_layer(torch.zeros(3, 4), network, 2)
+    with pytest.raises(ValueError, match=message):
+        ops.affine_layer(torch.zeros(3, 4), network._replace(**change), 2)
+    with pytest.raises(ValueError, match=r"x must be \(N, D\)"):
+        ops.affine_layer(torch.zeros(3, 4, 1), network, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -135,7 +135,37 @@ def _composed(
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
-def _layer(how: tuple, x: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+def _check(how: tuple, x: Tensor, network: Network, each: int) -> None:
+    """Raise a ValueError for what does not go with x (N, D), or a network that makes no ``each`` numbers a feature."""
+    if x.dim() != 2:
+        raise ValueError(f"x must be (N, D), got {tuple(x.shape)}")
+    _op.check_alike(x, "x")
+    weights, biases, context, added = network.weights, network.biases, network.context, network.added
+    if len(weights) == 0 or len(weights) != len(biases):
+        raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
+    (rows, columns), (_, _, shown, _, _) = x.shape, how
+    seen = len(range(columns)[shown])
+    moved = columns if seen == columns else columns - seen
+    shapes: dict[str, tuple] = {}
+    if context is not None:
+        shapes["context"] = context, (rows, context.shape[-1])
+    inputs = seen + (0 if context is None else context.shape[-1])
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        outputs = b.shape[0] if i + 1 < len(biases) else moved * each
+        shapes |= {f"weights[{i}]": (w, (outputs, inputs)), f"biases[{i}]": (b, (outputs,))}
+        inputs = outputs
+    hidden = rows, weights[0].shape[0]
+    shapes |= {} if added is None else {"added": (added, hidden)}
+    shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(network.gates)}
+    if network.counts is not None:
+        shapes["counts"] = network.counts, (sum(len(b) for b in biases),), torch.int64
+    _op.check_alike(x, "x", **shapes)
+    _mlp._check_blocks(_mlp._widths(weights), len(network.gates), network.residual)
+
+
+def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, Tensor]:
+    if not torch.is_autocast_enabled(x.device.type):  # which lets parts have other dtypes
+        _check(how, x, network, each)
     settings = len(network.weights), 0.0, network.residual
     others = network.context, network.added, network.counts
     parameters = (*network.weights, *network.biases, *network.gates)
@@ -170,7 +200,7 @@ def affine_layer(
     slope = _affine_coupling.checked_slope(scale, slope, None)
     shown = slice(split or None) if split >= 0 else slice(split, None)
     arguments = partial(_affine, split=split, scale=scale, slope=slope, inverse=inverse)
-    return _layer(("affine_coupling", arguments, shown, None, network.limit), x, network)
+    return _layer(("affine_coupling", arguments, shown, None, network.limit), x, network, 2)
 
 
 def spline_layer(x: Tensor, network: Network, split: int, settings: _spline.Settings) -> tuple[Tensor, Tensor]:
@@ -179,4 +209,4 @@ def spline_layer(x: Tensor, network: Network, split: int, settings: _spline.Sett
     shown = slice(split or None) if split >= 0 else slice(split, None)
     arguments = partial(_splined, settings=settings.arguments)
     how = "rational_quadratic_spline", arguments, shown, moved, network.limit
-    return _layer(how, x, network)
+    return _layer(how, x, network, settings.params)
