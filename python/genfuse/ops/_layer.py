@@ -58,7 +58,16 @@ def _through_squash(g: Tensor, x: Tensor, limit: float | None) -> Tensor:
     return g * (x.abs() <= limit) if limit else g * (x.square() + 1).rsqrt()
 
 
+def _whole(x: Tensor, y: Tensor, shown: slice, moved: slice | None) -> Tensor:
+    """The features that moved, and beside them those that were shown, if these passed through apart from them."""
+    if moved is None:
+        return y
+    return torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
+
+
 class _Layer(torch.autograd.Function):
+    """The kernels of both parts, one after the other; gradients of a second order are those of `_composed`."""
+
     @staticmethod
     def forward(
         ctx: Any, how: tuple, settings: tuple, x: Tensor, context: Any, added: Any, counts: Any, *parameters: Tensor
@@ -71,8 +80,7 @@ class _Layer(torch.autograd.Function):
         _op._C.mlp(*_mlp._problem(*given), *made, -1, 0)
         part = x if moved is None else x[:, moved]
         y, logdet = _KERNELS[transform][0].native(*arguments(part, params))
-        if moved is not None:
-            y = torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
+        y = _whole(x, y, shown, moved)
         ctx.save_for_backward(x, context, added, counts, seen, params, hidden, *parameters)
         ctx.how, ctx.settings = how, settings
         ctx.set_materialize_grads(False)
@@ -127,9 +135,7 @@ def _composed(
     ).to(x.dtype)
     part = x if moved is None else x[:, moved]
     y, logdet = _FUSED[transform](*arguments(part, params))
-    if moved is not None:
-        y = torch.cat([x[:, shown], y] if moved.stop is None else [y, x[:, shown]], 1)
-    return y, logdet
+    return _whole(x, y, shown, moved), logdet
 
 
 _apply = super(torch.autograd.Function, _Layer).apply
