@@ -172,6 +172,8 @@ class ConvConditioner(nn.Module):
         self.last = last_layer(nn.Conv2d(width, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if x.is_cpu:  # whose convolutions take less time if channels lie side by side
+            x = x.clone(memory_format=torch.channels_last)
         h = self.first(x)  # (N, width, H, W)
         if context is not None:
             assert self.context is not None
@@ -180,7 +182,7 @@ class ConvConditioner(nn.Module):
             h = h + block(h)
         if self.middle is not None:
             h = self.middle(F.relu(h))
-        return self.last(F.relu(h))
+        return self.last(F.relu(h)).contiguous()
 
 
 def output_layer(network: nn.Module, multiple: int) -> nn.Linear | nn.Conv2d | None:

@@ -5,12 +5,14 @@ x is (N, D), or (N, C, H, W) of any height and width; log_sigma, the logarithm o
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfuse import ops
 from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import last_layer
 from genfuse.nn._context import beside
@@ -72,11 +74,21 @@ class DenoisingMLP(nn.Module):
         return self.last(F.silu(h)).view(x.shape)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    """At most 8 groups, of at least 4 channels each where there are as many."""
-    return nn.GroupNorm(
-        next(g for g in range(8, 0, -1) if channels % g == 0 and (channels // g >= 4 or g == 1)), channels
-    )
+class GroupNorm(nn.GroupNorm):
+    """At most 8 groups, of at least 4 channels each where there are as many; then, if given, each example's scale and
+    shift, (N, C), and SiLU if asked for."""
+
+    def __init__(self, channels: int, silu: bool = True) -> None:
+        groups = next(g for g in range(8, 0, -1) if channels % g == 0 and (channels // g >= 4 or g == 1))
+        super().__init__(groups, channels)
+        self.silu = silu
+
+    def forward(self, h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if scale is not None and shift is not None:
+            weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
+        return ops.group_norm(h, self.num_groups, weight, bias, eps=self.eps, silu=self.silu)
 
 
 class _Attention(nn.Module):
@@ -85,7 +97,7 @@ class _Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = max(1, channels // 32) if channels % 32 == 0 else 1
-        self.norm = _norm(channels)
+        self.norm = GroupNorm(channels, silu=False)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.last = last_layer(nn.Conv2d(channels, channels, 1))
 
@@ -95,22 +107,26 @@ class _Attention(nn.Module):
         return h + self.last(attended.reshape(h.shape))
 
 
+def _named(layers: dict[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
 class _Block(nn.Module):
     """A residual block: norm, activation, convolution; the same again, scaled and shifted by the noise level."""
 
     def __init__(self, inputs: int, outputs: int, embedded: int, dropout: float, attention: bool) -> None:
         super().__init__()
-        self.first = nn.Sequential(_norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        # The names of weights in checkpoints count layers as if SiLU were one.
+        self.first = _named({"0": GroupNorm(inputs), "2": nn.Conv2d(inputs, outputs, 3, padding=1)})
         self.film = nn.Linear(embedded, 2 * outputs)
-        self.norm = _norm(outputs)
+        self.norm = GroupNorm(outputs)
         last = last_layer(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
+        self.second = _named({"1": nn.Dropout(dropout), "2": last})
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = _Attention(outputs) if attention else nn.Identity()
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
-        scale, shift = self.film(embedded)[:, :, None, None].chunk(2, 1)
-        inner = torch.addcmul(shift, self.norm(self.first(h)), 1 + scale)
+        inner = self.norm(self.first(h), *self.film(embedded).chunk(2, 1))
         return self.attention(self.skip(h) + self.second(inner))
 
 
@@ -161,13 +177,15 @@ class UNet(nn.Module):
         for scale, width in reversed(passed):
             self.up.append(_Block(h + width, channels[scale], embedded, dropout, scale in attention))
             h = channels[scale]
-        self.last = nn.Sequential(_norm(h), nn.SiLU(), last_layer(nn.Conv2d(h, inputs, 3, padding=1)))
+        self.last = _named({"0": GroupNorm(h), "2": last_layer(nn.Conv2d(h, inputs, 3, padding=1))})
 
     def forward(self, x: Tensor, log_sigma: Tensor, context: Tensor | None = None) -> Tensor:
         shape, x = x.shape, x.flatten(1, -3)  # the frames of clips as channels
         if context is not None and context.dim() == 4:
             x, context = beside(x, context), None
         embedded = F.silu(self.embedding(log_sigma, context))
+        if x.is_cpu:  # whose convolutions take up to half as long if channels lie side by side
+            x = x.clone(memory_format=torch.channels_last)
         passed = [self.first(x)]
         for layer in self.down:
             passed.append(layer(passed[-1], embedded))

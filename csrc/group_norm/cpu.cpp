@@ -1,0 +1,177 @@
+#include <vector>
+
+#include "bindings.h"
+#include "group_norm/launch.h"
+#include "group_norm/math.h"
+#include "rows.h"
+
+namespace genfuse::group_norm {
+namespace {
+
+// One example at a time, in blocks of as many whole cells as fit kBlock, so that loops are long where channels are few:
+// what belongs to a channel stands in the arrays once for each cell of a block.
+template <class T>
+struct Arrays {
+  int64_t width;
+  std::vector<T> memory;
+  T *mean, *rstd, *factor, *shift, *of_g, *of_gx, *g;
+
+  // `gradients`: an example's, of what is normalised, scaled and shifted.
+  explicit Arrays(int64_t channels, int64_t gradients = 0)
+      : width(std::max<int64_t>(1, kBlock / channels) * channels), memory(6 * width + gradients), mean(memory.data()) {
+    rstd = mean + width, factor = rstd + width, shift = factor + width;
+    of_g = shift + width, of_gx = of_g + width, g = of_gx + width;
+  }
+};
+
+// Adds the sums of a block's cells up, into those of the first.
+template <class T>
+GENFUSE_HD void add_up(const Problem& p, int64_t width, T* sums) {
+  for (int64_t j = p.channels; j < width; j += p.channels) {
+    GENFUSE_INDEPENDENT
+    for (int64_t c = 0; c < p.channels; ++c) sums[c] += sums[j + c];
+  }
+}
+
+// Replaces what `add_up` has made by the groups' means, over cells and channels, and these a block wide.
+template <class T>
+GENFUSE_HD void means(const Problem& p, int64_t width, T* sums) {
+  const int64_t each = p.channels / p.groups;
+  for (int64_t first = 0; first < p.channels; first += each) {
+    double sum = 0;
+    for (int64_t c = first; c < first + each; ++c) sum += sums[c];
+    std::fill_n(sums + first, each, T(sum / double(std::max<int64_t>(1, p.cells) * each)));
+  }
+  for (int64_t j = p.channels; j < width; ++j) sums[j] = sums[j - p.channels];
+}
+
+// Mean and reciprocal standard deviation, the scale times this, and the shift.
+template <class S, class T>
+GENFUSE_HD void prepare(const Problem& p, Arrays<T>& a, int64_t i) {
+  const int64_t size = p.cells * p.channels;
+  const S* x = element<S>(p.x, i * size);
+  const T *scale = element<T>(p.scale, i * p.channels), *shift = element<T>(p.shift, i * p.channels);
+  for (int64_t j = 0; j < a.width; j += p.channels) {
+    std::copy_n(scale, p.channels, a.factor + j);
+    std::copy_n(shift, p.channels, a.shift + j);
+  }
+  T *mean = a.mean, *rstd = a.rstd;
+  std::fill_n(mean, a.width, T(0));
+  for (int64_t j0 = 0; j0 < size; j0 += a.width) {
+    const int64_t n = std::min(a.width, size - j0);
+    GENFUSE_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) mean[j] += load(x[j0 + j]);
+  }
+  add_up(p, a.width, mean);
+  means(p, a.width, mean);
+  std::fill_n(rstd, a.width, T(0));
+  for (int64_t j0 = 0; j0 < size; j0 += a.width) {
+    const int64_t n = std::min(a.width, size - j0);
+    GENFUSE_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) {
+      const T centred = load(x[j0 + j]) - mean[j];
+      rstd[j] += centred * centred;
+    }
+  }
+  add_up(p, a.width, rstd);
+  means(p, a.width, rstd);
+  for (int64_t j = 0; j < a.width; ++j) {
+    rstd[j] = T(1) / std::sqrt(rstd[j] + T(p.eps));
+    a.factor[j] *= rstd[j];
+  }
+}
+
+template <bool silu, class S>
+GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const int64_t size = p.cells * p.channels;
+  Arrays<T> a(p.channels);
+  for (int64_t i = begin; i < end; ++i) {
+    prepare<S>(p, a, i);
+    const T *mean = a.mean, *factor = a.factor, *shift = a.shift;
+    const S* x = element<S>(p.x, i * size);
+    S* y = element<S>(out.y, i * size);
+    for (int64_t j0 = 0; j0 < size; j0 += a.width) {
+      const int64_t n = std::min(a.width, size - j0);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        store(y[j0 + j], activate<silu>((load(x[j0 + j]) - mean[j]) * factor[j] + shift[j]));
+      }
+    }
+  }
+}
+
+template <bool silu, class S>
+GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  const int64_t size = p.cells * p.channels;
+  Arrays<T> a(p.channels, size);
+  for (int64_t i = begin; i < end; ++i) {
+    prepare<S>(p, a, i);
+    const T *mean = a.mean, *rstd = a.rstd, *factor = a.factor, *shift = a.shift;
+    T *of_g = a.of_g, *of_gx = a.of_gx, *gs = a.g;
+    const S *x = element<S>(p.x, i * size), *gy = element<S>(out.gy, i * size);
+    S* gx = element<S>(out.gx, i * size);
+    std::fill_n(of_g, a.width, T(0));
+    std::fill_n(of_gx, a.width, T(0));
+    for (int64_t j0 = 0; j0 < size; j0 += a.width) {
+      const int64_t n = std::min(a.width, size - j0);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const T centred = load(x[j0 + j]) - mean[j];
+        const T g = activation_grad<silu>(T(load(gy[j0 + j])), centred * factor[j] + shift[j]);
+        gs[j0 + j] = g;
+        of_g[j] += g;
+        of_gx[j] += g * centred;
+      }
+    }
+    add_up(p, a.width, of_g);
+    add_up(p, a.width, of_gx);
+    for (int64_t c = 0; c < p.channels; ++c) {
+      *element<T>(out.gshift, i * p.channels + c) = of_g[c];
+      *element<T>(out.gscale, i * p.channels + c) = of_gx[c] * rstd[c];
+      of_g[c] *= factor[c];
+      of_gx[c] *= factor[c];
+    }
+    means(p, a.width, of_g);
+    means(p, a.width, of_gx);
+    for (int64_t j = 0; j < a.width; ++j) of_gx[j] *= rstd[j] * rstd[j];
+    for (int64_t j0 = 0; j0 < size; j0 += a.width) {
+      const int64_t n = std::min(a.width, size - j0);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        store(gx[j0 + j], grad(gs[j0 + j], T(load(x[j0 + j])) - mean[j], factor[j], of_g[j], of_gx[j]));
+      }
+    }
+  }
+}
+
+template <class S>
+GENFUSE_HD void either(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
+  p.silu ? rows_of<true, S>(p, out, begin, end) : rows_of<false, S>(p, out, begin, end);
+}
+template <class S>
+GENFUSE_HD void either(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
+  p.silu ? rows_of<true, S>(p, out, begin, end) : rows_of<false, S>(p, out, begin, end);
+}
+GENFUSE_SIMD_LOOPS(rows, Forward, either<S>)
+GENFUSE_SIMD_LOOPS(rows, Backward, either<S>)
+
+}  // namespace
+
+template <class Out>
+void run_cpu(const Problem& p, const Out& out) {
+  dispatch(p.dtype, [&](auto storage) {
+    for_rows(p.rows, p.cells * p.channels, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
+  });
+}
+
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem =
+      fields(&P::dtype, &P::x, &P::scale, &P::shift, &P::rows, &P::cells, &P::channels, &P::groups, &P::eps, &P::silu);
+  define(m, "group_norm", problem, fields(&Forward::y));
+  define(m, "group_norm_backward", problem, fields(&Backward::gy, &Backward::gx, &Backward::gscale, &Backward::gshift));
+}
+
+}  // namespace genfuse::group_norm
