@@ -33,6 +33,7 @@ from benchmarks.examples import KernelNoise
 from benchmarks.ops import first_line
 from genfuse.models import Batch
 from genfuse.training.lean import lean
+from genfuse.training.process import keep_freed_memory
 
 PRODUCTS, FUSED, PLAIN, COMPILED, JAX = "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"
 AT_MOST = {"products": PRODUCTS, "JAX": JAX}
@@ -335,6 +336,7 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 
 def measure(name: str, setting: str, args: Namespace) -> dict[str, Any]:
     """One case as a row of the record, and printed. Each side has its time, and as how many times genfuse's."""
+    keep_freed_memory()  # as every training of ours does; here of all sides
     effort, made = QUICK if args.quick else EFFORT[setting], sides(CASES[name], args.compile)
     running = {side: what for side, what in made.items() if isinstance(what, Side)}
     gc.collect()

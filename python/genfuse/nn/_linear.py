@@ -1,13 +1,14 @@
 """Linear layers of flows: permutations, learned linear maps by LU, activation normalisation."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfuse import ops
 from genfuse.nn._transform import Transform
 from genfuse.ops import actnorm, fused, mlp
 
@@ -18,42 +19,6 @@ _reorder: Callable = fused(
     results=lambda x, order, back: torch.empty_like(x, memory_format=torch.contiguous_format),
     backward=lambda needed, cotangents, x, order, back, outputs: (_reorder(cotangents[0], back, order), None, None),
     saved=lambda needed, x, order, back: (None, order, back),
-)
-
-
-def _lu_factors(triangles: Tensor, log_diagonal: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """L, without its diagonal of ones, and U, (D, D) each."""
-    return triangles.tril(-1), triangles.triu(1) + torch.diag(signs * log_diagonal.exp())
-
-
-def _lu_formula(
-    triangles: Tensor, log_diagonal: Tensor, signs: Tensor, back: Tensor, order: Tensor
-) -> tuple[Tensor, Tensor]:
-    lower, upper = _lu_factors(triangles, log_diagonal, signs)
-    return torch.addmm(upper, lower, upper).index_select(1, back), log_diagonal.sum()
-
-
-def _lu_backward(
-    needed: Sequence[bool], cotangents: Sequence[Tensor | None], triangles: Tensor, log_diagonal: Tensor,
-    signs: Tensor, back: Tensor, order: Tensor, outputs: Any,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    gweight, glogdet = cotangents
-    of_log = torch.zeros_like(log_diagonal) if glogdet is None else glogdet.expand_as(log_diagonal)
-    if gweight is None:
-        return None, of_log, None, None, None
-    lower, upper = _lu_factors(triangles, log_diagonal, signs)
-    g = gweight.index_select(1, order)
-    of_upper = torch.addmm(g, lower.mT, g)
-    of_triangles = (g @ upper.mT).tril(-1) + of_upper.triu(1)
-    return of_triangles, torch.addcmul(of_log, of_upper.diagonal(), upper.diagonal()), None, None, None
-
-
-# L U P as one node of autograd's graph, which is small beside a layer, and the sum of the logarithms.
-_lu: Callable = fused(
-    "lu_product(Tensor triangles, Tensor log_diagonal, Tensor signs, Tensor back, Tensor order) -> (Tensor, Tensor)",
-    formula=_lu_formula,
-    results=lambda triangles, log_diagonal, *rest: (torch.empty_like(triangles), log_diagonal.new_empty(())),
-    backward=_lu_backward,
 )
 
 
@@ -124,13 +89,14 @@ class LULinear(Transform):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L, without its diagonal of ones, and U, (D, D) each."""
-        return _lu_factors(self.triangles, self.log_diagonal, self.signs)
+        triangles, diagonal = self.triangles, self.signs * self.log_diagonal.exp()
+        return triangles.tril(-1), triangles.triu(1) + torch.diag(diagonal)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.is_autocast_enabled(x.device.type):  # a rounded W would have another determinant and inverse
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        weight, logdet = _lu(self.triangles, self.log_diagonal, self.signs, self.back, self.order)
+        weight, logdet = ops.lu_product(self.triangles, self.log_diagonal, self.signs, self.back, self.order)
         if x.dim() == 2:
             return mlp(x, [weight], [self.bias]), logdet.expand(len(x))
         if x.is_cpu:  # where a convolution of few channels takes three times as long as these products

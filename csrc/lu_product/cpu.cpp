@@ -1,0 +1,110 @@
+#include <vector>
+
+#include "bindings.h"
+#include "lu_product/launch.h"
+#include "rows.h"
+
+namespace genfuse::lu_product {
+namespace {
+
+constexpr int64_t kRows = 4;  // that are added at a time
+
+// Adds to `sum` the sum over k < n of factors[k * step] times the row k of `rows`, in columns [j0, j1).
+template <class T>
+GENFUSE_HD void add_rows(T* sum, const T* factors, int64_t step, const T* rows, int64_t n, int64_t j0, int64_t j1,
+                         int64_t size) {
+  int64_t k = 0;
+  for (; k + kRows <= n; k += kRows) {
+    const T *r = rows + k * size, *f = factors + k * step;
+    const T f0 = f[0], f1 = f[step], f2 = f[2 * step], f3 = f[3 * step];
+    GENFUSE_INDEPENDENT
+    for (int64_t j = j0; j < j1; ++j) {
+      sum[j] += (f0 * r[j] + f1 * r[size + j]) + (f2 * r[2 * size + j] + f3 * r[3 * size + j]);
+    }
+  }
+  for (; k < n; ++k) {
+    const T f = factors[k * step], *r = rows + k * size;
+    GENFUSE_INDEPENDENT
+    for (int64_t j = j0; j < j1; ++j) sum[j] += f * r[j];
+  }
+}
+
+// U with zeros below its diagonal, and L with ones on its diagonal and zeros above.
+template <class T>
+GENFUSE_HD void factors_of(const Problem& p, T* lower, T* upper) {
+  const T *triangles = element<T>(p.triangles, 0), *log_diagonal = element<T>(p.log_diagonal, 0);
+  const T* signs = element<T>(p.signs, 0);
+  for (int64_t i = 0; i < p.size; ++i) {
+    const T* from = triangles + i * p.size;
+    std::fill_n(std::copy_n(from, i, lower + i * p.size), p.size - i, T(0));
+    lower[i * p.size + i] = 1;
+    std::fill_n(upper + i * p.size, i, T(0));
+    std::copy_n(from + i, p.size - i, upper + i * p.size + i);
+    upper[i * p.size + i] = signs[i] * std::exp(log_diagonal[i]);
+  }
+}
+
+template <class T>
+GENFUSE_HD void whole(const Problem& p, const Forward& out, int64_t, int64_t) {
+  const int64_t n = p.size;
+  std::vector<T> memory(2 * n * n + n);
+  T *lower = memory.data(), *upper = lower + n * n, *row = upper + n * n;
+  factors_of(p, lower, upper);
+  double logdet = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    std::fill_n(row, n, T(0));
+    add_rows(row, lower + i * n, 1, upper, i + 1, 0, n, n);
+    T* weight = element<T>(out.weight, i * n);
+    for (int64_t j = 0; j < n; ++j) weight[j] = row[p.back[j]];
+    logdet += *element<T>(p.log_diagonal, i);
+  }
+  *element<T>(out.logdet, 0) = T(logdet);
+}
+
+template <class T>
+GENFUSE_HD void whole(const Problem& p, const Backward& out, int64_t, int64_t) {
+  const int64_t n = p.size;
+  std::vector<T> memory(4 * n * n + n);
+  T *lower = memory.data(), *upper = lower + n * n, *turned = upper + n * n, *g = turned + n * n, *row = g + n * n;
+  factors_of(p, lower, upper);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) turned[j * n + i] = upper[i * n + j];
+  }
+  const T *gweight = element<T>(out.gweight, 0), glogdet = *element<T>(out.glogdet, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) g[i * n + j] = gweight[i * n + p.order[j]];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    T* to = element<T>(out.gtriangles, i * n);
+    std::fill_n(row, n, T(0));
+    add_rows(row, g + i * n, 1, turned, n, 0, i, n);
+    std::copy_n(row, i, to);
+    std::fill_n(row, n, T(0));
+    add_rows(row, lower + i * n + i, n, g + i * n, n - i, i, n, n);  // the transpose of L: rows from i on
+    *element<T>(out.glog_diagonal, i) = glogdet + row[i] * upper[i * n + i];
+    to[i] = 0;
+    std::copy(row + i + 1, row + n, to + i + 1);
+  }
+}
+
+GENFUSE_SIMD_LOOP(float, run, Forward, whole<float>)
+GENFUSE_SIMD_LOOP(double, run, Forward, whole<double>)
+GENFUSE_SIMD_LOOP(float, run, Backward, whole<float>)
+GENFUSE_SIMD_LOOP(double, run, Backward, whole<double>)
+
+}  // namespace
+
+template <class Out>
+void run_cpu(const Problem& p, const Out& out) {
+  p.dtype == 1 ? run(double(), p, out, 0, 0) : run(float(), p, out, 0, 0);
+}
+
+void bind(pybind11::module_& m) {
+  using P = Problem;
+  const auto problem = fields(&P::dtype, &P::triangles, &P::log_diagonal, &P::signs, &P::back, &P::order, &P::size);
+  define(m, "lu_product", problem, fields(&Forward::weight, &Forward::logdet));
+  define(m, "lu_product_backward", problem,
+         fields(&Backward::gweight, &Backward::glogdet, &Backward::gtriangles, &Backward::glog_diagonal));
+}
+
+}  // namespace genfuse::lu_product
