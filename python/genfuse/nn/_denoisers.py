@@ -127,7 +127,7 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
         inner = self.norm(self.first(h), *self.film(embedded).chunk(2, 1))
-        return self.attention(self.skip(h) + self.second(inner))
+        return self.attention(self.second(inner).add_(self.skip(h)))
 
 
 class _Halve(nn.Conv2d):
