@@ -30,7 +30,7 @@ def _affine(x: Tensor, params: Tensor, split: int, scale: str, slope: float, inv
 
 
 def _splined(x: Tensor, params: Tensor, settings: tuple) -> tuple:
-    return x, params.view(*x.shape, params.shape[1] // x.shape[1]), None, *settings
+    return x, params.reshape(*x.shape, params.shape[1] // x.shape[1]), None, *settings
 
 
 _FUSED = {"affine_coupling": _affine_coupling._fused, "rational_quadratic_spline": _spline._fused}
@@ -88,14 +88,15 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, glogdet: Tensor | None) -> tuple:
-        x, context, added, counts, seen, params, hidden, *parameters = ctx.saved_tensors
+        x, context, added, counts, seen, params, hidden, *parameters = saved = ctx.saved_tensors
         transform, arguments, shown, moved, limit = ctx.how
         gy = torch.zeros_like(x) if gy is None else gy
         glogdet = x.new_zeros(len(x)) if glogdet is None else glogdet
         needed = ctx.needs_input_grad[2:]
         every = (x, context, added, *parameters)
         wanted = [*needed[:3], *needed[4:]]
-        if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not _op.plain((gy, glogdet)):
+        plain = _op.plain((gy, glogdet, *saved))
+        if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not plain:
             by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
             again = partial(_composed, ctx.how, ctx.settings, counts)
             made = iter(_op.differentiate(again, (gy, glogdet), every, by))
@@ -107,7 +108,7 @@ class _Layer(torch.autograd.Function):
         results = [_op.like(t) if w else None for t, w in zip((added, *parameters), wanted[2:], strict=True)]
         gseen = _op.like(seen) if wanted[0] or wanted[1] else None
         problem = _mlp._problem(*given)
-        _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden, [gseen, *results], -1, 0)
+        _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden.contiguous(), [gseen, *results], -1, 0)
         gx = gcontext = None
         if gseen is not None:
             own = gseen if context is None else gseen[:, : x[:, shown].shape[1]]
@@ -170,7 +171,7 @@ def _check(how: tuple, x: Tensor, network: Network, each: int) -> None:
 
 
 def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, Tensor]:
-    if not torch.is_autocast_enabled(x.device.type):  # which lets parts have other dtypes
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which lets parts have other dtypes
         _check(how, x, network, each)
     settings = len(network.weights), 0.0, network.residual
     others = network.context, network.added, network.counts
@@ -184,9 +185,12 @@ def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, 
         and not torch.is_autocast_enabled("cpu")
         and _op.plain((x, *others, *parameters))
     )
-    if not quick:
-        return _composed(how, settings, others[2], x, *others[:2], *parameters)
-    return _apply(how, settings, x, *others, *parameters)
+    if quick:
+        try:
+            return _apply(how, settings, x, *others, *parameters)
+        except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
+            pass
+    return _composed(how, settings, others[2], x, *others[:2], *parameters)
 
 
 def affine_layer(

@@ -100,7 +100,7 @@ def _takes(
 def _check_blocks(widths: Sequence[int], gates: int, residual: bool) -> None:
     """Raise a ValueError unless hidden layers make residual blocks, one for each gate, where there are to be any."""
     hidden = list(widths[1:-1])
-    if residual and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
+    if residual and (len(hidden) % 2 == 0 or any(h != hidden[0] for h in hidden[2::2])):
         raise ValueError(
             "hidden layers of a residual network must be one width and pairs of widths, of which the second is the "
             f"first width again; got {hidden}"
@@ -138,7 +138,7 @@ def _backward_results(
 
 
 def _backward_problem(gy: Tensor, hidden: Tensor, *given: Any) -> tuple:
-    return (*_problem(*given[:-1]), gy.contiguous(), hidden, given)
+    return (*_problem(*given[:-1]), gy.contiguous(), hidden.contiguous(), given)
 
 
 def _backward_in_one(*given: Any) -> None:
@@ -219,27 +219,24 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: tuple, x: Tensor, added: Any, counts: Any, *parameters: Tensor) -> Tensor:
         given = _nested(settings, x, added, counts, parameters)
-        if _op.plain((x, added, counts, *parameters)):
-            y, hidden = made = _results(*given)
-            _op._C.mlp(*_problem(*given), *made, -1, 0)
-        else:  # a profiler that wants to see operators, or a tensor that stands for others
-            y, hidden = _KERNEL.operator(*given)
+        y, hidden = made = _results(*given)
+        _op._C.mlp(*_problem(*given), *made, -1, 0)
         ctx.save_for_backward(x, added, counts, hidden, *parameters)
         ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
-        x, added, counts, hidden, *parameters = ctx.saved_tensors
+        x, added, counts, hidden, *parameters = saved = ctx.saved_tensors
         given = _nested(ctx.settings, x, added, counts, parameters)
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or is_batched(gy) or not _op.plain((gy,)):
+        if torch.is_grad_enabled() or is_batched(gy) or not _op.plain((gy, *saved)):
             return None, *_backward(needed, (gy,), *given, outputs=(None, hidden))
         found: list[Tensor | None] = [
             _op.like(t) if wanted else None
             for t, wanted in zip((x, added, *parameters), (*needed[:2], *needed[3:]), strict=True)
         ]
-        _op._C.mlp_backward(*_problem(*given), gy.contiguous(), hidden, found, -1, 0)
+        _op._C.mlp_backward(*_problem(*given), gy.contiguous(), hidden.contiguous(), found, -1, 0)
         return None, *found[:2], None, *found[2:]
 
 
@@ -256,15 +253,16 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def problem(ctx: Any, gy: Tensor, hidden: Tensor, x: Tensor, *parameters: Tensor) -> tuple:
-        return *_problem(*_nested((len(parameters) // 2, ctx.slope, False), x, None, None, parameters)), gy, hidden
+        given = _nested((len(parameters) // 2, ctx.slope, False), x, None, None, parameters)
+        return *_problem(*given), gy.contiguous(), hidden.contiguous()
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor) -> tuple:
-        gy, hidden, x, *parameters = ctx.saved_tensors
+        gy, hidden, x, *parameters = saved = ctx.saved_tensors
         weights, needed = parameters[: len(parameters) // 2], ctx.needs_input_grad[1:]
         wanted = [needed[0], *needed[3 : 3 + len(weights)]]
         rest = (None,) * len(weights)
-        if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx,)):
+        if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx, *saved)):
             by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
             again = lambda gy, *weights: _chain(gy, hidden, weights, ctx.slope)  # noqa: E731
             made = iter(_op.differentiate(again, (ggx,), (gy, *weights), by))
@@ -293,8 +291,8 @@ def input_gradient(node: Any, g: Tensor) -> Tensor:
     """The gradient for x of the network of a node that `is_chain`, differentiable in g and the weights."""
     x, _, _, hidden, *parameters = node.saved_tensors
     n, slope, _ = node.settings
-    x, hidden = x.detach(), hidden.detach()
-    if _op.plain((g, x)):
+    x, hidden = x.detach(), hidden.detach().contiguous()
+    if _op.plain((g, hidden, x, *parameters)):
         return _Chain.apply(slope, g.contiguous(), hidden, x, *parameters)
     return _chain(g, hidden, parameters[:n], slope)
 
@@ -362,9 +360,13 @@ def mlp(
         _check_blocks(_widths(weights), len(gates), residual)
         return _network(*given)[0]
     _check(*given)
-    if _op.compiling() or _op.transformed() or _op.tracing() is not None:
-        return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]
-    return _apply((len(weights), slope, residual), x, added, counts, *weights, *biases, *gates)
+    tensors = x, added, counts, *weights, *biases, *gates
+    if not _op.compiling() and _op.plain(tensors):
+        try:
+            return _apply((len(weights), slope, residual), *tensors)
+        except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
+            pass
+    return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]
 
 
 def _check(

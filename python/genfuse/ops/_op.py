@@ -351,6 +351,17 @@ def fused(
             batched=False,
         )
 
+    if lists and backward is None:
+        if wrt or elsewhere:
+            raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
+
+        def backward(needed: Any, cotangents: Any, *given: Any, outputs: Any) -> Sequence[Any]:
+            flat, counts, rest = _flat(given[:tensors]), _counts(given[:tensors]), given[tensors:]
+            by = [i for i in range(len(flat)) if needed[i]]
+            nested = lambda *flat: reference(*_nest(flat, counts), *rest)  # noqa: E731
+            found = dict(zip(by, differentiate(nested, cotangents, flat, by), strict=True))
+            return [found.get(i) for i in range(len(flat))]
+
     settings = len(kinds) - tensors
     of_tensors = slice(None, -settings or None)  # of all arguments, those of lists one by one
     further, nothing = range(wrt, tensors), (None,) * settings
@@ -417,7 +428,7 @@ def fused(
         """Run with a node in the graph."""
         if not lists:
             return apply(run, *given)
-        counts = [len(g) if isinstance(g, (list, tuple)) else None for g in given[:tensors]]
+        counts = _counts(given[:tensors])
         nested = lambda *flat: run(*_nest(flat[of_tensors], counts), *flat[len(flat) - settings :])  # noqa: E731
         return apply((nested, counts), *_flat(given[:tensors]), *given[tensors:])
 
@@ -440,6 +451,11 @@ def fused(
 def _flat(given: Sequence[Any]) -> list[Tensor | None]:
     """All tensors, those of lists one by one."""
     return [t for g in given for t in (g if isinstance(g, (list, tuple)) else (g,))]
+
+
+def _counts(given: Sequence[Any]) -> list[int | None]:
+    """Of each argument that is a list of tensors, how many there are."""
+    return [len(g) if isinstance(g, (list, tuple)) else None for g in given]
 
 
 def _nest(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
