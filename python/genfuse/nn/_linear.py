@@ -127,7 +127,7 @@ class LULinear(Transform):
         return _lu_factors(self.triangles, self.log_diagonal, self.signs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # a rounded W would have another determinant and inverse
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # rounded, W has another inverse
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         weight, logdet = _lu(self.triangles, self.log_diagonal, self.signs, self.back, self.order)
