@@ -97,10 +97,8 @@ class _Layer(torch.autograd.Function):
         wanted = [*needed[:3], *needed[4:]]
         plain = _op.plain((gy, glogdet, *saved))
         if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not plain:
-            by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
             again = partial(_composed, ctx.how, ctx.settings, counts)
-            made = iter(_op.differentiate(again, (gy, glogdet), every, by))
-            found = [next(made) if is_wanted else None for is_wanted in wanted]
+            found = _op.needed_gradients(again, (gy, glogdet), every, wanted)
             return None, None, *found[:3], None, *found[3:]
         part, gpart = (x, gy) if moved is None else (x[:, moved], gy[:, moved])
         gmoved, gparams = _KERNELS[transform][1].native(gpart, glogdet, *arguments(part, params))

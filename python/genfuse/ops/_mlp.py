@@ -109,23 +109,14 @@ def _check_blocks(widths: Sequence[int], gates: int, residual: bool) -> None:
         raise ValueError(f"gates must be one for each residual block, got {gates}")
 
 
-def _differentiated(
-    needed: Sequence[bool], gy: Tensor, x: Tensor, added: Tensor | None, counts: Tensor | None,
-    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], slope: float, residual: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """PyTorch's gradients of x, added, weights, biases and gates, to be differentiated again if grad mode is on."""
-    n, end = len(weights), 2 + 2 * len(weights)
-
-    def flat(*t: Any) -> Tensor:
-        return _network(t[0], t[1], counts, t[2 : 2 + n], t[2 + n : end], t[end:], slope, residual)[0]
-
-    by = [i for i, wanted in enumerate(needed) if wanted]
-    found = _op.differentiate(flat, (gy,), (x, added, *weights, *biases, *gates), by)
-    return [*map(dict(zip(by, found, strict=True)).get, range(len(needed)))]
+def _differentiated(needed: Sequence[bool], gy: Tensor, *given: Any) -> list[Tensor | None]:
+    """PyTorch's gradients of x, added, counts, weights, biases and gates, to be differentiated again in grad mode."""
+    return _op.needed_gradients(lambda *given: _network(*given)[0], (gy,), given, needed)
 
 
 def _backward_formula(gy: Tensor, hidden: Tensor, *given: Any) -> Tensor:
-    found = _differentiated(given[-1], gy, *given[:-1])
+    *given, needed = given  # type: ignore[assignment]
+    found = _differentiated([*needed[:2], False, *needed[2:]], gy, *given)
     return torch.cat([f.flatten() for f in found if f is not None])
 
 
@@ -186,12 +177,12 @@ _gradients = _op.fused(
 def _backward(needed: Sequence[bool], cotangents: Sequence[Tensor], *given: Any, outputs: Any) -> Sequence[Any]:
     x, added, _, weights, biases, gates, *_ = given
     every = (x, added, *weights, *biases, *gates)
-    wanted, gy = [*needed[:2], *needed[3 : 1 + len(every)]], cotangents[0]
+    needed, gy = needed[: 1 + len(every)], cotangents[0]
     if torch.is_grad_enabled() or _op.transformed() or is_batched(gy):
-        found = _differentiated(wanted, gy, *given)
-    else:
-        parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
-        found = [None if g is None else g.clone() for g in parts]  # a weight's would hold the memory of x's
+        return _differentiated(needed, gy, *given)
+    wanted = [*needed[:2], *needed[3:]]
+    parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
+    found = [None if g is None else g.clone() for g in parts]  # a weight's would hold the memory of x's
     return [*found[:2], None, *found[2:]]
 
 
@@ -263,10 +254,8 @@ class _Chain(torch.autograd.Function):
         wanted = [needed[0], *needed[3 : 3 + len(weights)]]
         rest = (None,) * len(weights)
         if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx, *saved)):
-            by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
             again = lambda gy, *weights: _chain(gy, hidden, weights, ctx.slope)  # noqa: E731
-            made = iter(_op.differentiate(again, (ggx,), (gy, *weights), by))
-            found = [next(made) if is_wanted else None for is_wanted in wanted]
+            found = _op.needed_gradients(again, (ggx,), (gy, *weights), wanted)
         else:
             found = [_op.like(t) if is_wanted else None for t, is_wanted in zip((gy, *weights), wanted, strict=True)]
             problem = _Chain.problem(ctx, gy, hidden, x, *parameters)

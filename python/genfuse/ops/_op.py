@@ -351,18 +351,14 @@ def fused(
             batched=False,
         )
 
+    settings = len(kinds) - tensors
     if lists and backward is None:
         if wrt or elsewhere:
             raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
 
         def backward(needed: Any, cotangents: Any, *given: Any, outputs: Any) -> Sequence[Any]:
-            flat, counts, rest = _flat(given[:tensors]), _counts(given[:tensors]), given[tensors:]
-            by = [i for i in range(len(flat)) if needed[i]]
-            nested = lambda *flat: reference(*_nest(flat, counts), *rest)  # noqa: E731
-            found = dict(zip(by, differentiate(nested, cotangents, flat, by), strict=True))
-            return [found.get(i) for i in range(len(flat))]
+            return needed_gradients(reference, cotangents, given, needed[: len(needed) - settings])
 
-    settings = len(kinds) - tensors
     of_tensors = slice(None, -settings or None)  # of all arguments, those of lists one by one
     further, nothing = range(wrt, tensors), (None,) * settings
 
@@ -593,6 +589,15 @@ def differentiate(
         pairs = zip(_tuple(function(*own)), cotangents, strict=True)
         found, used = zip(*((o, c) for o, c in pairs if c is not None and o.requires_grad), strict=True)
         return torch.autograd.grad(found, leaves, used, create_graph=graph, allow_unused=True, materialize_grads=True)
+
+
+def needed_gradients(
+    function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Those of `differentiate` by the first arguments, in lists one by one, that are needed, and None for others."""
+    counts, by = _counts(given), [i for i, wanted in enumerate(needed) if wanted]
+    made = iter(differentiate(lambda *flat: function(*_nest(flat, counts)), cotangents, _flat(given), by))
+    return [next(made) if wanted else None for wanted in needed]
 
 
 def define_random(schema: str, function: Callable, *, fake: Callable) -> None:
