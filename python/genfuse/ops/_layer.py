@@ -145,26 +145,16 @@ def _check(how: tuple, x: Tensor, network: Network, each: int) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be (N, D), got {tuple(x.shape)}")
     _op.check_alike(x, "x")
-    weights, biases, context, added = network.weights, network.biases, network.context, network.added
+    weights, biases, context = network.weights, network.biases, network.context
     if len(weights) == 0 or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
     (rows, columns), (_, _, shown, _, _) = x.shape, how
     seen = len(range(columns)[shown])
     moved = columns if seen == columns else columns - seen
-    shapes: dict[str, tuple] = {}
-    if context is not None:
-        shapes["context"] = context, (rows, context.shape[-1])
+    of_context: dict[str, Any] = {} if context is None else {"context": (context, (rows, context.shape[-1]))}
     inputs = seen + (0 if context is None else context.shape[-1])
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        outputs = b.shape[0] if i + 1 < len(biases) else moved * each
-        shapes |= {f"weights[{i}]": (w, (outputs, inputs)), f"biases[{i}]": (b, (outputs,))}
-        inputs = outputs
-    hidden = rows, weights[0].shape[0]
-    shapes |= {} if added is None else {"added": (added, hidden)}
-    shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(network.gates)}
-    if network.counts is not None:
-        shapes["counts"] = network.counts, (sum(len(b) for b in biases),), torch.int64
-    _op.check_alike(x, "x", **shapes)
+    widths, others = [inputs, *(b.shape[0] for b in biases[:-1]), moved * each], (network.added, network.counts)
+    _mlp._check_layers(x, widths, *others, weights, biases, network.gates, **of_context)
     _mlp._check_blocks(_mlp._widths(weights), len(network.gates), network.residual)
 
 

@@ -374,11 +374,17 @@ def _check(
         inputs = outputs
     if fits:
         return
-    shapes: dict[str, tuple] = {}
+    _check_layers(x, [x.shape[1], *widths[1:]], added, counts, weights, biases, gates)
+
+
+def _check_layers(
+    x: Tensor, widths: Sequence[int], added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], gates: Sequence[Tensor], **others: tuple,
+) -> None:  # fmt: skip
+    """Raise a ValueError that names the first tensor which layers of these widths cannot take."""
+    shapes, hidden = others, (x.shape[0], widths[1])
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        shapes[f"weights[{i}]"] = w, (widths[i + 1], x.shape[1] if i == 0 else widths[i])
-        shapes[f"biases[{i}]"] = b, (widths[i + 1],)
-    hidden = (x.shape[0], widths[1])
+        shapes |= {f"weights[{i}]": (w, (widths[i + 1], widths[i])), f"biases[{i}]": (b, widths[i + 1 : i + 2])}
     shapes |= {} if added is None else {"added": (added, hidden)}
     shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)}
     shapes |= {} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)}
