@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genfuse import ops
-from genfuse.ops import _affine_coupling, _op, _philox, _rational_quadratic_spline
+from genfuse.ops import _affine_coupling, _bernoulli_nll, _op, _philox, _rational_quadratic_spline
 from genfuse.ops import _standard_normal_log_prob as _normal
 
 Size = tuple[int, ...]
@@ -285,6 +285,16 @@ OPERATORS = {
             example=lambda size: {"p": torch.rand(size, generator=torch.Generator().manual_seed(1))},
             moved=_moved(lambda n, m: 2 * m, lambda n, m: 0),
             replay=_uniform_of_p,
+        ),
+        Operator(
+            name="bernoulli_nll",
+            function=ops.bernoulli_nll,
+            eager=_bernoulli_nll.formula,
+            kernels=("bernoulli_nll", "bernoulli_nll_backward"),
+            sizes=((1, 8), (128, 784), (1024, 784), (16384, 784)),
+            example=lambda size: {"logits": 3 * _normals(size)[0], "x": _normals(size)[0].cos().square()},
+            moved=_moved(lambda n, m: 2 * m + n, lambda n, m: 3 * m + n),  # logits, x, the sums; g, and the gradient
+            learned=("logits",),
         ),
         # As a model is trained; and with a learned schedule and data that are another network's.
         *(

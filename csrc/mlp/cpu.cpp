@@ -69,7 +69,7 @@ void forward(const Problem& p, const Forward& out) {
 // Sums of each column of g (rows, columns), in blocks: a long sum would lose digits.
 template <class T>
 GENFUSE_HD void sum_columns(const T* g, int64_t rows, int64_t columns, int64_t begin, int64_t end, T* out) {
-  constexpr int64_t kRowsOfSum = 128;
+  constexpr int64_t kRowsOfSum = 16;
   T part[kBlock];
   std::fill(out + begin, out + end, T(0));
   for (int64_t i0 = 0; i0 < rows; i0 += kRowsOfSum) {

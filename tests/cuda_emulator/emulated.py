@@ -64,6 +64,7 @@ def pytest_collection_modifyitems(config: Any, items: list) -> None:
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         ours = params.get("implementation") == "native" and params.get("device", "cpu") == "cpu"
+        ours &= VARIANT == "cpu" or not any(name in item.nodeid for name in emulator.CPP_ONLY)
         (kept if ours else others).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=others)

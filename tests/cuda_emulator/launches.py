@@ -24,4 +24,6 @@ def launched(operator: Operator, size: tuple[int, int]) -> list[str]:
 
 with ops.using("native"):
     for name, operator in OPERATORS.items():
+        if any(ops._op.KERNELS[kernel].cpu_only for kernel in operator.kernels):
+            continue
         print(name, *launched(operator, (5, 64)), *launched(operator, (2, min(8192, operator.widest))))

@@ -1,16 +1,21 @@
 """Operators times transforms: each is held against the eager formula in float64, by every implementation."""
 
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from test_mlp import eager as mlp_eager
+from test_operators import ODD
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.operators import OPERATORS
 from genfuse import ops
+from genfuse.nn import _linear
 
 MASK = [True, False, False, True, True]
 
@@ -35,6 +40,77 @@ def _eager(name, **fixed):
     eager = OPERATORS[name].eager
     eager = getattr(eager, "func", eager)
     return lambda *tensors, **more: eager(*tensors, **fixed, **more)
+
+
+def _network(function, layers, added=False, seen=None, **settings):
+    """mlp of x, its weights, its biases, what is added to the first layer if anything is, and gates."""
+
+    def network(x, *tensors):
+        weights, biases, rest = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
+        more = {"added": rest[0], "gates": rest[1:]} if added else {}
+        counts = None if seen is None else torch.tensor(seen)
+        return function(x, list(weights), list(biases), **more, counts=counts, **settings)
+
+    return network
+
+
+def _layer(transform):
+    """A layer of a flow of x, a context, two weights and two biases, of which two features pass through; and eager."""
+    settings = ops.SplineSettings(3, (-2.0, 2.0, -2.0, 2.0), "linear", True, 1e-3, 1e-3, 1e-3, 1.0, 0.0)
+
+    def layer(x, context, w1, w2, b1, b2):
+        network = ops.Network([w1, w2], [b1, b2], context=context, limit=0.0)
+        if transform == "spline":
+            return ops.spline_layer(x, network, 2, settings)
+        return ops.affine_layer(x, network, 2, scale="exp")
+
+    def parts(x, context, w1, w2, b1, b2):
+        params = mlp_eager(torch.cat([x[:, :2].asinh(), context], 1), [w1, w2], [b1, b2])
+        if transform == "affine":
+            return _eager("affine_coupling", scale="exp")(x, params, 2)
+        params = params.view(len(x), x.shape[1] - 2, -1)
+        y, logdet = _eager("rational_quadratic_spline", bins=3, bound=2.0, inverse=True)(x[:, 2:], params)
+        return torch.cat([x[:, :2], y], 1), logdet
+
+    return layer, parts
+
+
+def _lu(function):
+    def product(triangles, log_diagonal):
+        order, signs = torch.tensor([2, 0, 1]), torch.tensor([1, -1, 1]).to(log_diagonal)
+        return function(triangles, log_diagonal, signs, order.argsort(), order)
+
+    return product
+
+
+def _first_layer(weight):
+    x = torch.arange(20.0).sin().to(weight).view(4, 5)
+    return x, lambda x: F.linear(x, weight, 0.1 * torch.ones_like(weight[:, 0]))
+
+
+def _penalty(w1, w2):
+    x, first = _first_layer(w1)
+    return ops.gradient_penalty(lambda x: F.linear(F.leaky_relu(first(x), 0.2), w2), x, at="real")
+
+
+def _penalty_by_hand(w1, w2):
+    x, first = _first_layer(w1)
+    slopes = torch.where(first(x) > 0, 1.0, torch.full_like(w2, 0.2))
+    return (((w2 * slopes) @ w1).norm(2, 1) - 1).square().mean()
+
+
+def _listed_formula(x, scale, many, power):
+    return sum((x * m).sin() ** power for m in many), x if scale is None else (x.mT * scale).sum(0)
+
+
+# A third party's, with what a schema may have: lists, what may be missing, and a result that may be an argument.
+_listed = ops.fused(
+    "example::listed(Tensor x, Tensor? scale, Tensor[] many, int power) -> (Tensor, Tensor)",
+    formula=_listed_formula,
+    results=lambda x, scale, many, power: (
+        x.new_empty(x.shape), x.new_empty(x.shape if scale is None else x.shape[:1]),
+    ),
+)  # fmt: skip
 
 
 # Function, the same in plain PyTorch, and tensors for four examples of five features. By `per example` arguments whose
@@ -102,7 +178,40 @@ CASES = {
         _eager("standard_normal_log_prob"),
         (_normal(4, 5), _normal(4)),
     ),
-}
+    "bernoulli_nll": (
+        ops.bernoulli_nll,
+        lambda logits, x: F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1),
+        (_normal(4, 5, scale=3), _normal(4, 5).sigmoid()),
+    ),
+    "mlp": (
+        *(_network(f, 2, slope=0.2, seen=[5, 3, 1, 0, 5, 2, 6, 6, 3]) for f in (ops.mlp, mlp_eager)),
+        (_normal(4, 5), _normal(6, 5, scale=0.5), _normal(3, 6, scale=0.5), _normal(6), _normal(3)),
+    ),
+    "mlp residual": (
+        *(_network(f, 4, added=True, residual=True) for f in (ops.mlp, mlp_eager)),
+        (
+            _normal(4, 5), *(_normal(*size, scale=0.5) for size in ((6, 5), (7, 6), (6, 7), (3, 6))),
+            _normal(6), _normal(7), _normal(6), _normal(3), _normal(4, 6), _normal(4, 6, scale=0.7),
+        ),
+    ),
+    **{
+        f"{transform}_layer": (
+            *_layer(transform),
+            (
+                _normal(3, 4, scale=0.9), _normal(3, 2), _normal(6, 4, scale=0.5), _normal(2 * each, 6, scale=0.5),
+                _normal(6), _normal(2 * each),
+            ),
+        )
+        for transform, each in (("affine", 2), ("spline", 8))
+    },
+    "lu_product": (_lu(_linear._lu), _lu(_linear._lu_formula), (_normal(3, 3), _normal(3, scale=0.5))),
+    "gradient_penalty": (_penalty, _penalty_by_hand, (_normal(6, 5), _normal(1, 6))),
+    "a third party's": (
+        lambda x, scale, a, b: _listed(x, scale, [a, b], 2),
+        lambda x, scale, a, b: _listed_formula(x, scale, [a, b], 2),
+        (_normal(4, 5), _normal(4), _normal(4, 5, scale=2), _normal(4, 5, scale=0.3)),
+    ),
+}  # fmt: skip
 
 
 def _loss(function):
@@ -211,6 +320,7 @@ COMPILED = ["grad", "jvp", "jacrev", "hessian", "third order", "vmap", "per-samp
 ONE_EACH = [
     "actnorm", "affine_coupling tanh", "diffuse v", "gradient_norm_penalty none", "interpolate",
     "rational_quadratic_spline", "rational_quadratic_spline inverse", "reparameterize_kl", "standard_normal_log_prob",
+    "bernoulli_nll", "mlp residual", "affine_layer", "spline_layer", "lu_product", "a third party's",
 ]  # fmt: skip
 
 
@@ -290,6 +400,66 @@ def test_a_jit_trace_computes_and_learns_the_same(case):
     traced = torch.jit.trace(_loss(function), tensors, check_trace=False)
     others = [(t * 0.9).requires_grad_() for t in tensors]
     assert_close(torch.autograd.grad(traced(*others), others), TRANSFORMS["autograd"](eager, others))
+
+
+HOOKS = {
+    "negated lazily": (lambda t: -t, torch._neg_view),
+    "strided": (lambda t: torch.stack([t, t + 1], -1), lambda t: t[..., 0]),
+}
+
+
+@pytest.mark.parametrize("odd", ["negated lazily", "strided", "transposed", "expanded", "left of a transform"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_odd_tensor_in_any_place_is_what_it_stands_for_in_all_gradients(case, odd):
+    function, eager, tensors = CASES[case]
+    for i in range(len(tensors)):
+        made = ODD[odd](tensors[i])
+        plain = made.detach().clone(memory_format=torch.contiguous_format)
+        given = [(value if j == i else t for j, t in enumerate(tensors)) for value in (made, plain)]
+        found = []
+        for f, own in zip((function, eager), given, strict=True):
+            leaves = [t if t is made else t.clone().requires_grad_() for t in own]
+            outputs = [o for o in pytree.tree_leaves(f(*leaves)) if o.requires_grad]
+            others = [leaf for j, leaf in enumerate(leaves) if j != i]
+            loss = sum((o.sin() * (1.5 + o)).sum() for o in outputs)
+            found.append(torch.autograd.grad(loss, others, materialize_grads=True) if outputs and others else ())
+        assert_close(*found)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("case", CASES)
+def test_what_hooks_return_for_saved_tensors_is_read_as_it_stands(case, hook):
+    function, eager, tensors = CASES[case]
+    pack, unpack = ((lambda t, f=f: f(t) if t.is_floating_point() else t) for f in HOOKS[hook])
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        found = _autograd(function, tensors)
+    assert_close(found, _autograd(eager, tensors))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_argument_that_is_overwritten_before_its_derivative_is_refused_or_does_not_matter(case):
+    function, eager, tensors = CASES[case]
+    expected = _autograd(eager, tensors)
+    for i in range(len(tensors)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        inner = [1 * leaf for leaf in leaves]
+        loss = _loss(function)(*inner)
+        with torch.no_grad():
+            inner[i].mul_(1.5)
+        versions = pytest.raises(RuntimeError, match="modified by an inplace operation")
+        with suppress(pytest.fail.Exception), versions:
+            assert_close(torch.autograd.grad(loss, leaves, materialize_grads=True), expected)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("affine_coupling sigmoid", "mlp", "lu_product")]
+)
+def test_on_meta_an_operator_tells_shapes_and_dtypes(case):
+    function, eager, tensors = CASES[case]
+    with torch.device("meta"):
+        found = pytree.tree_leaves(function(*(t.to("meta").requires_grad_() for t in tensors)))
+    expected = pytree.tree_leaves(eager(*tensors))
+    assert [(t.shape, t.dtype, t.device.type) for t in found] == [(t.shape, t.dtype, "meta") for t in expected]
 
 
 DRAWN = {

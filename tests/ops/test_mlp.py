@@ -22,6 +22,8 @@ from genfuse.nn import (
 )  # fmt: skip
 from genfuse.ops import _layer, _mlp
 
+by_kernels = pytest.mark.parametrize("implementation", ["native"], indirect=True)
+
 NETWORKS = {
     "one layer": ([5, 7], {}),
     "one unit": ([1, 1, 1], {}),
@@ -82,9 +84,10 @@ def worst(found, truth):
     )
 
 
+@by_kernels
 @pytest.mark.parametrize("rows", [0, 1, 3, 14, 70, 513])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_output_and_gradients_are_as_close_to_float64_as_eager_ones(name, rows):
+def test_output_and_gradients_are_as_close_to_float64_as_eager_ones(name, rows, implementation):
     widths, options = NETWORKS[name]
     leaves, settings = arguments(rows, widths, **options)
     truth = results(eager, leaves, settings, torch.float64)
@@ -93,15 +96,17 @@ def test_output_and_gradients_are_as_close_to_float64_as_eager_ones(name, rows):
     assert worst(results(ops.mlp, leaves, settings, torch.float64), truth) < 1e-13
 
 
-def test_long_sums_keep_their_digits():
+@by_kernels
+def test_long_sums_keep_their_digits(implementation):
     leaves, settings = arguments(40_000, [1100, 3])
     truth = results(eager, leaves, settings, torch.float64)
     ours, theirs = (results(f, leaves, settings, torch.float32) for f in (ops.mlp, eager))
     assert worst(ours, truth) <= 2 * worst(theirs, truth) + 16 * torch.finfo(torch.float32).eps
 
 
+@by_kernels
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_network_is_the_same_on_any_number_of_threads(threads):
+def test_a_network_is_the_same_on_any_number_of_threads(threads, implementation):
     leaves, settings = arguments(700, [70, 130, 130, 9])
     before = torch.get_num_threads()
     try:
@@ -113,7 +118,8 @@ def test_a_network_is_the_same_on_any_number_of_threads(threads):
         assert torch.equal(a, b)
 
 
-def test_strided_inputs_and_weights_are_read_as_they_are():
+@by_kernels
+def test_strided_inputs_and_weights_are_read_as_they_are(implementation):
     leaves, settings = arguments(30, [8, 16, 4])
     expected = ops.mlp(**leaves, **settings)
     rows = torch.randn(30, 20)
@@ -126,7 +132,8 @@ def test_strided_inputs_and_weights_are_read_as_they_are():
     assert torch.equal(batched, expected.view(5, 6, 4))
 
 
-def test_nan_and_infinity_reach_the_outputs():
+@by_kernels
+def test_nan_and_infinity_reach_the_outputs(implementation):
     leaves, settings = arguments(3, [4, 40, 2])
     leaves["x"][1, 2], leaves["x"][2, 0] = float("nan"), float("inf")
     ours, theirs = (results(f, leaves, settings, torch.float32) for f in (ops.mlp, eager))
@@ -134,8 +141,9 @@ def test_nan_and_infinity_reach_the_outputs():
         assert torch.equal(a.isnan(), b.isnan())
 
 
+@by_kernels
 @pytest.mark.parametrize("name", ["wide", "gated", "masked"])
-def test_second_derivatives_are_pytorchs(name):
+def test_second_derivatives_are_pytorchs(name, implementation):
     widths, options = NETWORKS[name]
     leaves, settings = arguments(4, widths, **options)
 
@@ -215,8 +223,9 @@ def test_arguments_that_do_not_fit_are_named(changed, message):
         ops.mlp(**{**leaves, **settings, **changed})
 
 
+@by_kernels
 @pytest.mark.parametrize("slope", [0.0, 0.2])
-def test_a_critic_of_linear_layers_is_penalised_by_a_chain_of_products(slope, caplog):
+def test_a_critic_of_linear_layers_is_penalised_by_a_chain_of_products(slope, caplog, implementation):
     torch.manual_seed(0)
     critic = mlp_critic(9, (31, 17)).double()
     for layer in critic:
@@ -257,10 +266,13 @@ LAYERS = {
 }
 
 
+@by_kernels
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_of_a_flow_is_one_node_with_the_gradients_of_its_parts(name, context, inverse, monkeypatch):
+def test_a_layer_of_a_flow_is_one_node_with_the_gradients_of_its_parts(
+    name, context, inverse, monkeypatch, implementation
+):
     torch.manual_seed(0)
     layer = LAYERS[name](context).double()
     for weight in layer.parameters():
@@ -327,8 +339,9 @@ def test_squashed_is_asinh_of_numbers_of_any_size(dtype):
     )
 
 
+@by_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_bernoulli_nll_is_the_cross_entropy(dtype):
+def test_bernoulli_nll_is_the_cross_entropy(dtype, implementation):
     torch.manual_seed(0)
     logits = (torch.randn(7, 3, 50) * 8).to(dtype).requires_grad_()
     x = torch.rand(7, 3, 50).to(dtype)
@@ -345,7 +358,8 @@ def test_bernoulli_nll_is_the_cross_entropy(dtype):
     assert (ours.double() - theirs.double()).abs().max() <= 16 * torch.finfo(dtype).eps
 
 
-def test_bernoulli_nll_keeps_what_is_small():
+@by_kernels
+def test_bernoulli_nll_keeps_what_is_small(implementation):
     logits, x = torch.tensor([[20.0, 30.0], [-20.0, 80.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     truth = F.binary_cross_entropy_with_logits(logits.double(), x.double(), reduction="none").sum(1)
     torch.testing.assert_close(ops.bernoulli_nll(logits, x).double(), truth, rtol=1e-6, atol=0)

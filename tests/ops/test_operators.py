@@ -19,9 +19,11 @@ SIZES = [(1, 1), (3, 63), (2, 65), (5, 1025), (64, 20), (70, 6)]
 @pytest.fixture(params=list(OPERATORS))
 def operator(request):
     found = OPERATORS[request.param]
-    without = [k for k in found.kernels if ops._op.KERNELS[k].triton is None]
-    if without and request.node.callspec.params.get("implementation") == "triton":
-        pytest.skip(f"{without[0]} has no Triton kernel")
+    params, kernels = request.node.callspec.params, [ops._op.KERNELS[k] for k in found.kernels]
+    if params.get("implementation") == "triton" and any(k.triton is None for k in kernels):
+        pytest.skip(f"{found.name} has no Triton kernel")
+    if params.get("implementation") == "native" and params["device"] == "cuda" and any(k.cpu_only for k in kernels):
+        pytest.skip(f"{found.name} has no CUDA kernel")
     return found
 
 

@@ -93,7 +93,7 @@ class LULinear(Transform):
         return triangles.tril(-1), triangles.triu(1) + torch.diag(diagonal)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if torch.is_autocast_enabled(x.device.type):  # a rounded W would have another determinant and inverse
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # rounded, W has another inverse
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         weight, logdet = ops.lu_product(self.triangles, self.log_diagonal, self.signs, self.back, self.order)

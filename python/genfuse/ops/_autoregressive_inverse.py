@@ -290,14 +290,8 @@ def _backward(
     if not (torch.is_grad_enabled() or stands_for_others) and y.shape[1]:
         with torch.autocast(y.device.type, enabled=False):
             return gradients(needed, gx, glogdet, y, outputs[0], context, factor, weights, biases, bounds, *settings)
-    n = len(weights)
-
-    def flat(*tensors: Any) -> tuple[Tensor, Tensor]:
-        return formula(*tensors[:3], tensors[3 : 3 + n], tensors[3 + n :], bounds, *settings)
-
-    by = [i for i, wanted in enumerate(needed) if wanted]
-    found = _op.differentiate(flat, (gx, glogdet), (y, context, factor, *weights, *biases), by)
-    return [*map(dict(zip(by, found, strict=True)).get, range(3 + 2 * n))]
+    given = y, context, factor, weights, biases, bounds, *settings
+    return _op.needed_gradients(formula, (gx, glogdet), given, needed[: 3 + 2 * len(weights)])
 
 
 _fused = _op.fused(

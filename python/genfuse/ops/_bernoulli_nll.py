@@ -44,7 +44,8 @@ def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
     """
-    if x.shape != logits.shape or x.dtype is not logits.dtype or logits.dtype not in _op.DTYPES or not logits.dim():
+    alike = x.shape == logits.shape and x.dtype is logits.dtype and x.device == logits.device
+    if not alike or logits.dtype not in _op.DTYPES or not logits.dim():
         _op.check_alike(logits, "logits", x=(x, tuple(logits.shape)))
     if logits.dim() != 2:
         logits, x = (t.reshape(len(logits), logits.shape[1:].numel()) for t in (logits, x))

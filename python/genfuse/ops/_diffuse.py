@@ -54,16 +54,9 @@ def _problem(x0: Tensor, seed: Tensor | None, noise: Tensor | None, partial: Ten
 
 
 def _backward(
-    needed: tuple[bool, ...],
-    cotangents: tuple[Tensor | None, Tensor | None],
-    x0: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    target: str,
-    outputs: tuple[Tensor, Tensor],
-) -> tuple[Tensor | None, ...]:
+    needed: tuple[bool, ...], cotangents: tuple[Tensor | None, Tensor | None], x0: Tensor, alpha: Tensor,
+    sigma: Tensor, seed: Tensor | None, noise: Tensor | None, target: str, outputs: tuple[Tensor, Tensor],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     gx_t, gtarget = cotangents
     gx_t = torch.zeros_like(x0) if gx_t is None else gx_t
     if target in ("x0", "noise"):

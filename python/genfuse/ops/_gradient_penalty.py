@@ -359,7 +359,7 @@ def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool, 
     scores = out if keep else None  # whose graph would hold all that `_pull` forgets
     gradients: dict[Any, Tensor] = {last: ones}
     del out, last
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # each as wide as it was
         _pull(gradients, order, depends)
     if (start, 0) not in gradients:

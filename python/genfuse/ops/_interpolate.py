@@ -8,9 +8,15 @@ from torch import Tensor
 from genfuse.ops import _op, _philox
 
 
-def formula(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+def _there(real: Tensor | None, fake: Tensor | None) -> Tensor:
     there = fake if real is None else real
-    assert there is not None
+    if there is None:
+        raise ValueError("real or fake must be given")
+    return there
+
+
+def formula(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+    there = _there(real, fake)
     if epsilon is None:
         assert seed is not None
         epsilon = _philox.uniform(seed, there.shape[:1])
@@ -19,15 +25,8 @@ def formula(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsil
     return points if fake is None else points + (1 - epsilon) * fake
 
 
-def _results(real: Tensor | None, fake: Tensor | None, *noise: Any) -> Tensor:
-    there = fake if real is None else real
-    assert there is not None
-    return _op.like(there)
-
-
 def _problem(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
-    there = fake if real is None else real
-    assert there is not None
+    there = _there(real, fake)
     real, real_stride = (None, 0) if real is None else _op.rows(real)
     fake, fake_stride = (None, 0) if fake is None else _op.rows(fake)
     epsilon = None if epsilon is None else epsilon.contiguous()
@@ -35,14 +34,9 @@ def _problem(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsi
 
 
 def _backward(
-    needed: tuple[bool, ...],
-    cotangents: tuple[Tensor],
-    real: Tensor | None,
-    fake: Tensor | None,
-    seed: Tensor | None,
-    epsilon: Tensor | None,
-    outputs: tuple[Tensor],
-) -> tuple[Tensor | None, ...]:
+    needed: tuple[bool, ...], cotangents: tuple[Tensor], real: Tensor | None, fake: Tensor | None,
+    seed: Tensor | None, epsilon: Tensor | None, outputs: tuple[Tensor],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """A point is linear in its ends: the gradient of each is the point between g and 0."""
     (g,) = cotangents
     of_epsilon = None
@@ -59,9 +53,7 @@ def _backward(
 
 
 def _takes(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
-    there = fake if real is None else real
-    if there is None:
-        raise ValueError("real or fake must be given")
+    there = _there(real, fake)
     return *[_op.matrix(there)] * 2, *_philox.takes(seed, epsilon, there.shape[:1], _op.wide(there))
 
 
@@ -69,7 +61,7 @@ def _takes(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilo
 _fused = _op.fused(
     "interpolate(Tensor? real, Tensor? fake, Tensor? seed, Tensor? epsilon) -> Tensor",
     formula=formula,
-    results=_results,
+    results=lambda real, fake, *noise: _op.like(_there(real, fake)),
     problem=_problem,
     triton="genfuse.ops._triton.interpolate",
     backward=_backward,

@@ -30,7 +30,7 @@ def _affine(x: Tensor, params: Tensor, split: int, scale: str, slope: float, inv
 
 
 def _splined(x: Tensor, params: Tensor, settings: tuple) -> tuple:
-    return x, params.view(*x.shape, params.shape[1] // x.shape[1]), None, *settings
+    return x, params.reshape(*x.shape, params.shape[1] // x.shape[1]), None, *settings
 
 
 _FUSED = {"affine_coupling": _affine_coupling._fused, "rational_quadratic_spline": _spline._fused}
@@ -88,18 +88,17 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, glogdet: Tensor | None) -> tuple:
-        x, context, added, counts, seen, params, hidden, *parameters = ctx.saved_tensors
+        x, context, added, counts, seen, params, hidden, *parameters = saved = ctx.saved_tensors
         transform, arguments, shown, moved, limit = ctx.how
         gy = torch.zeros_like(x) if gy is None else gy
         glogdet = x.new_zeros(len(x)) if glogdet is None else glogdet
         needed = ctx.needs_input_grad[2:]
         every = (x, context, added, *parameters)
         wanted = [*needed[:3], *needed[4:]]
-        if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not _op.plain((gy, glogdet)):
-            by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        plain = _op.plain((gy, glogdet, *saved))
+        if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not plain:
             again = partial(_composed, ctx.how, ctx.settings, counts)
-            made = iter(_op.differentiate(again, (gy, glogdet), every, by))
-            found = [next(made) if is_wanted else None for is_wanted in wanted]
+            found = _op.needed_gradients(again, (gy, glogdet), every, wanted)
             return None, None, *found[:3], None, *found[3:]
         part, gpart = (x, gy) if moved is None else (x[:, moved], gy[:, moved])
         gmoved, gparams = _KERNELS[transform][1].native(gpart, glogdet, *arguments(part, params))
@@ -107,7 +106,7 @@ class _Layer(torch.autograd.Function):
         results = [_op.like(t) if w else None for t, w in zip((added, *parameters), wanted[2:], strict=True)]
         gseen = _op.like(seen) if wanted[0] or wanted[1] else None
         problem = _mlp._problem(*given)
-        _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden, [gseen, *results], -1, 0)
+        _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden.contiguous(), [gseen, *results], -1, 0)
         gx = gcontext = None
         if gseen is not None:
             own = gseen if context is None else gseen[:, : x[:, shown].shape[1]]
@@ -146,31 +145,21 @@ def _check(how: tuple, x: Tensor, network: Network, each: int) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be (N, D), got {tuple(x.shape)}")
     _op.check_alike(x, "x")
-    weights, biases, context, added = network.weights, network.biases, network.context, network.added
+    weights, biases, context = network.weights, network.biases, network.context
     if len(weights) == 0 or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
     (rows, columns), (_, _, shown, _, _) = x.shape, how
     seen = len(range(columns)[shown])
     moved = columns if seen == columns else columns - seen
-    shapes: dict[str, tuple] = {}
-    if context is not None:
-        shapes["context"] = context, (rows, context.shape[-1])
+    of_context: dict[str, Any] = {} if context is None else {"context": (context, (rows, context.shape[-1]))}
     inputs = seen + (0 if context is None else context.shape[-1])
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        outputs = b.shape[0] if i + 1 < len(biases) else moved * each
-        shapes |= {f"weights[{i}]": (w, (outputs, inputs)), f"biases[{i}]": (b, (outputs,))}
-        inputs = outputs
-    hidden = rows, weights[0].shape[0]
-    shapes |= {} if added is None else {"added": (added, hidden)}
-    shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(network.gates)}
-    if network.counts is not None:
-        shapes["counts"] = network.counts, (sum(len(b) for b in biases),), torch.int64
-    _op.check_alike(x, "x", **shapes)
+    widths, others = [inputs, *(b.shape[0] for b in biases[:-1]), moved * each], (network.added, network.counts)
+    _mlp._check_layers(x, widths, *others, weights, biases, network.gates, **of_context)
     _mlp._check_blocks(_mlp._widths(weights), len(network.gates), network.residual)
 
 
 def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, Tensor]:
-    if not torch.is_autocast_enabled(x.device.type):  # which lets parts have other dtypes
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which lets parts have other dtypes
         _check(how, x, network, each)
     settings = len(network.weights), 0.0, network.residual
     others = network.context, network.added, network.counts
@@ -184,9 +173,12 @@ def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, 
         and not torch.is_autocast_enabled("cpu")
         and _op.plain((x, *others, *parameters))
     )
-    if not quick:
-        return _composed(how, settings, others[2], x, *others[:2], *parameters)
-    return _apply(how, settings, x, *others, *parameters)
+    if quick:
+        try:
+            return _apply(how, settings, x, *others, *parameters)
+        except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
+            pass
+    return _composed(how, settings, others[2], x, *others[:2], *parameters)
 
 
 def affine_layer(

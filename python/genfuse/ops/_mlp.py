@@ -100,7 +100,7 @@ def _takes(
 def _check_blocks(widths: Sequence[int], gates: int, residual: bool) -> None:
     """Raise a ValueError unless hidden layers make residual blocks, one for each gate, where there are to be any."""
     hidden = list(widths[1:-1])
-    if residual and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
+    if residual and (len(hidden) % 2 == 0 or any(h != hidden[0] for h in hidden[2::2])):
         raise ValueError(
             "hidden layers of a residual network must be one width and pairs of widths, of which the second is the "
             f"first width again; got {hidden}"
@@ -109,23 +109,14 @@ def _check_blocks(widths: Sequence[int], gates: int, residual: bool) -> None:
         raise ValueError(f"gates must be one for each residual block, got {gates}")
 
 
-def _differentiated(
-    needed: Sequence[bool], gy: Tensor, x: Tensor, added: Tensor | None, counts: Tensor | None,
-    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], slope: float, residual: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """PyTorch's gradients of x, added, weights, biases and gates, to be differentiated again if grad mode is on."""
-    n, end = len(weights), 2 + 2 * len(weights)
-
-    def flat(*t: Any) -> Tensor:
-        return _network(t[0], t[1], counts, t[2 : 2 + n], t[2 + n : end], t[end:], slope, residual)[0]
-
-    by = [i for i, wanted in enumerate(needed) if wanted]
-    found = _op.differentiate(flat, (gy,), (x, added, *weights, *biases, *gates), by)
-    return [*map(dict(zip(by, found, strict=True)).get, range(len(needed)))]
+def _differentiated(needed: Sequence[bool], gy: Tensor, *given: Any) -> list[Tensor | None]:
+    """PyTorch's gradients of x, added, counts, weights, biases and gates, to be differentiated again in grad mode."""
+    return _op.needed_gradients(lambda *given: _network(*given)[0], (gy,), given, needed)
 
 
 def _backward_formula(gy: Tensor, hidden: Tensor, *given: Any) -> Tensor:
-    found = _differentiated(given[-1], gy, *given[:-1])
+    *given, needed = given  # type: ignore[assignment]
+    found = _differentiated([*needed[:2], False, *needed[2:]], gy, *given)
     return torch.cat([f.flatten() for f in found if f is not None])
 
 
@@ -138,7 +129,7 @@ def _backward_results(
 
 
 def _backward_problem(gy: Tensor, hidden: Tensor, *given: Any) -> tuple:
-    return (*_problem(*given[:-1]), gy.contiguous(), hidden, given)
+    return (*_problem(*given[:-1]), gy.contiguous(), hidden.contiguous(), given)
 
 
 def _backward_in_one(*given: Any) -> None:
@@ -186,12 +177,12 @@ _gradients = _op.fused(
 def _backward(needed: Sequence[bool], cotangents: Sequence[Tensor], *given: Any, outputs: Any) -> Sequence[Any]:
     x, added, _, weights, biases, gates, *_ = given
     every = (x, added, *weights, *biases, *gates)
-    wanted, gy = [*needed[:2], *needed[3 : 1 + len(every)]], cotangents[0]
+    needed, gy = needed[: 1 + len(every)], cotangents[0]
     if torch.is_grad_enabled() or _op.transformed() or is_batched(gy):
-        found = _differentiated(wanted, gy, *given)
-    else:
-        parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
-        found = [None if g is None else g.clone() for g in parts]  # a weight's would hold the memory of x's
+        return _differentiated(needed, gy, *given)
+    wanted = [*needed[:2], *needed[3:]]
+    parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
+    found = [None if g is None else g.clone() for g in parts]  # a weight's would hold the memory of x's
     return [*found[:2], None, *found[2:]]
 
 
@@ -219,27 +210,24 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: tuple, x: Tensor, added: Any, counts: Any, *parameters: Tensor) -> Tensor:
         given = _nested(settings, x, added, counts, parameters)
-        if _op.plain((x, added, counts, *parameters)):
-            y, hidden = made = _results(*given)
-            _op._C.mlp(*_problem(*given), *made, -1, 0)
-        else:  # a profiler that wants to see operators, or a tensor that stands for others
-            y, hidden = _KERNEL.operator(*given)
+        y, hidden = made = _results(*given)
+        _op._C.mlp(*_problem(*given), *made, -1, 0)
         ctx.save_for_backward(x, added, counts, hidden, *parameters)
         ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
-        x, added, counts, hidden, *parameters = ctx.saved_tensors
+        x, added, counts, hidden, *parameters = saved = ctx.saved_tensors
         given = _nested(ctx.settings, x, added, counts, parameters)
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or is_batched(gy) or not _op.plain((gy,)):
+        if torch.is_grad_enabled() or is_batched(gy) or not _op.plain((gy, *saved)):
             return None, *_backward(needed, (gy,), *given, outputs=(None, hidden))
         found: list[Tensor | None] = [
             _op.like(t) if wanted else None
             for t, wanted in zip((x, added, *parameters), (*needed[:2], *needed[3:]), strict=True)
         ]
-        _op._C.mlp_backward(*_problem(*given), gy.contiguous(), hidden, found, -1, 0)
+        _op._C.mlp_backward(*_problem(*given), gy.contiguous(), hidden.contiguous(), found, -1, 0)
         return None, *found[:2], None, *found[2:]
 
 
@@ -256,19 +244,18 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def problem(ctx: Any, gy: Tensor, hidden: Tensor, x: Tensor, *parameters: Tensor) -> tuple:
-        return *_problem(*_nested((len(parameters) // 2, ctx.slope, False), x, None, None, parameters)), gy, hidden
+        given = _nested((len(parameters) // 2, ctx.slope, False), x, None, None, parameters)
+        return *_problem(*given), gy.contiguous(), hidden.contiguous()
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor) -> tuple:
-        gy, hidden, x, *parameters = ctx.saved_tensors
+        gy, hidden, x, *parameters = saved = ctx.saved_tensors
         weights, needed = parameters[: len(parameters) // 2], ctx.needs_input_grad[1:]
         wanted = [needed[0], *needed[3 : 3 + len(weights)]]
         rest = (None,) * len(weights)
-        if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx,)):
-            by = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx, *saved)):
             again = lambda gy, *weights: _chain(gy, hidden, weights, ctx.slope)  # noqa: E731
-            made = iter(_op.differentiate(again, (ggx,), (gy, *weights), by))
-            found = [next(made) if is_wanted else None for is_wanted in wanted]
+            found = _op.needed_gradients(again, (ggx,), (gy, *weights), wanted)
         else:
             found = [_op.like(t) if is_wanted else None for t, is_wanted in zip((gy, *weights), wanted, strict=True)]
             problem = _Chain.problem(ctx, gy, hidden, x, *parameters)
@@ -293,8 +280,8 @@ def input_gradient(node: Any, g: Tensor) -> Tensor:
     """The gradient for x of the network of a node that `is_chain`, differentiable in g and the weights."""
     x, _, _, hidden, *parameters = node.saved_tensors
     n, slope, _ = node.settings
-    x, hidden = x.detach(), hidden.detach()
-    if _op.plain((g, x)):
+    x, hidden = x.detach(), hidden.detach().contiguous()
+    if _op.plain((g, hidden, x, *parameters)):
         return _Chain.apply(slope, g.contiguous(), hidden, x, *parameters)
     return _chain(g, hidden, parameters[:n], slope)
 
@@ -362,9 +349,13 @@ def mlp(
         _check_blocks(_widths(weights), len(gates), residual)
         return _network(*given)[0]
     _check(*given)
-    if _op.compiling() or _op.transformed() or _op.tracing() is not None:
-        return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]
-    return _apply((len(weights), slope, residual), x, added, counts, *weights, *biases, *gates)
+    tensors = x, added, counts, *weights, *biases, *gates
+    if not _op.compiling() and _op.plain(tensors):
+        try:
+            return _apply((len(weights), slope, residual), *tensors)
+        except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
+            pass
+    return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]
 
 
 def _check(
@@ -383,11 +374,17 @@ def _check(
         inputs = outputs
     if fits:
         return
-    shapes: dict[str, tuple] = {}
+    _check_layers(x, [x.shape[1], *widths[1:]], added, counts, weights, biases, gates)
+
+
+def _check_layers(
+    x: Tensor, widths: Sequence[int], added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], gates: Sequence[Tensor], **others: tuple,
+) -> None:  # fmt: skip
+    """Raise a ValueError that names the first tensor which layers of these widths cannot take."""
+    shapes, hidden = others, (x.shape[0], widths[1])
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        shapes[f"weights[{i}]"] = w, (widths[i + 1], x.shape[1] if i == 0 else widths[i])
-        shapes[f"biases[{i}]"] = b, (widths[i + 1],)
-    hidden = (x.shape[0], widths[1])
+        shapes |= {f"weights[{i}]": (w, (widths[i + 1], widths[i])), f"biases[{i}]": (b, widths[i + 1 : i + 2])}
     shapes |= {} if added is None else {"added": (added, hidden)}
     shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)}
     shapes |= {} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)}

@@ -352,6 +352,13 @@ def fused(
         )
 
     settings = len(kinds) - tensors
+    if lists and backward is None:
+        if wrt or elsewhere:
+            raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
+
+        def backward(needed: Any, cotangents: Any, *given: Any, outputs: Any) -> Sequence[Any]:
+            return needed_gradients(reference, cotangents, given, needed[: len(needed) - settings])
+
     of_tensors = slice(None, -settings or None)  # of all arguments, those of lists one by one
     further, nothing = range(wrt, tensors), (None,) * settings
 
@@ -417,7 +424,7 @@ def fused(
         """Run with a node in the graph."""
         if not lists:
             return apply(run, *given)
-        counts = [len(g) if isinstance(g, (list, tuple)) else None for g in given[:tensors]]
+        counts = _counts(given[:tensors])
         nested = lambda *flat: run(*_nest(flat[of_tensors], counts), *flat[len(flat) - settings :])  # noqa: E731
         return apply((nested, counts), *_flat(given[:tensors]), *given[tensors:])
 
@@ -440,6 +447,11 @@ def fused(
 def _flat(given: Sequence[Any]) -> list[Tensor | None]:
     """All tensors, those of lists one by one."""
     return [t for g in given for t in (g if isinstance(g, (list, tuple)) else (g,))]
+
+
+def _counts(given: Sequence[Any]) -> list[int | None]:
+    """Of each argument that is a list of tensors, how many there are."""
+    return [len(g) if isinstance(g, (list, tuple)) else None for g in given]
 
 
 def _nest(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
@@ -577,6 +589,15 @@ def differentiate(
         pairs = zip(_tuple(function(*own)), cotangents, strict=True)
         found, used = zip(*((o, c) for o, c in pairs if c is not None and o.requires_grad), strict=True)
         return torch.autograd.grad(found, leaves, used, create_graph=graph, allow_unused=True, materialize_grads=True)
+
+
+def needed_gradients(
+    function: Callable, cotangents: Sequence[Tensor | None], given: Sequence[Any], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Those of `differentiate` by the first arguments, in lists one by one, that are needed, and None for others."""
+    counts, by = _counts(given), [i for i, wanted in enumerate(needed) if wanted]
+    made = iter(differentiate(lambda *flat: function(*_nest(flat, counts)), cotangents, _flat(given), by))
+    return [next(made) if wanted else None for wanted in needed]
 
 
 def define_random(schema: str, function: Callable, *, fake: Callable) -> None:
