@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv$(if $(filter-out file,$(origin TORCH) $(origin PYTHON)),-$(subst /,-,$(PYTHON))-$(subst ==,-,$(TORCH)))
 JOBS ?= 2
 COUNT ?= 100000
+TESTS ?= tests
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -36,8 +37,8 @@ demo: $(RUNS)  ## train a VAE, on MNIST if it is there, and leave pictures of wh
 	$(BIN)/genfuse sample runs/demo --n 100 --out runs/demo/samples.png --overwrite
 	@echo && echo "Look at runs/demo/pictures: samples.png, traversal.png, reconstructions.png, latent.png"
 
-test: $(INSTALLED)  ## every test that takes seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
+test: $(INSTALLED)  ## every test that takes seconds, or those of TESTS="tests/ops tests/nn"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

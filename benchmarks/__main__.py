@@ -114,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no GPU here")
         machine = _record.machine(args.device)
+        if args.command in ("flows", "gans", "examples") and args.device == "cpu":
+            machine["threads"] = "1, pinned; times are of the processor"
         if args.command in ("flows", "steps"):
             machine["peers"] = _peers.versions()
         for key, value in machine.items():

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import os
 import random
 import tempfile
 import time
@@ -49,6 +50,21 @@ class Timing:
     def of(cls, times: list[float]) -> "Timing":
         low, median, high = (float(q) for q in np.quantile(times, [0.2, 0.5, 0.8]))
         return cls(median, low, high, len(times))
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """One thread, on one core where the system lets it be chosen."""
+    threads, cores = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -112,9 +128,11 @@ def rounds(
     return times
 
 
-def interleave(sides: dict[str, Side], device: str, effort: Effort) -> dict[str, Timing]:
+def interleave(
+    sides: dict[str, Side], device: str, effort: Effort, now: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
     """Time all sides by `rounds`."""
-    return {name: Timing.of(times) for name, times in rounds(sides, device, effort).items()}
+    return {name: Timing.of(times) for name, times in rounds(sides, device, effort, now).items()}
 
 
 def peak_memory(side: Side, device: str) -> int:

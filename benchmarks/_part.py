@@ -1,13 +1,18 @@
-"""A benchmark in parts, each a function of what it measures: `flows`, `gans` and `examples`."""
+"""A benchmark in parts, each a function of what it measures: `flows`, `gans` and `examples`.
 
+On a CPU they run in one pinned thread, and times are of the processor: what else a machine does counts little.
+"""
+
+import contextlib
 import dataclasses
 import inspect
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks._measure import FULL, QUICK, Effort, Side, Timing, interleave
+from benchmarks._measure import FULL, QUICK, Effort, Side, Timing, interleave, pinned
 from benchmarks._record import Bar
 from benchmarks._report import figure
 
@@ -35,7 +40,7 @@ class Part:
         """Time all sides in turns; a side that is a text has no time, and the text says why. ``bars``: how many times
         as fast as each of these sides ours has to be, on the CPU."""
         runs = {name: side for name, side in sides.items() if isinstance(side, Side)}
-        times = interleave(runs, self.args.device, QUICK if self.args.quick else effort)
+        times = interleave(runs, self.args.device, QUICK if self.args.quick else effort, time.process_time)
         failures = {name: side for name, side in sides.items() if isinstance(side, str)}
         for name in sides:
             if name in failures:
@@ -60,7 +65,8 @@ def run(
     parts, bars = [], []
     for name in chosen:
         part = Part(args)
-        functions[name](part)
+        with pinned() if args.device == "cpu" else contextlib.nullcontext():
+            functions[name](part)
         parts.append({"name": name, "about": inspect.getdoc(functions[name]), "rows": part.rows})
         bars += part.bars
     return {"command": args.command, "settings": {"device": args.device, "quick": args.quick}, "parts": parts}, bars

@@ -175,14 +175,15 @@ def _steps(record: Json) -> list[str]:
 def report(records: list[Json], page: str = "") -> str:
     """The page that docs/benchmarks.md is: the same records give the same page. Of a former ``page`` it keeps the
     sections that no record is of."""
+    former: dict[str, str] = {}
+    for section in page.split("\n## ")[1:]:
+        title = section.partition("\n")[0]
+        former[title] = former.get(title, "") + f"## {section}"
     sections: dict[str, str] = {}
     for record in sorted(records, key=lambda record: record["command"] != "steps"):
         title, text = _section(record)
         sections[title] = sections.get(title, "") + text
-    for section in page.split("\n## ")[1:]:
-        title, _, text = section.partition("\n")
-        if title not in {_section(record)[0] for record in records}:
-            sections[title] = sections.get(title, "") + f"## {title}\n{text}"
+    sections = {**former, **sections}  # in the page's order
     return "\n".join([INTRODUCTION, *(text.rstrip("\n") + "\n" for text in sections.values())])
 
 

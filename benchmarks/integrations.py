@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._measure import pinned
 from benchmarks._peers import MODELS, Flow
 
 PEERS = ("nflows", "normflows", "zuko", "pythae", "sbi")
@@ -139,24 +140,15 @@ CASES: dict[str, tuple[str, str, Callable[[], Case], float | None]] = {
 
 
 @contextmanager
-def _pinned() -> Iterator[None]:
-    """One thread on one core, in a folder that is deleted, with what sbi writes beside the code that calls it."""
+def _elsewhere() -> Iterator[None]:
+    """In a folder that is deleted, with what sbi writes beside the code that calls it."""
     here = Path.cwd()
-    threads, cores = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
-    torch.set_num_threads(1)
-    if cores:
-        os.sched_setaffinity(0, {min(cores)})
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            try:
-                yield
-            finally:
-                os.chdir(here)
-    finally:
-        torch.set_num_threads(threads)
-        if cores:
-            os.sched_setaffinity(0, cores)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
 
 
 def _seconds(call: Callable[[], Any], calls: int) -> float:
@@ -217,7 +209,7 @@ def run(args: Namespace) -> None:
     print(*(f"{name} {at or '(absent)'}" for name, at in found.items()), f"PyTorch {torch.__version__}\n", sep=", ")
     print("| one thread, D = 43, 256 rows | alone | patched | times as fast | bar | calls left to the library |")
     print("|---|---|---|---|---|---|")
-    with _pinned():
+    with pinned(), _elsewhere():
         for name, (patched, library, make, bar) in CASES.items():
             if args.only and not any(word.lower() in name.lower() for word in args.only):
                 continue

@@ -1,10 +1,13 @@
-"""What mkdocs.yml cannot say: pages that lie elsewhere, the reference, formulas."""
+"""What mkdocs.yml cannot say: pages that lie elsewhere, the reference, formulas, links in HTML."""
 
 import html as html_of
+import logging
+import posixpath
 import re
 from itertools import groupby
 from pathlib import Path
 
+from griffe import Extension
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
@@ -14,6 +17,15 @@ PAGES = ("CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "README.md", "
 NAMES = ROOT / "tests" / "public_names.txt"
 FORMER = {"genfuse.ops.choices", "genfuse.ops.info", "genfuse.ops.use"}  # what has other names now
 FORMULA = re.compile(r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', re.DOTALL)
+
+
+class Formulas(Extension):
+    """Formulas of docstrings, from reStructuredText to Markdown."""
+
+    def on_object(self, *, obj, **kwargs):
+        if obj.docstring:
+            text = re.sub(r"\.\. math::\s+(.+?)(?=\n\n|\Z)", r"$$\1$$", obj.docstring.value, flags=re.DOTALL)
+            obj.docstring.value = re.sub(r":math:`([^`]+)`", r"$\1$", text)
 
 
 def on_config(config):
@@ -46,7 +58,9 @@ def on_page_markdown(markdown, page, config, files):
         if path in PAGES:
             path = "docs/" + ("index.md" if path == "README.md" else path)
         if path.startswith("docs/"):
-            return match[1] + "../" * page.file.src_uri.count("/") + path.removeprefix("docs/")
+            # MkDocs turns a link of Markdown into one of the site; HTML it leaves as it stands.
+            depth = (page.url if match[1] == 'src="' else page.file.src_uri).count("/")
+            return match[1] + "../" * depth + path.removeprefix("docs/")
         return f"{match[1]}{config.repo_url}/blob/main/{path}"
 
     return re.sub(r"""(\]\(|\bsrc=")(?!\w+:|#)([^)"#\s]+)""", target, markdown)
@@ -64,13 +78,29 @@ def on_page_content(html, page, config, files):
     return FORMULA.sub(drawn, html)
 
 
+def on_post_build(config):
+    """Warn of links in the site's HTML, pictures too, that lead to no page and no heading."""
+    site = Path(config.site_dir)
+    pages = {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    anchors = {page: {*re.findall(r'\b(?:id|name)="([^"]+)"', text)} for page, text in pages.items()}
+    for page, text in pages.items():
+        for link in {*re.findall(r'<(?:a|img)\b[^>]*?\b(?:href|src)="([^"]+)"', text)} if page != "404.html" else ():
+            path, _, anchor = html_of.unescape(link).partition("#")
+            if re.match(r"\w+:|//", path):
+                continue
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(page), path)) if path else page
+            target = posixpath.join(target, "index.html") if (site / target).is_dir() else target
+            if not (site / target).exists() or (anchor and anchor not in anchors.get(target, ())):
+                logging.getLogger("mkdocs.site").warning("%s: %s leads nowhere", page, link)
+
+
 def _folder(page):
     return page.rpartition("/")[0]
 
 
 def _first(page):
     """A key of sorting: the page of a folder itself comes first."""
-    return page.rpartition("/")[2] not in ("index.md", "README.md"), page
+    return page.rpartition("/")[2] not in ("index.md", "README.md"), page.removesuffix(".md")
 
 
 def _reference():

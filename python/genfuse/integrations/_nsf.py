@@ -1,7 +1,7 @@
 """What nflows and normflows share, which are both made of the code of Neural Spline Flows (arXiv 1906.04032)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -61,7 +61,7 @@ def replace_splines(peer: Peer, splines: Any, *, circular: bool) -> None:
         )  # fmt: skip
 
 
-def settings(layer: Any, width: float) -> dict[str, Any]:
+def _settings(layer: Any, width: float) -> dict[str, Any]:
     """Of the splines of a layer, as an operator takes them; raw widths and heights are over the root of the width."""
     if layer.tails != "linear" or not isinstance(layer.tail_bound, int | float):
         raise Left("tails that are not linear, or a bound of each coordinate")
@@ -71,26 +71,12 @@ def settings(layer: Any, width: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def elementwise(layer: Any, width: float, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+def _elementwise(layer: Any, width: float, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """All of a layer's splines from what its network returned, with the log-determinant of each example."""
-    options = settings(layer, width)
+    options = _settings(layer, width)
     if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
         raise Left("images, other dtypes than float32 and float64, or no elements")
     return ops.rational_quadratic_spline(x, params.reshape(*x.shape, -1), inverse=inverse, **options)
-
-
-def coupling(kind: type) -> Any:
-    """`_coupling_transform` of couplings of splines."""
-
-    def ours(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        inherits(self, kind, "_piecewise_cdf")
-        net = self.transform_net
-        width = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
-        if width is None:
-            raise Left("a network whose width is unknown, of which the peer warns")
-        return elementwise(self, width, inputs, transform_params, inverse=inverse)
-
-    return ours
 
 
 @cache
@@ -102,7 +88,7 @@ def _places(features: int, device: torch.device) -> tuple[Tensor, ...]:
     return *(each.to(device) for each in flat), torch.eye(features).flatten().to(device)
 
 
-def triangles(self: Any) -> tuple[Tensor, Tensor]:
+def _triangles(self: Any) -> tuple[Tensor, Tensor]:
     """`_create_lower_upper` of LU-linear layers, in a write a matrix."""
     lower, upper, identity = _places(self.features, self.lower_entries.device)
     identity = identity.to(self.lower_entries.dtype)
@@ -126,25 +112,6 @@ def _check_blocks(blocks: Sequence[Any], kind: type) -> None:
     _networks.check_plain(*blocks)
 
 
-def residual_net(resnet: Any) -> Any:
-    """`forward` of ResidualNet."""
-
-    def ours(self: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        _check_blocks(self.blocks, resnet.ResidualBlock)
-        if getattr(self, "preprocessing", None) is not None or inputs.dim() != 2:
-            raise Left("preprocessed features, or more axes than two")
-        hidden = [each for block in self.blocks for each in block.linear_layers]
-        layers = [self.initial_layer, *hidden, self.final_layer]
-        if any(type(layer) is not nn.Linear for layer in layers):
-            raise Left("a network of somebody's own")
-        if context is None:
-            return _networks.mlp(inputs, layers, residual=True)
-        gates = [block.context_layer(context).sigmoid() for block in self.blocks]
-        return _networks.mlp(torch.cat((inputs, context), dim=1), layers, residual=True, gates=gates)
-
-    return ours
-
-
 def _layers(net: Any, context: Tensor | None, made: Any) -> tuple[list[Any], bool, Tensor | None]:
     """Of a MADE: its layers, whether the hidden ones are residual, and what is added to the first one."""
     blocks = list(getattr(net, "blocks", ()))
@@ -163,20 +130,58 @@ def _layers(net: Any, context: Tensor | None, made: Any) -> tuple[list[Any], boo
     return layers, residual, None if context is None else net.activation(net.context_layer(context))
 
 
-def made_net(made: Any) -> Any:
-    """`forward` of MADE."""
+def replace_layers(
+    peer: Peer, coupling: type, autoregressive: type, base: type, lu: type, resnet: Any, made: Any, affine: Callable
+) -> None:
+    """Couplings and autoregressive layers of splines, their networks, and the triangles of LU-linear layers.
 
-    def ours(self: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    ``affine(layer)`` gives the options of `ops.autoregressive_inverse` for another layer of the same base.
+    """
+    peer.replaces(lu, "_create_lower_upper")(_triangles)
+
+    @peer.replaces(coupling, "_coupling_transform", quick=True)
+    def couple(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        inherits(self, coupling, "_piecewise_cdf")
+        net = self.transform_net
+        width = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
+        if width is None:
+            raise Left("a network whose width is unknown, of which the peer warns")
+        return _elementwise(self, width, inputs, transform_params, inverse)
+
+    @peer.replaces(autoregressive, "_elementwise", quick=True)
+    def elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
+        if hasattr(self.autoregressive_net, "hidden_features"):
+            raise Left("a network of somebody's own")
+        return _elementwise(self, 1.0, inputs, autoregressive_params, inverse)
+
+    @peer.replaces(base, "inverse")
+    def inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(self, autoregressive):
+            inherits(self, autoregressive, "_elementwise", "_elementwise_inverse")
+            options = _settings(self, 1.0)
+        else:
+            options = affine(self)
+        net = self.autoregressive_net
+        if inputs.dim() != 2 or not inputs.numel():
+            raise Left("images, or no elements")
+        layers, residual, added = _layers(net, context, made)
+        return _networks.inverse(inputs, net, layers, context=added, residual=residual, **options)
+
+    @peer.replaces(made.MADE, "forward")
+    def masked(self: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         layers, residual, added = _layers(self, context, made)
         return _networks.mlp(inputs, layers, residual=residual, added=added)
 
-    return ours
-
-
-def autoregressive(layer: Any, y: Tensor, context: Tensor | None, made: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`inverse` of autoregressive layers by one sweep; the options are of `ops.autoregressive_inverse`."""
-    net = layer.autoregressive_net
-    if y.dim() != 2 or not y.numel():
-        raise Left("images, or no elements")
-    layers, residual, added = _layers(net, context, made)
-    return _networks.inverse(y, net, layers, context=added, residual=residual, **options)
+    @peer.replaces(resnet.ResidualNet, "forward")
+    def residual_net(self: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        _check_blocks(self.blocks, resnet.ResidualBlock)
+        if getattr(self, "preprocessing", None) is not None or inputs.dim() != 2:
+            raise Left("preprocessed features, or more axes than two")
+        hidden = [each for block in self.blocks for each in block.linear_layers]
+        layers = [self.initial_layer, *hidden, self.final_layer]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            raise Left("a network of somebody's own")
+        if context is None:
+            return _networks.mlp(inputs, layers, residual=True)
+        gates = [block.context_layer(context).sigmoid() for block in self.blocks]
+        return _networks.mlp(torch.cat((inputs, context), dim=1), layers, residual=True, gates=gates)

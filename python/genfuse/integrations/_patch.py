@@ -94,6 +94,14 @@ class Peer:
 
         return decorate
 
+    def leaves(self, owner: Any, *names: str, why: str) -> None:
+        """Count the calls of functions that no operator serves."""
+        for name in names:
+
+            @self.replaces(owner, name)
+            def left(*args: Any, **kwargs: Any) -> Any:
+                raise Left(why)
+
     def serve(self, what: str, ours: Callable, theirs: Callable, *args: Any, quick: bool = False, **kwargs: Any) -> Any:
         """The result of ours, or of theirs where ours has none, counted."""
         try:
@@ -127,27 +135,32 @@ class Peer:
             )
         self._served.clear()
         self._left.clear()
-        for each in self._replaced:
-            if not isinstance(each.owner, ModuleType):
-                setattr(each.owner, each.name, each.ours)
-        _swap({id(each.theirs): each.ours for each in self._replaced if isinstance(each.owner, ModuleType)})
-        self.active = True
+        self._put(ours=True)
         undo = ExitStack()
         undo.callback(self.unpatch)
         return undo
 
     def unpatch(self) -> None:
         """Put the library's own functions and methods back, in all modules that have imported them."""
-        if not self.active:
-            return
+        if self.active:
+            self._put(ours=False)
+
+    def _put(self, *, ours: bool) -> None:
+        """Put ours, or theirs, into classes; and for functions, into all modules that are loaded, by whatever name."""
+        functions = {}
         for each in self._replaced:
-            if not isinstance(each.owner, ModuleType):
-                if each.theirs is None:
-                    delattr(each.owner, each.name)
-                else:
-                    setattr(each.owner, each.name, each.theirs)
-        _swap({id(each.ours): each.theirs for each in self._replaced if isinstance(each.owner, ModuleType)})
-        self.active = False
+            old, new = (each.theirs, each.ours) if ours else (each.ours, each.theirs)
+            if isinstance(each.owner, ModuleType):
+                functions[id(old)] = new
+            elif new is None:
+                delattr(each.owner, each.name)
+            else:
+                setattr(each.owner, each.name, new)
+        for module in list(sys.modules.values()) if functions else ():
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if id(value) in functions:
+                    setattr(module, name, functions[id(value)])
+        self.active = ours
 
     def report(self) -> Report:
         """What became of the calls since the library was patched."""
@@ -155,14 +168,6 @@ class Peer:
         for (what, why), count in self._left.items():
             left.setdefault(what, {})[why] = count
         return Report(dict(self._served), left)
-
-
-def _swap(by_id: dict[int, Any]) -> None:
-    """Put other functions in the place of these in all modules that are loaded, under whatever name they have there."""
-    for module in list(sys.modules.values()) if by_id else ():
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if id(value) in by_id:
-                setattr(module, name, by_id[id(value)])
 
 
 def inherits(instance: object, owner: type, *names: str) -> None:

@@ -23,14 +23,21 @@ from nflows.nn.nets import resnet
 from nflows.transforms import autoregressive, coupling, lu, made
 from nflows.transforms.splines import rational_quadratic as splines
 
-_COUPLING = coupling.PiecewiseRationalQuadraticCouplingTransform
-_AUTOREGRESSIVE = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 
-_peer.replaces(_COUPLING, "_coupling_transform", quick=True)(_nsf.coupling(_COUPLING))
-_peer.replaces(resnet.ResidualNet, "forward")(_nsf.residual_net(resnet))
-_peer.replaces(made.MADE, "forward")(_nsf.made_net(made))
-_peer.replaces(lu.LULinear, "_create_lower_upper")(_nsf.triangles)
+def _no_operator(layer: Any) -> dict[str, Any]:
+    raise Left(f"{type(layer).__name__}, which has no operator")
+
+
 _nsf.replace_splines(_peer, splines, circular=False)
+_nsf.replace_layers(
+    _peer, coupling.PiecewiseRationalQuadraticCouplingTransform,
+    autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, autoregressive.AutoregressiveTransform,
+    lu.LULinear, resnet, made, _no_operator,
+)  # fmt: skip
+_peer.leaves(
+    autoregressive.MaskedAffineAutoregressiveTransform, "_elementwise_forward",
+    why="its scale is a softplus, which no operator has",
+)  # fmt: skip
 
 
 def _affine(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -42,24 +49,3 @@ def _affine(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) 
 
 _peer.replaces(coupling.AffineCouplingTransform, "_coupling_transform_forward")(partial(_affine, inverse=False))
 _peer.replaces(coupling.AffineCouplingTransform, "_coupling_transform_inverse")(partial(_affine, inverse=True))
-
-
-@_peer.replaces(_AUTOREGRESSIVE, "_elementwise", quick=True)
-def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
-    if hasattr(self.autoregressive_net, "hidden_features"):
-        raise Left("a network of somebody's own")
-    return _nsf.elementwise(self, 1.0, inputs, autoregressive_params, inverse=inverse)
-
-
-@_peer.replaces(autoregressive.AutoregressiveTransform, "inverse")
-def _inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if not isinstance(self, _AUTOREGRESSIVE):
-        raise Left(f"{type(self).__name__}, which has no operator")
-    inherits(self, _AUTOREGRESSIVE, "_elementwise", "_elementwise_inverse")
-    options = _nsf.settings(self, 1.0)
-    return _nsf.autoregressive(self, inputs, context, made, **options)
-
-
-@_peer.replaces(autoregressive.MaskedAffineAutoregressiveTransform, "_elementwise_forward")
-def _softplus(self: Any, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-    raise Left("its scale is a softplus, which no operator has")

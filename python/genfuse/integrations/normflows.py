@@ -23,18 +23,26 @@ report = _peer.report
 
 from normflows.flows import mixing
 from normflows.flows.affine import autoregressive, coupling
-from normflows.flows.neural_spline.autoregressive import (
-    MaskedPiecewiseRationalQuadraticAutoregressive as _Autoregressive,
-)
-from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling as _Coupling
+from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
+from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
 from normflows.nets import made, mlp, resnet
 from normflows.utils import splines
 
-_peer.replaces(_Coupling, "_coupling_transform", quick=True)(_nsf.coupling(_Coupling))
-_peer.replaces(resnet.ResidualNet, "forward")(_nsf.residual_net(resnet))
-_peer.replaces(made.MADE, "forward")(_nsf.made_net(made))
-_peer.replaces(mixing._LULinear, "_create_lower_upper")(_nsf.triangles)
+
+def _scales(layer: Any) -> dict[str, Any]:
+    kind = autoregressive.MaskedAffineAutoregressive
+    inherits(layer, kind, "_elementwise_inverse", "_unconstrained_scale_and_shift")
+    return {"scale": "sigmoid", "slope": 1e-3}
+
+
 _nsf.replace_splines(_peer, splines, circular=True)
+_nsf.replace_layers(
+    _peer, PiecewiseRationalQuadraticCoupling, MaskedPiecewiseRationalQuadraticAutoregressive,
+    autoregressive.Autoregressive, mixing._LULinear, resnet, made, _scales,
+)  # fmt: skip
+_peer.leaves(
+    coupling.MaskedAffineFlow, "forward", "inverse", why="its mask multiplies, so that an operator would save nothing"
+)
 
 
 def _affine(self: Any, z: list[Tensor], *, inverse: bool) -> tuple[list[Tensor], Tensor]:
@@ -55,21 +63,6 @@ _peer.replaces(coupling.AffineCoupling, "forward")(partial(_affine, inverse=Fals
 _peer.replaces(coupling.AffineCoupling, "inverse")(partial(_affine, inverse=True))
 
 
-def _masked(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    raise Left("its mask multiplies, so that an operator would save nothing")
-
-
-for _verb in ("forward", "inverse"):
-    _peer.replaces(coupling.MaskedAffineFlow, _verb)(_masked)
-
-
-@_peer.replaces(_Autoregressive, "_elementwise", quick=True)
-def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
-    if hasattr(self.autoregressive_net, "hidden_features"):
-        raise Left("a network of somebody's own")
-    return _nsf.elementwise(self, 1.0, inputs, autoregressive_params, inverse=inverse)
-
-
 def _elements(self: Any, inputs: Tensor, autoregressive_params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
     check_large(inputs)
     scale, shift = self._unconstrained_scale_and_shift(autoregressive_params)
@@ -83,15 +76,3 @@ _peer.replaces(autoregressive.MaskedAffineAutoregressive, "_elementwise_inverse"
 @_peer.replaces(mlp.MLP, "forward")
 def _mlp(self: Any, x: Tensor) -> Tensor:
     return _networks.sequential(x, list(self.net))
-
-
-@_peer.replaces(autoregressive.Autoregressive, "inverse")
-def _inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = {"scale": "sigmoid", "slope": 1e-3}
-    if isinstance(self, _Autoregressive):
-        inherits(self, _Autoregressive, "_elementwise", "_elementwise_inverse")
-        options = _nsf.settings(self, 1.0)
-    else:
-        kind = autoregressive.MaskedAffineAutoregressive
-        inherits(self, kind, "_elementwise_inverse", "_unconstrained_scale_and_shift")
-    return _nsf.autoregressive(self, inputs, context, made, **options)

@@ -119,6 +119,4 @@ def _iaf(self: Any, x: Tensor, **kwargs: Any) -> ModelOutput:
     return ModelOutput(out=x, log_abs_det_jac=logdet)
 
 
-@_peer.replaces(flows.MAF, "inverse")
-def _maf(self: Any, y: Tensor, **kwargs: Any) -> ModelOutput:
-    raise Left("it scales before it shifts, which no operator does")
+_peer.leaves(flows.MAF, "inverse", why="it scales before it shifts, which no operator does")
