@@ -42,6 +42,7 @@ from genfuse._files import (
     sync_folder,
     tensor_facts,
     write_json,
+    write_text,
     writing,
 )
 from genfuse._version import __version__
@@ -120,10 +121,7 @@ class History:
 
     def __repr__(self) -> str:
         ends = "; ".join(f"{name} {points[-1][1]:.5g} at step {points[-1][0]}" for name, points in self.losses.items())
-        return f"<{self._name()}: {ends or 'nothing logged'}>"
-
-    def _name(self) -> str:
-        return type(self).__name__
+        return f"<{type(self).__name__}: {ends or 'nothing logged'}>"
 
     def _repr_html_(self) -> str:
         drawn = plots.as_html(plots.curves, self.metrics()) if self.losses else ""
@@ -160,16 +158,17 @@ class Run(History):
     @property
     def scaling(self) -> Scaling | None:
         """For a table: the means and standard deviations that it was standardized by. Else None."""
-        self._check("data")
-        scaling = self.config["data"]["scaling"]
-        return scaling and Scaling(**scaling)
+        return self._scaling("scaling")
 
     @property
     def condition_scaling(self) -> Scaling | None:
         """`scaling` of the columns that were given as the context, if there were any. Else None."""
+        return self._scaling("condition_scaling")
+
+    def _scaling(self, name: str) -> Scaling | None:
         self._check("data")
-        scaling = self.config["data"].get("condition_scaling")
-        return scaling and Scaling(**scaling)
+        content = self.config["data"].get(name)
+        return content and Scaling(**content)
 
     @property
     def schema(self) -> Schema | None:
@@ -389,14 +388,11 @@ def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
     impatient = {} if config["training"].get("patience") is None else {"keep": "best"}
     settings = {key: value for key, value in config["model"]["settings"].items() if key != "examples"}  # of the data
+    keys = ["shape", "binarize", "fingerprint", "scaling"]
+    keys += ["condition_scaling"] if config["data"].get("condition_scaling") else []  # a run may be older
     return {
         "model": {"name": config["model"]["name"], **settings},
-        "data": {
-            **{key: config["data"][key] for key in ("shape", "binarize", "fingerprint", "scaling")},
-            **{
-                key: config["data"][key] for key in ("condition_scaling",) if config["data"].get(key)
-            },  # a run may be older
-        },
+        "data": {key: config["data"][key] for key in keys},
         "training": {key: value for key, value in (config["training"] | impatient).items() if key not in free},
     }
 
@@ -506,8 +502,7 @@ class Recorder:
         for name in ("", *OURS_WITHIN):
             sweep(path / name)
         checkpoint.write(path)  # a kill may have left the weights of the one before beside its state
-        with writing(path / METRICS) as file:
-            file.write("".join(map(_line, entries)).encode("utf-8"))
+        write_text(path / METRICS, "".join(map(_line, entries)))
         write_json(path / CONFIG, config, indent=2)
         return cls(path, step, keep)
 
