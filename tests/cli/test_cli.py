@@ -746,7 +746,7 @@ def test_samples_take_a_temperature_and_a_label(capsys, flow, monkeypatch):
     assert torch.equal(drawn[0], test.x[test.y == 1])  # the samples stand beside examples of their own label
     assert "--label must be one of 0..1; got 2" in fails(capsys, "sample", "run", "--out", "x.npy", "--label", "2")
     assert "got -1" in fails(capsys, "sample", "run", "--out", "x.npy", "--label", "-1")
-    assert main(["evaluate", "run", "--limit", "50"]) == 0
+    assert main(["evaluate", "run", "--limit", "50", "--n", "50"]) == 0
     assert "log prob" in capsys.readouterr().out
 
 
