@@ -21,22 +21,8 @@ from genfuse._files import (
     locked,
     sweep,
 )
+from genfuse.comparison import _store
 from genfuse.comparison._columns import draw, measure, peak_memory, training_seconds
-from genfuse.comparison._store import (
-    DATA,
-    PICTURES,
-    Entry,
-    begin,
-    check_distinct,
-    claim,
-    folder_of,
-    keep,
-    log_of,
-    place_of,
-    row_of,
-    same_content,
-    write,
-)
 from genfuse.data import Dataset
 from genfuse.errors import (
     GenfuseError,
@@ -128,13 +114,13 @@ def compare(
         trainer, keep=weights, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None
     )
     options = {
-        "data": {**{key: describe_data(data)[key] for key in (*DATA, "class_names")}, "name": data.name},
+        "data": {**{key: describe_data(data)[key] for key in (*_store.DATA, "class_names")}, "name": data.name},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
         "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
     }
     out = Path(out)
 
-    def train(entry: Entry, row: dict[str, Any], run: dict[str, Any], kept: Callable[[], None]) -> Run:
+    def train(entry: _store.Entry, row: dict[str, Any], run: dict[str, Any], kept: Callable[[], None]) -> Run:
         if row["steps"] is None:
             row["steps"] = _steps_of(budget, entry, data, trainer, say)
             kept()
@@ -143,7 +129,8 @@ def compare(
         return _trained(of_seed, entry, data, run, say)
 
     plan = [
-        (entry, [{"seed": seed, "path": place_of(entry.label, seed)} for seed in range(seeds)]) for entry in entries
+        (entry, [{"seed": seed, "path": _store.place_of(entry.label, seed)} for seed in range(seeds)])
+        for entry in entries
     ]
     return _compared(out, plan, train, entries, data, device, options, say, features, n, limit, inception_weights)
 
@@ -165,19 +152,19 @@ def compare_runs(
     Raises RunError, which names both, for runs on different data.
     """
     opened = [Run(path) for path in runs]
-    check_distinct([str(path) for path in runs])
+    _store.check_distinct([str(path) for path in runs])
     was = [run.config["data"] for run in opened]
     for run, its in zip(opened, was, strict=True):
-        if its["binarize"] != was[0]["binarize"] or not same_content(its, was[0]):
+        if its["binarize"] != was[0]["binarize"] or not _store.same_content(its, was[0]):
             first, other = (f"{d['name']!r} (binarize {d['binarize']}, {d['fingerprint']})" for d in (was[0], its))
             raise RunError(
                 f"runs on different data cannot be compared: {opened[0].path} was trained on {first}, {run.path} on "
                 f"{other}"
             )
     data, device, out = opened[0].data(data_root), _resolved(device), Path(out)
-    options = {"data": {key: was[0][key] for key in (*DATA, "class_names") if key in was[0]}, "budget": None}
+    options = {"data": {key: was[0][key] for key in (*_store.DATA, "class_names") if key in was[0]}, "budget": None}
 
-    def open_run(entry: Entry, row: dict[str, Any], run: dict[str, Any], kept: Callable[[], None]) -> Run:
+    def open_run(entry: _store.Entry, row: dict[str, Any], run: dict[str, Any], kept: Callable[[], None]) -> Run:
         found = by_path[entry.label]
         peaks = [e["peak_memory_bytes"] / 1e6 for e in found.metrics() if "peak_memory_bytes" in e]
         run["peak_memory"] = max(peaks, default=None)
@@ -187,15 +174,15 @@ def compare_runs(
     for path, run in by_path.items():
         model = run.config["model"]
         place = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
-        plan.append((Entry(path, model["name"], model["settings"]), [place]))
+        plan.append((_store.Entry(path, model["name"], model["settings"]), [place]))
     return _compared(out, plan, open_run, (), data, device, options, say, features, n, limit, inception_weights)
 
 
 def _compared(
     out: Path,
-    plan: Sequence[tuple[Entry, list[dict[str, Any]]]],
-    make: Callable[[Entry, dict[str, Any], dict[str, Any], Callable[[], None]], Run],
-    resumed: Sequence[Entry],
+    plan: Sequence[tuple[_store.Entry, list[dict[str, Any]]]],
+    make: Callable[[_store.Entry, dict[str, Any], dict[str, Any], Callable[[], None]], Run],
+    resumed: Sequence[_store.Entry],
     data: Dataset,
     device: str,
     options: dict[str, Any],
@@ -210,12 +197,12 @@ def _compared(
     train_missing(features, data, device, say)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {**options, "features": extract.name, "about": extract.about, "n": n, "limit": limit}
-    claim(out, options, resumed)
+    _store.claim(out, options, resumed)
     with locked(out):
-        was = claim(out, options, resumed)  # again: from here on nobody else writes
+        was = _store.claim(out, options, resumed)  # again: from here on nobody else writes
         sweep(out)
-        sweep(out / PICTURES)
-        result = begin(options, device)
+        sweep(out / _store.PICTURES)
+        result = _store.begin(options, device)
         if resumed:
             result |= {key: was[key] for key in ("real", "plugins", "rows") if key in was}
             for key, value in was.get("machine", {}).items():
@@ -223,17 +210,17 @@ def _compared(
                     say(f"was begun with {key} {value}, and goes on with {result['machine'].get(key)}")
         rows = {row["label"]: row for row in result["rows"]}
         for entry, _ in plan:
-            rows.setdefault(entry.label, {**row_of(entry), "steps": None, "runs": []})
+            rows.setdefault(entry.label, {**_store.row_of(entry), "steps": None, "runs": []})
         result["rows"] = list(rows.values())
-        kept = partial(keep, out, result)
+        kept = partial(_store.keep, out, result)
         kept()  # before all else, so that the same command goes on wherever it is stopped
         measured = partial(
             measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
         )
-        pictures, suffix = out / PICTURES, "png" if data.is_image else "svg"
+        pictures, suffix = out / _store.PICTURES, "png" if data.is_image else "svg"
         draw(None, data, pictures / f"real.{suffix}")
         for entry, runs in plan:
-            row, picture = rows[entry.label], pictures / f"{folder_of(entry.label)}.{suffix}"
+            row, picture = rows[entry.label], pictures / f"{_store.folder_of(entry.label)}.{suffix}"
             for number, place in enumerate(runs):
                 what = f"{entry.label}, seed {place['seed']}" if resumed else entry.label
                 if number == len(row["runs"]):
@@ -253,12 +240,12 @@ def _compared(
                         say(f"not measured: {reason}")
                     for key in ("real", "plugins"):  # what was measured before stays
                         result[key] = {**samples[key], **result.get(key, {})}
-                log_of(out / run["path"] if resumed else Path(entry.label), run)
-                write(out, result)
-        return Comparison(write(out, result), out)
+                _store.log_of(out / run["path"] if resumed else Path(entry.label), run)
+                _store.write(out, result)
+        return Comparison(_store.write(out, result), out)
 
 
-def _steps_of(budget: Budget, entry: Entry, data: Dataset, trainer: Trainer, say: Say) -> int:
+def _steps_of(budget: Budget, entry: _store.Entry, data: Dataset, trainer: Trainer, say: Say) -> int:
     """Updates that the budget buys. Of a time: at the speed of the last part of a trial, past all warming up.
 
     There is a trial of an update where examples are counted, too: what is loaded in it is no part of a run's memory.
@@ -286,7 +273,7 @@ def _steps_of(budget: Budget, entry: Entry, data: Dataset, trainer: Trainer, say
             trainer = Trainer.resuming(run, steps=steps)
 
 
-def _trained(trainer: Trainer, entry: Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
+def _trained(trainer: Trainer, entry: _store.Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
     """The run of ``trainer``, from its last checkpoint on if it has one; finished ones are left as they are."""
     path = Path(trainer.out or "")
     if (path / "config.json").is_file():
@@ -334,7 +321,7 @@ class Comparison(dict[str, Any]):
         return f'<iframe srcdoc="{page}" style="width:100%; height:40rem; border:0"></iframe>'
 
 
-def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: Dataset) -> list[Entry]:
+def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: Dataset) -> list[_store.Entry]:
     """Raises SettingsError and PluginError for what is wrong with the names and the settings as they were given."""
     if not models:
         raise SettingsError("there is nothing to compare: name models, as `genfuse list models` shows them, or runs")
@@ -344,9 +331,9 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
         plugins.find("models", model)
         label = label or model
         entries.append(
-            Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
+            _store.Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
         )  # as they will be read again
-    check_distinct([entry.label for entry in entries])
+    _store.check_distinct([entry.label for entry in entries])
     for label in settings.keys() - {entry.label for entry in entries}:
         raise SettingsError(
             f"there are settings for {label!r}, but it is none of {', '.join(entry.label for entry in entries)}"
