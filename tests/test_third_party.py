@@ -157,9 +157,9 @@ def test_the_example_is_in_every_command(example):
     assert re.search(r"^aae +model +genfuse-aae .* ok$", example.run("plugins", "models"), re.M)
 
     train = ["train", "aae", "--data", "waves:8", "--model.latent-dim", 3, "--model.hidden", 32, "--batch-size", 500]
-    example.run(*train, "--epochs", 2, "--out", "straight")
-    example.run(*train, "--epochs", 1, "--out", "run")
-    example.run("train", "--resume", "run", "--epochs", 2)
+    example.run(*train, "--epochs", 2, "--out", "straight", "--no-pictures")
+    example.run(*train, "--epochs", 1, "--out", "run", "--no-pictures")
+    example.run("train", "--resume", "run", "--epochs", 2, "--pictures")
     runs = [example.cwd / name / "model.safetensors" for name in ("straight", "run")]
     assert runs[0].read_bytes() == runs[1].read_bytes()
 
