@@ -432,8 +432,8 @@ def plugin_of(cls: type) -> str:
     )
 
 
-def claim(path: Path, resume: bool, overwrite: bool) -> None:
-    """Raise RunError unless a training may write to ``path``. Nothing is written."""
+def claim(path: Path, resume: bool, overwrite: bool, config: dict[str, Any]) -> None:
+    """Raise RunError unless a training by ``config`` may write to ``path``. Nothing is written."""
     try:
         os.path.abspath(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -447,6 +447,7 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
         if not (path / STATE).is_file():
             older = "".join(f"; {each.name}, the checkpoint before, is there" for each in before(path)[:1])
             raise RunError(f"the run folder {path} cannot be resumed: it has no {STATE}{older}")
+        _check_same(path, config)
     elif path.exists() and not path.is_dir():
         raise RunError(f"{path} exists and is not a folder")
     elif occupied(path) and not _half_begun(path):
@@ -459,6 +460,29 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
                 f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite "
                 "(in Python: resume=True, overwrite=True)"
             )
+
+
+def _check_same(path: Path, config: dict[str, Any]) -> None:
+    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``.
+
+    A RunWarning tells where versions or threads are others, since then its promise of the same bits does not hold.
+    """
+    was = read_config(path)
+    old, new = essentials(was), essentials(config)
+    if "splits" not in was["data"] and not differences_of_data(was["data"], config["data"]):
+        old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
+    if found := differences(old, new):
+        found += differences_of_data(was["data"], config["data"])
+        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
+    around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
+              if key in was and was[key] != config[key]]  # fmt: skip
+    if around:
+        warnings.warn(
+            f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
+            "if it had never stopped",
+            RunWarning,
+            stacklevel=4,
+        )
 
 
 class Recorder:
