@@ -37,7 +37,6 @@ from genfuse.data import Dataset, Split
 from genfuse.errors import GenfuseError
 from genfuse.training import Run, Trainer
 from genfuse.training.loop import Loop
-from genfuse.training.trainer import check_same
 
 # Values
 
@@ -237,8 +236,7 @@ def read_run(folder: Path, more: Any) -> None:
 
     config = module.describe(model, data, trainer._options())
     with locked(folder):
-        module.claim(folder, True, False)
-    check_same(folder, config)
+        module.claim(folder, True, False, config)
     loop = Loop(trainer, fabric, model, list(model.players()), data)
     loop.essentials = module.essentials(config)
     loop._load(folder)

@@ -1,6 +1,7 @@
 """Every code block of the pages is run or held against what it speaks of, and the pages name all that there is."""
 
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import inspect
@@ -27,6 +28,7 @@ import genfuse
 from benchmarks.__main__ import _parser
 from genfuse import ops, plugins
 from genfuse.cli import main
+from genfuse.metrics import train_features
 from genfuse.models import FACTS
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +76,8 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setenv("GENFUSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GENFUSE_DATA", str(tmp_path / "data"))
     _write_images(tmp_path / "data")
+    few = functools.partial(train_features, steps=2)  # of the classifier that a comparison wants
+    monkeypatch.setattr("genfuse.metrics._features.train_features", few)
     yield Reader(tmp_path, monkeypatch)
     plugins.discover.cache_clear()
     for name, module in list(sys.modules.items()):

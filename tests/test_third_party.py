@@ -134,8 +134,8 @@ def test_a_broken_model_fails_its_own_user_with_its_distribution_and_the_reason(
 
 
 def test_a_broken_model_is_a_row_of_a_comparison_that_says_why(broken):
-    of = ["--data", "digits", "--budget", "200examples", "--seeds", 1, "--n", 100, "--out", "table"]
-    said = broken.run("compare", "vae", "syntax", *of)
+    of = ["--data", "digits", "--features", "random-conv", "--budget", "200examples", "--seeds", 1, "--n", 100]
+    said = broken.run("compare", "vae", "syntax", *of, "--out", "table")
     rows = json.loads((broken.cwd / "table" / "comparison.json").read_text())["rows"]
     assert "SyntaxError" in rows[1]["outcome"], said
     assert rows[0]["outcome"] == "1 of 1"
@@ -157,9 +157,9 @@ def test_the_example_is_in_every_command(example):
     assert re.search(r"^aae +model +genfuse-aae .* ok$", example.run("plugins", "models"), re.M)
 
     train = ["train", "aae", "--data", "waves:8", "--model.latent-dim", 3, "--model.hidden", 32, "--batch-size", 500]
-    example.run(*train, "--epochs", 2, "--out", "straight")
-    example.run(*train, "--epochs", 1, "--out", "run")
-    example.run("train", "--resume", "run", "--epochs", 2)
+    example.run(*train, "--epochs", 2, "--out", "straight", "--no-pictures")
+    example.run(*train, "--epochs", 1, "--out", "run", "--no-pictures")
+    example.run("train", "--resume", "run", "--epochs", 2, "--pictures")
     runs = [example.cwd / name / "model.safetensors" for name in ("straight", "run")]
     assert runs[0].read_bytes() == runs[1].read_bytes()
 
@@ -250,23 +250,24 @@ def test_a_new_plugin_replaces_nothing(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_half_a_new_plugin_is_cleared_away(there, tmp_path, monkeypatch):
-    from genfuse.cli import _new_plugin
+    from genfuse.cli import _commands
 
     out, files = tmp_path / "mine", iter(range(2))
     if there:
         out.mkdir()
 
-    def full(path, writing=_new_plugin.writing):
+    def full(path, text, write_text=_commands.write_text):
         if next(files, None) is None:
             raise OSError(28, "No space left on device")
-        return writing(path)
+        write_text(path, text)
 
-    monkeypatch.setattr(_new_plugin, "writing", full)
+    monkeypatch.setattr(_commands, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        _new_plugin.write("mine", out)
+        _commands.new_plugin("mine", out=out)
     assert list(tmp_path.rglob("*")) == ([out] if there else [])
     monkeypatch.undo()
-    assert len(_new_plugin.write("mine", out)) > 3
+    assert _commands.new_plugin("mine", out=out) == 0
+    assert len([file for file in out.rglob("*") if file.is_file()]) > 3
 
 
 BAD_METRICS = {

@@ -46,16 +46,12 @@ def replacing(path: Path) -> Iterator[Path]:
     It lies in a new folder beside ``path``, under a name that nobody can guess: no link can wait there. A link at
     ``path`` is replaced, not written through. OSErrors name ``path``.
     """
-    stage = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     with named(path):
-        stage.mkdir()
-        try:
+        with staging(path.parent, path.name) as stage:
             yield stage / path.name
             with open(stage / path.name, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(stage / path.name, path)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
         sync_folder(path.parent)
 
 
@@ -66,8 +62,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+def write_text(path: Path, text: str) -> None:
+    """`writing` of UTF-8; what is no text, as names of files may be, is written as escapes."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
@@ -82,9 +80,9 @@ def named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staging(folder: Path) -> Iterator[Path]:
+def staging(folder: Path, name: str = "stage") -> Iterator[Path]:
     """Yield a new folder within ``folder``, of a name that `sweep` knows; what is still in it at the end goes."""
-    stage = folder / f".stage.{secrets.token_hex(8)}.new"
+    stage = folder / f".{name}.{secrets.token_hex(8)}.new"
     stage.mkdir()
     try:
         yield stage
@@ -99,7 +97,7 @@ def keep_as(path: Path, name: str) -> None:
         try:
             os.link(path, beside, follow_symlinks=False)
         except (OSError, NotImplementedError):  # a file system without hard links
-            with open(path, "rb") as source, open(_create(beside), "wb") as copy, named(beside):
+            with open(path, "rb") as source, open(beside, "xb") as copy, named(beside):
                 shutil.copyfileobj(source, copy)
                 copy.flush()
                 os.fsync(copy.fileno())
@@ -249,8 +247,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: dict[str, Any], indent: int) -> None:
     """Write an object with a checksum of itself, as `checked` wants it."""
-    with writing(path) as file:
-        file.write((json.dumps({**content, "sha256": digest(content)}, indent=indent) + "\n").encode("utf-8"))
+    write_text(path, json.dumps({**content, "sha256": digest(content)}, indent=indent) + "\n")
 
 
 def digest(content: dict[str, Any], *parts: Any) -> str:

@@ -314,6 +314,13 @@ def test_help_of_a_model_shows_its_settings_with_meaning_and_default(capsys):
     assert "example: genfuse train vae --data digits" in out
 
 
+def test_no_option_of_a_training_lacks_its_meaning(capsys):
+    for plugin in plugins.discover("models"):
+        assert main(["train", plugins.typed(plugin), "--help"]) == 0
+        out = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
+        assert re.findall(r"--([\w.-]+)(?:, --[\w.-]+| \S+) \((?:default|required)", out) == []
+
+
 def test_what_the_data_decides_is_no_option(capsys):
     assert main(["train", "vae", "--help"]) == 0
     out = capsys.readouterr().out
@@ -746,7 +753,7 @@ def test_samples_take_a_temperature_and_a_label(capsys, flow, monkeypatch):
     assert torch.equal(drawn[0], test.x[test.y == 1])  # the samples stand beside examples of their own label
     assert "--label must be one of 0..1; got 2" in fails(capsys, "sample", "run", "--out", "x.npy", "--label", "2")
     assert "got -1" in fails(capsys, "sample", "run", "--out", "x.npy", "--label", "-1")
-    assert main(["evaluate", "run", "--limit", "50"]) == 0
+    assert main(["evaluate", "run", "--limit", "50", "--n", "50"]) == 0
     assert "log prob" in capsys.readouterr().out
 
 

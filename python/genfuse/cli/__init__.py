@@ -77,16 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read our output has left; without this Python complains again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, GenfuseError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(plain(f"genfuse: interrupted{interrupt}"), file=sys.stderr)
-        return 130
-    except (GenfuseError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        print(plain(f"genfuse: error: {error}"), file=sys.stderr)
-        return 2
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print(plain(f"genfuse: {'interrupted' if interrupted else 'error: '}{error}"), file=sys.stderr)
+        return 130 if interrupted else 2
 
 
 def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:

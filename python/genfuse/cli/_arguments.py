@@ -1,11 +1,13 @@
 """What arguments of several commands mean."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
+from genfuse._files import plain
 from genfuse.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -33,9 +35,8 @@ class DataOptions:
     fit: Literal["crop", "pad", "stretch"] = "crop"  # pictures: how that size is reached
     mode: Literal["", "auto", "L", "RGB"] = ""  # pictures: make all grey (L) or RGB; auto: grey if all are
     damaged: Literal["refuse", "skip"] = "refuse"  # pictures: what becomes of those that cannot be read
-    task: str = (
-        ""  # images: give each with one made of it: super-resolution:4 (or another factor), colorize, inpaint:10
-    )
+    task: str = ""
+    """images: give each with one made of it: super-resolution:4 (or another factor), colorize, inpaint:10"""
     stream: Literal["auto", "yes", "no"] = "auto"  # pictures: read pixels from a file; auto: if memory is too small
 
 
@@ -77,16 +78,24 @@ def refuse_existing(file: Path, overwrite: bool) -> None:
         raise SettingsError(f"{file} exists: name another file, or pass --overwrite")
 
 
-def show_columns(schema: "Schema") -> None:
-    """Print what the columns of a table are taken for."""
+def show_table(heads: Iterable[object], rows: Iterable[Iterable[object]], of_numbers: bool = True) -> None:
+    """Print a table as it is, without markup: numbers with 5 digits, and where it is ``of_numbers`` to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from genfuse._files import plain
+    def text(cell: object) -> Text:
+        return Text(plain(f"{cell:.5g}" if isinstance(cell, float) else cell))
 
-    table = Table("column", "kind", "values", "missing", box=box.SIMPLE_HEAD)
-    for row in schema.describe():
-        table.add_row(*(Text(plain(cell)) for cell in row))
+    table = Table(box=box.HEAVY_HEAD if of_numbers else box.SIMPLE_HEAD)
+    for i, head in enumerate(heads):
+        table.add_column(text(head), justify="right" if i and of_numbers else "left")
+    for row in rows:
+        table.add_row(*map(text, row))
     Console().print(table)
+
+
+def show_columns(schema: "Schema") -> None:
+    """Print what the columns of a table are taken for."""
+    show_table(("column", "kind", "values", "missing"), schema.describe(), of_numbers=False)

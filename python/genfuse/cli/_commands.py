@@ -1,6 +1,7 @@
 """All commands but ``train`` by name, and those that are about this installation. tyro makes their options and help of
 signature and docstring."""
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from genfuse import plugins
-from genfuse._files import plain
+from genfuse._files import occupied, plain, write_text
 from genfuse.cli._apply import compress, decompress, encode, export, interpolate, reconstruct, score, upscale
 from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._families import FAMILIES
 from genfuse.cli._sample import sample
+from genfuse.errors import RunError, SettingsError
 
 SLOW = 1.0  # seconds that the import of a plugin takes, beside those of torch and genfuse
 
@@ -88,11 +90,42 @@ def new_plugin(
         name: what users will type, and the name of the package: lower-case letters, digits and -
         out: folder to make
     """
-    from genfuse.cli._new_plugin import write
+    import importlib.util
+    import keyword
+    import shutil
 
-    for file in write(name, Path(name) if out is None else out):
+    out = Path(name) if out is None else out
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        raise SettingsError(
+            f"a plugin's name is of lower-case letters, digits and single -, with a letter first; got {name!r}"
+        )
+    if taken := [str(plugin) for plugin in plugins.discover("models") if plugin.name == name]:
+        raise SettingsError(f"the name {name!r} is taken, by the {' and the '.join(taken)}: choose another one")
+    module = name.replace("-", "_")
+    if keyword.iskeyword(module) or importlib.util.find_spec(module) is not None:
+        raise SettingsError(f"a package {name!r} would hide the module {module!r} that is there: choose another name")
+    if occupied(out):
+        raise RunError(f"{out} exists: name another folder by --out")
+    names = {"my-model": name, "my_model": module, "MyModel": "".join(map(str.capitalize, name.split("-")))}
+
+    def renamed(text: str) -> str:
+        return re.sub("|".join(names), lambda found: names[found.group()], text)
+
+    written: list[Path] = []
+    made, template = not out.exists(), Path(__file__).parent / "template"
+    try:
+        for source in sorted(path for path in template.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+            file = out / renamed(str(source.relative_to(template)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, renamed(source.read_text(encoding="utf-8")))
+            written.append(file)
+    except BaseException:  # half a package is in the way of a whole one
+        for part in [out] if made else [*out.iterdir()]:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        raise
+    for file in written:
         print(plain(f"written: {file}"))
-    folder = shlex.quote(str(out or name))
+    folder = shlex.quote(str(out))
     print(f"next: pip install --editable {folder}\n      genfuse train {name} --data digits\n      pytest {folder}")
     return 0
 

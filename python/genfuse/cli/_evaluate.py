@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from genfuse._files import plain
-from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device, refuse_existing
+from genfuse._files import plain, write_text
+from genfuse.cli._arguments import READ_AS_USUAL, DataOptions, find_device, refuse_existing, show_table
 from genfuse.errors import DataError, GenfuseError, SettingsError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
     from genfuse.data import Dataset
     from genfuse.training import Run
 
@@ -200,7 +197,7 @@ def _detect(
     result = {"method": find_method(found.model, method), "fpr": fpr, **detection(scores, odd, fpr=fpr)}
     curves = {name: result.pop(name) for name in ("roc", "precision_recall")}
     for name, value in result.items():
-        _show(f"{name.replace('_', ' ')}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
+        _say(f"{_words(name)}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         plots.detection(**curves, share=result["share"], path=pictures / "detection.png")
@@ -249,73 +246,46 @@ def train_features(
 
 
 def _print_evaluation(result: dict[str, dict[str, Any]], left_out: Mapping[str, str] = {}) -> None:
-    from rich.table import Table
-
-    table = Table("")
-    for split in result:
-        table.add_column(_text(split), justify="right")
     names = dict.fromkeys(name for of_split in result.values() for name in of_split)
-    for name in names:
-        values = [of_split.get(name, "") for of_split in result.values()]
-        if not any(isinstance(value, list) for value in values):
-            shown = (f"{v:.5g}" if isinstance(v, float) else str(v) for v in values)
-            table.add_row(_text(name.replace("_", " ")), *map(_text, shown))
-    _show(table)
-    for name in names:
+    lists = [name for name in names if any(isinstance(of_split.get(name), list) for of_split in result.values())]
+    rows = ([_words(name), *(each.get(name, "") for each in result.values())] for name in names if name not in lists)
+    show_table(("", *result), rows)
+    for name in lists:
         for split, of_split in result.items():
             if isinstance(value := of_split.get(name), list):
                 each = " ".join(f"{v:.2f}" for v in sorted(value, reverse=True))
-                _show(f"{name.replace('_', ' ')}, {split}, largest first: {each}")
+                _say(f"{_words(name)}, {split}, largest first: {each}")
     for reason in left_out.values():
-        _show(f"not measured: {reason}")
+        _say(f"not measured: {reason}")
 
 
 def _print_restoration(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
     print(plain(f"{result['n']:,} images of the test split, {result['task']}"))
     print(plain(f"features: {result['features']}: {result['about']}"))
-    names = list(dict.fromkeys(name for of in result["methods"].values() for name in of))
-    table = Table("")
-    for name in names:
-        table.add_column(_text(name.replace("_", " ")), justify="right")
-    for method, of in result["methods"].items():
-        table.add_row(_text(method), *(f"{of[name]:.5g}" for name in names))
-    _show(table)
+    names = dict.fromkeys(name for of in result["methods"].values() for name in of)
+    show_table(("", *map(_words, names)), ([how, *map(of.get, names)] for how, of in result["methods"].items()))
 
 
 def _print_samples(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
     print(f"{result['n']:,} samples against {result['n']:,} examples of the test split")
     print(plain(f"features: {result['features']}: {result['about']}"))
-    table = Table("", "samples", "real examples")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, value in result["samples"].items():
-        real = result["real"].get(name)
-        table.add_row(_text(name.replace("_", " ")), f"{value:.5g}", "–" if real is None else f"{real:.5g}")
-    _show(table)
+    both = ((name, value, result["real"].get(name)) for name, value in result["samples"].items())
+    rows = ([_words(name), value, "–" if real is None else real] for name, value, real in both)
+    show_table(("", "samples", "real examples"), rows)
     for reason in result["left_out"].values():
-        _show(f"not measured: {reason}")
+        _say(f"not measured: {reason}")
 
 
-def _text(words: str) -> "Text":
-    """What metrics, plugins and files are called, without markup."""
-    from rich.text import Text
-
-    return Text(plain(words))
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
-def _show(what: "str | Table") -> None:
+def _say(words: str) -> None:
     from rich.console import Console
 
-    Console().print(plain(what) if isinstance(what, str) else what, markup=False, highlight=False)
+    Console().print(plain(words), markup=False, highlight=False)
 
 
 def _write_json(file: Path, content: Any) -> None:
-    from genfuse._files import writing
-
     file.parent.mkdir(parents=True, exist_ok=True)
-    with writing(file) as written:
-        written.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
+    write_text(file, json.dumps(content, indent=2) + "\n")

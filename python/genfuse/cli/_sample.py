@@ -254,7 +254,7 @@ def _rejected(
     while found < n and drawn < TRIES:
         given = None if y is None else y[torch.arange(drawn, drawn + 1024, device=y.device) % len(y)]
         part = torch.cat([each.cpu() for each in sample_in_parts(model, 1024, given, generator, **options)])
-        frame, fits = _rows(run, part, None)[0] if given is None else _rows(run, part, given)[0], None
+        frame, fits = _rows(run, part, given)[0], None
         for name, sign, value in rules:
             fit = _fits(frame[name], sign, value, run)
             fits = fit if fits is None else fits & fit

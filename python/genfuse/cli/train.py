@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -35,16 +35,29 @@ from genfuse.training.run import check_config, describe_data, differences_of_dat
 LEFT_OUT = ("out", "resume")  # fields of the trainer for which the command has options of its own
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training as it was typed."""
+Config = TypeVar("Config")
 
-    data: str
-    data_root: Path | None
-    out: Path | None
-    data_options: DataOptions
-    training: dict[str, Any]
-    model: dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Generic[Config]):
+    """One training as it was typed; `parse` makes training and model dicts of what is the user's to set."""
+
+    data: Annotated[str, arg(metavar="NAME")]
+    """What to train on, of `genfuse list datasets`; some take an argument, as csv:PATH or toy:moons."""
+    data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None
+    """Folder of the data sets that are read from files."""
+    out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(default: runs/MODEL-DATA)")] = None
+    """Run folder to make."""
+    resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
+    """Run to continue with its own settings, to its end or to a larger --epochs or --steps."""
+    start: Annotated[Path | None, arg(name="from", metavar="RUN", help_behavior_hint="")] = None
+    """Run to begin with the weights of, and its model's settings: a new run, on the same data or other."""
+    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """YAML or JSON file of these options, as {data: digits, epochs: 5, model: {latent-dim: 8}};
+    the command line wins over it."""
+    training: Annotated[Trainer, arg(name="")]
+    data_options: Annotated[DataOptions, arg(name="data")]
+    model: Config
 
 
 def train(args: list[str]) -> int:
@@ -86,7 +99,7 @@ def train(args: list[str]) -> int:
     if given.resume and job.out not in (None, out):
         raise SettingsError(f"--resume {out} continues in that folder: leave out --out {job.out}")
 
-    trainer = Trainer(**job.training, out=out, resume=bool(given.resume))
+    trainer = Trainer(**cast(dict, job.training), out=out, resume=bool(given.resume))
     before = max((entry["step"] for entry in Run(out).metrics()), default=0) if given.resume else None
     data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
     if data.schema is not None:
@@ -103,7 +116,8 @@ def train(args: list[str]) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
     if isinstance(run, Run) and os.environ.get("RANK", "0") == "0":
-        _summarize(run)
+        for line in _summary(run):
+            print(plain(line))
         if before and before == max(entry["step"] for entry in run.metrics()):
             print("nothing was to be done: the run had ended; to train on, ask for more, by --epochs or --steps")
     return 0
@@ -159,36 +173,10 @@ def parse(model: str, args: list[str]) -> Job:
             str_from_instance=lambda value: [",".join(map(str, value))],
         )
 
-    def job(
-        data: Annotated[str, arg(metavar="NAME")],
-        data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
-        out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(default: runs/MODEL-DATA)")] = None,
-        resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None,
-        start: Annotated[Path | None, arg(name="from", metavar="RUN", help_behavior_hint="")] = None,
-        config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
-        *,
-        training: Annotated[Trainer, arg(name="")],
-        data_options: Annotated[DataOptions, arg(name="data")],
-        model: Any,
-    ) -> Job:
-        """One training.
-
-        Args:
-            data: What to train on, of `genfuse list datasets`; some take an argument, as csv:PATH or toy:moons.
-            data_root: Folder of the data sets that are read from files.
-            out: Run folder to make.
-            resume: Run to continue with its own settings, to its end or to a larger --epochs or --steps.
-            start: Run to begin with the weights of, and its model's settings: a new run, on the same data or other.
-            config: YAML or JSON file of these options, as {data: digits, epochs: 5, model: {latent-dim: 8}}; the
-                command line wins over it.
-        """
-        return Job(data, data_root, out, data_options, cast(dict, training), model)
-
-    job.__annotations__["model"] = config_class
     example = f"genfuse train {model} --data digits --out runs/{model} --epochs 5"
     description = f"Train the {plugins.find('models', model)}.\n\nexample:\n  {example}"
     with registry:
-        return tyro.cli(job, prog=f"genfuse train {model}", description=description, args=args)
+        return tyro.cli(cast(Any, Job)[config_class], prog=f"genfuse train {model}", description=description, args=args)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -276,13 +264,8 @@ def _how_to_continue(out: Path, data_root: Path | None) -> str:
     return f"; saved in {out}; to continue: {shlex.join(['genfuse', 'train', '--resume', str(out), *root])}"
 
 
-def _summarize(run: Run) -> None:
-    """Where the run lies, the last of its metrics, its pictures, and what to do next."""
-    for line in _summary(run):
-        print(plain(line))
-
-
 def _summary(run: Run) -> Iterator[str]:
+    """Where the run lies, the last of its metrics, its pictures, and what to do next."""
     metrics = run.metrics()
     last = {(each["split"], each["player"]): each for each in metrics if each["split"] in plots.SPLITS}
     end = max(last.values(), key=lambda entry: entry["step"], default={"epoch": 0, "step": run.step})

@@ -2,11 +2,14 @@
 
 import html
 import json
+import math
 import os
+import re
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,23 +21,8 @@ from genfuse._files import (
     locked,
     sweep,
 )
-from genfuse.comparison._budget import Budget, Say, steps_of, trained
-from genfuse.comparison._columns import draw, measure
-from genfuse.comparison._store import (
-    DATA,
-    PICTURES,
-    Entry,
-    begin,
-    check_distinct,
-    claim,
-    folder_of,
-    keep,
-    log_of,
-    place_of,
-    row_of,
-    same_content,
-    write,
-)
+from genfuse.comparison import _store
+from genfuse.comparison._columns import draw, measure, peak_memory, training_seconds
 from genfuse.data import Dataset
 from genfuse.errors import (
     GenfuseError,
@@ -45,12 +33,38 @@ from genfuse.errors import (
     TrainingWarning,
 )
 from genfuse.metrics import extractor, train_missing
-from genfuse.models import configure, load
+from genfuse.models import configure, create, load
 from genfuse.training import Run, Trainer
 from genfuse.training.run import FREE, describe_data
 
+UNITS = {"s": 1, "m": 60, "h": 3600}
 CHECKPOINTS = 10  # of a training
 OURS = ("out", "resume", "overwrite")  # options of a trainer that are not the user's here
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each model trains: so many seconds of updates, or so many examples, counted as often as seen."""
+
+    seconds: float | None = None
+    examples: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read "90s", "5m", "1h" or "200000examples". Raises SettingsError for anything else, and for nothing."""
+        found = re.fullmatch(r"\s*([\d_.]+)\s*(s|m|h|examples)\s*", text)
+        try:
+            amount, unit = float(found.group(1)), found.group(2)  # type: ignore[union-attr]
+        except (AttributeError, ValueError):
+            amount, unit = 0.0, ""
+        if not 0 < amount < math.inf or (unit == "examples" and amount != int(amount)):
+            raise SettingsError(
+                f"a budget is a time above 0, as 90s, 5m or 1h, or a number of examples, as 200000examples; "
+                f"got {text!r}"
+            )
+        return cls(examples=int(amount)) if unit == "examples" else cls(seconds=amount * UNITS[unit])
 
 
 def compare(
@@ -99,65 +113,26 @@ def compare(
     trainer = replace(
         trainer, keep=weights, device=device, pictures=False, resume=False, overwrite=False, out=None, steps=None
     )
-    train_missing(features, data, device, say)
-    extract = extractor(features, data, device=device, inception_weights=inception_weights)
     options = {
-        "data": {**{key: describe_data(data)[key] for key in (*DATA, "class_names")}, "name": data.name},
+        "data": {**{key: describe_data(data)[key] for key in (*_store.DATA, "class_names")}, "name": data.name},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
         "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
-        "features": extract.name,
-        "about": extract.about,
-        "n": n,
-        "limit": limit,
     }
     out = Path(out)
-    claim(out, options, entries)
-    with locked(out):
-        was = claim(out, options, entries)  # again: from here on nobody else writes
-        sweep(out)
-        sweep(out / PICTURES)
-        result: dict[str, Any] = {
-            **begin(options, device),
-            **{key: was[key] for key in ("real", "plugins", "rows") if key in was},
-        }
-        for key, value in was.get("machine", {}).items():
-            if value != result["machine"].get(key):
-                say(f"was begun with {key} {value}, and goes on with {result['machine'].get(key)}")
-        rows = {row["label"]: row for row in result["rows"]}
-        for entry in entries:
-            rows.setdefault(entry.label, {**row_of(entry), "steps": None, "runs": []})
-        result["rows"] = list(rows.values())
-        keep(out, result)  # before all else, so that the same command goes on wherever it is stopped
 
-        measured = partial(
-            _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
-        )
-        draw(None, data, _picture(out, "real", data))
-        for entry in entries:
-            row = rows[entry.label]
-            for seed in range(seeds):
-                what = f"{entry.label}, seed {seed}"
-                if seed == len(row["runs"]):
-                    row["runs"].append({"seed": seed, "path": place_of(entry.label, seed)})
-                run = row["runs"][seed]
-                if "figures" in run or run.get("diverged"):
-                    say(f"{what}: done before")
-                    continue
-                with _failure_noted(run, what, say), warnings.catch_warnings():
-                    warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
-                    if row["steps"] is None:
-                        row["steps"] = steps_of(budget, entry, data, trainer, say)
-                        keep(out, result)
-                    every = max(1, row["steps"] // CHECKPOINTS)
-                    of_seed = replace(
-                        trainer, steps=row["steps"], seed=seed, checkpoint_every=every, out=out / run["path"]
-                    )
-                    trained_run = trained(of_seed, entry, data, run, say)
-                    say(f"{what}: measuring")
-                    measured(trained_run, run, result, say, picture=_picture(out, folder_of(entry.label), data))
-                log_of(out / run["path"], run)
-                write(out, result)
-        return Comparison(write(out, result), out)
+    def train(entry: _store.Entry, row: dict[str, Any], run: dict[str, Any], kept: Callable[[], None]) -> Run:
+        if row["steps"] is None:
+            row["steps"] = _steps_of(budget, entry, data, trainer, say)
+            kept()
+        every = max(1, row["steps"] // CHECKPOINTS)
+        of_seed = replace(trainer, steps=row["steps"], seed=run["seed"], checkpoint_every=every, out=out / run["path"])
+        return _trained(of_seed, entry, data, run, say)
+
+    plan = [
+        (entry, [{"seed": seed, "path": _store.place_of(entry.label, seed)} for seed in range(seeds)])
+        for entry in entries
+    ]
+    return _compared(out, plan, train, entries, data, device, options, say, features, n, limit, inception_weights)
 
 
 def compare_runs(
@@ -177,50 +152,157 @@ def compare_runs(
     Raises RunError, which names both, for runs on different data.
     """
     opened = [Run(path) for path in runs]
-    check_distinct([str(path) for path in runs])
+    _store.check_distinct([str(path) for path in runs])
     was = [run.config["data"] for run in opened]
     for run, its in zip(opened, was, strict=True):
-        if its["binarize"] != was[0]["binarize"] or not same_content(its, was[0]):
+        if its["binarize"] != was[0]["binarize"] or not _store.same_content(its, was[0]):
             first, other = (f"{d['name']!r} (binarize {d['binarize']}, {d['fingerprint']})" for d in (was[0], its))
             raise RunError(
                 f"runs on different data cannot be compared: {opened[0].path} was trained on {first}, {run.path} on "
                 f"{other}"
             )
     data, device, out = opened[0].data(data_root), _resolved(device), Path(out)
+    options = {"data": {key: was[0][key] for key in (*_store.DATA, "class_names") if key in was[0]}, "budget": None}
+
+    def open_run(entry: _store.Entry, row: dict[str, Any], run: dict[str, Any], kept: Callable[[], None]) -> Run:
+        found = by_path[entry.label]
+        peaks = [e["peak_memory_bytes"] / 1e6 for e in found.metrics() if "peak_memory_bytes" in e]
+        run["peak_memory"] = max(peaks, default=None)
+        return found
+
+    plan, by_path = [], dict(zip(map(str, runs), opened, strict=True))
+    for path, run in by_path.items():
+        model = run.config["model"]
+        place = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
+        plan.append((_store.Entry(path, model["name"], model["settings"]), [place]))
+    return _compared(out, plan, open_run, (), data, device, options, say, features, n, limit, inception_weights)
+
+
+def _compared(
+    out: Path,
+    plan: Sequence[tuple[_store.Entry, list[dict[str, Any]]]],
+    make: Callable[[_store.Entry, dict[str, Any], dict[str, Any], Callable[[], None]], Run],
+    resumed: Sequence[_store.Entry],
+    data: Dataset,
+    device: str,
+    options: dict[str, Any],
+    say: Say,
+    features: str,
+    n: int | None,
+    limit: int | None,
+    inception_weights: str | Path | None,
+) -> "Comparison":
+    """Measure the runs that ``plan`` has for each row, and write it all. ``make`` trains one or finds it, after which
+    all of its row is kept. With rows that may be ``resumed``, what ``out`` holds of them stays."""
     train_missing(features, data, device, say)
     extract = extractor(features, data, device=device, inception_weights=inception_weights)
-    options = {
-        "data": {key: was[0][key] for key in (*DATA, "class_names") if key in was[0]},
-        "budget": None,
-        "features": extract.name,
-        "about": extract.about,
-        "n": n,
-        "limit": limit,
-    }
-    claim(out, options)
+    options = {**options, "features": extract.name, "about": extract.about, "n": n, "limit": limit}
+    _store.claim(out, options, resumed)
     with locked(out):
-        claim(out, options)
+        was = _store.claim(out, options, resumed)  # again: from here on nobody else writes
         sweep(out)
-        sweep(out / PICTURES)
-        result = begin(options, device)
-        keep(out, result)
+        sweep(out / _store.PICTURES)
+        result = _store.begin(options, device)
+        if resumed:
+            result |= {key: was[key] for key in ("real", "plugins", "rows") if key in was}
+            for key, value in was.get("machine", {}).items():
+                if value != result["machine"].get(key):
+                    say(f"was begun with {key} {value}, and goes on with {result['machine'].get(key)}")
+        rows = {row["label"]: row for row in result["rows"]}
+        for entry, _ in plan:
+            rows.setdefault(entry.label, {**_store.row_of(entry), "steps": None, "runs": []})
+        result["rows"] = list(rows.values())
+        kept = partial(_store.keep, out, result)
+        kept()  # before all else, so that the same command goes on wherever it is stopped
         measured = partial(
-            _measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
+            measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
         )
-        draw(None, data, _picture(out, "real", data))
-        for path, run in zip(runs, opened, strict=True):
-            model = run.config["model"]
-            found: dict[str, Any] = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
-            result["rows"].append(
-                {"label": str(path), "model": model["name"], "settings": model["settings"], "runs": [found]}
-            )
-            say(f"{path}: measuring")
-            with _failure_noted(found, str(path), say):
-                peaks = [e["peak_memory_bytes"] / 1e6 for e in run.metrics() if "peak_memory_bytes" in e]
-                found["peak_memory"] = max(peaks, default=None)
-                measured(run, found, result, say, picture=_picture(out, folder_of(str(path)), data))
-            log_of(run.path, found)
-        return Comparison(write(out, result), out)
+        pictures, suffix = out / _store.PICTURES, "png" if data.is_image else "svg"
+        draw(None, data, pictures / f"real.{suffix}")
+        for entry, runs in plan:
+            row, picture = rows[entry.label], pictures / f"{_store.folder_of(entry.label)}.{suffix}"
+            for number, place in enumerate(runs):
+                what = f"{entry.label}, seed {place['seed']}" if resumed else entry.label
+                if number == len(row["runs"]):
+                    row["runs"].append(place)
+                run = row["runs"][number]
+                if "figures" in run or run.get("diverged"):
+                    say(f"{what}: done before")
+                    continue
+                with _failure_noted(run, what, say), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", TrainingWarning)  # the run folder has them, and so has the table
+                    made = make(entry, row, run, kept)
+                    say(f"{what}: measuring")
+                    figures, samples = measured(made, picture=None if picture.exists() else picture)
+                    run["figures"] = {**figures, "peak_memory": run.pop("peak_memory", None)}
+                    run["left_out"] = samples["left_out"]
+                    for reason in samples["left_out"].values():
+                        say(f"not measured: {reason}")
+                    for key in ("real", "plugins"):  # what was measured before stays
+                        result[key] = {**samples[key], **result.get(key, {})}
+                _store.log_of(out / run["path"] if resumed else Path(entry.label), run)
+                _store.write(out, result)
+        return Comparison(_store.write(out, result), out)
+
+
+def _steps_of(budget: Budget, entry: _store.Entry, data: Dataset, trainer: Trainer, say: Say) -> int:
+    """Updates that the budget buys. Of a time: at the speed of the last part of a trial, past all warming up.
+
+    There is a trial of an update where examples are counted, too: what is loaded in it is no part of a run's memory.
+    """
+    test = data.splits["test"]
+    few = replace(test, x=test.x[:100], y=None if test.y is None else test.y[:100])
+    data = replace(data, splits={**data.splits, "test": few})  # its loss is of no interest here
+    say(f"{entry.label}: a trial")
+    with tempfile.TemporaryDirectory() as folder:
+        done, steps = 0, 16 if budget.seconds else 1
+        model = create(entry.model, data, **entry.settings)
+        trainer = replace(
+            trainer, steps=steps, schedule="constant", keep="last", checkpoint_every=10**9, out=Path(folder) / "trial"
+        )
+        while True:
+            run = trainer.fit(model, data)
+            assert isinstance(run, Run)
+            if budget.examples:
+                return math.ceil(budget.examples / trainer.batch_size)
+            assert budget.seconds
+            seconds = training_seconds(run, data, since=done)
+            if seconds >= min(budget.seconds / 20, 10):
+                return max(1, round(budget.seconds * (steps - done) / seconds))
+            done, steps = steps, 2 * steps
+            trainer = Trainer.resuming(run, steps=steps)
+
+
+def _trained(trainer: Trainer, entry: _store.Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
+    """The run of ``trainer``, from its last checkpoint on if it has one; finished ones are left as they are."""
+    path = Path(trainer.out or "")
+    if (path / "config.json").is_file():
+        there = Run(path)
+        if there.step == trainer.steps:
+            return there
+        trainer = Trainer.resuming(there, device=trainer.device)
+    say(f"{entry.label}, seed {trainer.seed}: {'resuming' if trainer.resume else 'training'}, {trainer.steps:,} steps")
+    with peak_memory(trainer.device) as peak:
+        torch.manual_seed(trainer.seed)
+        trained = trainer.fit(create(entry.model, data, **entry.settings), data)
+        run["peak_memory"] = peak()
+    assert isinstance(trained, Run)
+    return trained
+
+
+@contextmanager
+def _failure_noted(run: dict[str, Any], what: str, say: Say) -> Iterator[None]:
+    """Whatever a model does, the others go on. Why there are no figures stands in their place."""
+    run.pop("error", None)
+    try:
+        yield
+    except Exception as error:
+        said = str(error).strip() or "without a message"
+        run["diverged"] = isinstance(error, NonFiniteLossError)
+        if run["diverged"]:
+            said = said.partition(";")[0]  # what follows is where the last checkpoint lies
+        run["error"] = said if isinstance(error, GenfuseError) else f"{type(error).__name__}: {said}"
+        say(f"{what}: failed: {run['error']}")
 
 
 class Comparison(dict[str, Any]):
@@ -239,7 +321,7 @@ class Comparison(dict[str, Any]):
         return f'<iframe srcdoc="{page}" style="width:100%; height:40rem; border:0"></iframe>'
 
 
-def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: Dataset) -> list[Entry]:
+def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], data: Dataset) -> list[_store.Entry]:
     """Raises SettingsError and PluginError for what is wrong with the names and the settings as they were given."""
     if not models:
         raise SettingsError("there is nothing to compare: name models, as `genfuse list models` shows them, or runs")
@@ -249,9 +331,9 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
         plugins.find("models", model)
         label = label or model
         entries.append(
-            Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
+            _store.Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
         )  # as they will be read again
-    check_distinct([entry.label for entry in entries])
+    _store.check_distinct([entry.label for entry in entries])
     for label in settings.keys() - {entry.label for entry in entries}:
         raise SettingsError(
             f"there are settings for {label!r}, but it is none of {', '.join(entry.label for entry in entries)}"
@@ -263,39 +345,7 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
     return entries
 
 
-def _picture(out: Path, name: str, data: Dataset) -> Path:
-    return out / PICTURES / f"{name}.{'png' if data.is_image else 'svg'}"
-
-
 def _resolved(device: str) -> str:
     if device != "auto":
         return device
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-
-
-def _measure(
-    trained: Run, run: dict[str, Any], result: dict[str, Any], say: Say, *, picture: Path, **options: Any
-) -> None:
-    """Put the figures of a run into its place, and those of real examples into the result. The first run is drawn."""
-    figures, samples = measure(trained, picture=None if picture.exists() else picture, **options)
-    run["figures"] = {**figures, "peak_memory": run.pop("peak_memory", None)}
-    run["left_out"] = samples["left_out"]
-    for reason in samples["left_out"].values():
-        say(f"not measured: {reason}")
-    for key in ("real", "plugins"):  # what was measured before stays
-        result[key] = {**samples[key], **result.get(key, {})}
-
-
-@contextmanager
-def _failure_noted(run: dict[str, Any], what: str, say: Say) -> Iterator[None]:
-    """Whatever a model does, the others go on. Why there are no figures stands in their place."""
-    run.pop("error", None)
-    try:
-        yield
-    except Exception as error:
-        said = str(error).strip() or "without a message"
-        run["diverged"] = isinstance(error, NonFiniteLossError)
-        if run["diverged"]:
-            said = said.partition(";")[0]  # what follows is where the last checkpoint lies
-        run["error"] = said if isinstance(error, GenfuseError) else f"{type(error).__name__}: {said}"
-        say(f"{what}: failed: {run['error']}")

@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 
 class Row(NamedTuple):
     label: str
-    cells: list[Cell]
+    cells: dict[str, Cell]  # by the keys of columns
 
 
 class Table(NamedTuple):
@@ -37,19 +37,16 @@ class Table(NamedTuple):
     rows: list[Row]
     real: Row  # the same measures of real examples
 
-    def part(self, groups: Sequence[str]) -> "Table":
-        """The columns of some groups. Real examples are left out if nothing is measured of them."""
-        return self.of([i for i, column in enumerate(self.columns) if column.group in groups])
-
-    def of(self, kept: Sequence[int]) -> "Table":
-        """The columns of these numbers."""
-        rows = [Row(row.label, [row.cells[i] for i in kept]) for row in (*self.rows, self.real)]
-        return Table([self.columns[i] for i in kept], rows[:-1], rows[-1])
+    @property
+    def shown(self) -> list[Row]:
+        """The rows, and real examples if anything is measured of them."""
+        measured = any(self.real.cells[column.key].value is not None for column in self.columns)
+        return [*self.rows, *([self.real] if measured else [])]
 
 
 def measures(result: dict[str, Any]) -> list[Column]:
     """All that there are columns for: `COLUMNS`, and what metrics of other packages make, before the stability."""
-    known = {measure.key for measure in COLUMNS}
+    known = {measure.key for measure in (*COLUMNS, *TEXTS)}
     others = [Column.of_plugin(*each) for each in result.get("plugins", {}).items() if each[0] not in known]
     first = next(i for i, measure in enumerate(COLUMNS) if measure.group == "stability")
     return [*COLUMNS[:first], *others, *COLUMNS[first:]]
@@ -97,8 +94,8 @@ def table(result: dict[str, Any]) -> Table:
         value = result["real"].get(measure.key)
         return Cell("–") if value is None else Cell(measure.show(value), value)
 
-    made = [Row(row["label"], [cell(row, measure) for measure in columns]) for row in rows]
-    return Table(columns, made, Row("real examples", [real(measure) for measure in columns]))
+    made = [Row(row["label"], {measure.key: cell(row, measure) for measure in columns}) for row in rows]
+    return Table(columns, made, Row("real examples", {measure.key: real(measure) for measure in columns}))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -143,13 +140,12 @@ def show(result: dict[str, Any]) -> None:
         shown = RichTable("", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for column in part.columns:
             shown.add_column(text(_title(column)))
-        for row in part.rows:
-            cells = zip(part.columns, row.cells, strict=True)
-            shown.add_row(
-                text(row.label), *(Text(plain(c.text), "bold" if (m.key, c.value) in best else "") for m, c in cells)
-            )
-        for row in _with_real(part)[len(part.rows) :]:
-            shown.add_row(text(row.label), *(text(cell.text) for cell in row.cells))
+        for row in part.shown:
+            cells = [text(row.label)]
+            for key in (column.key for column in part.columns):
+                is_best = row is not part.real and (key, row.cells[key].value) in best
+                cells.append(Text(plain(row.cells[key].text), "bold" if is_best else ""))
+            shown.add_row(*cells)
         console.print(shown)
 
 
@@ -173,9 +169,7 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
             "picture": picture(folder(row["label"])),
             "curves": list(_curves(row["runs"])),
             "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
-            "distance": next(
-                (c.text for c, m in zip(cells, whole.columns, strict=True) if m.key == COLUMNS[0].key), ""
-            ),
+            "distance": cells.get(COLUMNS[0].key, Cell("")).text,
         }
         for row, (_, cells) in zip(result["rows"], whole.rows, strict=True)
     ]
@@ -252,41 +246,38 @@ def _chart(lines: list[Any]) -> dict[str, Any]:
 
 
 def _parts(whole: Table) -> list[Table]:
-    return [part for groups in PARTS if (part := whole.part(groups)).columns]
+    parts = [[column for column in whole.columns if column.group in groups] for groups in PARTS]
+    return [whole._replace(columns=columns) for columns in parts if columns]
 
 
 def _best(whole: Table) -> set[tuple[str, float]]:
     """The key of each column of which one direction is better, with its best value, if several rows have one."""
     found = set()
-    for i, column in enumerate(whole.columns):
-        values = [row.cells[i].value for row in whole.rows if row.cells[i].value is not None]
+    for column in whole.columns:
+        values = [value for row in whole.rows if (value := row.cells[column.key].value) is not None]
         if column.better and len(values) > 1:
-            found.add((column.key, (min if column.better == "lower" else max)(values)))  # type: ignore[type-var]
-    return found  # type: ignore[return-value]
+            found.add((column.key, min(values) if column.better == "lower" else max(values)))
+    return found
 
 
 def _fitting(part: Table, width: int) -> Iterator[Table]:
     """Pieces of a table that are as wide as a terminal at most, where titles may break between words."""
-    first = max(len(row.label) for row in _with_real(part)) + 3
-    piece: list[int] = []
+    first = max(len(row.label) for row in part.shown) + 3
+    piece: list[Column] = []
     taken = first
-    for i, column in enumerate(part.columns):
+    for column in part.columns:
         needs = max(map(len, _title(column).split())) + 3
-        needs = max(needs, *(min(len(row.cells[i].text), 24) + 3 for row in _with_real(part)))
+        needs = max(needs, *(min(len(row.cells[column.key].text), 24) + 3 for row in part.shown))
         if piece and taken + needs > width:
-            yield part.of(piece)
+            yield part._replace(columns=piece)
             piece, taken = [], first
-        piece.append(i)
+        piece.append(column)
         taken += needs
-    yield part.of(piece)
+    yield part._replace(columns=piece)
 
 
 def _title(column: Column) -> str:
     return column.title + ARROWS[column.better]
-
-
-def _with_real(part: Table) -> list[Row]:
-    return [*part.rows, *([part.real] if any(cell.value is not None for cell in part.real.cells) else [])]
 
 
 def _markdown(part: Table) -> str:
@@ -297,12 +288,11 @@ def _markdown(part: Table) -> str:
         count, semicolon, errors = text.partition("; ")
         return count + semicolon + literal(errors)
 
-    texts = [outcome if column.key == "outcome" else literal for column in part.columns]
+    texts = [(column.key, outcome if column.key == "outcome" else literal) for column in part.columns]
     lines = [line(["", *(literal(_title(column)) for column in part.columns)])]
     lines.append(line(["---", *("--:" for _ in part.columns)]))
-    for row in _with_real(part):
-        cells = (text(cell.text) for text, cell in zip(texts, row.cells, strict=True))
-        lines.append(line([literal(row.label), *cells]))
+    for row in part.shown:
+        lines.append(line([literal(row.label), *(text(row.cells[key].text) for key, text in texts)]))
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from genfuse._files import demand, intact, occupied, read_json, refuse_links, shown, write_json, writing
+from genfuse._files import demand, intact, occupied, read_json, refuse_links, shown, write_json, write_text
 from genfuse._version import __version__
 from genfuse.comparison import _report
 from genfuse.errors import RunError, SettingsError
@@ -211,11 +211,6 @@ def keep(out: Path, result: dict[str, Any]) -> None:
 
 def write(out: Path, result: dict[str, Any]) -> dict[str, Any]:
     keep(out, result)
-    _text(out / TABLE, _report.markdown(result))
-    _text(out / REPORT, _report.html(result, out / PICTURES, folder_of))
+    write_text(out / TABLE, _report.markdown(result))
+    write_text(out / REPORT, _report.html(result, out / PICTURES, folder_of))
     return result
-
-
-def _text(path: Path, text: str) -> None:
-    with writing(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))  # names of files may be no text

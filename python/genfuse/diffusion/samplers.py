@@ -24,10 +24,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import ParamSpec, Protocol, cast
+from typing import ParamSpec, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from genfuse.errors import SettingsError
 from genfuse.ops import diffuse, philox
@@ -37,6 +38,21 @@ Noise = Callable[[Tensor, float], Tensor]
 Callback = Callable[[int, Tensor, float, Tensor], object]
 Sigmas = Sequence[float] | Tensor
 P = ParamSpec("P")
+
+
+class _How(TypedDict, total=False):
+    """What all samplers take."""
+
+    callback: Callback | None
+    generator: torch.Generator | None
+    noise: Noise | None
+
+
+def _taken(
+    callback: Callback | None = None, generator: torch.Generator | None = None, noise: Noise | None = None
+) -> tuple[Callback | None, Noise]:
+    """The callback, and what adds noise, of `_How`."""
+    return callback, noise or (lambda x, sigma: diffuse(x, 1, sigma, generator=generator)[0])
 
 
 class Sampler(Protocol[P]):
@@ -53,24 +69,17 @@ def _sampler(steps: Callable[P, Iterator[Tensor]]) -> Sampler[P]:
     def sample(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         return deque(steps(*args, **kwargs), maxlen=1)[0]
 
-    sample.__signature__ = inspect.signature(steps).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
+    *own, _ = inspect.signature(steps).parameters.values()
+    shared = [each.replace(kind=each.KEYWORD_ONLY) for each in inspect.signature(_taken).parameters.values()]
+    sample.__signature__ = inspect.Signature([*own, *shared], return_annotation=Tensor)  # type: ignore[attr-defined]
     sample.steps = steps  # type: ignore[attr-defined]
     return cast(Sampler[P], sample)
 
 
 @_sampler
-def ddim(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Sigmas,
-    *,
-    eta: float = 0.0,
-    callback: Callback | None = None,
-    generator: torch.Generator | None = None,
-    noise: Noise | None = None,
-) -> Iterator[Tensor]:
+def ddim(denoiser: Denoise, x: Tensor, sigmas: Sigmas, *, eta: float = 0.0, **how: Unpack[_How]) -> Iterator[Tensor]:
     """DDIM, arXiv 2010.02502, equation 12: deterministic with eta 0, the ancestral sampler with eta 1."""
-    noise = noise or _drawn(generator)
+    callback, noise = _taken(**how)
     for step, (s, t) in enumerate(_falling(sigmas)):
         x0 = _denoised(denoiser, x, s, step, callback)
         x = _ddim_step(x, x0, s, t, eta, noise)
@@ -84,32 +93,16 @@ def _ddim_step(x: Tensor, x0: Tensor, s: float, t: float, eta: float, noise: Noi
 
 
 @_sampler
-def ancestral(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Sigmas,
-    *,
-    callback: Callback | None = None,
-    generator: torch.Generator | None = None,
-    noise: Noise | None = None,
-) -> Iterator[Tensor]:
+def ancestral(denoiser: Denoise, x: Tensor, sigmas: Sigmas, **how: Unpack[_How]) -> Iterator[Tensor]:
     """DDPM's sampler, arXiv 2006.11239, algorithm 2, with the posterior's variance (sigma_t^2 = beta tilde_t)."""
-    return ddim.steps(denoiser, x, sigmas, eta=1.0, callback=callback, generator=generator, noise=noise)
+    return ddim.steps(denoiser, x, sigmas, eta=1.0, **how)
 
 
 @_sampler
-def heun(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Sigmas,
-    *,
-    callback: Callback | None = None,
-    generator: torch.Generator | None = None,
-    noise: Noise | None = None,
-) -> Iterator[Tensor]:
+def heun(denoiser: Denoise, x: Tensor, sigmas: Sigmas, **how: Unpack[_How]) -> Iterator[Tensor]:
     """EDM's deterministic sampler, arXiv 2206.00364, algorithm 1: Heun's second-order steps of dx/dsigma = (x - D) /
     sigma, of two evaluations each but for a last one to 0."""
-    return heun_stochastic.steps(denoiser, x, sigmas, s_churn=0.0, callback=callback)
+    return heun_stochastic.steps(denoiser, x, sigmas, s_churn=0.0, **how)
 
 
 @_sampler
@@ -122,13 +115,11 @@ def heun_stochastic(
     s_tmin: float = 0.05,
     s_tmax: float = 50.0,
     s_noise: float = 1.003,
-    callback: Callback | None = None,
-    generator: torch.Generator | None = None,
-    noise: Noise | None = None,
+    **how: Unpack[_How],
 ) -> Iterator[Tensor]:
     """EDM's stochastic sampler, arXiv 2206.00364, algorithm 2, which puts noise back before each step; ``callback``
     sees x and sigma after that."""
-    noise = noise or _drawn(generator)
+    callback, noise = _taken(**how)
     steps = _falling(sigmas)
     gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
     for step, (s, t) in enumerate(steps):
@@ -146,22 +137,14 @@ def heun_stochastic(
 
 @_sampler
 def langevin(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Sigmas,
-    *,
-    corrector_steps: int = 1,
-    snr: float = 0.16,
-    callback: Callback | None = None,
-    generator: torch.Generator | None = None,
-    noise: Noise | None = None,
+    denoiser: Denoise, x: Tensor, sigmas: Sigmas, *, corrector_steps: int = 1, snr: float = 0.16, **how: Unpack[_How]
 ) -> Iterator[Tensor]:
     """Predictor-corrector, arXiv 2011.13456, algorithm 2: an ancestral step, then ``corrector_steps`` of Langevin's.
 
     The corrector's step size is 2 (snr t)^2 at noise level t: the paper's, algorithm 4, with t in place of the norm of
     the noise over that of the score, which it is near, so that no example's path depends on the others in its batch.
     """
-    noise = noise or _drawn(generator)
+    callback, noise = _taken(**how)
     for step, (s, t) in enumerate(_falling(sigmas)):
         x = _ddim_step(x, _denoised(denoiser, x, s, step, callback), s, t, 1.0, noise)
         for _ in range(corrector_steps if t else 0):
@@ -170,16 +153,9 @@ def langevin(
 
 
 @_sampler
-def dpm_solver(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Sigmas,
-    *,
-    callback: Callback | None = None,
-    generator: torch.Generator | None = None,
-    noise: Noise | None = None,
-) -> Iterator[Tensor]:
+def dpm_solver(denoiser: Denoise, x: Tensor, sigmas: Sigmas, **how: Unpack[_How]) -> Iterator[Tensor]:
     """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: deterministic, second order with one evaluation a step."""
+    callback, _ = _taken(**how)
     x0, r = x, 0.0  # D of the step before, and where that was
     for step, (s, t) in enumerate(_falling(sigmas)):
         before, x0 = x0, _denoised(denoiser, x, s, step, callback)
@@ -213,10 +189,6 @@ def _denoised(denoiser: Denoise, x: Tensor, sigma: float, step: int, callback: C
     if callback is not None:
         callback(step, x, sigma, denoised)
     return denoised
-
-
-def _drawn(generator: torch.Generator | None) -> Noise:
-    return lambda x, sigma: diffuse(x, 1, sigma, generator=generator)[0]
 
 
 def noisy(x: Tensor, sigma: float | Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,9 +43,8 @@ class AdversarialConfig(ModelConfig):
     latent_dim: int = 100  # dimensions of z
     network: Network = "mlp"  # dcgan and resnet take images of at least 8 x 8
     hidden: tuple[int, ...] = (256, 256)  # mlp: widths of the generator's layers; the critic has them in reverse
-    channels: tuple[int, ...] = (
-        64,
-    )  # dcgan, resnet: widths from the finest resolution; one: it doubles, up to 8 times
+    # dcgan, resnet: widths from the finest resolution; one: it doubles, up to 8 times
+    channels: tuple[int, ...] = (64,)
     n_critic: int = 1  # updates of the critic for one of the generator
     ema: float = 0.999  # samples are of the generator's weights averaged over its updates with this decay; 0: the last
     spectral_norm: bool = False  # divide the critic's weights by their largest singular value

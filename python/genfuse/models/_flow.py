@@ -1,8 +1,9 @@
 """What all normalizing flows share: the density, sampling, and the way from data to the flow and back."""
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any, ClassVar, Literal
 
@@ -92,7 +93,8 @@ class FlowModel(GenerativeModel):
 
     >>> model = FlowModel(genfuse.flows.NSF(2))
 
-    A subclass for the commands has settings, ``Config``, and says in `flow_of` which flow they make.
+    A subclass for the commands has settings, ``Config``, and says in ``flow_class``, or in `flow_of`, which flow they
+    make.
 
     Args:
         flow: any, from examples (N, *shape) to latents (N, D).
@@ -106,6 +108,7 @@ class FlowModel(GenerativeModel):
     """
 
     Config: ClassVar[type] = FlowConfig
+    flow_class: ClassVar[Callable[..., Flow]]
     usual_steps = 4000
     former: ClassVar[dict[str, Any]] = {}  # settings that runs of former versions lack, as they were then
 
@@ -149,9 +152,14 @@ class FlowModel(GenerativeModel):
         )
 
     @classmethod
-    def flow_of(cls, config: Any) -> Flow:
-        """The flow that the settings make."""
-        raise NotImplementedError(f"{cls.__name__} has no flow_of")
+    def flow_of(cls, config: Any, **more: Any) -> Flow:
+        """The flow that the settings make: a ``flow_class`` with those settings that it has arguments for, ``layers``
+        as its ``transforms``, and with ``more``."""
+        if not hasattr(cls, "flow_class"):
+            raise NotImplementedError(f"{cls.__name__} has no flow_of")
+        known = {"layers": "transforms", **{name: name for name in inspect.signature(cls.flow_class).parameters}}
+        given = {known[each.name]: getattr(config, each.name) for each in fields(config) if each.name in known}
+        return cls.flow_class(config.shape, **{**given, **config.options, **more})
 
     @property
     def likelihoods(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Glow(FlowModel):
     """The flow `genfuse.flows.Glow`: steps of activation normalisation, an invertible linear map, and a coupling."""
 
     Config = GlowConfig
+    flow_class = flows.Glow
     former = {"squash": False, "scale": "sigmoid"}
 
     @classmethod
@@ -40,16 +41,7 @@ class Glow(FlowModel):
         return one_per_block(super().current(settings), "channels", 64, 1)
 
     @classmethod
-    def flow_of(cls, config: GlowConfig) -> flows.Flow:
-        c, images = config, multiscale(config.shape, config.network)
-        return flows.Glow(
-            c.shape,
-            transforms=c.steps,
-            coupling=c.coupling,
-            scale=("softclip" if images else "sigmoid") if c.scale == "auto" else c.scale,
-            hidden=c.hidden,
-            scales=c.scales,
-            channels=c.channels,
-            multiscale=images,
-            **c.options,
-        )
+    def flow_of(cls, config: GlowConfig, **more: Any) -> flows.Flow:
+        images = multiscale(config.shape, config.network)
+        scale = ("softclip" if images else "sigmoid") if config.scale == "auto" else config.scale
+        return super().flow_of(config, transforms=config.steps, scale=scale, multiscale=images, network=None, **more)

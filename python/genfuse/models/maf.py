@@ -27,14 +27,7 @@ class MAF(FlowModel):
 
     Config = MAFConfig
     former = {"squash": False, "scale": "tanh"}
-    flow_class: type[flows.MAF] = flows.MAF
-
-    @classmethod
-    def flow_of(cls, config: MAFConfig) -> flows.Flow:
-        c = config
-        return cls.flow_class(
-            c.shape, transforms=c.layers, hidden=c.hidden, scale=c.scale, actnorm=c.actnorm, **c.options
-        )
+    flow_class = flows.MAF
 
 
 class IAF(MAF):

@@ -57,25 +57,17 @@ class NSF(FlowModel):
     """The flow `genfuse.flows.NSF`: splines in couplings, and linear layers by LU between them."""
 
     Config = NSFConfig
+    flow_class = flows.NSF
     former = {"squash": False, "damped": True}
 
     @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
         return one_per_block(super().current(settings), "hidden", 128, 2)
 
-    @classmethod
-    def flow_of(cls, config: NSFConfig) -> flows.Flow:
-        c = config
-        return flows.NSF(c.shape, transforms=c.layers, hidden=c.hidden, dropout=c.dropout, **c.options)
-
 
 class NSFAR(FlowModel):
     """The flow `genfuse.flows.NSFAR`: each coordinate's spline is decided by the coordinates before it."""
 
     Config = NSFARConfig
+    flow_class = flows.NSFAR
     former = {"squash": False, "damped": True}
-
-    @classmethod
-    def flow_of(cls, config: NSFARConfig) -> flows.Flow:
-        c = config
-        return flows.NSFAR(c.shape, transforms=c.layers, hidden=c.hidden, **c.options)

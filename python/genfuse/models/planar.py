@@ -24,7 +24,7 @@ class PlanarFlow(FlowModel):
     """The flow `genfuse.flows.Planar`: the density is one pass, and sampling solves for one number a layer."""
 
     Config = PlanarConfig
-    flow_class: type[flows.Planar] = flows.Planar
+    flow_class = flows.Planar
 
     def doubts(self, data: Dataset) -> Iterator[str]:
         yield from super().doubts(data)
@@ -34,10 +34,6 @@ class PlanarFlow(FlowModel):
                 f"direction, and {data.name!r} has {math.prod(data.shape)}, so samples will be noise; realnvp and glow "
                 "are made for images"
             )
-
-    @classmethod
-    def flow_of(cls, config: PlanarConfig) -> flows.Flow:
-        return cls.flow_class(config.shape, transforms=config.layers, **config.options)
 
 
 class RadialFlow(PlanarFlow):

@@ -53,6 +53,7 @@ class RealNVP(FlowModel):
     channels of images at several scales."""
 
     Config = RealNVPConfig
+    flow_class = flows.RealNVP
     former = {"squash": False, "scale": "tanh", "linear": False, "interleaved": False}
 
     @classmethod
@@ -62,17 +63,7 @@ class RealNVP(FlowModel):
         return one_per_block(super().current(settings), "channels", 64, 2)
 
     @classmethod
-    def flow_of(cls, config: RealNVPConfig) -> flows.Flow:
-        c = config
-        return flows.RealNVP(
-            c.shape,
-            transforms=c.layers,
-            hidden=c.hidden,
-            scales=c.scales,
-            channels=c.channels,
-            scale=c.scale,
-            linear=math.prod(c.shape) <= FEW if c.linear is None else c.linear,
-            interleaved=c.interleaved,
-            multiscale=multiscale(c.shape, c.network, MANY),
-            **c.options,
-        )
+    def flow_of(cls, config: RealNVPConfig, **more: Any) -> flows.Flow:
+        linear = math.prod(config.shape) <= FEW if config.linear is None else config.linear
+        images = multiscale(config.shape, config.network, MANY)
+        return super().flow_of(config, linear=linear, multiscale=images, network=None, **more)

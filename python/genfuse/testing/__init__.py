@@ -9,7 +9,7 @@ def test_the_contract(clause):
     clause()
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,24 @@ from genfuse.data import load_data as _load_data
 from genfuse.errors import SettingsError as _SettingsError
 from genfuse.models import GenerativeModel as _GenerativeModel
 from genfuse.models import configure as _configure
+from genfuse.testing._clauses import DATASET as _DATASET
+from genfuse.testing._clauses import MODEL as _MODEL
+from genfuse.testing._clauses import PLUGIN as _PLUGIN
 from genfuse.testing._clauses import Clauses as _Clauses
+from genfuse.testing._clauses import DataCase as _DataCase
+from genfuse.testing._clauses import ModelCase as _ModelCase
 from genfuse.testing._clauses import seen as _seen
+from genfuse.testing._clauses import shortened as _shortened
 from genfuse.testing._clauses import told as _told
-from genfuse.testing._dataset import DATASET as _DATASET
-from genfuse.testing._dataset import DataCase as _DataCase
-from genfuse.testing._model import MODEL as _MODEL
-from genfuse.testing._model import PLUGIN as _PLUGIN
-from genfuse.testing._model import ModelCase as _ModelCase
-from genfuse.testing._model import shortened as _shortened
 from genfuse.training.run import plugin_of as _plugin_of
 
 __all__ = ["ContractError", "check_dataset", "check_model", "dataset_clauses", "model_clauses"]
 
 _DATA = ("digits", "toy:moons")  # images of 17 levels, and real-valued points: what a model is tried on
 _REFUSES = "what a model cannot take, a shape, data or settings, it refuses with a SettingsError when it is made"
+
+
+_Trial = tuple[str, _Clauses, Any]  # the name of the data, what is asked for, and of what
 
 
 class ContractError(AssertionError):
@@ -58,18 +61,7 @@ def check_model(
 
     >>> check_model(MyModel, latent_dim=4)
     """
-    left_out = _names(exceptions, _PLUGIN, _MODEL)
-    if broken := _broken(_PLUGIN, cls, left_out):
-        raise ContractError(_told(cls, "", broken, len(_PLUGIN)))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        told = [
-            _told(cls, f" on {case.data.name}", broken, len(_MODEL))
-            for case in _cases(cls, data, settings)
-            if (broken := _broken(_MODEL, case, left_out))
-        ]
-    if told:
-        raise ContractError("\n".join(told))
-    return [text for name, (text, _) in {**_PLUGIN, **_MODEL}.items() if name not in left_out]
+    return _check(cls, _tried(cls, data, settings), exceptions, _PLUGIN, _MODEL)
 
 
 def check_dataset(
@@ -82,11 +74,7 @@ def check_dataset(
 
     >>> check_dataset(my_package.cats)
     """
-    with torch.random.fork_rng(devices=[]):
-        broken = _broken(_DATASET, _DataCase(make, argument, None if root is None else Path(root)), set())
-    if broken:
-        raise ContractError(_told(make, "", broken, len(_DATASET)))
-    return [text for text, _ in _DATASET.values()]
+    return _check(make, [("", _DATASET, _DataCase(make, argument, root))], None, _DATASET)
 
 
 def model_clauses(
@@ -97,9 +85,7 @@ def model_clauses(
     A clause that ``exceptions`` names, {name: reason}, is expected to fail (strictly: one that is kept is a failure).
     """
     _names(exceptions, _PLUGIN, _MODEL)
-    cases: list[tuple[str, _Clauses, Any]] = [("", _PLUGIN, cls)]
-    cases += [(f"{case.data.name}-", _MODEL, case) for case in _cases(cls, data, settings)]
-    return _parameters(cls, cases, exceptions or {})
+    return _parameters(cls, _tried(cls, data, settings), exceptions or {})
 
 
 def dataset_clauses(
@@ -111,12 +97,12 @@ def dataset_clauses(
 ) -> list[Any]:
     """The clauses of `check_dataset` as parameters of a pytest test, as `model_clauses` are."""
     _names(exceptions, _DATASET)
-    case = _DataCase(make, argument, None if root is None else Path(root))
-    return _parameters(make, [("", _DATASET, case)], exceptions or {})
+    return _parameters(make, [("", _DATASET, _DataCase(make, argument, root))], exceptions or {})
 
 
-def _cases(cls: type[_GenerativeModel], data: tuple[_Dataset, ...], settings: dict[str, Any]) -> Iterator[_ModelCase]:
+def _tried(cls: type[_GenerativeModel], data: tuple[_Dataset, ...], settings: dict[str, Any]) -> Iterator[_Trial]:
     """What a model class is tried on. Raises ContractError if it refuses otherwise than it should."""
+    yield "", _PLUGIN, cls
     refused, found = [], 0
     for each in data or map(_load_data, _DATA):
         few = _shortened(each)
@@ -128,17 +114,26 @@ def _cases(cls: type[_GenerativeModel], data: tuple[_Dataset, ...], settings: di
             continue
         except Exception as error:
             seen = {_REFUSES: f"{type(error).__name__}: {error}"}
-            raise ContractError(_told(cls, f" on {each.name}", seen, len(_MODEL))) from error
+            raise ContractError(_told(cls, each.name, seen, len(_MODEL))) from error
         found += 1
-        yield _ModelCase(cls, _plugin_of(cls), config, few)
+        yield each.name, _MODEL, _ModelCase(cls, _plugin_of(cls), config, few)
     if not found or (data and refused):
         raise _SettingsError(f"{cls.__name__} takes no data that it could be tried on: {'; '.join(refused)}")
 
 
-def _broken(clauses: _Clauses, case: Any, left_out: set[str]) -> dict[str, str]:
-    """What was seen, by the texts of the clauses that are broken."""
-    found = {text: _seen(check, case) for name, (text, check) in clauses.items() if name not in left_out}
-    return {text: seen for text, seen in found.items() if seen is not None}
+def _check(what: Any, trials: Iterable[_Trial], exceptions: Mapping[str, str] | None, *clauses: _Clauses) -> list[str]:
+    """What the clauses say that were checked. Raises ContractError if one is broken; those of a class come first."""
+    left_out, told = _names(exceptions, *clauses), []
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        for where, tried, case in trials:
+            seen = {text: _seen(check, case) for name, (text, check) in tried.items() if name not in left_out}
+            if broken := {text: found for text, found in seen.items() if found is not None}:
+                told.append(_told(what, where, broken, len(tried)))
+                if tried is _PLUGIN:
+                    break
+    if told:
+        raise ContractError("\n".join(told))
+    return [text for each in clauses for name, (text, _) in each.items() if name not in left_out]
 
 
 def _names(exceptions: Mapping[str, str] | None, *clauses: _Clauses) -> set[str]:
@@ -149,7 +144,7 @@ def _names(exceptions: Mapping[str, str] | None, *clauses: _Clauses) -> set[str]
     return set(exceptions or {})
 
 
-def _parameters(what: Any, cases: list[tuple[str, _Clauses, Any]], exceptions: Mapping[str, str]) -> list[Any]:
+def _parameters(what: Any, trials: Iterable[_Trial], exceptions: Mapping[str, str]) -> list[Any]:
     import pytest
 
     def hold(where: str, text: str, check: Callable[[Any], None], case: Any) -> None:
@@ -162,9 +157,7 @@ def _parameters(what: Any, cases: list[tuple[str, _Clauses, Any]], exceptions: M
         return (pytest.mark.xfail(reason=exceptions[name], raises=ContractError, strict=True),) if known else ()
 
     return [
-        pytest.param(
-            partial(hold, f" on {where[:-1]}" if where else "", text, check, case), id=where + name, marks=marks(name)
-        )
-        for where, clauses, case in cases
+        pytest.param(partial(hold, where, text, check, case), id=f"{where}-{name}".lstrip("-"), marks=marks(name))
+        for where, clauses, case in trials
         for name, (text, check) in clauses.items()
     ]

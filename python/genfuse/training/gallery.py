@@ -67,19 +67,20 @@ def draw(
             x = model.sample(PAIRS // 2, y=test.y[: PAIRS // 2], generator=generator)  # type: ignore[call-arg, index]
             restorations(test.y[: PAIRS // 2], x, test.x[: PAIRS // 2], at("samples.png"))  # type: ignore[index]
         elif len(data.shape) == 4:  # a clip in each row
-            clips = model.sample(ROWS, generator=generator, **_given(_repeated(labels, ROWS)))
+            clips = model.sample(ROWS, generator=generator, **_given(labels, ROWS))
             plots.sample_grid(clips.flatten(0, 1), at("samples.png"), data.shape[0])
         elif data.is_image:
             if labels is None or data.condition:
-                images = model.sample(plots.SAMPLES, generator=generator, **_given(_repeated(labels, plots.SAMPLES)))
+                images = model.sample(plots.SAMPLES, generator=generator, **_given(labels, plots.SAMPLES))
                 plots.sample_grid(images, at("samples.png"))
             else:  # a row of each class, by its name
                 classes = model.drawn_labels[:CLASSES].to(model.device)
-                images = model.sample(8 * len(classes), generator=generator, **_given(classes.repeat_interleave(8)))
+                each = classes.repeat_interleave(8)
+                images = model.sample(len(each), generator=generator, **_given(each, len(each)))
                 names = [data.class_names[i] if data.class_names else str(i) for i in classes.tolist()]
                 plots.rows(images.split(8), names, at("samples.png"))
         elif len(data.shape) == 1:
-            samples = model.sample(len(test.x), generator=generator, **_given(labels))
+            samples = model.sample(len(test.x), generator=generator, **_given(labels, len(test.x)))
             (plots.scatter if data.shape == (2,) else plots.histograms)(
                 test.x, samples, at("samples.png"), data.scaling
             )
@@ -88,18 +89,18 @@ def draw(
             plots.density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
         if data.shape == (2,) and isinstance(model, HasTrajectory):
             z = torch.randn(plots.POINTS, 2, generator=generator, device=model.device)
-            plots.flow(model.trajectory(z, **_given(_repeated(labels, plots.POINTS))), at("flow.png"))
+            plots.flow(model.trajectory(z, **_given(labels, plots.POINTS)), at("flow.png"))
         if data.is_image and isinstance(model, Reconstructs):
             originals = test.x[:PAIRS]
-            given = _given(_repeated(labels, len(originals)))
+            given = _given(labels, len(originals))
             plots.reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))
         if data.is_image and not data.given and isinstance(model, DrawsLatents):
             a, b = (model.latents(ROWS, generator=generator) for _ in range(2))
-            between = model.interpolate_latents(a, b, STEPS, **_given(_repeated(labels, ROWS)))
+            between = model.interpolate_latents(a, b, STEPS, **_given(labels, ROWS))
             plots.sample_grid(between.transpose(0, 1).flatten(0, 1), at("interpolation.png"), STEPS)
         if data.is_image and "steps" in inspect.signature(getattr(model, "trajectory", len)).parameters:
             noise = torch.randn(ROWS, math.prod(data.shape), generator=generator, device=model.device)
-            path = model.trajectory(noise, **_given(_repeated(labels, ROWS)))  # type: ignore[operator]
+            path = model.trajectory(noise, **_given(labels, ROWS))  # type: ignore[operator]
             seen = [(0.5 + noise / 6).view_as(path[-1]), *plots.evenly(path[1:], STEPS - 1)]
             plots.sample_grid(torch.stack(seen, 1).flatten(0, 1), at("denoising.png"), len(seen))
         if isinstance(model, Encodes):
@@ -137,7 +138,8 @@ def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[st
     steps = torch.linspace(-2.5, 2.5, STEPS, device=points.device)
     rows = torch.arange(len(chosen))
     z[rows, :, chosen] = middle[chosen, None] + spread[chosen, None] * steps
-    images = model.decode(z.flatten(0, 1), **_given(None if labels is None else labels[:1].expand(z[..., 0].numel())))
+    label = labels if labels is None else labels[:1]
+    images = model.decode(z.flatten(0, 1), **_given(label, z[..., 0].numel()))
     plots.rows(images.split(STEPS), [f"z{i + 1}" for i in chosen.tolist()], at("traversal.png"))
     clips = images.unflatten(0, (-1, STEPS))
     there_and_back = torch.cat([clips, clips[:, 1:-1].flip(1)], 1)
@@ -145,19 +147,12 @@ def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[st
     if len(middle) == 2:
         across, up = (points[:, i].quantile(torch.linspace(0.01, 0.99, PLANE).to(points)) for i in range(2))
         z = torch.cartesian_prod(up.flip(0), across).flip(1)
-        plots.sample_grid(
-            model.decode(z, **_given(None if labels is None else labels[:1].expand(len(z)))), at("manifold.png"), PLANE
-        )
+        plots.sample_grid(model.decode(z, **_given(label, len(z))), at("manifold.png"), PLANE)
 
 
-def _given(labels: Tensor | None) -> dict[str, Any]:
-    """What the verbs of a model take beside the examples."""
-    return {} if labels is None else {"y": labels}
-
-
-def _repeated(labels: Tensor | None, n: int) -> Tensor | None:
-    """The first n labels, from the start again if there are fewer."""
-    return None if labels is None else labels[torch.arange(n, device=labels.device) % len(labels)]
+def _given(labels: Tensor | None, n: int) -> dict[str, Any]:
+    """What the verbs of a model take beside n examples: the first n labels, from the start again if there are fewer."""
+    return {} if labels is None else {"y": labels[torch.arange(n, device=labels.device) % len(labels)]}
 
 
 def _log_prob(model: Any, labels: Tensor | None, x: Tensor) -> Tensor:
@@ -173,5 +168,5 @@ def _log_prob(model: Any, labels: Tensor | None, x: Tensor) -> Tensor:
 def _latents(model: Encodes, x: Tensor, y: Tensor | None) -> tuple[Tensor, str]:
     """What ``encode`` makes of x, (N, D), and what to call it."""
     parts = zip(x.split(500), repeat(None) if y is None else y.split(500), strict=False)
-    latents = torch.cat([model.encode(part, **_given(given)) for part, given in parts]).flatten(1)
+    latents = torch.cat([model.encode(part, **_given(given, len(part))) for part, given in parts]).flatten(1)
     return latents, "posterior means" if isinstance(model, HasPosterior) else "the test split, encoded"

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from genfuse.errors import SettingsError
 
@@ -72,14 +72,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name} must be a positive number, got {value}")
-        for name, choices in (
-            ("schedule", ("constant", "cosine")),
-            ("keep", ("auto", "last", "best")),
-            ("precision", ("32-true", "bf16-mixed", "16-mixed", "64-true")),
-            ("compile", ("off", "loss", "cuda-graphs")),
-        ):
-            if getattr(self, name) not in choices:
-                raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, kind in get_type_hints(Options).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise SettingsError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         for name in ("seed", "shift"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")

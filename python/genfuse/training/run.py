@@ -42,6 +42,7 @@ from genfuse._files import (
     sync_folder,
     tensor_facts,
     write_json,
+    write_text,
     writing,
 )
 from genfuse._version import __version__
@@ -120,10 +121,7 @@ class History:
 
     def __repr__(self) -> str:
         ends = "; ".join(f"{name} {points[-1][1]:.5g} at step {points[-1][0]}" for name, points in self.losses.items())
-        return f"<{self._name()}: {ends or 'nothing logged'}>"
-
-    def _name(self) -> str:
-        return type(self).__name__
+        return f"<{type(self).__name__}: {ends or 'nothing logged'}>"
 
     def _repr_html_(self) -> str:
         drawn = plots.as_html(plots.curves, self.metrics()) if self.losses else ""
@@ -160,16 +158,17 @@ class Run(History):
     @property
     def scaling(self) -> Scaling | None:
         """For a table: the means and standard deviations that it was standardized by. Else None."""
-        self._check("data")
-        scaling = self.config["data"]["scaling"]
-        return scaling and Scaling(**scaling)
+        return self._scaling("scaling")
 
     @property
     def condition_scaling(self) -> Scaling | None:
         """`scaling` of the columns that were given as the context, if there were any. Else None."""
+        return self._scaling("condition_scaling")
+
+    def _scaling(self, name: str) -> Scaling | None:
         self._check("data")
-        scaling = self.config["data"].get("condition_scaling")
-        return scaling and Scaling(**scaling)
+        content = self.config["data"].get(name)
+        return content and Scaling(**content)
 
     @property
     def schema(self) -> Schema | None:
@@ -389,14 +388,11 @@ def essentials(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     free = FREE if config["training"].get("schedule", "constant") == "constant" else FREE - {"epochs", "steps"}
     impatient = {} if config["training"].get("patience") is None else {"keep": "best"}
     settings = {key: value for key, value in config["model"]["settings"].items() if key != "examples"}  # of the data
+    keys = ["shape", "binarize", "fingerprint", "scaling"]
+    keys += ["condition_scaling"] if config["data"].get("condition_scaling") else []  # a run may be older
     return {
         "model": {"name": config["model"]["name"], **settings},
-        "data": {
-            **{key: config["data"][key] for key in ("shape", "binarize", "fingerprint", "scaling")},
-            **{
-                key: config["data"][key] for key in ("condition_scaling",) if config["data"].get(key)
-            },  # a run may be older
-        },
+        "data": {key: config["data"][key] for key in keys},
         "training": {key: value for key, value in (config["training"] | impatient).items() if key not in free},
     }
 
@@ -436,8 +432,8 @@ def plugin_of(cls: type) -> str:
     )
 
 
-def claim(path: Path, resume: bool, overwrite: bool) -> None:
-    """Raise RunError unless a training may write to ``path``. Nothing is written."""
+def claim(path: Path, resume: bool, overwrite: bool, config: dict[str, Any]) -> None:
+    """Raise RunError unless a training by ``config`` may write to ``path``. Nothing is written."""
     try:
         os.path.abspath(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -451,6 +447,7 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
         if not (path / STATE).is_file():
             older = "".join(f"; {each.name}, the checkpoint before, is there" for each in before(path)[:1])
             raise RunError(f"the run folder {path} cannot be resumed: it has no {STATE}{older}")
+        _check_same(path, config)
     elif path.exists() and not path.is_dir():
         raise RunError(f"{path} exists and is not a folder")
     elif occupied(path) and not _half_begun(path):
@@ -463,6 +460,29 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
                 f"the run folder {path} exists: choose another one, or ask for --resume or --overwrite "
                 "(in Python: resume=True, overwrite=True)"
             )
+
+
+def _check_same(path: Path, config: dict[str, Any]) -> None:
+    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``.
+
+    A RunWarning tells where versions or threads are others, since then its promise of the same bits does not hold.
+    """
+    was = read_config(path)
+    old, new = essentials(was), essentials(config)
+    if "splits" not in was["data"] and not differences_of_data(was["data"], config["data"]):
+        old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
+    if found := differences(old, new):
+        found += differences_of_data(was["data"], config["data"])
+        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
+    around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
+              if key in was and was[key] != config[key]]  # fmt: skip
+    if around:
+        warnings.warn(
+            f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
+            "if it had never stopped",
+            RunWarning,
+            stacklevel=4,
+        )
 
 
 class Recorder:
@@ -506,8 +526,7 @@ class Recorder:
         for name in ("", *OURS_WITHIN):
             sweep(path / name)
         checkpoint.write(path)  # a kill may have left the weights of the one before beside its state
-        with writing(path / METRICS) as file:
-            file.write("".join(map(_line, entries)).encode("utf-8"))
+        write_text(path / METRICS, "".join(map(_line, entries)))
         write_json(path / CONFIG, config, indent=2)
         return cls(path, step, keep)
 

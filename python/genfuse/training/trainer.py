@@ -109,9 +109,7 @@ class Trainer(Options):
             config = None
             if out is not None:
                 config = run.describe(model, data, self._options())
-                run.claim(out, self.resume, self.overwrite)
-                if self.resume:
-                    check_same(out, config)
+                run.claim(out, self.resume, self.overwrite, config)
             fabric.launch()
             if fabric.world_size > 1:
                 atexit.register(_leave_group)
@@ -119,11 +117,9 @@ class Trainer(Options):
                 raise SettingsError(
                     f"batch_size {self.batch_size} cannot be shared equally by {fabric.world_size} processes"
                 )
-            if out is not None and fabric.is_global_zero:
+            if out is not None and config is not None and fabric.is_global_zero:
                 stack.enter_context(locked(out))
-                run.claim(out, self.resume, self.overwrite)  # again: from here on nobody else writes
-                if self.resume and config is not None:
-                    check_same(out, config)
+                run.claim(out, self.resume, self.overwrite, config)  # again: from here on nobody else writes
             stack.enter_context(forked_rng(fabric.device))
             loop = Loop(self, fabric, model, players, data, callbacks)
             loop.run(out, config)
@@ -190,29 +186,6 @@ class Trainer(Options):
             # Only one player's parameters take part in a step.
             strategy=DDPStrategy(find_unused_parameters=players > 1) if several else "auto",
             precision=self.precision,
-        )
-
-
-def check_same(path: Path, config: dict[str, Any]) -> None:
-    """Raise RunError, naming every difference, unless ``config`` continues the run in ``path``.
-
-    A RunWarning tells where versions or threads are others, since then its promise of the same bits does not hold.
-    """
-    was = run.read_config(path)
-    old, new = run.essentials(was), run.essentials(config)
-    if "splits" not in was["data"] and not run.differences_of_data(was["data"], config["data"]):
-        old["data"]["fingerprint"] = new["data"]["fingerprint"]  # its own stands for the training split alone
-    if found := run.differences(old, new):
-        found += run.differences_of_data(was["data"], config["data"])
-        raise RunError(f"the run {path} cannot be resumed with other settings: {'; '.join(found)}")
-    around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
-              if key in was and was[key] != config[key]]  # fmt: skip
-    if around:
-        warnings.warn(
-            f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
-            "if it had never stopped",
-            RunWarning,
-            stacklevel=3,
         )
 
 
