@@ -249,9 +249,29 @@ def mlp() -> Iterator[Case]:
         yield Case(_mlp, tensors, {"slope": slope, "residual": residual, "counts": counts})
 
 
+def group_norm() -> Iterator[Case]:
+    images = (1, 1, 1), (3, 4, 9), (2, 24, 25), (2, 520, 4), (5, 16, 200), (0, 8, 4), (2, 8, 0)
+    for (n, channels, cells), dtype, silu, each, groups in product(images, DTYPES, BOOLS, BOOLS, (1, 4)):
+        if channels % groups == 0:
+            tensors = {"x": randn(n * channels, cells, dtype=dtype).view(n, channels, cells)}
+            of_each = (n, channels) if each else (channels,)
+            tensors |= {name: torch.randn(of_each).to(wide(dtype)) for name in ("scale", "shift")}
+            yield Case(ops.group_norm, tensors, {"groups": groups, "silu": silu})
+
+
+def _lu_product(triangles: Tensor, log_diagonal: Tensor, order: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.lu_product(triangles, log_diagonal, signs.to(triangles), order.argsort(), order)
+
+
+def lu_product() -> Iterator[Case]:
+    for size, dtype in product((1, 2, 7, 33, 130), (torch.float32, torch.float64)):
+        tensors = {"triangles": randn(size, size, dtype=dtype), "log_diagonal": torch.randn(size).to(dtype)}
+        yield Case(_lu_product, tensors, {"order": torch.randperm(size), "signs": torch.randn(size).sign()})
+
+
 OPERATORS = [
-    actnorm, affine_coupling, bernoulli, bernoulli_nll, mlp, diffuse, gradient_norm_penalty, interpolate,
-    rational_quadratic_spline, reparameterize_kl, standard_normal_log_prob, autoregressive_inverse,
+    actnorm, affine_coupling, bernoulli, bernoulli_nll, mlp, diffuse, gradient_norm_penalty, group_norm, interpolate,
+    lu_product, rational_quadratic_spline, reparameterize_kl, standard_normal_log_prob, autoregressive_inverse,
 ]  # fmt: skip
 
 

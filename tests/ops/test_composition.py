@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.operators import OPERATORS
 from genfuse import ops
-from genfuse.nn import _linear
+from genfuse.ops import _lu_product
 
 MASK = [True, False, False, True, True]
 
@@ -73,6 +73,13 @@ def _layer(transform):
         return torch.cat([x[:, :2], y], 1), logdet
 
     return layer, parts
+
+
+def _group_norm(x, scale, shift):
+    var, mean = torch.var_mean(x.unflatten(1, (2, -1)), (2, 3, 4), correction=0, keepdim=True)
+    normalised = ((x.unflatten(1, (2, -1)) - mean) / (var + 1e-5).sqrt()).flatten(1, 2)
+    z = normalised * scale[..., None, None] + shift[..., None, None]
+    return z * z.sigmoid()
 
 
 def _lu(function):
@@ -204,7 +211,12 @@ CASES = {
         )
         for transform, each in (("affine", 2), ("spline", 8))
     },
-    "lu_product": (_lu(_linear._lu), _lu(_linear._lu_formula), (_normal(3, 3), _normal(3, scale=0.5))),
+    "group_norm": (
+        lambda x, s, t: ops.group_norm(x, 2, s, t, silu=True),
+        _group_norm,
+        (_normal(3, 4, 2, 3), _normal(3, 4), _normal(3, 4)),
+    ),
+    "lu_product": (_lu(ops.lu_product), _lu(_lu_product.formula), (_normal(3, 3), _normal(3, scale=0.5))),
     "gradient_penalty": (_penalty, _penalty_by_hand, (_normal(6, 5), _normal(1, 6))),
     "a third party's": (
         lambda x, scale, a, b: _listed(x, scale, [a, b], 2),
@@ -320,7 +332,7 @@ COMPILED = ["grad", "jvp", "jacrev", "hessian", "third order", "vmap", "per-samp
 ONE_EACH = [
     "actnorm", "affine_coupling tanh", "diffuse v", "gradient_norm_penalty none", "interpolate",
     "rational_quadratic_spline", "rational_quadratic_spline inverse", "reparameterize_kl", "standard_normal_log_prob",
-    "bernoulli_nll", "mlp residual", "affine_layer", "spline_layer", "lu_product", "a third party's",
+    "bernoulli_nll", "mlp residual", "affine_layer", "spline_layer", "group_norm", "lu_product", "a third party's",
 ]  # fmt: skip
 
 
