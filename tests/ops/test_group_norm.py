@@ -10,6 +10,8 @@ from torch import nn
 from genfuse import ops
 from genfuse.nn import UNet
 
+by_kernels = pytest.mark.parametrize("implementation", ["native"], indirect=True)
+
 SHAPES = {  # of x, with the number of groups
     "images": ((3, 16, 7, 5), 4),
     "more channels than a block": ((1, 600, 3, 3), 8),
@@ -44,10 +46,11 @@ def errors(found, truth):
     return [float(((a.double() - b).abs().max() / b.abs().max()).detach()) for a, b in zip(found, truth, strict=True)]
 
 
+@by_kernels
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_output_and_gradients_are_as_close_to_float64_as_eager_ones(name, each, silu):
+def test_output_and_gradients_are_as_close_to_float64_as_eager_ones(name, each, silu, implementation):
     shape, groups = SHAPES[name]
     given = arguments(shape, each)
     ours, theirs = (lambda x, *rest, f=f: f(x, groups, *rest, silu=silu) for f in (ops.group_norm, eager))
@@ -57,9 +60,10 @@ def test_output_and_gradients_are_as_close_to_float64_as_eager_ones(name, each, 
     assert max(errors(results(ours, given, torch.float64), truth)) < 1e-13
 
 
+@by_kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wide", [False, True])
-def test_16_bits_are_computed_in_float32(dtype, wide):
+def test_16_bits_are_computed_in_float32(dtype, wide, implementation):
     x, scale, shift = (t.to(dtype) for t in arguments((2, 8, 6, 5), each=True))
     scale, shift = (t.float() if wide else t for t in (scale, shift))
     y = ops.group_norm(x, 4, scale, shift, silu=True)
@@ -68,7 +72,8 @@ def test_16_bits_are_computed_in_float32(dtype, wide):
     torch.testing.assert_close(y.double(), truth, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
-def test_any_strides_are_read_right_and_results_have_channels_side_by_side():
+@by_kernels
+def test_any_strides_are_read_right_and_results_have_channels_side_by_side(implementation):
     x, scale, shift = arguments((3, 8, 6, 5), each=True, dtype=torch.float32)
     y = ops.group_norm(x, 2, scale, shift)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -82,14 +87,16 @@ def test_any_strides_are_read_right_and_results_have_channels_side_by_side():
     torch.testing.assert_close(ops.group_norm(x, 2, expanded, shift), eager(x, 2, expanded, shift))
 
 
+@by_kernels
 @pytest.mark.parametrize("shape", [(0, 8, 2, 2), (2, 8, 0, 3)])
-def test_nothing_gives_nothing(shape):
+def test_nothing_gives_nothing(shape, implementation):
     y, *gradients = results(lambda *a: ops.group_norm(a[0], 2, *a[1:]), arguments(shape, each=True), torch.float32)
     assert y.shape == gradients[0].shape == shape
     assert not any(g.any() for g in gradients)
 
 
-def test_what_is_not_a_number_or_far_from_0_is_as_in_pytorch():
+@by_kernels
+def test_what_is_not_a_number_or_far_from_0_is_as_in_pytorch(implementation):
     x, scale, shift = arguments((4, 4, 3, 3), each=False, dtype=torch.float32)
     x[1, 2, 0, 0], x[2, 0, 1, 1], scale[3], shift[1] = float("nan"), float("inf"), 1e4, -1e4
     ours, theirs = (
@@ -101,8 +108,9 @@ def test_what_is_not_a_number_or_far_from_0_is_as_in_pytorch():
     torch.testing.assert_close(ours[0], theirs[0], equal_nan=True, rtol=1e-5, atol=1e-30)
 
 
+@by_kernels
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_number_of_threads_changes_nothing(threads):
+def test_the_number_of_threads_changes_nothing(threads, implementation):
     given = arguments((8, 32, 24, 24), each=True)
     ours = partial(results, lambda x, *rest: ops.group_norm(x, 8, *rest, silu=True), given, torch.float32)
     before = torch.get_num_threads()

@@ -5,6 +5,8 @@ import torch
 
 from genfuse import ops
 
+by_kernels = pytest.mark.parametrize("implementation", ["native"], indirect=True)
+
 
 def arguments(size, dtype=torch.float64):
     torch.manual_seed(0)
@@ -31,8 +33,9 @@ def results(function, given, dtype):
     return [weight, logdet, *torch.autograd.grad(loss, (triangles, log_diagonal))]
 
 
+@by_kernels
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 16, 43, 130])
-def test_product_and_gradients_are_as_close_to_float64_as_eager_ones(size):
+def test_product_and_gradients_are_as_close_to_float64_as_eager_ones(size, implementation):
     given = arguments(size)
     truth = results(eager, given, torch.float64)
     for dtype in (torch.float32, torch.float64):
@@ -43,13 +46,15 @@ def test_product_and_gradients_are_as_close_to_float64_as_eager_ones(size):
             assert wrong <= 2 * allowed + 16 * torch.finfo(dtype).eps * scale
 
 
-def test_the_logarithm_is_that_of_the_determinant():
+@by_kernels
+def test_the_logarithm_is_that_of_the_determinant(implementation):
     weight, logdet = ops.lu_product(*arguments(9))
     torch.testing.assert_close(logdet, torch.linalg.slogdet(weight).logabsdet)
 
 
+@by_kernels
 @pytest.mark.parametrize("which", [0, 1])
-def test_one_result_alone_can_be_differentiated(which):
+def test_one_result_alone_can_be_differentiated(which, implementation):
     triangles, log_diagonal, *rest = arguments(5)
     log_diagonal.requires_grad_(), triangles.requires_grad_()
     ours, theirs = (
@@ -76,7 +81,8 @@ def test_second_derivatives_vmap_and_forward_mode_are_the_formulas():
         torch.testing.assert_close(transform(ops.lu_product), transform(eager))
 
 
-def test_strided_and_16_bit_arguments_are_right():
+@by_kernels
+def test_strided_and_16_bit_arguments_are_right(implementation):
     triangles, log_diagonal, *rest = arguments(6)
     strided = ops.lu_product(triangles.t().contiguous().t(), torch.stack([log_diagonal] * 2, 1)[:, 0], *rest)
     torch.testing.assert_close(strided, ops.lu_product(triangles, log_diagonal, *rest), rtol=0, atol=0)
