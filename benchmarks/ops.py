@@ -15,6 +15,7 @@ from benchmarks._record import Bar
 from benchmarks._report import MODES, describe
 from benchmarks.operators import OPERATORS, Operator
 from genfuse import ops
+from genfuse.training.process import keep_freed_memory
 
 
 class Speed(NamedTuple):
@@ -204,6 +205,7 @@ def _sizes(operator: Operator, args: Namespace) -> list[tuple[int, ...]]:
 
 def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Measure and print the operators, sizes and modes that were asked for; returns the record and its bars."""
+    keep_freed_memory()  # or where glibc gave it back would depend on the order of a few frees, on either side
     comparisons = []
     for name in args.op or OPERATORS:
         for size in _sizes(OPERATORS[name], args):
