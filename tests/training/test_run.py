@@ -674,7 +674,7 @@ def test_a_run_that_cannot_be_written_to_is_evaluated_sampled_and_compared(tmp_p
     commands = [
         ["evaluate", out, *few, "--samples", "2", "--json", tmp_path / "numbers.json"],
         ["sample", out, "--out", tmp_path / "x.npy"],
-        ["compare", out, "--out", tmp_path / "compared", *few],
+        ["compare", out, "--out", tmp_path / "compared", "--features", "random-conv", *few],
         ["train", "--resume", out, "--epochs", "3"],
     ]
     code = f"from genfuse.cli import main; print([main(each) for each in {[[*map(str, c)] for c in commands]!r}])"
