@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from genfuse.applications import find_method, scores
-from genfuse.data import load_data
+from genfuse.data import load_data, named
 from genfuse.errors import SettingsError
 from genfuse.metrics import undisturbed
 from genfuse.models import Decodes, Encodes, create
@@ -72,7 +72,7 @@ class _Estimator(BaseEstimator):
     def _checked(self, X: Any, reset: bool = False) -> Any:  # noqa: N803
         """A DataFrame as it is, anything else as an array of finite numbers."""
         if hasattr(X, "iloc"):
-            return validate_data(self, X, reset=reset, skip_check_array=True).rename(columns=str)
+            return named(validate_data(self, X, reset=reset, skip_check_array=True))
         return validate_data(self, X, dtype=np.float64, reset=reset)
 
     def _rows(self, X: Any) -> Tensor:  # noqa: N803

@@ -1,4 +1,7 @@
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -70,6 +73,76 @@ def test_a_diffusion_model_exports_its_sampler(trained, tmp_path, monkeypatch):
     z = torch.randn(4, 3)
     wanted = run.scaling.restore(run.model().trajectory(z)[-1]).numpy()
     assert run_program(file, z) == pytest.approx(wanted, rel=1e-4, abs=1e-2)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    r, n = np.random.default_rng(0), 300
+    frame = pd.DataFrame(
+        {
+            "income": np.exp(r.normal(10, 1, n)).round(2),
+            "age": r.integers(18, 90, n),
+            "plan": r.choice(["basic", "plus", "gold"], n),
+            "joined": pd.Timestamp("2020-01-01") + pd.to_timedelta(r.integers(0, 999, n), "D"),
+            "one": "same",
+        }
+    )
+    path = tmp_path_factory.mktemp("mixed") / "mixed.csv"
+    frame.mask(r.random(frame.shape) < 0.1).to_csv(path, index=False)
+    return f"csv:{path}"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "verbs"),
+    [
+        ("vae", {"hidden": 8, "latent_dim": 2}, "encode decode sample"),
+        ("nsf", {"layers": 2, "hidden": (4,), "bins": 4}, "encode sample"),
+        ("gan", {"hidden": (8,), "latent_dim": 3}, "decode sample"),
+    ],
+)
+def test_programs_of_a_table_of_several_kinds_take_and_make_numbers(model, settings, verbs, mixed, trained, tmp_path):
+    run = trained(model, mixed, steps=20, **settings)
+    *wrote, columns = export(run, tmp_path / "m.onnx", verbs.split(), say=lambda line: None)
+    own, scaling, schema = run.model(), run.scaling, run.schema
+    named = [(each["name"], each["kind"], each["categories"]) for each in json.loads(columns.read_text())]
+    assert named[2] == ("plan", "category", ["basic", "gold", "plus"])
+    x = run.data().splits["test"].x[:40]
+    z = torch.randn(40, own.columns.latents if model == "nsf" else own.latent_dim)
+    u = torch.rand(40, max(1, getattr(own, "uniforms", 0)), generator=torch.Generator().manual_seed(0))
+    u = u.clamp(1e-4, 1 - 1e-4)
+    for file, verb in zip(wrote, verbs.split(), strict=True):
+        if verb == "encode":
+            wanted = own.encode(x).detach().numpy()
+            assert run_program(file, scaling.restore(x)) == pytest.approx(wanted, abs=1e-3)
+            continue
+        drawn = verb == "sample" and model != "nsf"
+        wanted = schema.decode(own.decode(z, u=u).detach() if drawn else own.decode(z).detach())
+        made = run_program(file, z, *([u] if drawn else []))
+        wanted = schema.parse(schema.texts(wanted))
+        assert np.isnan(made).sum() == np.isnan(wanted).sum()
+        assert made[:, 0] == pytest.approx(wanted[:, 0], rel=1e-3, nan_ok=True)  # income has digits
+        assert np.array_equal(made[:, 1:], wanted[:, 1:], equal_nan=True)  # ages, codes and days are whole
+
+
+def test_draws_of_a_program_are_spread_as_the_models(mixed, trained):
+    for model in ("vae", "gan"):
+        own = trained(model, mixed, steps=20, hidden=(8,)).model()
+        torch.manual_seed(0)
+        drawn = own.decode(torch.randn(4000, own.latent_dim), u=torch.rand(4000, own.uniforms).clamp(1e-6, 1 - 1e-6))
+        sampled = own.sample(4000)
+        for column in (0, 2):
+            for cells in (drawn.nan_to_num(9.0), sampled.nan_to_num(9.0)):
+                assert cells[:, column].unique().numel() > 2
+            gap = drawn[:, column].nan_to_num(9.0).sort().values - sampled[:, column].nan_to_num(9.0).sort().values
+            assert gap.abs().mean() < 0.25
+
+
+def test_what_a_table_of_several_kinds_has_not_is_said_with_the_reason(mixed, trained, tmp_path):
+    with pytest.raises(SettingsError, match=r"has no log_prob .*; it has a bound of its likelihood alone, which draws"):
+        export(trained("nsf", mixed, steps=20, layers=2, hidden=(4,), bins=4), tmp_path / "m.onnx", ["log_prob"])
+    edm = trained("edm", steps=2, hidden=(8,))
+    with pytest.raises(SettingsError, match=r"has no log_prob .*; its density is the solution of a differential eq"):
+        export(edm, tmp_path / "m.onnx", ["log_prob"])
 
 
 def test_what_cannot_be_exported_is_named(trained, tmp_path):

@@ -74,8 +74,8 @@ def test_a_weight_is_what_the_best_of_the_models_values_takes_from_the_score():
     [
         ("vae", {}, "likelihood", ["reconstruction"]),
         ("realnvp", {"channels": 8}, "likelihood", []),
-        ("gan", {}, "critic", []),
-        ("wgan-gp", {}, "critic", []),
+        ("gan", {}, "nearest", ["critic"]),
+        ("wgan-gp", {}, "nearest", ["critic"]),
         ("edm", {"channels": (8, 8)}, "likelihood", ["denoising"]),
     ],
 )
@@ -90,6 +90,52 @@ def test_every_family_scores_images_and_one_row_as_many(model, settings, method,
         assert scores(run.model(), few, method=other).shape == (4,)
     with pytest.raises(SettingsError, match=f"has no .* of examples; it has: {', '.join([method, *others])}"):
         scores(run.model(), few, method=next(m for m in ("critic", "denoising") if m not in (method, *others)))
+
+
+@pytest.mark.parametrize("model", ["gan", "wgan", "wgan-gp"])
+def test_what_is_far_from_all_draws_of_a_generator_is_odd(model, trained, odd):
+    found = score(trained(model, steps=600, hidden=(64, 64)), odd)
+    assert found["score"].idxmax() == 9
+    assert found.loc[9, "column_1"] == "noise"
+
+
+def test_the_distance_is_to_the_five_nearest_draws():
+    class OnALine(genfuse.models.GenerativeModel):
+        def __init__(self):
+            super().__init__(shape=(2,))
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def realness(self, x):
+            return x[:, 0]
+
+        def sample(self, n, *, generator=None):
+            return torch.stack([torch.arange(n) % 1000 / 1000, torch.zeros(n)], 1)  # several of each
+
+    x = torch.tensor([[0.5, 0.0], [0.5, 3.0], [-4.0, 0.0]])
+    assert scores(OnALine(), x).tolist() == pytest.approx([0, 3, 4], abs=2e-3)
+    assert scores(OnALine(), x, method="critic").tolist() == [-0.5, -0.5, 4.0]
+
+
+def test_the_distance_to_draws_is_that_of_what_is_given(trained):
+    run = trained("gan", steps=2, condition="age", hidden=(8,))
+    x, y = run.data().batch("test", slice(0, 6))
+    found = scores(run.model(), x, y, method="nearest", samples=20)
+    model = run.model()
+    draws = model.sample(20, y=y[2].repeat(20, 1), generator=None)
+    assert found.shape == (6,)
+    assert torch.equal(found, scores(model, x, y, method="nearest", samples=20, seed=3))
+    assert found[2] < torch.cdist(x[2:3], draws).max()
+
+
+def test_of_pictures_the_scores_say_which_file(trained, tmp_path):
+    from PIL import Image
+
+    run = trained("vae", "digits", steps=2)
+    pixels = (genfuse.load_data("digits").batch("test", slice(0, 3)).x[:, 0] * 255).byte().numpy()
+    for name, image in zip(("c", "a", "b"), pixels, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    found = score(run, tmp_path)
+    assert found["file"].tolist() == [str(tmp_path / f"{name}.png") for name in "abc"]
 
 
 def test_the_denoising_error_is_the_loss_of_each_example(trained):

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_digits, load_sample_image
 
 import genfuse
-from genfuse.data import Dataset, Split, load_data
+from genfuse.data import Dataset, Split, images, load_data
 from genfuse.errors import DataError, DataWarning, SettingsError
 
 FILES = {
@@ -576,6 +576,11 @@ def test_damaged_pictures_are_left_out_if_asked(tmp_path, stream, refused, monke
         assert sum(map(len, data.splits.values())) == 10
         for split in data.splits.values():
             assert torch.equal(split.x[:, 0, 0, 0] > 100, split.y == 1)
+            assert ["dog" in file for file in split.files] == (split.y == 1).tolist()
+        with pytest.warns(DataWarning, match=r"2 of the pictures are left out"):  # not 4: each is read once
+            data = load_data(f"images:{tmp_path}/p", damaged="skip", stream=stream, hold_out=False)
+        assert data.splits["train"].files == data.splits["test"].files
+        assert len(data.splits["test"]) == 10
     for file in (tmp_path / "p").rglob("*.png"):
         file.write_text("")
     refused(f"images:{tmp_path}/p", "none of the 12 pictures in", damaged="skip", stream=stream)
@@ -613,6 +618,26 @@ def test_a_stream_is_the_same_data(streamed, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/job/step\n", "/sys/fs/cgroup/job/memory.max"),
+        ("4:memory:/job/step\n0::/\n", "/sys/fs/cgroup/memory/job/step/memory.limit_in_bytes"),
+        ("0::/\n", "/sys/fs/cgroup/memory.max"),
+    ],
+)
+def test_the_memory_is_that_of_the_group_a_process_is_in(groups, file, monkeypatch):
+    files = {"/proc/self/cgroup": groups, file: "123456\n", "/sys/fs/cgroup/job/step/memory.max": "max\n"}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(images.Path, "read_text", read_text)
+    assert images._memory() == 123456
+
+
 def test_pictures_are_streamed_if_they_would_fill_half_of_the_memory(streamed, monkeypatch):
     size = 40 * 3 * 8 * 8
     monkeypatch.setattr("genfuse.data.images._memory", lambda: 2 * size)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -63,6 +64,83 @@ def test_kinds_of_columns_are_seen_and_ids_are_left_out(tmp_path, gaps):
         assert bool(part.x.isnan().any()) == gaps
 
 
+SEED = 3  # with which rows 0, 1 and 2 are for training
+TIMES = pd.Series(pd.date_range("2024-01-13 23:05", periods=N, freq="7h"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["01067", "10115", "80331"] * 20, "category"),  # whose zeros a number would lose
+        (TIMES.dt.strftime("%H:%M"), "date"),
+        (TIMES.dt.strftime("%Y-%m"), "date"),
+        (TIMES.dt.strftime("%Y%m%d"), "date"),
+        (TIMES.dt.strftime("%Y-%m-%dT%H:%M:%SZ"), "date"),
+        (TIMES.dt.strftime("%Y-%m-%d %H:%M:%S+0000"), "date"),
+        (TIMES.dt.strftime("%Y-%m-%d %H:%M:%S.%f"), "date"),
+        (TIMES.dt.strftime("%d.%m.%Y %H:%M"), "date"),
+        (TIMES.dt.strftime("%m/%d/%Y %I:%M %p"), "date"),
+        (["-0", "0", "1"] * 20, "boolean"),
+        (["1.5" if i in (0, 1, 2) else "" for i in range(N)], "number"),  # which the test split has none of
+    ],
+)
+def test_cells_are_read_for_what_they_are_and_written_as_they_were(tmp_path, cells, kind):
+    frame = pd.DataFrame({"height": people()["height"], "cell": list(cells)})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        data = load_data(f"csv:{tmp_path}/a.csv", seed=SEED)
+    assert kinds(data)["cell"] == kind
+    back = data.schema.texts(data.schema.decode(data.splits["train"].x))["cell"]
+    wanted = frame["cell"].iloc[_split(N, SEED)[0].numpy()]
+    if cells[0] == "-0":
+        wanted = wanted.replace("-0", "0")
+    assert back.astype(object).fillna("").map(str).tolist() == wanted.tolist()
+
+
+def test_ids_too_long_for_a_number_are_left_out(tmp_path):
+    data = load(
+        tmp_path, people().assign(account=[str(2**60 + i) for i in range(N)]).drop(columns=["note", "person_id"])
+    )
+    assert data.schema.left_out[0][0] == "account"
+
+
+@pytest.mark.parametrize(
+    ("cells", "problem"),
+    [
+        (["12.5%", "3%"], "got '12.5%'; write numbers without their unit, or say --data.types 'a cell=category'"),
+        (["€ 1,200.50", "€ 7"], "write numbers without their unit"),
+        (["1.5", "2.5", "-"], "got '-'.* if it stands for nothing, leave the cell empty"),
+        (["01/02/2024", "03/02/2024"], "say which by --data.types 'a cell=date:"),
+    ],
+)
+def test_what_is_wrong_with_cells_is_said_with_what_to_do(tmp_path, cells, problem):
+    pd.DataFrame({"a cell": (cells * N)[:N], "b": people()["height"]}).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(DataError, match=problem):
+        load_data(f"csv:{tmp_path}/a.csv")
+
+
+def test_two_columns_of_one_name_are_named_by_their_places(tmp_path):
+    (tmp_path / "a.csv").write_text("size,,size,\n" + "1.5,a,2.5,b\n" * 9)
+    with pytest.raises(DataError, match="columns 1 and 3 are both called 'size': rename one"):
+        load_data(f"csv:{tmp_path}/a.csv")
+
+
+def test_dataframes_of_other_kinds_are_read(tmp_path):
+    frame = pd.DataFrame(
+        {
+            ("seen", "at"): TIMES.dt.tz_localize("Europe/Berlin"),
+            ("seen", "for"): pd.to_timedelta(np.arange(N) ** 2, "s"),
+            ("kind", ""): pd.Categorical(["x", "y"] * (N // 2)),
+        }
+    )
+    data = load_data(frame)
+    assert kinds(data) == {"seen at": "date", "seen for": "number", "kind ": "category"}
+    seen = data.schema.decode(data.splits["train"].x)["seen at"]
+    assert seen.iloc[0] == TIMES.dt.tz_localize("Europe/Berlin").iloc[0].tz_convert("UTC").tz_localize(None)
+    assert load_data(frame["seen", "for"].dt.total_seconds()).shape == (1,)
+
+
 @pytest.mark.parametrize("gaps", [False, True])
 def test_rows_come_back_as_they_were(tmp_path, gaps):
     frame = with_gaps(people()) if gaps else people()
@@ -82,8 +160,8 @@ def test_rows_come_back_as_they_were(tmp_path, gaps):
     assert torch.allclose(data.schema.encode(texts), data.schema.encode(back), equal_nan=True)
 
 
-def _split(n: int) -> list[torch.Tensor]:
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+def _split(n: int, seed: int = 0) -> list[torch.Tensor]:
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return [order[n // 5 :].sort().values, order[: n // 5].sort().values]
 
 

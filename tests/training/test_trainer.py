@@ -255,6 +255,43 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(folder, digits, tr
     assert torch.equal(again.mean, model.mean)
 
 
+def small_table(rows=1250):
+    """Rows of a density that a flow learns in 100 steps, and 1,000 to train on that it knows by heart after 600."""
+    mix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, rows, 6, generator=torch.Generator().manual_seed(1))
+    return genfuse.load_data(torch.tanh(noise[0] @ mix / 2) + 0.1 * noise[1])
+
+
+def test_a_training_of_the_usual_length_ends_near_its_best_on_few_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(genfuse.models.load("maf"), "usual_steps", 600)
+    data, ends = small_table(), {}
+    for keep in ("auto", "last"):
+        torch.manual_seed(0)
+        model, seen = genfuse.create("maf", data), []
+        out = tmp_path / keep
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run = Trainer(keep=keep, lr=3e-3, device="cpu", pictures=False, out=out).fit(
+                model, data, [lambda e, seen=seen: seen.append(e["loss"]) if e["split"] == "test" else None]
+            )
+        said = {"auto": "by which the best weights are chosen, .* --keep last trains on all", "last": "by heart"}[keep]
+        assert re.search(said, "".join(str(warning.message) for warning in told))
+        assert len([warning for warning in told if "split" in str(warning.message)]) == 1
+        with torch.no_grad():
+            ends[keep] = -float(run.model().log_prob(data.splits["test"].x).mean()) - min(seen)
+        assert run.config["training"]["keep"] == {"auto": "best", "last": "last"}[keep]
+        assert run.config["data"]["options"] == ({"validation": "0.1"} if keep == "auto" else {})
+    assert ends["auto"] < 0.2  # nats
+    assert ends["last"] > 1  # by which the test could fail
+
+
+@pytest.mark.parametrize("given", [{"steps": 3}, {"epochs": 1}])
+def test_a_length_that_is_given_trains_on_all(given, make, digits, trainer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        trainer(**given).fit(make("tiny"), digits)
+
+
 def test_best_without_a_finite_validation_loss_keeps_the_last_weights(digits, trainer, tmp_path):
     class Blind(Plain):
         def loss(self, batch, player="model"):

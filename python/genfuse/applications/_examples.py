@@ -9,16 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse.data import (
-    READING,
-    READING_OF_IMAGES,
-    Batch,
-    Dataset,
-    Schema,
-    Split,
-    load_data,
-    read_rows,
-)
+from genfuse.data import READING, READING_OF_IMAGES, Batch, Dataset, Schema, Split, load_data, named, read_rows
 from genfuse.errors import DataError, DataWarning
 from genfuse.metrics import undisturbed
 from genfuse.models import GenerativeModel
@@ -141,19 +132,19 @@ def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str
         schema or (Schema(()) if scaling is None else Schema.of_scaling(scaling))
         for schema, scaling in ((run.schema, run.scaling), (run.condition_schema, run.condition_scaling))
     )
-    names, named = [*own.names, *context.names], run.schema is not None or bool(run.scaling and run.scaling.names)
+    names, have_names = [*own.names, *context.names], run.schema is not None or bool(run.scaling and run.scaling.names)
     origin, path = name if isinstance(name, str) else f"<{type(name).__name__}>", Path(str(name).partition(":")[2])
     data = None
     if isinstance(name, str) and name.startswith("csv:"):
         options = run.config["data"].get("options", {})
         path = path / f"{split}.csv" if path.is_dir() else path
         frame = read_rows(path, **{key: options[key] for key in READING if key in options})
-        if named and not frame.attrs["named"]:
+        if have_names and not frame.attrs["named"]:
             raise DataError(
                 f"{path} has no header, and the run {run.path} was trained on the columns {', '.join(names)}"
             )
     elif hasattr(name, "iloc"):
-        frame = name.rename(columns=str)
+        frame = named(name)
     else:
         data = load_data(name, root=root, hold_out=False)
         if split not in data.splits:
@@ -163,9 +154,9 @@ def _rows(run: Run, name: Any, split: str, root: Any) -> tuple[Dataset, dict[str
         x = data.splits[split].x
         values = (x if data.scaling is None else data.scaling.restore(x)).numpy()
         frame = pd.DataFrame(values, columns=names if values.shape[1] == len(names) else None)
-        if isinstance(name, str) and named and not name.startswith("toy:"):
+        if isinstance(name, str) and have_names and not name.startswith("toy:"):
             origin = data.name
-    if not named and frame.shape[1] == len(names):
+    if not have_names and frame.shape[1] == len(names):
         frame.columns = pd.Index([str(i + 1) for i in range(len(names))])
     if len({*names} & {*frame.columns}) == 0:
         raise DataError(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch.export import Dim
 
 from genfuse import ops
 from genfuse._files import replacing
+from genfuse.data import Schema
 from genfuse.errors import SettingsError
 from genfuse.models import Decodes, Encodes, GenerativeModel, HasTrajectory
 from genfuse.nn import Features
@@ -29,22 +31,33 @@ class _Program(nn.Module):
     model: Any
     mean: Tensor
     std: Tensor
+    whole: Tensor  # of which columns all values are whole numbers, as codes of categories are
 
-    def __init__(self, model: Any, verb: str, scaling: Any) -> None:
+    def __init__(self, model: Any, verb: str, scaling: Any, schema: Schema | None) -> None:
         super().__init__()
         self.model, self.verb, self.scaled = model, verb, scaling is not None
         if scaling is not None:
             self.register_buffer("mean", torch.tensor(scaling.mean, dtype=torch.float64))
             self.register_buffer("std", torch.tensor(scaling.std, dtype=torch.float64))
+            whole = [column.whole for column in schema.columns] if schema else [False] * len(scaling.mean)
+            self.register_buffer("whole", torch.tensor(whole))
 
-    def forward(self, x: Tensor, *y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
         inward = self.verb in ("log_prob", "encode")
         if self.scaled and inward:
             x = ((x - self.mean) / self.std).float()
-        out = self.model.trajectory(x, *y)[-1] if self.verb == "sample" else getattr(self.model, self.verb)(x, *y)
+        if self.verb == "trajectory":
+            out = self.model.trajectory(x, *given)[-1]
+        elif self.verb == "draw":
+            out = self.model.decode(x, *given[1:], u=given[0])
+        else:
+            out = getattr(self.model, self.verb)(x, *given)
         if not self.scaled or self.verb == "encode":
             return out
-        return out - self.std.log().sum().float() if inward else out.double() * self.std + self.mean
+        if inward:
+            return out - self.std.log().sum().float()
+        out = out.double() * self.std + self.mean
+        return torch.where(self.whole, out.round(), out)
 
 
 def verbs_of(model: GenerativeModel) -> list[str]:
@@ -72,7 +85,11 @@ def export(
     - ``sample``: z ~ N(0, I) (N, D) -> a draw x (N, *shape): noise is given, since a program draws none. Of a VAE the
       mean E[x | z].
 
-    Programs of a conditional model also take y: labels (N,), or a context (N, C) as the model is given it.
+    A table with columns of several kinds is an array of numbers: categories by their codes 0, 1, ..., dates as days or
+    seconds since 1970-01-01, and NaN where a cell is missing. OUT-columns.json says what they mean. ``sample`` of a VAE
+    or GAN then takes u (N, U) too, uniform draws in (0, 1), which say what is drawn where z leaves it open.
+
+    Programs of a conditional model also take y, last: labels (N,), or a context (N, C) as the model is given it.
 
     Raises SettingsError for another suffix, a verb that the model does not have, and ONNX without the packages onnx and
     onnxscript.
@@ -87,41 +104,65 @@ def export(
         )
     model = run.model()
     has = verbs_of(model)
-    if missing := [verb for verb in verbs if verb not in has]:
+    if missing := [verb for verb in verbs if verb not in has] or ["verb"] * (not has):
         raise SettingsError(
             f"a {type(model).__name__} has no {missing[0]} that could be exported; it has: {', '.join(has) or 'none'}"
+            + _why(model, missing[0])
         )
     files: list[Path] = []
     programs: dict[str, torch.export.ExportedProgram] = {}
     for verb in verbs or has:
-        of = "decode" if verb == "sample" and isinstance(model, Decodes) else verb
+        of = verb
+        if verb == "sample":
+            draws = getattr(model, "uniforms", 0)
+            of = "draw" if draws else "decode" if isinstance(model, Decodes) else "trajectory"
         programs[of] = programs.get(of) or _exported(run, model, of)
         file = out.with_name(f"{out.stem}-{verb}{out.suffix}")
-        _write(programs[of], file)
+        _write(programs[of], file, ["x", *["u"] * (of == "draw"), *["y"] * model.conditional])
         say(f"written: {file}")
         files.append(file)
+    if (schema := run.schema) is not None:
+        file = out.with_name(f"{out.stem}-columns.json")
+        known = ("name", "kind", "categories", "unit", "missing")
+        columns = [{name: getattr(column, name) for name in known} for column in schema.columns]
+        with replacing(file) as beside:
+            beside.write_text(json.dumps(columns, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        say(f"written: {file}: what the numbers of each column mean")
+        files.append(file)
     return files
+
+
+def _why(model: Any, verb: str) -> str:
+    """Why a model has not this verb as a program."""
+    if verb == "log_prob" and hasattr(model, "log_prob_and_error"):
+        return "; its density is the solution of a differential equation, in steps that depend on the example"
+    bound = verb == "log_prob" and "elbo" in model.likelihoods
+    return "; it has a bound of its likelihood alone, which draws noise: a program draws none" if bound else ""
 
 
 def _exported(run: Run, model: GenerativeModel, verb: str) -> torch.export.ExportedProgram:
     shape = tuple(run.config["data"]["shape"])
     scaling = run.scaling
-    cells = torch.Size(shape).numel()
+    columns, cells = getattr(model, "columns", None), torch.Size(shape).numel()
+    if columns is not None:  # of a flow, or a diffusion model
+        cells = columns.latents if isinstance(model, Encodes) else columns.width
     if verb in ("log_prob", "encode"):
         x = torch.rand(EXAMPLES, *shape, dtype=torch.float32 if scaling is None else torch.float64)
     else:
         x = torch.randn(EXAMPLES, int(getattr(model, "latent_dim", cells)))
     given: list[Tensor] = []
+    if verb == "draw":
+        given.append(torch.rand(EXAMPLES, getattr(model, "uniforms", 0)))
     if model.conditional:
         context = isinstance(model.embedding, Features)
         width = run.config["model"]["settings"].get("condition") or 0
-        given = [torch.randn(EXAMPLES, width) if context and width else torch.zeros(EXAMPLES, dtype=torch.int64)]
-    program = _Program(model, verb, scaling).eval()
+        given.append(torch.randn(EXAMPLES, width) if context and width else torch.zeros(EXAMPLES, dtype=torch.int64))
+    program = _Program(model, verb, scaling, run.schema).eval()
     with torch.no_grad(), _quiet():
-        dynamic = ({0: Dim.DYNAMIC}, *([({0: Dim.DYNAMIC},)] if given else []))
+        each = {0: Dim.DYNAMIC}
+        dynamic = (each, *([tuple(each for _ in given)] if given else []))
         exported = torch.export.export(program, (x, *given), dynamic_shapes=dynamic, strict=True)
-        solve = {torch.ops.aten.linalg_solve_triangular.default: _solved}
-        return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions(), **solve})
+        return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions(), **OURS})
 
 
 def _solved(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Tensor:
@@ -137,7 +178,25 @@ def _solved(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangul
     return x
 
 
-def _write(program: torch.export.ExportedProgram, file: Path) -> None:
+def _searched(knots: Tensor, x: Tensor, **_: Any) -> Tensor:
+    """`torch.searchsorted`, which ONNX does not have, by comparing all."""
+    return (knots[..., None, :] < x[..., None]).sum(-1)
+
+
+def _added(total: Tensor, dim: int, index: Tensor, source: Tensor, **_: Any) -> Tensor:
+    """`torch.index_add` along the last axis, which ONNX does not have, by a product with 0 and 1."""
+    places = index[:, None] == torch.arange(total.shape[-1], device=index.device)
+    return total + (source.double() @ places.double()).to(total.dtype)
+
+
+OURS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.linalg_solve_triangular.default: _solved,
+    torch.ops.aten.searchsorted.Tensor: _searched,
+    torch.ops.aten.index_add.default: _added,
+}
+
+
+def _write(program: torch.export.ExportedProgram, file: Path, names: Sequence[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as beside, _quiet():
         if file.suffix == ".pt2":
@@ -145,7 +204,7 @@ def _write(program: torch.export.ExportedProgram, file: Path) -> None:
             torch.export.save(program, buffer)
             beside.write_bytes(buffer.getvalue())
         else:
-            written = torch.onnx.export(program, dynamo=True, verbose=False)
+            written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names)
             assert written is not None
             beside.write_bytes(written.model_proto.SerializeToString())
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 16  # values that a column is tried with
 NAMED = 3  # columns that are named for a row
+NEAREST = 5  # draws that an example's distance is taken to
 
 
 class Method(NamedTuple):
@@ -38,6 +39,23 @@ def _minus_likelihood(model: Any, x: Tensor, given: dict[str, Any], samples: int
 def _errors(model: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
     """Squared errors of a reconstruction, (N, cells)."""
     return (model.reconstruct(x, **given) - x).square().flatten(1)
+
+
+def _nearest(model: Any, x: Tensor, given: dict[str, Tensor], samples: int) -> Tensor:
+    """Mean distances (N,) of examples to the nearest of what the model draws, the same draws at each call: 100 times
+    ``samples`` for all, or where something is given ``samples`` for each. Of tables with columns of several kinds
+    between rows as networks see them."""
+    columns, generator = getattr(model, "columns", None), torch.Generator(model.device).manual_seed(0)
+
+    def distances(x: Tensor, n: int, y: Tensor | None = None) -> Tensor:
+        draws = torch.cat(list(sample_in_parts(model, n, y, generator))).to(x)
+        a, b = (each.flatten(1) if columns is None else columns.encode(each) for each in (x, draws))
+        return torch.cdist(a, b).topk(min(NEAREST, n), largest=False).values.mean(1)
+
+    if not given:
+        return distances(x, 100 * samples)
+    each = zip(x.split(1), given["y"].split(1), strict=True)
+    return torch.cat([distances(one, samples, y.repeat(samples, *[1] * (y.dim() - 1))) for one, y in each])
 
 
 METHODS = {
@@ -60,6 +78,11 @@ METHODS = {
         "mean squared error of what the denoiser predicts, of a cell",
         lambda model: hasattr(model, "denoising_error"),
         lambda model, x, given, _: model.denoising_error(x, **given),
+    ),
+    "nearest": Method(
+        f"mean distance to the {NEAREST} nearest of what the generator draws",
+        lambda model: hasattr(model, "realness"),
+        _nearest,
     ),
     "critic": Method(
         "minus the critic's output, which is no density",
@@ -96,8 +119,9 @@ def scores(
 
     ``method`` is the first of `METHODS` that the model has, or one by name: ``likelihood``, -log p(x) in nats, exact or
     bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``); ``reconstruction``; ``relative``, of
-    pictures; ``denoising``; or ``critic``, which tells real from generated examples and no density. The same seed gives
-    the same scores.
+    pictures; ``denoising``; of adversarial models ``nearest``, the distance to what the generator draws (as AnoGAN,
+    arXiv 1703.05921, with draws in place of a search); or ``critic``, which tells real from generated examples and no
+    density: where neither is, it may be anything. The same seed gives the same scores.
 
     Raises SettingsError for a method that the model does not have.
     """
@@ -138,7 +162,8 @@ def score(
     run: Run | str | Path | Examples, file: Any = None, *, explain: int = 100, method: str = "auto", samples: int = 50,
     seed: int = 0, **reading: Any,
 ) -> "pd.DataFrame":  # fmt: skip
-    """Score the examples of ``file`` by the model of a run: ``row`` from 0, and ``score``, as `scores` makes them.
+    """Score the examples of ``file`` by the model of a run: ``row`` from 0, and ``score``, as `scores` makes them; of
+    pictures ``file``, too.
 
     For a table, ``column_1``, ``weight_1`` and so on are the three columns that weigh most, by `weights`, in each of
     the ``explain`` oddest rows. ``reading`` is for `examples`.
@@ -149,6 +174,8 @@ def score(
     x, y = found.batch
     options: dict[str, Any] = {"method": find_method(found.model, method), "samples": samples, "seed": seed}
     frame = pd.DataFrame({"row": np.arange(len(x)), "score": scores(found.model, x, y, **options).numpy()})
+    if files := found.data.splits[found.split].files:
+        frame.insert(1, "file", files)
     can_sample = type(found.model).sample is not GenerativeModel.sample
     if len(found.data.shape) == 1 and explain > 0 and can_sample:
         odd = torch.from_numpy(np.argsort(-frame["score"].to_numpy(), kind="stable")[:explain].copy())

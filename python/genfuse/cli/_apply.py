@@ -27,7 +27,7 @@ def score(
     /,
     *,
     out: OUT,
-    method: Literal["auto", "likelihood", "reconstruction", "relative", "denoising", "critic"] = "auto",
+    method: Literal["auto", "likelihood", "reconstruction", "relative", "denoising", "nearest", "critic"] = "auto",
     explain: int = 100,
     samples: int = 50,
     seed: int = 0,
@@ -35,9 +35,9 @@ def score(
 ) -> int:
     """Score examples by the model of a run: the higher, the odder.
 
-    A .csv has the row, from 0, its score and, for a table, in the oddest rows the three columns that weigh most: by how
-    much the score falls where the best of 16 usual values, which the model draws, stands in that column alone. A .npy
-    has the scores.
+    A .csv has the row, from 0, its score, of a picture its file and, for a table, in the oddest rows the three columns
+    that weigh most: by how much the score falls where the best of 16 usual values, which the model draws, stands in
+    that column alone. A .npy has the scores.
 
     example:
       genfuse score runs/people new.csv --out scores.csv
@@ -47,8 +47,9 @@ def score(
         file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
         out: file to write: .csv or .npy
         method: likelihood: -log p(x) in nats, exact or bounded; reconstruction: squared error of a cell; relative:
-            the same of a picture, as a share of a blank one's; denoising: of diffusion models, the loss; critic: of
-            adversarial ones, no density; auto: the first that the model has
+            the same of a picture, as a share of a blank one's; denoising: of diffusion models, the loss; nearest: of
+            adversarial ones, the distance to what the generator draws; critic: minus the critic's output, no density;
+            auto: the first that the model has
         explain: how many of the oddest rows of a table get the columns that weigh most
         samples: draws of a bound by importance sampling
         seed: of the draws
@@ -60,9 +61,10 @@ def score(
     frame = scored(found, method=method, explain=explain if out.suffix == ".csv" else 0, samples=samples, seed=seed)
     name = find_method(found.model, method)
     print(plain(f"score: {name}: {METHODS[name].about}; the higher, the odder"))
-    for _, row in frame.sort_values("score", ascending=False, kind="stable").head(5).iterrows():
+    for row in frame.sort_values("score", ascending=False, kind="stable").head(5).to_dict("records"):
         named = [f"{row[f'column_{i}']} {row[f'weight_{i}']:.3g}" for i in (1, 2, 3) if f"column_{i}" in row]
-        print(plain(f"row {row['row']}: {row['score']:.5g}" + (f": {', '.join(named)}" if named else "")))
+        where = row.get("file", f"row {row['row']}")
+        print(plain(f"{where}: {row['score']:.5g}" + (f": {', '.join(named)}" if named else "")))
     return to(frame=frame, array=frame["score"].to_numpy())
 
 
@@ -76,7 +78,8 @@ def encode(
 ) -> int:
     """Write the code z of each example: of a VAE the posterior's mean, of a flow what it makes of it.
 
-    A .csv has a column for each dimension, a .npy the array (N, D), a .png two dimensions as points.
+    A .csv has a column for each dimension, and of pictures the file, a .npy the array (N, D), a .png two dimensions as
+    points.
 
     example:
       genfuse encode runs/vae digits --out codes.csv
@@ -95,6 +98,8 @@ def encode(
     z = encoded(found)
     y = None if found.data.condition else found.data.splits[found.split].y
     frame = pd.DataFrame(z.numpy(), columns=[f"z{i + 1}" for i in range(z.shape[1])])
+    if files := found.data.splits[found.split].files:
+        frame.insert(0, "file", files)
     return to(frame=frame, array=z.numpy(), picture=lambda: plots.latent_space(z, y, out, "the examples, encoded"))
 
 

@@ -135,16 +135,17 @@ def data(
     file: Annotated[Path, arg(metavar="FILE")],
     /,
     *,
-    header: Literal["auto", "yes", "no"] = "auto",
-    delimiter: str = ",",
-    decimal: str = ".",
-    columns: Annotated[str, arg(metavar="A,B", help_behavior_hint="(default: all)")] = "",
-    drop: Annotated[str, arg(metavar="A,B", help_behavior_hint="")] = "",
-    types: Annotated[str, arg(metavar="A=KIND", help_behavior_hint="")] = "",
+    header: Annotated[Literal["auto", "yes", "no"], arg(aliases=["--data.header"])] = "auto",
+    delimiter: Annotated[str, arg(aliases=["--data.delimiter"])] = ",",
+    decimal: Annotated[str, arg(aliases=["--data.decimal"])] = ".",
+    columns: Annotated[str, arg(metavar="A,B", aliases=["--data.columns"], help_behavior_hint="(default: all)")] = "",
+    drop: Annotated[str, arg(metavar="A,B", aliases=["--data.drop"], help_behavior_hint="")] = "",
+    types: Annotated[str, arg(metavar="A=KIND", aliases=["--data.types"], help_behavior_hint="")] = "",
 ) -> int:
     """Show what the columns of a CSV file are taken for: numbers, integers, categories, booleans, dates, or left out.
 
-    `genfuse train` takes the same options as --data.types and so on, to have it otherwise.
+    `genfuse train` takes the same options as --data.types and so on, to have it otherwise; either way to write them is
+    taken here.
 
     example:
       genfuse data describe customers.csv --types zip=category
@@ -167,9 +168,8 @@ def data(
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).* is left out: ", DataWarning)  # which the table says
-        found = load_data(
-            f"csv:{file}", header=header, delimiter=delimiter, decimal=decimal, columns=columns, drop=drop, types=types
-        )
+        options = {"header": header, "delimiter": delimiter, "decimal": decimal, "columns": columns, "drop": drop}
+        found = load_data(f"csv:{str(file).removeprefix('csv:')}", types=types, **options)  # type: ignore[arg-type]
     print(plain(f"{file}: " + ", ".join(f"{part} {len(split):,}" for part, split in found.splits.items()) + " rows"))
     show_columns(found.described())
     return 0

@@ -15,6 +15,7 @@ from genfuse.data._schema import Column as Column
 from genfuse.data._schema import Scaling as Scaling
 from genfuse.data._schema import Schema as Schema
 from genfuse.data._schema import joined as joined
+from genfuse.data._schema import named as named
 from genfuse.data._schema import names_in as names_in
 from genfuse.data._schema import numbers as numbers
 from genfuse.data._schema import stripped as stripped

@@ -71,6 +71,7 @@ class Split:
     x: Tensor  # (N, *shape): uint8 for discrete data, float32 for real-valued data
     y: Tensor | None = None  # (N,) int64 labels; or float32: a context (N, C) or an image (N, C, h, w) that is given
     factors: Tensor | None = None  # (N, K) int64: what each example was made of, as numbers of `Dataset.factors`
+    files: tuple[str, ...] | None = None  # of pictures: where each one was read
 
     def __post_init__(self) -> None:
         if isinstance(self.x, Tensor):  # rows in one piece: a batch of a transposed array takes 8 times as long
@@ -81,8 +82,9 @@ class Split:
 
     def some(self, rows: Tensor | slice) -> "Split":
         """Some of the examples, with all that is given with them."""
-        given = (None if each is None else each[rows] for each in (self.y, self.factors))
-        return Split(self.x[rows], *given)
+        y, factors = (None if each is None else each[rows] for each in (self.y, self.factors))
+        places = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        return Split(self.x[rows], y, factors, self.files and tuple(self.files[i] for i in places))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -201,15 +203,15 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         """For notebooks: `repr`, and the first examples as pictures or rows in original units."""
+        import pandas as pd
+
         x = self.batch("train", slice(0, 32)).x
         if self.is_image:
             shown = plots.as_html(plots.sample_grid, x, suffix="png")
         elif len(self.shape) == 1:
-            names = (self.scaling and self.scaling.names) or [str(i + 1) for i in range(self.shape[0])]
-            rows = (x if self.scaling is None else self.scaling.restore(x))[:5].tolist()
-            cells = [[f"<td>{value:.6g}</td>" for value in row[:20]] for row in rows]
-            heads = "".join(f"<th>{html.escape(name)}</th>" for name in names[:20])
-            shown = f"<table><tr>{heads}</tr>{''.join(f'<tr>{chr(10).join(row)}</tr>' for row in cells)}</table>"
+            schema = Schema.of_scaling(self.scaling) if self.scaling and self.schema is None else self.schema
+            rows = pd.DataFrame(x[:5].numpy(force=True)) if schema is None else schema.decode(x[:5])
+            shown = rows.iloc[:, :20].to_html(index=False, float_format="{:.6g}".format)
         else:
             shown = ""
         return f"<p>{html.escape(repr(self))}</p>{shown}"
@@ -453,12 +455,6 @@ class Dataset:
         if not rest:
             raise refuse("all columns are given: at least one must be left to be modelled")
 
-        def of(indices: list[int]) -> Scaling | None:
-            if self.scaling is None:
-                return None
-            mean, std = (tuple(values[i] for i in indices) for values in (self.scaling.mean, self.scaling.std))
-            return Scaling(mean, std, names and tuple(names[i] for i in indices))
-
         y = {part: split.x[:, given].contiguous() for part, split in self.splits.items()}
         schemas: dict[str, Any] = {}
         if self.schema is not None:
@@ -468,7 +464,8 @@ class Dataset:
                 y = {part: Columns(context.specs()).encode(each) for part, each in y.items()}
                 schemas["condition_schema"] = context
         splits = {part: replace(split, x=split.x[:, rest], y=y[part]) for part, split in self.splits.items()}
-        return replace(self, splits=splits, scaling=of(rest), condition_scaling=of(given), mixture=None, **schemas)
+        return replace(self, splits=splits, scaling=self.scaling and self.scaling.some(rest), mixture=None,
+                       condition_scaling=self.scaling and self.scaling.some(given), **schemas)  # fmt: skip
 
     def fingerprint(self, split: str | None = None) -> str:
         """16 hex digits that stand for the content of all splits, shape, levels and scaling; or for one split alone."""
@@ -550,16 +547,12 @@ class Source:
         one root are never mixed. Raises DataError that says what was looked for, if, and what to do.
         """
         places = [self.root / folder for folder in folders] if self.root else []
-        found: dict[Path, dict[int, Path]] = {
-            place: {i: place / name for i, names in enumerate(wanted) for name in names if (place / name).is_file()}
-            for place in places
-        }
-        place = next((place for place in places if found[place]), None)
-        missing = [names for i, names in enumerate(wanted) if place is None or i not in found[place]]
-        if place is not None and not missing:
-            self.found["root"] = str(self.root.absolute())  # type: ignore[union-attr]
-            return [found[place][i] for i in range(len(wanted))]
-        lines = "\n  ".join(" or ".join(names) for names in missing)
+        place = next((at for at in places if any((at / name).is_file() for names in wanted for name in names)), None)
+        found = [[place / name for name in names if place and (place / name).is_file()] for names in wanted]
+        if self.root and all(found):
+            self.found["root"] = str(self.root.absolute())
+            return [paths[-1] for paths in found]
+        lines = "\n  ".join(" or ".join(names) for names, paths in zip(wanted, found, strict=True) if not paths)
         looked = " and ".join(map(str, [place] if place else places)) or "no folder, as none is named"
         raise DataError(
             f"data set {self.name!r}: not found:\n  {lines}\nLooked in {looked}. Put what is missing into "
@@ -647,14 +640,12 @@ def load_data(
         head = f"{head}:{short}"
     plugin = plugins.find("datasets", "csv" if given is not None else head)
     root = root or os.environ.get("GENFUSE_DATA") or None
-    sides = str(size) if isinstance(size, (str, int)) else ",".join(map(str, size))
-    of_images = {"size": sides, "fit": fit, "mode": mode, "damaged": damaged, "stream": stream}
-    reading = {"header": header, "delimiter": delimiter, "decimal": decimal, **of_images}
-    options = {key: value for key, value in reading.items() if value != {**READING, **READING_OF_IMAGES}[key]}
-    assigned = types if isinstance(types, str) else [f"{name}={kind}" for name, kind in types.items()]
-    for key, said in {"columns": columns, "drop": drop, "types": assigned, "target": target}.items():
-        if said:
-            options[key] = said if isinstance(said, str) else joined([*map(str, said)])
+    said: dict[str, Any] = {"header": header, "delimiter": delimiter, "decimal": decimal, "size": size, "fit": fit,
+                            "mode": mode, "damaged": damaged, "stream": stream, "columns": columns, "drop": drop,
+                            "types": [f"{name}={kind}" for name, kind in types.items()] if isinstance(types, Mapping)
+                            else types, "target": target}  # fmt: skip
+    texts = {key: str(of) if isinstance(of, (str, int)) else joined([*map(str, of)]) for key, of in said.items()}
+    options = {key: text for key, text in texts.items() if text != {**READING, **READING_OF_IMAGES}.get(key, "")}
     source = Source(name, argument or None, Path(root).expanduser() if root else None, seed, options,
                     whole=not hold_out, given=given)  # fmt: skip
     if plugin.distribution == plugins.OURS:

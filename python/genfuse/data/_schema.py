@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
@@ -23,13 +24,20 @@ Kind = Literal["number", "integer", "category", "boolean", "date"]
 # Cells, in lower case, that stand for nothing: those of pandas.
 MISSING = {"", "na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "null", "none", "nat", "?"}
 BOOLEANS = [("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y")]
-DATES = ["%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y",
-         "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y"]  # fmt: skip
+DAYS = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%d %b %Y", "%d %B %Y",
+        "%b %d, %Y", "%B %d, %Y"]  # fmt: skip
+TIMES = [" %H:%M:%S", " %H:%M", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p"]
+ISO = ["T%H:%M:%S", "T%H:%M", "T%H:%M:%S.%f"]
+DATES = [*DAYS, *(day + time for time in TIMES for day in DAYS), *(DAYS[0] + time + zone for time in (*ISO, *TIMES[:3])
+         for zone in ("", "Z", "%z") if time in ISO or zone), "%Y%m%d", "%Y-%m", "%H:%M", "%H:%M:%S"]  # fmt: skip
 MOST = 1000  # categories of a column
 FINE = 1000.0  # standard deviation, in ones, beyond which whole numbers are modelled as numbers
 POINTS = [NormalDist().cdf(z / 4) for z in range(-11, 12)]  # at whose quantiles the knots of a column are
-# A number with marks in it that are not those of the file.
+# A number with marks in it that are not those of the file, or with a unit; a code, whose zeros would be lost; a day.
 MARKED = r"[+-]?(\d{1,3}([.,' ]\d{3})+([.,]\d+)?|\d+[.,]\d+)"
+UNIT = rf"([$€£¥]|[A-Z]{{3}}) ?({MARKED}|[+-]?\d+)|({MARKED}|[+-]?\d+) ?(%|[$€£¥]|[A-Z]{{3}}|[kM]?[gm]|[cm]m)"
+CODE = r"0\d+"
+DAY = r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
 EXACT = 2**53  # whole numbers up to it are float64's
 TOO_LONG = (
     "a whole number beyond 2^53, which float64 cannot tell from its neighbours: subtract an offset, or leave the "
@@ -63,6 +71,10 @@ class Scaling:
         """From standardized values (N, D) to original units (N, D), in float64."""
         return x.double() * self._std(x) + x.new_tensor(self.mean, dtype=torch.float64)
 
+    def some(self, indices: Sequence[int]) -> "Scaling":
+        """The scaling of some of the columns."""
+        return Scaling(*(of and tuple(of[i] for i in indices) for of in (self.mean, self.std, self.names)))  # type: ignore[arg-type]
+
     def _std(self, x: Tensor) -> Tensor:
         return x.new_tensor(self.std, dtype=torch.float64)
 
@@ -90,6 +102,11 @@ class Column:
     def coded(self) -> bool:
         """Whether its numbers are codes of categories."""
         return self.kind in ("category", "boolean")
+
+    @property
+    def whole(self) -> bool:
+        """Whether its numbers, or the codes of its categories, are whole."""
+        return self.coded or self.kind in ("integer", "date") or self.digits == 0
 
     def spec(self) -> dict[str, Any]:
         """What `genfuse.nn.Columns` is made of, as JSON has it. A column of one value is a category."""
@@ -129,7 +146,7 @@ class Column:
         if self.kind == "boolean" and word not in known:
             word = next((known[pair.index(word)] for pair in (*BOOLEANS, ("0", "1")) if word in pair), word)
         number = number_of(word, ".")  # 1.0 is 1, as tables with empty cells have it
-        word = f"{number:g}" if word not in known and math.isfinite(number) else word
+        word = f"{number + 0.0:g}" if word not in known and math.isfinite(number) else word
         return float(known.index(word)) if word in known else math.nan
 
     def parse(self, texts: "pd.Series", decimal: str = ".") -> tuple[np.ndarray, np.ndarray]:
@@ -161,9 +178,13 @@ class Column:
         if self.kind == "date":
             count = np.where(gone, 0, values).round().astype("int64") * (86400 if self.unit == "days" else 1)
             return pd.Series(EPOCH + count.astype("timedelta64[s]"), name=self.name).mask(gone)
-        if self.kind == "integer" or self.digits == 0:
+        if self.whole:
             return pd.Series(np.where(gone, 0, values).round(), name=self.name).astype("Int64").mask(gone)
         return pd.Series(values if self.digits is None else values.round(self.digits), name=self.name)
+
+    def written(self, dates: "pd.Series") -> "pd.Series":
+        """Dates as they were written."""
+        return (dates.dt.tz_localize("UTC") if "%z" in self.form else dates).dt.strftime(self.form)
 
     def about(self) -> str:
         """What its values are, in words."""
@@ -172,7 +193,7 @@ class Column:
             return words if self.kind == "boolean" else f"{len(self.categories)}: {words}"
         ends = self.restore(np.array([self.low, self.high]))
         if self.kind == "date":
-            ends = ends.dt.strftime(self.form)
+            ends = self.written(ends)
         shown = [f"{end:.6g}" if isinstance(end, float) else str(end) for end in ends]
         return f"{shown[0]} to {shown[1]}" + (f", modelled in {self.unit} since 1970-01-01" if self.unit else "")
 
@@ -207,6 +228,12 @@ class Schema:
         """Whether all are numbers, some of them whole perhaps, with no cell missing and no code of a category."""
         coded = [c for c in self.columns if c.kind == "category" or c.categories not in ((), ("0", "1"))]
         return not coded and not any(c.missing for c in self.columns)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `describe` as a table."""
+        import pandas as pd
+
+        return pd.DataFrame(self.describe(), columns=["column", "kind", "values", "missing"]).to_html(index=False)
 
     @classmethod
     def of_scaling(cls, scaling: Scaling) -> "Schema":
@@ -283,8 +310,7 @@ class Schema:
 
     def texts(self, frame: "pd.DataFrame") -> "pd.DataFrame":
         """A table as `decode` makes it, with dates written as they were."""
-        dates = {c.name: frame[c.name].dt.strftime(c.form) for c in self.columns if c.kind == "date"}
-        return frame.assign(**dates)
+        return frame.assign(**{c.name: c.written(frame[c.name]) for c in self.columns if c.kind == "date"})
 
     def describe(self) -> Iterator[tuple[str, str, str, str]]:
         """Name, kind, values and share of missing cells of each column, and of those that are left out the reason."""
@@ -310,8 +336,13 @@ def infer(
     """
     wanted, dropped, given = names_in(columns), names_in(drop), _types(types)
     names = list(map(str, frame.columns))
-    if len(set(names)) < len(names):
-        raise DataError(f"{origin}: the names of the columns are not all different: {', '.join(names)}")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        which = " and ".join(str(i + 1) for i, name in enumerate(names) if name == twice)
+        raise DataError(
+            f"{origin}: the names of the columns are not all different: {', '.join(names)}; columns {which} are both "
+            f"called {twice!r}: rename one"
+        )
     for option, some in (("columns", wanted), ("drop", dropped), ("types", given)):
         if unknown := ", ".join(name for name in some if name not in names):
             raise SettingsError(f"--data.{option}: {origin} has no column {unknown}; it has: {', '.join(names)}")
@@ -366,7 +397,8 @@ def _column(
         if kind:
             raise DataError(f"{origin}: the column {name} is to be of kind {kind}, and all of its cells are empty")
         return name, "all of its cells are empty"
-    if kind in ("", "number", "integer"):
+    coded = not kind and bool(there.str.fullmatch(CODE).any())
+    if kind in ("number", "integer") or not (kind or coded or there.str.fullmatch(DAY).all()):
         values = numbers(there, decimal)
         odd = np.isnan(values)
         if not odd.any() and not np.isfinite(values).all():
@@ -374,32 +406,37 @@ def _column(
         if not odd.any():
             found = _numeric(name, values, missing, kind, asked)
             far = np.abs(values) > EXACT
-            if (
-                isinstance(found, Column)
-                and far.any()
-                and (inexact := far & there.map(is_inexact).to_numpy(bool)).any()
-            ):
+            inexact = far & there.map(is_inexact).to_numpy(bool) if far.any() else far
+            if isinstance(found, Column) and inexact.any():
+                if not kind and not asked and len(there) >= 10 and there.is_unique:
+                    return name, "its whole numbers are too long for measurements, and all different: it names the rows"
                 raise refuse(inexact, "a number that float64 holds", f": {TOO_LONG}")
             return found
-        marked = there.map(lambda cell: bool(re.fullmatch(MARKED, cell))).to_numpy(bool) & odd
+        marked = there.str.fullmatch(f"{MARKED}|{UNIT}").to_numpy(bool) & odd
         if kind or odd.mean() <= 0.5 or marked.any():
-            hint = f"; if it is a name and no number, say --data.types {name}=category"
+            hint = f"; if it is a name and no number, say {_typed(name, 'category')}"
+            if odd.mean() <= 0.5 and not marked.any():
+                hint += "; if it stands for nothing, leave the cell empty"
+            elif there[odd].str.fullmatch(UNIT).any():
+                hint = f"; write numbers without their unit, or say {_typed(name, 'category')}"
             if not frame.attrs.get("named", True) and odd[0] and not odd[1:].all():
                 hint = "; if the row holds names, say --data.header yes (in Python header='yes')"
             raise refuse(marked if marked.any() else odd, "a number", hint)
     if kind in ("", "date") and (form or not kind or len(there)):
-        fits = {each: _days(there, each) for each in ([form] if form else DATES)}
+        some = there.drop_duplicates()[:100]
+        forms = [form] if form else [each for each in DATES if not np.isnan(_days(some, each)).all()] or DATES[:1]
+        fits = {each: _days(there, each) for each in forms}
         whole = [each for each, days in fits.items() if not np.isnan(days).any()]
         if len(whole) > 1 and any((fits[whole[0]] != fits[each]).any() for each in whole):
             raise DataError(
                 f"{origin}: the column {name} has dates such as {there.iloc[0]}, which may be {' or '.join(whole)}: "
-                f"say which by --data.types {name}=date:{whole[0]}"
+                f"say which by {_typed(name, f'date:{whole[0]}')}"
             )
         best = whole[0] if whole else max(fits, key=lambda each: int((~np.isnan(fits[each])).sum()))
         share = float((~np.isnan(fits[best])).mean())
         if not whole and (kind or share >= 0.5):
             wanted = f"a date of the form {best}" + (f", as {share:.0%} of the column are" if share else "")
-            hint = f"; write all dates in one form, or say --data.types {name}=category"
+            hint = f"; write all dates in one form, or say {_typed(name, 'category')}"
             raise refuse(np.isnan(fits[best]), wanted, hint)
         if whole:
             unit = "days" if (fits[best] == np.round(fits[best])).all() else "seconds"
@@ -414,11 +451,13 @@ def _column(
             raise DataError(f"{origin}: the column {name} is to be boolean, and has {len(different)} different values")
         return Column(name, "category", tuple(in_order(different)), missing=missing)
     if not kind and not asked and len(different) > max(20, len(there) / 2):
-        return name, f"{len(different):,} of its {len(there):,} cells are different words: it names the rows"
+        numbered = f"; if they are numbers with zeros before them, say {_typed(name, 'integer')}" if coded else ""
+        return name, f"{len(different):,} of its {len(there):,} cells are different words: it names the rows{numbered}"
     if not kind and len(different) > MOST:
         raise DataError(
             f"{origin}: the column {name} has {len(different):,} categories, more than {MOST:,}: leave it out by "
-            f"--data.drop {name}, join rare ones, or have it modelled all the same by --data.types {name}=category"
+            f"--data.drop {shlex.quote(joined([name]))}, join rare ones, or have it modelled all the same by "
+            + _typed(name, "category")
         )
     return Column(name, "category", tuple(in_order(different)), missing=missing)
 
@@ -428,12 +467,14 @@ def _numeric(name: str, values: np.ndarray, missing: bool = False, kind: str = "
     whole = bool((values == np.round(values)).all())
     if kind == "integer" and not whole:
         odd = values[values != np.round(values)][0]
-        raise DataError(f"the column {name} is to be of whole numbers, and has {odd:g}: say --data.types {name}=number")
+        raise DataError(f"the column {name} is to be of whole numbers, and has {odd:g}: say {_typed(name, 'number')}")
     if not kind and not asked and numbers_rows(name, values):
-        return name, f"it numbers the rows; to have it modelled, say --data.types {name}=integer"
+        return name, f"it numbers the rows; to have it modelled, say {_typed(name, 'integer')}"
     if not kind and np.unique(values).tolist() == [0, 1]:
         return Column(name, "boolean", ("0", "1"), missing=missing)
-    if whole and kind != "number" and values.std() <= FINE:
+    with np.errstate(over="ignore"):
+        fine = values.std() <= FINE
+    if whole and kind != "number" and fine:
         return Column(name, "integer", missing=missing)
     digits = next((d for d in range(7) if (values.round(d) == values).all()), None)
     return Column(name, "number", digits=digits, missing=missing)
@@ -447,13 +488,26 @@ def numbers_rows(name: str, values: np.ndarray) -> bool:
     return bool(called) or bool((np.diff(different) == 1).all())
 
 
+def _typed(name: str, kind: str) -> str:
+    """The option that says what kind a column is, as a shell takes it."""
+    return f"--data.types {shlex.quote(joined([f'{name}={kind}']))}"
+
+
 def is_inexact(cell: str) -> bool:
     """Whether text is a whole number that float64 does not hold."""
     return bool(re.fullmatch(r"[+-]?\d+", cell)) and int(cell) != int(float(cell))
 
 
+def named(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """The DataFrame with text as the names of its columns, and names of several levels in one."""
+    names = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in frame.columns]
+    return frame.set_axis(names, axis=1)
+
+
 def stripped(texts: "pd.Series") -> tuple["pd.Series", np.ndarray]:
     """Cells as text without spaces around, and which of them stand for nothing."""
+    if texts.dtype.kind in "Mm":  # of a DataFrame
+        texts = texts.dt.floor("s") if texts.dtype.kind == "M" else texts.dt.total_seconds()
     cells = texts.astype("string").fillna("").astype(object).map(str.strip)
     return cells, cells.map(str.lower).isin(MISSING).to_numpy(bool)
 
@@ -483,7 +537,8 @@ def _days(cells: "pd.Series", form: str, unit: str = "days") -> np.ndarray:
     """Days or seconds (N,) since 1970-01-01 of dates of one form; NaN for what is no such date."""
     import pandas as pd
 
-    times = pd.to_datetime(cells, format=form, errors="coerce").to_numpy("datetime64[s]")
+    found = pd.to_datetime(cells, format=form, errors="coerce", utc=True)
+    times = found.dt.tz_localize(None).to_numpy("datetime64[s]")
     seconds = np.where(np.isnat(times), np.nan, (times - EPOCH).astype(float))
     return seconds / (86400 if unit == "days" else 1)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genfuse._files import cache, check_unpacked, digest, gunzip, read_json, replacing, write_json
-from genfuse.data._dataset import READING_OF_IMAGES, Dataset, Source, Split
+from genfuse.data._dataset import READING_OF_IMAGES, Damaged, Dataset, Fit, Mode, Source, Split, Stream
 from genfuse.data.tables import PART_OF, PARTS, Arrays, find_arrays, in_order, read_arrays
 from genfuse.errors import DataError, DataWarning, SettingsError
 
@@ -218,24 +218,23 @@ def folder(source: Source) -> Dataset:
     label_of = {path: label for part, of in labels.items() for path, label in zip(pictures[part], of, strict=True)}
     if "test" not in pictures:
         (_, whole), *rest = pictures.items()
-        held = (
-            source.hold_out(len(whole), "pictures")
-            if len(whole) > 4 or source.whole
-            else {"train": range(len(whole)), "test": ()}
-        )
+        few = source.whole or len(whole) < 5
+        held = {"train": range(len(whole)), "test": ()} if few else source.hold_out(len(whole), "pictures")
         some = {part: [whole[i] for i in of] for part, of in held.items()}
-        pictures = {"train": some["train"], **dict(rest), "test": some["test"]}
+        pictures = {"train": some["train"], **dict(rest), **({} if source.whole else {"test": some["test"]})}
     stored = _read_pictures(root, [path for paths in pictures.values() for path in paths], Reading.of(source))
-    if not pictures["test"]:  # what is wrong with the pictures themselves is told before
+    if pictures.get("test") == []:  # what is wrong with the pictures themselves is told before
         source.hold_out(len(pictures["train"]), "pictures")
     number = {name: i for i, name in enumerate(["", *names], -1)}  # -1: without a label
     splits, end = {}, 0
     for part, paths in pictures.items():  # the pixels lie in the order of the splits, so that each is a piece of them
-        kept = [number[label_of[path]] for path in paths if path not in stored.left_out]
+        kept = [path for path in paths if path not in stored.left_out]
         if not kept:
             raise DataError(f"{root}: none of the {len(paths)} pictures of the {part} split can be read")
         start, end = end, end + len(kept)
-        splits[part] = Split(stored.x[start:end], torch.tensor(kept) if kept[0] >= 0 else None)
+        y = torch.tensor([number[label_of[path]] for path in kept])
+        splits[part] = Split(stored.x[start:end], y if y[0] >= 0 else None, files=tuple(map(str, kept)))
+    splits.setdefault("test", splits["train"])  # where nothing is to be held out
     if others:
         suffixes = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
         read = {path.parent for paths in pictures.values() for path in paths}
@@ -349,10 +348,10 @@ class Reading(NamedTuple):
     def of(cls, source: Source) -> "Reading":
         """Raises SettingsError for what cannot be meant."""
         given = {key: source.options.get(key, value) for key, value in READING_OF_IMAGES.items()}
-        choices = {"fit": "crop pad stretch", "damaged": "refuse skip", "stream": "auto yes no"}
-        for key, words in {**choices, "mode": "auto L RGB"}.items():
-            if given[key] not in words.split() and given[key] != READING_OF_IMAGES[key]:
-                raise SettingsError(f"{key} must be one of {', '.join(words.split())}; got {given[key]!r}")
+        for key, choices in {"fit": Fit, "damaged": Damaged, "stream": Stream, "mode": Mode}.items():
+            if given[key] not in get_args(choices):
+                known = ", ".join(filter(None, get_args(choices)))
+                raise SettingsError(f"{key} must be one of {known}; got {given[key]!r}")
         sides = given.pop("size").replace(" ", "")
         if sides and not re.fullmatch(r"0*[1-9]\d{0,4}(,0*[1-9]\d{0,4})?", sides):
             raise SettingsError(
@@ -542,12 +541,15 @@ def _grey(pixels: np.ndarray) -> bool:
 
 def _memory() -> float:
     """Bytes of memory that this process may have, infinite if it is not known."""
-    found = [math.inf]
+    found, groups = [math.inf], {""}
     with suppress(AttributeError, OSError, ValueError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with suppress(OSError, ValueError):  # "max": no limit
-            found.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    with suppress(OSError):  # of a container, of a job in one, of a unit of systemd
+        groups |= {line.rpartition(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()}
+    for group in {each for name in groups for each in (Path(name), *Path(name).parents)}:
+        for file in (Path(group, "memory.max"), Path("memory", group, "memory.limit_in_bytes")):
+            with suppress(OSError, ValueError):  # "max": no limit
+                found.append(int(Path("/sys/fs/cgroup", file).read_text()))
     return min(found)
 
 
@@ -563,11 +565,11 @@ def _read_picture(path: Path, reading: Reading, packed: int, count: int) -> tupl
                 check_unpacked(path, path.stat().st_size, unpacked, "the picture")
             else:
                 check_unpacked(path, packed, unpacked * count, f"{count} pictures of its size")
-            frames, odd, mode = _frames(picture), _not_as_shown(picture), picture.mode
+            frames, odd, mode = getattr(picture, "n_frames", 1), _not_as_shown(picture), picture.mode
             if reading.size:  # a JPEG need not be decoded at many times the size
                 picture.draft(None, (2 * max(reading.size),) * 2)
-            if frames:
-                raise DamagedError(f"the picture {path} has {frames}; {CONVERT}")
+            if frames > 1 and picture.format != "MPO":  # a photo and its previews
+                raise DamagedError(f"the picture {path} has {frames} frames; {CONVERT}")
             if not reading.mode and (odd or mode not in ("L", "RGB")):
                 raise DataError(
                     f"the picture {path} has {odd or f'mode {mode}'}; {CONVERT}, or have them read so: --data.mode RGB"
@@ -636,12 +638,6 @@ def _not_as_shown(picture: Any) -> str | None:
             return "16 bits a channel"
     if "transparency" in picture.info and picture.mode in ("L", "RGB"):
         return "a transparent colour"
-    return None
-
-
-def _frames(picture: Any) -> str | None:
-    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a photo and its previews
-        return f"{picture.n_frames} frames"
     return None
 
 

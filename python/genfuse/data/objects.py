@@ -10,6 +10,7 @@ from torch.utils import data as torch_data
 
 from genfuse.data import images, tables
 from genfuse.data._dataset import Dataset, Source
+from genfuse.data._schema import named
 from genfuse.errors import DataError, DataWarning
 
 
@@ -29,16 +30,16 @@ def objects(source: Source) -> Dataset:
     elif isinstance(given, tuple) and len(given) == 2:
         parts = dict(zip("xy", given, strict=True))
     else:
-        parts = {"x": given}
+        parts = {"x": given.to_frame() if hasattr(given, "to_frame") and given.ndim == 1 else given}  # a Series
     for name in [name for name, part in parts.items() if isinstance(part, (torch_data.Dataset, torch_data.DataLoader))]:
         suffix = "" if name == "x" else f"_{name}"
         x, y = _collected(parts.pop(name), source.name + suffix.replace("_", ", "))
         parts |= {f"x{suffix}": x} if y is None else {f"x{suffix}": x, f"y{suffix}": y}
     origins = {name: source.name if name == "x" else f"{source.name}, {name}" for name in parts}
     found = tables.arrange(source.name, {name: _array(part, origins[name]) for name, part in parts.items()}, origins)
-    named = {part: next(n for n in parts if origins[n] == origin) for part, (origin, _) in found.x.items()}
-    frames = {part: (found.x[part][0], _named(parts[name])) for part, name in named.items() if _is_frame(parts[name])}
-    if len(frames) == len(named):
+    called = {part: next(n for n in parts if origins[n] == origin) for part, (origin, _) in found.x.items()}
+    frames = {part: (found.x[part][0], named(parts[name])) for part, name in called.items() if _is_frame(parts[name])}
+    if len(frames) == len(called):
         return tables.of_frames(source, frames, arrays=found if found.y else None)
     if all(array.ndim < 3 for _, array in found.x.values()):
         return tables.of_arrays(source, found)
@@ -69,11 +70,6 @@ def _array(part: Any, origin: str) -> np.ndarray:
 
 def _is_frame(part: Any) -> bool:
     return hasattr(part, "columns") and hasattr(part, "iloc")
-
-
-def _named(frame: Any) -> Any:
-    """The DataFrame with text as the names of its columns."""
-    return frame.rename(columns=str)
 
 
 def _levels(array: np.ndarray, origin: str) -> np.ndarray:

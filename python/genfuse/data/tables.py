@@ -18,6 +18,7 @@ from torch import Tensor
 from genfuse._files import check_zip, read_array
 from genfuse.data._dataset import READING, Dataset, Source, Split
 from genfuse.data._schema import (
+    CODE,
     EXACT,
     TOO_LONG,
     Scaling,
@@ -107,7 +108,10 @@ class Reading:
                 reader = csv_format.reader(file, delimiter=self.delimiter)
                 rows = list(itertools.islice(((reader.line_num, row) for row in reader if row), most))
         except (UnicodeDecodeError, csv_format.Error) as error:
-            raise DataError(f"{path} is no text in UTF-8 with comma-separated cells: {error}") from error
+            raise DataError(
+                f"{path} is no text in UTF-8 with comma-separated cells: {error}; if a spreadsheet wrote it, save it "
+                "as CSV UTF-8"
+            ) from error
         if not rows:
             raise DataError(f"{path} is empty")
         return rows
@@ -148,7 +152,7 @@ def of_frames(
     schema = infer(first, origin, decimal=decimal, **said)
     for name, why in schema.left_out:
         if "--data.drop" not in why and "--data.columns" not in why:
-            warnings.warn(f"{origin}: the column {name} is left out: {why}", DataWarning, stacklevel=5)
+            warnings.warn(f"{origin}: the column {name or repr(name)} is left out: {why}", DataWarning, stacklevel=5)
     names = schema.names if first.attrs.get("named", True) else None
     mixed = {
         part: Table(
@@ -183,16 +187,9 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
     if odd := next(((line, row) for line, row in rows if len(row) != len(first)), None):
         raise DataError(
             f"{path}, row {odd[0]}: {len(odd[1])} cells, but the first row has {len(first)}"
-            + _other_marks(odd[1], reading)
+            + (_other_marks(odd[1], reading) or ("; if that is a title, remove it" if len(first) == 1 else ""))
         )
     some = [row for _, row in rows[:50]]
-    for mark in ";\t|":  # a table of one column of words may be one that is separated otherwise
-        counts = {reading.delimiter.join(row).count(mark) for row in [first, *some]}
-        if mark != reading.delimiter and len(first) == 1 and len(counts) == 1 and counts != {0}:
-            raise DataError(
-                f"{path}, row {rows[0][0]}, column 1 ({names[0]}): expected a number; got {some[0][0]!r}"
-                + (_other_marks(some[0], reading) or f"; are the cells separated by {mark}? --data.delimiter '{mark}'")
-            )
     if (hint := _other_marks(some[0], reading)) and all(_other_marks(row, reading) == hint for row in some):
         bad = next(i for i, cell in enumerate(some[0]) if not reading.is_number(cell))
         if len(first) == 1 or (any("," in cell or ";" in cell for cell in some[0]) and "--data.decimal" in hint):
@@ -219,18 +216,13 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
 def npy(source: Source) -> Dataset:
     """An array (N, D) of numbers; or a folder of train.npy, test.npy and maybe validation.npy (valid.npy, val.npy), or
     of x.npy, and labels y.npy, y_train.npy, ... beside them."""
-    path = source.path()
-    return _of_arrays(source, path)
+    return of_arrays(source, find_arrays(source, source.path()))
 
 
 def npz(source: Source) -> Dataset:
     """Arrays (N, D) of numbers: one alone, or ``train``, ``test`` and maybe ``validation`` (``valid``, ``val``), also
     called x_train and so on; labels beside them are y, y_train, train_labels and the like."""
-    return _of_arrays(source, source.path())
-
-
-def _of_arrays(source: Source, path: Path) -> Dataset:
-    return of_arrays(source, find_arrays(source, path))
+    return of_arrays(source, find_arrays(source, source.path()))
 
 
 def of_arrays(source: Source, found: Arrays, names: tuple[str, ...] | None = None) -> Dataset:
@@ -333,12 +325,7 @@ def _labels(origin: str, array: np.ndarray, count: int) -> np.ndarray | None:
     if array.shape[1] != 1:
         return None
     array = array[:, 0]
-    if (
-        array.dtype.kind == "f"
-        and np.isfinite(array).all()
-        and (array == array.round()).all()
-        and abs(array).max() < EXACT
-    ):
+    if array.dtype.kind == "f" and ((array == array.round()) & (abs(array) < EXACT)).all():
         array = array.astype(np.int64)
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8", "backslashreplace")
@@ -439,7 +426,7 @@ def _moments(table: Table, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if np.isnan(train).any():
         if (bare := np.isnan(train).all(0)).any():
             name = table.names[int(bare.argmax())] if table.names else int(bare.argmax()) + 1
-            raise DataError(f"{table.origin}: the column {name} is empty in all rows of the training split")
+            raise DataError(f"{table.origin}: the column {name} is empty in all rows of the training split: drop it")
         some = train[(~np.isnan(train)).argmax(0), np.arange(train.shape[1])]
     of = NAN_AWARE if np.isnan(train).any() else (np.mean, np.std, np.min, np.max)
     with np.errstate(all="ignore"):
@@ -481,7 +468,8 @@ FLAT, FAR = 1000.0, 1e5  # how many times the middle's spread a column's is, and
 def _warn_of_extremes(table: Table, part: str, values: np.ndarray, x: np.ndarray, rows: np.ndarray) -> None:
     """Warn of columns in which few cells are so far out that all others become almost equal, and of cells far out."""
     if np.isnan(x).any():
-        x, values = np.where(np.isnan(x), 0, x), np.where(np.isnan(values), np.nanmedian(values, axis=0), values)
+        there = np.where(np.isnan(values).all(0), 0, values)
+        x, values = np.where(np.isnan(x), 0, x), np.where(np.isnan(there), np.nanmedian(there, axis=0), there)
     if part == "train":
         low, high = np.quantile(x, (0.25, 0.75), axis=0, method="nearest")
         flat = [
@@ -508,8 +496,7 @@ def _table(origin: str, array: np.ndarray) -> Table:
         raise DataError(f"{origin}: expected real numbers; got an array of {array.dtype}")
     values = array.astype(np.float64)
     if array.dtype.kind in "iu" and array.dtype.itemsize > 4:
-        big = np.argwhere((array > EXACT) | (array < -EXACT)) if array.dtype.kind == "i" else np.argwhere(array > EXACT)
-        for row, column in big.tolist():
+        for row, column in np.argwhere(np.abs(values) >= EXACT).tolist():
             if int(values[row, column]) != int(array[row, column]):
                 raise DataError(f"{origin}: row {row}, column {column} (from 0): {array[row, column]}: {TOO_LONG}")
     if len(bad := np.argwhere(~np.isfinite(values))):
@@ -542,6 +529,10 @@ def _read_csv(path: Path, reading: Reading) -> Table | None:
         return None
     if values.shape[1] != len(first) or (np.isnan(values).any() and not np.isinf(values).any()):
         return None
+    end = rb"(?:^|$|[\s\"]|%s)" % re.escape(reading.delimiter.encode())
+    days = (values.min(0) > 19000000) & (values.max(0) < 21000000)  # perhaps, as 20240517
+    if days.any() or re.search(rb"(?m)%s%s%s" % (end, CODE.encode(), end), path.read_bytes()):
+        return None
     lines = lambda: [line for line, _ in reading.rows(path)][bool(names) :]  # noqa: E731
     table = Table(str(path), values, tuple(names) if names else None, lines)
     if len(bad := np.argwhere(~np.isfinite(values))):
@@ -572,37 +563,28 @@ def _may_be_names(first: list[str], rows: list[list[str]], reading: Reading) -> 
     rows = [row for row in rows if len(row) == len(first) and all(map(reading.is_number, row))]
     if not rows or first in rows or not all(map(reading.is_number, first)):
         return False
-    cells = [cell.strip() for cell in first]
-    fractions = any(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
-    if cells == [str(i) for i in range(len(cells))]:
-        return len(cells) > 1 or fractions
-    values = [reading.number(cell) for cell in cells]
-    rising = len(values) > 1 and all(a < b for a, b in itertools.pairwise(values))
-    if not rising:
+    whole = [bool(re.fullmatch(r"\s*[+-]?\d+\s*", cell)) for row in rows for cell in row]
+    if [cell.strip() for cell in first] == [str(i) for i in range(len(first))]:
+        return len(first) > 1 or not all(whole)
+    values, below = (np.array([list(map(reading.number, row)) for row in some]) for some in ([first], rows))
+    if len(first) < 2 or not (np.diff(values) > 0).all():
         return False
-    below = [[reading.number(cell) for cell in row] for row in rows]
-    outside = all(
-        not min(column) <= value <= max(column) for value, column in zip(values, zip(*below, strict=True), strict=True)
-    )
-    alone = len(values) > 5 and not any(all(a < b for a, b in itertools.pairwise(row)) for row in below)
-    whole = all(re.fullmatch(r"[+-]?\d+", cell) for cell in cells)
-    written = whole and all(not re.fullmatch(r"[+-]?\d+", cell.strip()) for row in rows for cell in row)
-    return (outside and len(rows) > 3) or alone or (written and len(rows) > 3)
+    outside = bool(((values < below.min(0)) | (values > below.max(0))).all())
+    alone = len(first) > 5 and not (np.diff(below) > 0).all(1).any()
+    written = not any(whole) and all(re.fullmatch(r"\s*[+-]?\d+\s*", cell) for cell in first)
+    return alone or (len(rows) > 3 and (outside or written))
 
 
 def _other_marks(row: list[str], reading: Reading) -> str:
     """What to do if cells seem to be separated, or decimals marked, by another character."""
     text = reading.delimiter.join(row)
-    for mark, name, option in ((";", "semicolons", "';'"), ("\t", "tabs", "tab")):
+    for mark, name, option in ((";", "semicolons", "';'"), ("\t", "tabs", "tab"), ("|", "|", "'|'")):
         if mark in text and reading.delimiter != mark:
             commas = all(re.fullmatch(r"\s*[+-]?\d+(,\d+)?\s*", cell) for cell in text.split(mark))
             decimal = " --data.decimal ," if commas and "," in text else ""
             python = f"delimiter={mark!r}" + (", decimal=','" if decimal else "")
             return f"; are the cells separated by {name}? --data.delimiter {option}{decimal} (in Python {python})"
-    if (
-        reading.decimal == "."
-        and reading.delimiter != ","
-        and any(re.fullmatch(r"[+-]?\d+,\d+", c.strip()) for c in row)
-    ):
+    commas = any(re.fullmatch(r"[+-]?\d+,\d+", cell.strip()) for cell in row)
+    if commas and reading.decimal == "." and reading.delimiter != ",":
         return "; are decimals marked by commas? --data.decimal , (in Python decimal=',')"
     return ""

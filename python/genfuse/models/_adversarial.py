@@ -273,11 +273,16 @@ class AdversarialModel(GenerativeModel):
         z = torch.randn(n, self.latent_dim, device=where, generator=generator)
         return z.to(next(self.parameters()))
 
-    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+    @property
+    def uniforms(self) -> int:
+        """How many ``u`` `decode` draws the categories and missing cells of a table by; else 0."""
+        return 0 if self.columns is None else self.columns.choices
+
+    def decode(self, z: Tensor, y: Tensor | None = None, *, u: Tensor | None = None) -> Tensor:
         """x = G(z), (N, *shape), for latents (N, D), with the averaged weights if there are such; of categories the
-        likeliest."""
+        likeliest, or with uniform draws ``u`` in (0, 1), (N, `uniforms`), one by chance."""
         self._settle_averages()
-        return self._decode(z, self.context_of(y, len(z), **self._embedding()), drawn=False)
+        return self._decode(z, self.context_of(y, len(z), **self._embedding()), drawn=u is not None, u=u)
 
     @torch.no_grad()
     def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -228,10 +228,11 @@ class FlowModel(GenerativeModel):
         return -self.elbo(x, y, generator=generator) / self._nats_per_bit
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """z = f(x), (N, D); of discrete x at the middle of its bins, of a table at a draw of its dequantisation."""
+        """z = f(x), (N, D); of discrete x, and of integers, categories and missing cells of a table, at the middle of
+        what they are dequantised to."""
         x = self.checked(x)
         if self.columns is not None:
-            x = self.columns.dequantize(x)[0]
+            x = self.columns.middle(x)
         if self.levels is not None:
             x = ((x * (self.levels - 1)).round() + 0.5) / self.levels
         return self._to_base(x, self.context_of(y, len(x)))[0]

@@ -427,9 +427,18 @@ class VAE(GenerativeModel):
         mu, _, features = self._encoded(x, self.context_of(y, len(x)))
         return mu if self.posterior_flow is None else _through(self.posterior_flow, mu, features)[0]
 
-    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """E[x | z], (..., *shape), for latents (..., D); y is for the N of z (..., N, D)."""
-        return self._decode(z, self.context_of(y, z.shape[-2] if z.dim() > 1 else 1))
+    @property
+    def uniforms(self) -> int:
+        """How many ``u`` `decode` makes a draw of, for a table with columns of several kinds; else 0."""
+        return self.likelihood.uniforms if isinstance(self.likelihood, Columns) else 0
+
+    def decode(self, z: Tensor, y: Tensor | None = None, *, u: Tensor | None = None) -> Tensor:
+        """E[x | z], (..., *shape), for latents (..., D); y is for the N of z (..., N, D). With uniform draws ``u`` in
+        (0, 1), (N, `uniforms`), a draw of p(x | z)."""
+        context = self.context_of(y, z.shape[-2] if z.dim() > 1 else 1)
+        if u is not None and isinstance(self.likelihood, Columns):
+            return self.likelihood.sample(self._raw(z, context), u=u)
+        return self._decode(z, context)
 
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x | z] at `encode`'s z, (N, *shape)."""

@@ -56,6 +56,7 @@ class Columns(nn.Module):
     place: Tensor  # of each choice in its block
     share: Tensor  # of each choice
     end: Tensor  # of the part of [0, 1] that is a choice's
+    halfway: Tensor  # of N(0, 1), in the middle of that part
     indicated: Tensor  # the numbers that may be missing, and the blocks that say so
     indicator: Tensor
 
@@ -69,6 +70,7 @@ class Columns(nn.Module):
         self.width = self.scores + self.choices  # of v
         self.outputs = 3 * mixtures * self.scores + self.choices  # a network's, as a likelihood
         self.latents = self.scores + self.blocks  # cells of what `dequantize` makes
+        self.uniforms = (mixtures + 1) * self.scores + self.choices  # that `sample` makes a draw of
 
         def keep(name: str, values: Any, dtype: torch.dtype = torch.float32) -> None:
             self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
@@ -95,6 +97,7 @@ class Columns(nn.Module):
         keep("place", [k for size in sizes for k in range(size)], torch.long)
         keep("share", [share / total for _, of in blocks for total in [sum(of)] for share in of])
         keep("end", [end / total for _, of in blocks for total in [sum(of)] for end in accumulate(of)])
+        self.register_buffer("halfway", _probit(self.end - self.share / 2), persistent=False)
         owners = {column: b for b, (column, _) in enumerate(blocks)}
         keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)
         keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)
@@ -125,13 +128,20 @@ class Columns(nn.Module):
         return self._cells(v[..., : self.scores], self._largest(v[..., self.scores :]))
 
     def activate(
-        self, raw: Tensor, temperature: float = 0.2, *, drawn: bool = True, generator: torch.Generator | None = None
+        self,
+        raw: Tensor,
+        temperature: float = 0.2,
+        *,
+        drawn: bool = True,
+        generator: torch.Generator | None = None,
+        u: Tensor | None = None,
     ) -> Tensor:
         """v (N, width) of what a generator puts out (N, width), with gradients: scores by tanh, and of each block a
         draw, relaxed (Gumbel-softmax, arXiv 1611.01144), as CTGAN does (1907.00503, section 4.4); without ``drawn`` its
-        probabilities at that temperature."""
+        probabilities at that temperature. ``u`` are uniform draws in (0, 1) to make it of, (N, choices)."""
         scores, logits = raw[..., : self.scores], raw[..., self.scores :]
-        logits = logits + _gumbel(logits, generator) if drawn else logits
+        if drawn:
+            logits = logits + _gumbel(_uniform(logits, generator) if u is None else u)
         choices = self._log_softmax(logits / temperature).exp()
         return torch.cat([BOUND * torch.tanh(scores / BOUND), 2 * choices - 1], -1)
 
@@ -160,16 +170,21 @@ class Columns(nn.Module):
         logits, mu, _ = self._mixture(raw[..., :c])
         return self._cells((logits.softmax(-1) * mu).sum(-1), self._largest(raw[..., c:]))
 
-    def sample(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A draw x ~ p(x), (N, D), of which numbers are held within those of the training split."""
+    def sample(self, raw: Tensor, generator: torch.Generator | None = None, *, u: Tensor | None = None) -> Tensor:
+        """A draw x ~ p(x), (N, D), of which numbers are held within those of the training split. ``u`` are uniform
+        draws in (0, 1) to make it of, (N, `uniforms`)."""
         raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
         logits, mu, log_scale = self._mixture(raw[..., :c])
-        chosen = (logits + _gumbel(logits, generator)).argmax(-1, keepdim=True)
-        u = _uniform(mu[..., 0], generator)
-        logistic = torch.log(u) - torch.log1p(-u)
-        scores = mu.gather(-1, chosen)[..., 0] + log_scale.gather(-1, chosen)[..., 0].exp() * logistic
         choices = raw[..., c:]
-        return self._cells(scores, self._largest(choices + _gumbel(choices, generator)))
+        if u is None:
+            of_parts, of_scores, of_choices = (_uniform(like, generator) for like in (logits, mu[..., 0], choices))
+        else:
+            of_parts, of_scores, of_choices = u.split([self.mixtures * self.scores, self.scores, self.choices], -1)
+            of_parts = of_parts.unflatten(-1, (self.scores, self.mixtures))
+        chosen = (logits + _gumbel(of_parts)).argmax(-1, keepdim=True)
+        logistic = torch.log(of_scores) - torch.log1p(-of_scores)
+        scores = mu.gather(-1, chosen)[..., 0] + log_scale.gather(-1, chosen)[..., 0].exp() * logistic
+        return self._cells(scores, self._largest(choices + _gumbel(of_choices)))
 
     # As levels 0, 1, ..., if there is no real number among the columns.
 
@@ -246,6 +261,12 @@ class Columns(nn.Module):
         drawn = _probit(self.end[place] - share * (1 - within))
         of_blocks = share.log() - _log_normal(drawn)
         return torch.cat([scores, drawn], -1).to(x.dtype), (log_w.sum(-1) + of_blocks.sum(-1)).to(x.dtype)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """Real numbers (N, latents): the middle of what `dequantize` makes of x (N, D), a function of x alone."""
+        missing, place = x[..., self.numeric].isnan(), self.start + self._codes(x)
+        scores = torch.where(missing, 0.0, self._score(self._numbers(x))[0])
+        return torch.cat([scores, self.halfway[place]], -1).to(x.dtype)
 
     def quantize(self, v: Tensor) -> Tensor:
         """x (N, D) of real numbers v (N, latents), the opposite of `dequantize`."""
@@ -344,8 +365,8 @@ def _uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return u.to(like.device).clamp(EDGE, 1 - EDGE)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    return -torch.log(-torch.log(_uniform(like, generator)))
+def _gumbel(u: Tensor) -> Tensor:
+    return -torch.log(-torch.log(u))
 
 
 def _probit(p: Tensor) -> Tensor:

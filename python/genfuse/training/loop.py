@@ -378,11 +378,12 @@ class Loop:
         span = max(span - lowest, 1e-12)
         name, end = self.players[0].name, self.curve[-1][1]
         before = next(loss for step, loss in self.curve if step >= 0.75 * self.total)
-        if end - lowest > 0.05 * span and not self.best:
+        risen = end - lowest > 0.05 * span
+        if risen and not self.best:
             self._warn(name, "overfitting", f"the loss on the test split was lowest at step {lowest_at}, {lowest:.5g}, "
                        f"and has risen to {end:.5g} since: the model learns the training examples by heart. Try fewer "
                        "--steps, --keep best with --data.validation 0.1, a smaller model, or more data")  # fmt: skip
-        elif before - end > 0.1 * span:
+        elif before - end > 0.1 * span and not risen:
             self._warn(name, "improving", f"the loss on the test split was still falling at the end, from {before:.5g} "
                        f"to {end:.5g} in the last quarter: go on by --resume with more --steps")  # fmt: skip
 

@@ -33,7 +33,8 @@ class Options:
     standard deviations of each column, so that few rows are not learned by heart."""
     keep: Literal["auto", "last", "best"] = "auto"
     """Weights to end with: the last ones, or those of the lowest loss on the validation split after an epoch; auto: the
-    best of a model with one player, if the data has a validation split."""
+    best of a model with one player, if the data has a validation split, or is so small that a training of the usual
+    length learns it by heart."""
     patience: int | None = None
     """Stop after so many epochs without a lower validation loss, and end with the weights of the lowest."""
     seed: int = 0

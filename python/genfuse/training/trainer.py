@@ -25,6 +25,10 @@ from genfuse.training.process import fitting_threads, forked_rng
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+# Passes over the training split beyond which a training of the usual length keeps the best weights, and examples from
+# which on a tenth of them says which these are.
+MANY, FEW = 30, 50
+
 
 @dataclass(frozen=True)
 class Trainer(Options):
@@ -64,7 +68,10 @@ class Trainer(Options):
         if not players or len({player.name for player in players}) < len(players):
             raise SettingsError(f"{type(model).__name__} needs players of different names, got {players}")
         if self.keep == "auto":
-            keep: Any = "best" if len(players) == 1 and "validation" in data.splits else "last"
+            usual = self.epochs is None and self.steps is None and data.examples >= FEW and not data.streamed
+            by_heart = usual and model.usual_steps * self.batch_size > MANY * data.examples
+            held_out = "validation" in data.splits or by_heart
+            keep: Any = "best" if len(players) == 1 and held_out else "last"
             if self.resume and self.out is not None and (Path(self.out) / run.CONFIG).is_file():
                 keep = run.read_config(Path(self.out))["training"].get("keep", "last")
             return replace(self, keep=keep).fit(model, data, callbacks)
@@ -82,8 +89,9 @@ class Trainer(Options):
             data = data.with_validation()
             warnings.warn(
                 f"the data set {data.name!r} has no validation split: {len(data.splits['validation']):,} of its "
-                f"training examples, by chance, are one now, and {len(data.splits['train']):,} are trained on; "
-                "--data.validation says how many (in Python load_data(..., validation=0.1))",
+                f"training examples, by chance, are one now, by which the best weights are chosen, and "
+                f"{len(data.splits['train']):,} are trained on; --data.validation says how many (in Python "
+                "load_data(..., validation=0.1)), and --keep last trains on all",
                 DataWarning,
                 stacklevel=2,
             )
