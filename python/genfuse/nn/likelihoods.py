@@ -169,51 +169,62 @@ class Categorical(Likelihood):
 
 
 class DiscretizedLogistic(Likelihood):
-    """x in ``levels`` ordered levels: a logistic density integrated over bins, the first and last of them open-ended.
+    """x in ``levels`` ordered levels: a mixture of logistic densities, integrated over bins, the first and last of them
+    open-ended.
 
-    arXiv 1606.04934 (appendix) and 1701.05517 (equation 2, with one component). params are the location, in units where
-    the data spans [-1, 1], and the log-scale, held smoothly within +-7.
+    arXiv 1606.04934 (appendix) and 1701.05517 (equation 2). params are the location of the one density, in units where
+    the data spans [-1, 1], and its log-scale; or of each of several ``components`` all logits, then all locations, less
+    evenly spaced ones, and all log-scales. Log-scales are held smoothly within +-7.
     """
 
-    parameters_per_cell = 2
-
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int, components: int = 1) -> None:
         super().__init__()
-        self.levels = levels
+        self.levels, self.components = levels, components
+        self.parameters_per_cell = 3 * components if components > 1 else 2
 
-    def location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        location, log_scale = at_least_float32(params).unbind(-1)
-        return location, _bounded(log_scale, 7)
+    def mixture(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, locations and log-scales of the components, (..., *shape, components) each."""
+        params = at_least_float32(params)
+        if self.components == 1:
+            location, log_scale = params.split(1, -1)
+            return torch.zeros_like(location), location, _bounded(log_scale, 7)
+        logits, location, log_scale = params.unflatten(-1, (3, -1)).unbind(-2)
+        start = torch.linspace(-1, 1, self.components, dtype=params.dtype, device=params.device)
+        return logits, location + start, _bounded(log_scale, 7)
 
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
-        location, log_scale = self.location_and_log_scale(params)
-        width = 2 / (self.levels - 1)
+        logits, location, log_scale = self.mixture(params)
+        width, x = 2 / (self.levels - 1), x.unsqueeze(-1)
         precision = torch.exp(-log_scale)
         upper = (2 * x - 1 + width / 2 - location) * precision
         lower = (2 * x - 1 - width / 2 - location) * precision
         inner, top = log_logistic(upper, lower, width * precision), (self.levels - 1.5) / (self.levels - 1)
-        return -torch.where(x > top, F.logsigmoid(-lower), torch.where(x < 1 - top, F.logsigmoid(upper), inner))
+        each = torch.where(x > top, F.logsigmoid(-lower), torch.where(x < 1 - top, F.logsigmoid(upper), inner))
+        return -(each.squeeze(-1) if self.components == 1 else (logits.log_softmax(-1) + each).logsumexp(-1))
 
     def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
-        location, log_scale = (each.unsqueeze(-1) for each in self.location_and_log_scale(params))
+        logits, location, log_scale = self.mixture(params)
         top = self.levels - 1
         k: Tensor = coder.logistics(
-            torch.zeros_like(location), location, torch.exp(-log_scale), lambda edge: (2 * edge - 1) / top - 1,
-            self.levels, None if x is None else (x * top).round(),
+            logits, location, torch.exp(-log_scale), lambda edge: (2 * edge - 1) / top - 1, self.levels,
+            None if x is None else (x * top).round(),
         )  # fmt: skip
         return k / top
 
     def mean(self, params: Tensor) -> Tensor:
-        location, log_scale = self.location_and_log_scale(params)
+        logits, location, log_scale = self.mixture(params)
         precision = torch.exp(-log_scale)
         total = torch.zeros_like(location)
         for k in range(1, self.levels):  # E[k] is the sum of P(k' >= k)
             edge = (2 * k - 1) / (self.levels - 1) - 1
             total += torch.sigmoid((location - edge) * precision)
-        return total / (self.levels - 1)
+        return (logits.softmax(-1) * total).sum(-1) / (self.levels - 1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        location, log_scale = self.location_and_log_scale(params)
+        logits, location, log_scale = self.mixture(params)
+        if self.components > 1:
+            chosen = (logits - torch.log(-torch.log(_uniform_like(logits, generator)))).argmax(-1, keepdim=True)
+            location, log_scale = location.gather(-1, chosen), log_scale.gather(-1, chosen)
         u = _uniform_like(location, generator)
         x = (location + torch.exp(log_scale) * (torch.log(u) - torch.log1p(-u)) + 1) / 2
-        return (x.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+        return (x.squeeze(-1).clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
