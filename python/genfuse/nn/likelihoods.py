@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from genfuse import ops
 
 
+FAR = 1e6  # from all locations, by any scale: where the outermost bins end
+
+
 class AnyLikelihood(Protocol):
     """p(x | z) as a VAE needs it: of the decoder's output ``raw`` for M latents, whatever it is, and M examples."""
 
@@ -183,27 +186,26 @@ class DiscretizedLogistic(Likelihood):
         self.parameters_per_cell = 3 * components if components > 1 else 2
 
     def mixture(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, locations and log-scales of the components, (..., *shape, components) each."""
-        params = at_least_float32(params)
+        """Logits, locations and log-scales of the components, (components, ..., *shape) each."""
+        parts = at_least_float32(params).movedim(-1, 0)
         if self.components == 1:
-            location, log_scale = params.split(1, -1)
+            location, log_scale = parts.split(1)
             return torch.zeros_like(location), location, _bounded(log_scale, 7)
-        logits, location, log_scale = params.unflatten(-1, (3, -1)).unbind(-2)
-        start = torch.linspace(-1, 1, self.components, dtype=params.dtype, device=params.device)
-        return logits, location + start, _bounded(log_scale, 7)
+        logits, location, log_scale = parts.contiguous().chunk(3)
+        start = torch.linspace(-1, 1, self.components, dtype=parts.dtype, device=parts.device)
+        return logits, location + start.view(-1, *[1] * (parts.dim() - 1)), _bounded(log_scale, 7)
 
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
         logits, location, log_scale = self.mixture(params)
-        width, x = 2 / (self.levels - 1), x.unsqueeze(-1)
-        precision = torch.exp(-log_scale)
-        upper = (2 * x - 1 + width / 2 - location) * precision
-        lower = (2 * x - 1 - width / 2 - location) * precision
-        inner, top = log_logistic(upper, lower, width * precision), (self.levels - 1.5) / (self.levels - 1)
-        each = torch.where(x > top, F.logsigmoid(-lower), torch.where(x < 1 - top, F.logsigmoid(upper), inner))
-        return -(each.squeeze(-1) if self.components == 1 else (logits.log_softmax(-1) + each).logsumexp(-1))
+        precision, half = torch.exp(-log_scale), 1 / (self.levels - 1)
+        low = torch.where(x < half, -FAR, 2 * x - 1 - half)  # edges of the bin
+        high = torch.where(x > 1 - half, FAR, 2 * x - 1 + half)
+        upper, lower = (high - location) * precision, (low - location) * precision
+        each = log_logistic(upper, lower, (high - low) * precision)
+        return -(each[0] if self.components == 1 else (logits.log_softmax(0) + each).logsumexp(0))
 
     def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
-        logits, location, log_scale = self.mixture(params)
+        logits, location, log_scale = (each.movedim(0, -1) for each in self.mixture(params))
         top = self.levels - 1
         k: Tensor = coder.logistics(
             logits, location, torch.exp(-log_scale), lambda edge: (2 * edge - 1) / top - 1, self.levels,
@@ -218,13 +220,13 @@ class DiscretizedLogistic(Likelihood):
         for k in range(1, self.levels):  # E[k] is the sum of P(k' >= k)
             edge = (2 * k - 1) / (self.levels - 1) - 1
             total += torch.sigmoid((location - edge) * precision)
-        return (logits.softmax(-1) * total).sum(-1) / (self.levels - 1)
+        return (logits.softmax(0) * total).sum(0) / (self.levels - 1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         logits, location, log_scale = self.mixture(params)
         if self.components > 1:
-            chosen = (logits - torch.log(-torch.log(_uniform_like(logits, generator)))).argmax(-1, keepdim=True)
-            location, log_scale = location.gather(-1, chosen), log_scale.gather(-1, chosen)
+            chosen = (logits - torch.log(-torch.log(_uniform_like(logits, generator)))).argmax(0, keepdim=True)
+            location, log_scale = location.gather(0, chosen), log_scale.gather(0, chosen)
         u = _uniform_like(location, generator)
         x = (location + torch.exp(log_scale) * (torch.log(u) - torch.log1p(-u)) + 1) / 2
-        return (x.squeeze(-1).clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+        return (x[0].clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
