@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from genfuse import ops
 
-
 FAR = 1e6  # from all locations, by any scale: where the outermost bins end
 
 
@@ -185,12 +184,17 @@ class DiscretizedLogistic(Likelihood):
         self.levels, self.components = levels, components
         self.parameters_per_cell = 3 * components if components > 1 else 2
 
+    def location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the one component, (..., *shape) each."""
+        location, log_scale = at_least_float32(params).unbind(-1)
+        return location, _bounded(log_scale, 7)
+
     def mixture(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, locations and log-scales of the components, (components, ..., *shape) each."""
-        parts = at_least_float32(params).movedim(-1, 0)
         if self.components == 1:
-            location, log_scale = parts.split(1)
-            return torch.zeros_like(location), location, _bounded(log_scale, 7)
+            location, log_scale = (each[None] for each in self.location_and_log_scale(params))
+            return torch.zeros_like(location), location, log_scale
+        parts = at_least_float32(params).movedim(-1, 0)
         logits, location, log_scale = parts.contiguous().chunk(3)
         start = torch.linspace(-1, 1, self.components, dtype=parts.dtype, device=parts.device)
         return logits, location + start.view(-1, *[1] * (parts.dim() - 1)), _bounded(log_scale, 7)
