@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genfuse import ops
 
-FAR = 1e6  # from all locations, by any scale: where the outermost bins end
+_FAR = 1e6  # from all locations, by any scale: where the outermost bins end
 
 
 class AnyLikelihood(Protocol):
@@ -179,10 +179,13 @@ class DiscretizedLogistic(Likelihood):
     evenly spaced ones, and all log-scales. Log-scales are held smoothly within +-7.
     """
 
+    parameters_per_cell = 2
+
     def __init__(self, levels: int, components: int = 1) -> None:
         super().__init__()
         self.levels, self.components = levels, components
-        self.parameters_per_cell = 3 * components if components > 1 else 2
+        if components > 1:
+            self.parameters_per_cell = 3 * components
 
     def location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the one component, (..., *shape) each."""
@@ -202,8 +205,8 @@ class DiscretizedLogistic(Likelihood):
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
         logits, location, log_scale = self.mixture(params)
         precision, half = torch.exp(-log_scale), 1 / (self.levels - 1)
-        low = torch.where(x < half, -FAR, 2 * x - 1 - half)  # edges of the bin
-        high = torch.where(x > 1 - half, FAR, 2 * x - 1 + half)
+        low = torch.where(x < half, -_FAR, 2 * x - 1 - half)  # edges of the bin
+        high = torch.where(x > 1 - half, _FAR, 2 * x - 1 + half)
         upper, lower = (high - location) * precision, (low - location) * precision
         each = log_logistic(upper, lower, (high - low) * precision)
         return -(each[0] if self.components == 1 else (logits.log_softmax(0) + each).logsumexp(0))
