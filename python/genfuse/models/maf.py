@@ -25,7 +25,7 @@ class MAFConfig(NetworkConfig):
 class MAF(FlowModel):
     """The flow `genfuse.flows.MAF`: the density takes one pass, and sampling one sweep over the hidden units."""
 
-    Config, flow_class = MAFConfig, flows.MAF
+    Config = MAFConfig
     former = {"squash": False, "scale": "tanh"}
     flow_class = flows.MAF
 

@@ -23,6 +23,10 @@ class _SplineConfig(NetworkConfig):
         if self.bins > 1000:
             raise SettingsError(f"bins must be at most 1000, as each takes at least 1/1000 of the box; got {self.bins}")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "bins": self.bins, "bound": self.bound, "damped": self.damped}
+
 
 @dataclass(frozen=True)
 class NSFConfig(_SplineConfig):
