@@ -71,13 +71,15 @@ TABLES: dict[str, Score] = {
     "PCA, likelihood": partial(_of, PCA, n_components=0.9, svd_solver="full"),
 }
 IMAGES: dict[str, Score] = {
-    "vae, relative": partial(_of_images, "vae", method="relative", steps=2000),
-    "vae, reconstruction": partial(_of_images, "vae", method="reconstruction", steps=2000),
-    "vae, likelihood": partial(_of_images, "vae", method="likelihood", steps=2000),
+    **{f"vae, {method}": partial(_of_images, "vae", method=method, steps=2000)
+       for method in ("relative", "reconstruction", "likelihood")},
+    **{f"realnvp, {method}": partial(_of_images, "realnvp", method=method, steps=400)
+       for method in ("relative", "likelihood")},
+    **{f"edm, {method}": partial(_of_images, "edm", method=method, steps=150) for method in ("relative", "denoising")},
     "kNN (5th)": partial(_flat, _neighbours),
     "isolation forest": partial(_flat, partial(_of, IsolationForest)),
     "PCA, likelihood": partial(_flat, partial(_of, PCA, n_components=0.9, svd_solver="full")),
-}
+}  # fmt: skip
 
 
 def _rows(file: Path, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,13 +126,13 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", action="store_true", help="digits of MNIST in place of tables")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--method", action="append", help="only this one (may be repeated)")
-    parser.add_argument("--table", action="append", help="only this one (may be repeated)")
+    parser.add_argument("--table", action="append", help="only this one, or this digit (may be repeated)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
 
 
 def run(args: Namespace) -> None:
-    cases: list[Path | int] = list(range(10))
+    cases: list[Path | int] = [digit for digit in range(10) if not args.table or str(digit) in args.table]
     if not args.images:
         files = sorted(
             (Path(os.environ["GENFUSE_DATA"]) / "adbench").glob("*.npz"), key=lambda file: file.stat().st_size

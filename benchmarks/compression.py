@@ -24,7 +24,8 @@ from genfuse.cli import main
 TRAININGS = {
     "binarized-mnist": {"vae": "vae --steps 20000 --schedule cosine"},
     "mnist": {
-        "vae": "vae --steps 20000 --schedule cosine --model.decoder discretized-logistic",
+        "vae": "vae --steps 6000 --lr 2e-3 --schedule cosine --model.decoder discretized-logistic --model.mixtures 3 "
+        "--model.latent-dim 32",
         "idf": "idf --steps 3000 --batch-size 64 --schedule cosine",
     },
     "digits": {

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
 GREY = {"model": "vae", "data": "digits", "decoder": "discretized-logistic", "latent_dim": 4, "hidden": (32,)}
 MODELS = {
     "grey": GREY,
+    "mixture": {**GREY, "mixtures": 3},
     "categorical": {**GREY, "decoder": "categorical"},
     "convolutions": {**GREY, "network": "conv", "channels": (4, 8)},
     "binary": {"model": "vae", "data": "digits", "binarize": "static", "latent_dim": 4, "hidden": (32,)},
@@ -99,7 +100,7 @@ for i, run in enumerate(sys.argv[3:]):
 
 
 def test_another_processor_thread_count_and_implementation_makes_the_same_bytes(trained, tmp_path):
-    names = ["grey", "convolutions", "binary", "idf", "idf of vectors"]
+    names = ["grey", "mixture", "convolutions", "binary", "idf", "idf of vectors"]
     runs = [trained(**MODELS[name]) for name in names]
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         compress(run, levels(name, 100), tmp_path / f"{i}.gfz")

@@ -1,14 +1,17 @@
 import warnings
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, r2_score, roc_auc_score
 
 import genfuse
 from genfuse import plots
 from genfuse.applications import detection, examples, labels_of, score, scores, weights
+from genfuse.data import Split
 from genfuse.errors import DataError, DataWarning, SettingsError
 
 FLOW = {"model": "nsf", "hidden": 32}
@@ -43,13 +46,34 @@ def test_a_relative_score_is_the_share_of_a_picture_that_its_reconstruction_lack
     model = trained("vae", data="digits").model()
     x = genfuse.load_data("digits").batch("test", slice(20)).x
     x = torch.cat([x, torch.zeros_like(x[:1])])  # a blank picture has a score too
-    errors = (model.reconstruct(x) - x).square().flatten(1).sum(1)
-    expected = errors[:-1] / x[:-1].square().flatten(1).sum(1)
     found = scores(model, x, method="relative")
-    torch.testing.assert_close(found[:-1], expected.detach())
+    explained = [r2_score(a, b) for a, b in zip(x.flatten(1), model.reconstruct(x).detach().flatten(1), strict=True)]
+    torch.testing.assert_close(found[:-1], 1 - torch.tensor(explained[:-1]), atol=1e-4, rtol=1e-4)
     assert found[-1].isfinite()
     with pytest.raises(SettingsError, match="has no relative of examples"):
         scores(genfuse.create("vae", genfuse.load_data("toy:moons")), torch.zeros(1, 2), method="relative")
+
+
+def test_a_relative_score_of_a_density_is_beside_the_bytes_of_the_picture(trained):
+    model = trained("idf", data="digits", steps=2).model()
+    x = genfuse.load_data("digits").batch("test", slice(5)).x
+    sizes = [8 * len(zlib.compress((each * 16).round().byte().numpy().tobytes(), 9)) for each in x]
+    expected = 64 * model.bits_per_dim(x).detach() / torch.tensor(sizes)
+    torch.testing.assert_close(scores(model, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"), [("vae", {}), ("realnvp", {"hidden": (128, 128)}), ("edm", {"network": "mlp"})]
+)
+def test_pictures_are_scored_so_that_other_digits_are_odd(model, settings):
+    """A likelihood alone takes a 1 for a more usual 0 than most 0s."""
+    digits = genfuse.load_data("digits")
+    train, test = digits.splits["train"], digits.splits["test"]
+    zeros = replace(digits, splits={"train": Split(train.x[train.y == 0]), "test": test})
+    torch.manual_seed(0)
+    made = genfuse.create(model, zeros, **settings)
+    genfuse.Trainer(steps=200, pictures=False, device="cpu").fit(made, zeros)
+    assert roc_auc_score(test.y != 0, scores(made, test.x.float() / 16).numpy()) > 0.95
 
 
 def test_a_weight_is_what_the_best_of_the_models_values_takes_from_the_score():
@@ -72,11 +96,12 @@ def test_a_weight_is_what_the_best_of_the_models_values_takes_from_the_score():
 @pytest.mark.parametrize(
     ("model", "settings", "method", "others"),
     [
-        ("vae", {}, "likelihood", ["reconstruction"]),
-        ("realnvp", {"channels": 8}, "likelihood", []),
+        ("vae", {}, "relative", ["likelihood", "reconstruction"]),
+        ("realnvp", {"channels": 8}, "relative", ["likelihood"]),
+        ("idf", {"channels": 8}, "relative", ["likelihood"]),
         ("gan", {}, "nearest", ["critic"]),
         ("wgan-gp", {}, "nearest", ["critic"]),
-        ("edm", {"channels": (8, 8)}, "likelihood", ["denoising"]),
+        ("edm", {"channels": (8, 8)}, "relative", ["likelihood", "denoising"]),
     ],
 )
 def test_every_family_scores_images_and_one_row_as_many(model, settings, method, others, trained):

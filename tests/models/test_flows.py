@@ -705,6 +705,10 @@ def test_what_a_flow_is_not_made_for_is_told_before_it_is_trained(tmp_path):
     for name in ("planar", "radial"):
         with pytest.warns(TrainingWarning, match=f"a {name} flow is made for a few dimensions"):
             few.fit(genfuse.create(name, digits), digits)
+    large = genfuse.load_data(np.random.default_rng(0).integers(0, 256, (200, 20, 20), dtype=np.uint8))
+    for name in ("realnvp", "maf"):
+        with pytest.warns(TrainingWarning, match=f"networks of this {name} see the 400 cells of a picture as a vector"):
+            few.fit(genfuse.create(name, large, layers=1, hidden=(8,)), large)
     rows = np.random.default_rng(0).normal(size=(500, 3))
     rows[:50, 1] = 0.5
     np.savetxt(tmp_path / "a.csv", rows, delimiter=",", header="a,b,c", comments="")
@@ -715,5 +719,6 @@ def test_what_a_flow_is_not_made_for_is_told_before_it_is_trained(tmp_path):
         few.fit(genfuse.create("nsf", data), data)
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrainingWarning)
+        few.fit(genfuse.create("glow", large, steps=1, channels=(8,)), large)
         few.fit(genfuse.create("vae", data), data)  # has a learned but common variance
         few.fit(genfuse.create("nsf", genfuse.load_data("toy:moons")), genfuse.load_data("toy:moons"))

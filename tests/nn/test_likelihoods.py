@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import scipy.stats
@@ -15,6 +16,7 @@ LIKELIHOODS = {
     "gaussian-per-cell": (Gaussian(0.3, "per-cell"), None),
     "categorical": (Categorical(17), 17),
     "discretized-logistic": (DiscretizedLogistic(17), 17),
+    "mixture-of-logistics": (DiscretizedLogistic(17, 3), 17),
 }
 each = pytest.mark.parametrize(("likelihood", "levels"), LIKELIHOODS.values(), ids=LIKELIHOODS)
 
@@ -76,7 +78,7 @@ def test_categorical_is_torchs():
 
 
 @pytest.mark.parametrize("levels", [2, 3, 17, 256])
-@pytest.mark.parametrize("likelihood", [Categorical, DiscretizedLogistic])
+@pytest.mark.parametrize("likelihood", [Categorical, DiscretizedLogistic, partial(DiscretizedLogistic, components=3)])
 def test_probabilities_of_all_levels_sum_to_one(likelihood, levels):
     p = likelihood(levels)
     params = 3 * torch.randn(6, p.parameters_per_cell, dtype=torch.float64)
@@ -93,6 +95,17 @@ def test_discretized_logistic_is_the_difference_of_scipys_cdf():
     cdf = torch.tensor([0.0, *scipy.stats.logistic(location, scale).cdf(edges.numpy()), 1.0], dtype=torch.float64)
     probability = DiscretizedLogistic(levels).log_prob(params, x).exp()
     torch.testing.assert_close(probability, cdf.diff(), rtol=1e-9, atol=1e-14)
+
+
+def test_a_mixture_of_discretized_logistics_is_the_weighted_sum_of_its_parts():
+    mixture, one = DiscretizedLogistic(17, 3), DiscretizedLogistic(17)
+    x, params = data(17).double(), torch.randn(5, *SHAPE, 9, dtype=torch.float64)
+    weights = params[..., :3].softmax(-1).unbind(-1)
+    parts = [torch.stack([params[..., 3 + k] + k - 1, params[..., 6 + k]], -1) for k in range(3)]
+    expected = sum(w * one.cell_nll(part, x).neg().exp() for w, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(mixture.cell_nll(params, x), -expected.log())
+    mean = sum(w * one.mean(part) for w, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(mixture.mean(params), mean)
 
 
 def test_discretized_logistic_stays_finite_far_from_its_location():

@@ -1,5 +1,7 @@
 """How odd examples are by a model, which columns make them so, and how well that finds what is labelled odd."""
 
+import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,9 +38,31 @@ def _minus_likelihood(model: Any, x: Tensor, given: dict[str, Any], samples: int
     return -getattr(model, "log_prob" if "log_prob" in model.likelihoods else "elbo")(x, **given)
 
 
-def _errors(model: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
-    """Squared errors of a reconstruction, (N, cells)."""
-    return (model.reconstruct(x, **given) - x).square().flatten(1)
+def _error(model: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    """The mean squared error of a reconstructed cell, (N,)."""
+    return (model.reconstruct(x, **given) - x).square().flatten(1).nanmean(1)
+
+
+def _has_likelihood(model: Any) -> bool:
+    return bool(model.likelihoods) or (hasattr(model, "elbo") and not getattr(model, "columns", None))
+
+
+def _has_relative(model: Any) -> bool:
+    has_error = isinstance(model, Reconstructs) or hasattr(model, "denoising_error")
+    return len(model.shape or ()) > 2 and (has_error or (_has_likelihood(model) and model.levels is not None))
+
+
+def _relative(model: Any, x: Tensor, given: dict[str, Any], samples: int) -> Tensor:
+    """What is odd of pictures, (N,), less what is of plain and of busy ones alike: an error as a share of the variance
+    of the picture's cells, or the model's nats as a share of those of zlib, as complexity (arXiv 1909.11480)."""
+    variance = x.flatten(1).var(1, correction=0).clamp(min=1e-6)
+    if isinstance(model, Reconstructs):
+        return _error(model, x, given) / variance
+    if hasattr(model, "denoising_error"):
+        return model.denoising_error(x, **given) / variance
+    levels = (x * (model.levels - 1)).round().to(torch.int16 if model.levels > 256 else torch.uint8).cpu().numpy()
+    sizes = [8 * math.log(2) * len(zlib.compress(each.tobytes(), 9)) for each in levels]
+    return _minus_likelihood(model, x, given, samples) / x.new_tensor(sizes)
 
 
 def _nearest(model: Any, x: Tensor, given: dict[str, Tensor], samples: int) -> Tensor:
@@ -59,20 +83,20 @@ def _nearest(model: Any, x: Tensor, given: dict[str, Tensor], samples: int) -> T
 
 
 METHODS = {
+    "relative": Method(
+        "what a model misses of a picture, as a share of all that there is",
+        _has_relative,
+        _relative,
+    ),
     "likelihood": Method(
         "-log p(x), or what bounds it from above, in nats",
-        lambda model: bool(model.likelihoods) or (hasattr(model, "elbo") and not getattr(model, "columns", None)),
+        _has_likelihood,
         _minus_likelihood,
     ),
     "reconstruction": Method(
         "mean squared error of a reconstructed cell",
         lambda model: isinstance(model, Reconstructs),
-        lambda model, x, given, _: _errors(model, x, given).nanmean(1),
-    ),
-    "relative": Method(
-        "squared error of a reconstruction, as a share of that of a blank picture",
-        lambda model: bool(model.config) and len(model.config.shape) == 3 and isinstance(model, Reconstructs),
-        lambda model, x, given, _: _errors(model, x, given).sum(1) / x.square().flatten(1).sum(1).clamp(min=1e-6),
+        lambda model, x, given, _: _error(model, x, given),
     ),
     "denoising": Method(
         "mean squared error of what the denoiser predicts, of a cell",
@@ -117,11 +141,11 @@ def scores(
 ) -> Tensor:
     """How odd examples x (N, *shape) are, (N,) on the CPU: the higher, the odder.
 
-    ``method`` is the first of `METHODS` that the model has, or one by name: ``likelihood``, -log p(x) in nats, exact or
-    bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``); ``reconstruction``; ``relative``, of
-    pictures; ``denoising``; of adversarial models ``nearest``, the distance to what the generator draws (as AnoGAN,
-    arXiv 1703.05921, with draws in place of a search); or ``critic``, which tells real from generated examples and no
-    density: where neither is, it may be anything. The same seed gives the same scores.
+    ``method`` is the first of `METHODS` that the model has, or one by name: ``relative``, of pictures; ``likelihood``,
+    -log p(x) in nats, exact or bounded from above (by -`iwae_bound` with ``samples`` draws, or -``elbo``);
+    ``reconstruction``; ``denoising``; of adversarial models ``nearest``, the distance to what the generator draws (as
+    AnoGAN, arXiv 1703.05921, with draws in place of a search); or ``critic``, which tells real from generated examples
+    and no density: where neither is, it may be anything. The same seed gives the same scores.
 
     Raises SettingsError for a method that the model does not have.
     """

@@ -27,7 +27,7 @@ def score(
     /,
     *,
     out: OUT,
-    method: Literal["auto", "likelihood", "reconstruction", "relative", "denoising", "nearest", "critic"] = "auto",
+    method: Literal["auto", "relative", "likelihood", "reconstruction", "denoising", "nearest", "critic"] = "auto",
     explain: int = 100,
     samples: int = 50,
     seed: int = 0,
@@ -46,10 +46,10 @@ def score(
         run: run folder
         file: .csv, .npy, .npz, picture or folder of pictures; or a data set by name
         out: file to write: .csv or .npy
-        method: likelihood: -log p(x) in nats, exact or bounded; reconstruction: squared error of a cell; relative:
-            the same of a picture, as a share of a blank one's; denoising: of diffusion models, the loss; nearest: of
-            adversarial ones, the distance to what the generator draws; critic: minus the critic's output, no density;
-            auto: the first that the model has
+        method: relative: what the model misses of a picture, as a share of all that there is; likelihood: -log p(x) in
+            nats, exact or bounded; reconstruction: squared error of a cell; denoising: of diffusion models, the loss;
+            nearest: of adversarial ones, the distance to what the generator draws; critic: minus the critic's output,
+            no density; auto: the first of these that the model has
         explain: how many of the oddest rows of a table get the columns that weigh most
         samples: draws of a bound by importance sampling
         seed: of the draws

@@ -37,7 +37,7 @@ def evaluate(
     data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: where it was)")] = None,
     data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
     labels: Annotated[str | None, arg(metavar="COLUMN|FILE", help_behavior_hint="")] = None,
-    method: Literal["auto", "likelihood", "reconstruction", "relative", "denoising", "critic"] = "auto",
+    method: Literal["auto", "relative", "likelihood", "reconstruction", "denoising", "critic"] = "auto",
     fpr: Annotated[float, arg(metavar="SHARE")] = 0.05,
     device: str = "auto",
     overwrite: bool = False,

@@ -11,7 +11,7 @@ FAMILIES = {
             "wgan-gp": "Wasserstein GAN with a gradient penalty: the steadiest",
         },
         "normalizing flows: exact densities": {
-            "realnvp": "affine couplings: density and samples in one pass",
+            "realnvp": "affine couplings: density and samples in one pass; of tables",
             "glow": "realnvp with learned channel mixing, for images",
             "idf": "couplings of integers: for compression without loss",
             "nsf": "spline couplings: as quick as realnvp, fits more",

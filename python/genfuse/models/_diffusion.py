@@ -367,17 +367,8 @@ class DiffusionModel(GenerativeModel):
         self._check_density()
         if self.levels is not None:
             raise SettingsError("log_prob is for real-valued data; discrete data has the bounds elbo and bits_per_dim")
-        return likelihood.log_prob(
-            self._given(y, len(x)),
-            self._inward(x),
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            prior=self._prior(self.sigma_max),
-            exact=exact,
-            draws=draws,
-            tolerance=tolerance,
-            generator=generator,
-        )
+        options: dict[str, Any] = {"exact": exact, "draws": draws, "tolerance": tolerance, "generator": generator}
+        return likelihood.log_prob(self._given(y, len(x)), self._inward(x), **self._noise_levels, **options)
 
     def elbo(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """A lower bound of log P(x) of discrete x, (N,) nats: `elbo_and_error` without the error."""
@@ -401,18 +392,8 @@ class DiffusionModel(GenerativeModel):
         self._check_density()
         if self.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
-        return likelihood.elbo(
-            self._given(y, len(x)),
-            self._inward(x),
-            self.levels,
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            prior=self._prior(self.sigma_max),
-            exact=exact,
-            draws=draws,
-            tolerance=tolerance,
-            generator=generator,
-        )
+        options: dict[str, Any] = {"exact": exact, "draws": draws, "tolerance": tolerance, "generator": generator}
+        return likelihood.elbo(self._given(y, len(x)), self._inward(x), self.levels, **self._noise_levels, **options)
 
     def denoising_error(self, x: Tensor, y: Tensor | None = None, *, levels: int = 10) -> Tensor:
         """The mean over cells, and over so many noise levels of `sigma_schedule`, of |D(x + sigma eps, sigma) - x|^2 /
@@ -431,6 +412,11 @@ class DiffusionModel(GenerativeModel):
         """`denoise` for what is given, as samplers and likelihoods take it."""
         denoiser, context = self._average(), self.context_of(y, n)
         return lambda x, sigma: denoiser(x, sigma, context)
+
+    @property
+    def _noise_levels(self) -> dict[str, Any]:
+        """The ends of the probability flow, as likelihoods take them."""
+        return {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "prior": self._prior(self.sigma_max)}
 
     def _prior(self, sigma: float) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (*shape) each, of the Gaussian that x = x0 + sigma eps is taken for at the

@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from genfuse.data import Batch, Dataset
@@ -32,6 +32,7 @@ from genfuse.nn import (
 Dequantization = Literal["uniform", "variational"]
 
 
+FEW = 256  # cells of a picture that dense networks learn to draw
 REPEATED = 0.05  # of the examples, that one value may have in a column of real numbers
 
 
@@ -172,6 +173,13 @@ class FlowModel(GenerativeModel):
         self.check_levels(data)
 
     def doubts(self, data: Dataset) -> Iterator[str]:
+        cells = math.prod(data.shape)
+        if data.is_image and cells > FEW and not any(isinstance(part, nn.Conv2d) for part in self.flow.modules()):
+            yield (
+                f"the networks of this {self.plugin or 'flow'} see the {cells} cells of a picture as a vector: its "
+                "densities and codes are of use, but what it draws are clouds of dots. For samples to look at use gan "
+                "or edm; of flows glow, or realnvp with --model.network conv"
+            )
         if self.levels is not None or self.columns is not None or len(data.shape) > 1:
             return
         x = data.batch("train", slice(10_000)).x

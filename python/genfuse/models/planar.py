@@ -27,12 +27,13 @@ class PlanarFlow(FlowModel):
     flow_class = flows.Planar
 
     def doubts(self, data: Dataset) -> Iterator[str]:
-        yield from super().doubts(data)
-        if data.is_image:
+        if not data.is_image:
+            yield from super().doubts(data)
+        else:
             yield (
                 f"a {self.plugin or 'planar'} flow is made for a few dimensions: each layer bends space along one "
-                f"direction, and {data.name!r} has {math.prod(data.shape)}, so samples will be noise; realnvp and glow "
-                "are made for images"
+                f"direction, and {data.name!r} has {math.prod(data.shape)}, so samples will be noise; glow is made "
+                "for images"
             )
 
 

@@ -72,7 +72,7 @@ class ScoreModel(DiffusionModel):
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising: the mean over examples and cells of (F - eps)^2. Sliced: that of F^2 + 2 sigma^2 v^T (ds/dx) v for
-        random signs v (arXiv 1905.07088, equation 8), which is the same less 1 in expectation."""
+        random signs v (arXiv 1905.07088, section 3), which is the same less 1 in expectation."""
         if self.objective == "denoising":
             return super().loss(batch, player)
         denoiser = self._present()

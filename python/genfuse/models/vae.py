@@ -97,6 +97,7 @@ class VAEConfig(ModelConfig):
     hidden: tuple[int, ...] = (256, 256)  # widths of the encoder's dense layers; the decoder has them in reverse
     channels: tuple[int, ...] = (32, 64)  # conv: widths of the encoder's stages, each of which halves the image
     decoder: Decoder = "auto"  # p(x | z) of a cell; auto: gaussian for real-valued data, else bernoulli
+    mixtures: int = 1  # discretized-logistic: logistic densities of a cell
     sigma: float = 1.0  # gaussian: standard deviation; where it is learned, its start
     variance: Variance = "shared"  # gaussian: sigma^2, one learned number, or an output
     objective: Objective = "elbo"  # elbo: of beta-VAE; tc: of beta-TCVAE; factor: of FactorVAE
@@ -117,7 +118,7 @@ class VAEConfig(ModelConfig):
         if self.decoder == "auto":
             object.__setattr__(self, "decoder", "gaussian" if self.levels is None else "bernoulli")
         check_bound(self, flow=self.posterior != "gaussian")
-        check_at_least(self, posterior_layers=1, posterior_context=1)
+        check_at_least(self, posterior_layers=1, posterior_context=1, mixtures=1)
         self.check_choices(network=Network, decoder=Decoder, variance=Variance, posterior=Posterior)
         self.check_positive("sigma")
         for name in ("hidden", "channels", "posterior_hidden", "discriminator"):
@@ -147,7 +148,9 @@ def _likelihood(config: VAEConfig) -> Likelihood | Columns:
     if config.decoder == "bernoulli":
         return Bernoulli()
     assert config.levels is not None  # VAEConfig saw to it
-    return (Categorical if config.decoder == "categorical" else DiscretizedLogistic)(config.levels)
+    if config.decoder == "categorical":
+        return Categorical(config.levels)
+    return DiscretizedLogistic(config.levels, config.mixtures)
 
 
 def _flow(config: VAEConfig) -> Composite | None:

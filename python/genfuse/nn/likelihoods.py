@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from genfuse import ops
 
+_FAR = 1e6  # from all locations, by any scale: where the outermost bins end
+
 
 class AnyLikelihood(Protocol):
     """p(x | z) as a VAE needs it: of the decoder's output ``raw`` for M latents, whatever it is, and M examples."""
@@ -169,51 +171,69 @@ class Categorical(Likelihood):
 
 
 class DiscretizedLogistic(Likelihood):
-    """x in ``levels`` ordered levels: a logistic density integrated over bins, the first and last of them open-ended.
+    """x in ``levels`` ordered levels: a mixture of logistic densities, integrated over bins, the first and last of them
+    open-ended.
 
-    arXiv 1606.04934 (appendix) and 1701.05517 (equation 2, with one component). params are the location, in units where
-    the data spans [-1, 1], and the log-scale, held smoothly within +-7.
+    arXiv 1606.04934 (appendix) and 1701.05517 (equation 2). params are the location of the one density, in units where
+    the data spans [-1, 1], and its log-scale; or of each of several ``components`` all logits, then all locations, less
+    evenly spaced ones, and all log-scales. Log-scales are held smoothly within +-7.
     """
 
     parameters_per_cell = 2
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int, components: int = 1) -> None:
         super().__init__()
-        self.levels = levels
+        self.levels, self.components = levels, components
+        if components > 1:
+            self.parameters_per_cell = 3 * components
 
     def location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the one component, (..., *shape) each."""
         location, log_scale = at_least_float32(params).unbind(-1)
         return location, _bounded(log_scale, 7)
 
+    def mixture(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, locations and log-scales of the components, (components, ..., *shape) each."""
+        if self.components == 1:
+            location, log_scale = (each[None] for each in self.location_and_log_scale(params))
+            return torch.zeros_like(location), location, log_scale
+        parts = at_least_float32(params).movedim(-1, 0)
+        logits, location, log_scale = parts.contiguous().chunk(3)
+        start = torch.linspace(-1, 1, self.components, dtype=parts.dtype, device=parts.device)
+        return logits, location + start.view(-1, *[1] * (parts.dim() - 1)), _bounded(log_scale, 7)
+
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
-        location, log_scale = self.location_and_log_scale(params)
-        width = 2 / (self.levels - 1)
-        precision = torch.exp(-log_scale)
-        upper = (2 * x - 1 + width / 2 - location) * precision
-        lower = (2 * x - 1 - width / 2 - location) * precision
-        inner, top = log_logistic(upper, lower, width * precision), (self.levels - 1.5) / (self.levels - 1)
-        return -torch.where(x > top, F.logsigmoid(-lower), torch.where(x < 1 - top, F.logsigmoid(upper), inner))
+        logits, location, log_scale = self.mixture(params)
+        precision, half = torch.exp(-log_scale), 1 / (self.levels - 1)
+        low = torch.where(x < half, -_FAR, 2 * x - 1 - half)  # edges of the bin
+        high = torch.where(x > 1 - half, _FAR, 2 * x - 1 + half)
+        upper, lower = (high - location) * precision, (low - location) * precision
+        each = log_logistic(upper, lower, (high - low) * precision)
+        return -(each[0] if self.components == 1 else (logits.log_softmax(0) + each).logsumexp(0))
 
     def code(self, coder: Any, params: Tensor, x: Tensor | None = None) -> Tensor:
-        location, log_scale = (each.unsqueeze(-1) for each in self.location_and_log_scale(params))
+        logits, location, log_scale = (each.movedim(0, -1) for each in self.mixture(params))
         top = self.levels - 1
         k: Tensor = coder.logistics(
-            torch.zeros_like(location), location, torch.exp(-log_scale), lambda edge: (2 * edge - 1) / top - 1,
-            self.levels, None if x is None else (x * top).round(),
+            logits, location, torch.exp(-log_scale), lambda edge: (2 * edge - 1) / top - 1, self.levels,
+            None if x is None else (x * top).round(),
         )  # fmt: skip
         return k / top
 
     def mean(self, params: Tensor) -> Tensor:
-        location, log_scale = self.location_and_log_scale(params)
+        logits, location, log_scale = self.mixture(params)
         precision = torch.exp(-log_scale)
         total = torch.zeros_like(location)
         for k in range(1, self.levels):  # E[k] is the sum of P(k' >= k)
             edge = (2 * k - 1) / (self.levels - 1) - 1
             total += torch.sigmoid((location - edge) * precision)
-        return total / (self.levels - 1)
+        return (logits.softmax(0) * total).sum(0) / (self.levels - 1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        location, log_scale = self.location_and_log_scale(params)
+        logits, location, log_scale = self.mixture(params)
+        if self.components > 1:
+            chosen = (logits - torch.log(-torch.log(_uniform_like(logits, generator)))).argmax(0, keepdim=True)
+            location, log_scale = location.gather(0, chosen), log_scale.gather(0, chosen)
         u = _uniform_like(location, generator)
         x = (location + torch.exp(log_scale) * (torch.log(u) - torch.log1p(-u)) + 1) / 2
-        return (x.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+        return (x[0].clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
