@@ -110,8 +110,9 @@ core, by its CPU time, and on all threads, by the clock. Before anything is time
 JAX's, are held against plain PyTorch's at the same weights and noise. *PyTorch* is the model as one writes it by hand,
 with torch.optim.Adam as it is by default, or fused; *products* are the matrix products and convolutions of that step
 alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. The two flows of couplings alone are
-`realnvp` without learned linear layers. EDM's U-Net is genfuse's own on all sides, and diffusion models keep a moving
-average. Figures beside genfuse's time are multiples of it: above 1, genfuse's step is the shorter one. They are ratios
+`realnvp` without learned linear layers. EDM's U-Net is genfuse's own on all sides, but with PyTorch's group
+normalisation and in PyTorch's usual memory format on all others; diffusion models keep a moving average. On all sides
+freed memory is kept, as a training of genfuse's keeps it. Figures beside genfuse's time are multiples of it: above 1, genfuse's step is the shorter one. They are ratios
 of the 20% quantiles of all rounds, as whatever else runs on a machine only ever makes a step longer, with the 90%
 interval by the bootstrap over rounds.
 
