@@ -64,6 +64,7 @@ def test_what_an_error_advises_can_be_typed(capsys, tmp_path):
     assert main(["data", "describe", str(file), *marks]) == 0
 
 
+@pytest.mark.filterwarnings("always::genfuse.errors.DataWarning")
 def test_what_is_left_out_is_said_where_only_numbers_are_left(capsys, tmp_path):
     frame = pd.DataFrame({"id": np.arange(40), "size": np.random.default_rng(0).normal(size=40), "none": ""})
     frame.to_csv(tmp_path / "a.csv", index=False)
