@@ -1,6 +1,9 @@
 """The way of a customer table through the commands: describe, train, sample, evaluate."""
 
 import json
+import re
+import shlex
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -50,6 +53,27 @@ def test_a_file_is_described(capsys, customers):
     assert "by --data.drop" in said.out
     assert "numbers the rows" in said.out
     assert "train 320, test 80 rows" in said.out
+
+
+def test_what_an_error_advises_can_be_typed(capsys, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("a b;c d\n" + "".join(f"1,{i};{i % 5}-{i}\n" for i in range(40)))
+    assert main(["data", "describe", str(file)]) == 2
+    [advice] = re.findall(r"--data\.delimiter ';'", capsys.readouterr().err)
+    marks = [*shlex.split(advice), "--data.decimal", ","]
+    assert main(["data", "describe", f"csv:{file}", *marks, "--data.types", "c d=category"]) == 0
+    assert main(["data", "describe", str(file), *marks]) == 0
+
+
+def test_what_is_left_out_is_said_where_only_numbers_are_left(capsys, tmp_path):
+    frame = pd.DataFrame({"id": np.arange(40), "size": np.random.default_rng(0).normal(size=40), "none": ""})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["data", "describe", str(tmp_path / "a.csv")]) == 0
+    said = capsys.readouterr().err
+    assert "the column id is left out: it numbers the rows" in said
+    assert "the column none is left out: all of its cells are empty" in said
 
 
 def test_a_file_of_numbers_alone_is_described(capsys, tmp_path):

@@ -141,6 +141,14 @@ def test_dataframes_of_other_kinds_are_read(tmp_path):
     assert load_data(frame["seen", "for"].dt.total_seconds()).shape == (1,)
 
 
+def test_notebooks_show_rows_in_words(tmp_path):
+    data = load(tmp_path, people())
+    shown = data._repr_html_()
+    assert "<td>Oslo, east</td>" in shown
+    assert data.schema.decode(data.splits["train"].x[:1])["born"].dt.strftime("<td>%Y-%m-%d</td>").item() in shown
+    assert all(f"<td>{kind}</td>" in data.schema._repr_html_() for kind in (*EXPECTED.values(), "left out"))
+
+
 @pytest.mark.parametrize("gaps", [False, True])
 def test_rows_come_back_as_they_were(tmp_path, gaps):
     frame = with_gaps(people()) if gaps else people()

@@ -144,8 +144,7 @@ def data(
 ) -> int:
     """Show what the columns of a CSV file are taken for: numbers, integers, categories, booleans, dates, or left out.
 
-    `genfuse train` takes the same options as --data.types and so on, to have it otherwise; either way to write them is
-    taken here.
+    `genfuse train` takes the same options as --data.types and so on, to have it otherwise; so does this command.
 
     example:
       genfuse data describe customers.csv --types zip=category
@@ -164,12 +163,14 @@ def data(
 
     from genfuse.cli._arguments import show_columns
     from genfuse.data import load_data
-    from genfuse.errors import DataWarning
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).* is left out: ", DataWarning)  # which the table says
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         options = {"header": header, "delimiter": delimiter, "decimal": decimal, "columns": columns, "drop": drop}
         found = load_data(f"csv:{str(file).removeprefix('csv:')}", types=types, **options)  # type: ignore[arg-type]
+    for warning in told:
+        if found.schema is None or " is left out: " not in str(warning.message):  # which the table says
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     print(plain(f"{file}: " + ", ".join(f"{part} {len(split):,}" for part, split in found.splits.items()) + " rows"))
     show_columns(found.described())
     return 0
