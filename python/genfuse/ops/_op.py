@@ -247,7 +247,8 @@ def fused(
         The operator, a function of the schema's arguments, by position.
 
     Raises:
-        ValueError: if a tensor follows a setting in the schema, or an argument has a default.
+        ValueError: if a tensor follows a setting in the schema, or an argument has a default; or for ``wrt`` or ``others``
+            of lists of tensors, whose derivatives are the formula's or those of ``backward``.
     """
     schema = schema if "::" in schema else f"genfuse::{schema}"
     name, _, rest = schema.partition("(")
