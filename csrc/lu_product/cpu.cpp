@@ -1,3 +1,5 @@
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "bindings.h"
@@ -96,6 +98,11 @@ GENFUSE_SIMD_LOOP(double, run, Backward, whole<double>)
 
 template <class Out>
 void run_cpu(const Problem& p, const Out& out) {
+  for (const int64_t* columns : {p.back, p.order}) {
+    if (std::any_of(columns, columns + p.size, [&](int64_t j) { return j < 0 || j >= p.size; })) {
+      throw std::out_of_range("back and order must be of columns from 0 to " + std::to_string(p.size - 1));
+    }
+  }
   p.dtype == 1 ? run(double(), p, out, 0, 0) : run(float(), p, out, 0, 0);
 }
 

@@ -200,7 +200,7 @@ template <class T>
 GENFUSE_HD std::pair<int64_t, int64_t> depth_of(const Product<T>& p, int64_t j, int64_t columns) {
   int64_t begin = 0, end = p.k;
   if (p.masked == Masked::b_columns) {
-    end = *std::max_element(p.counts + j, p.counts + j + columns);
+    end = std::clamp<int64_t>(*std::max_element(p.counts + j, p.counts + j + columns), 0, p.k);
   } else if (p.masked == Masked::b_rows) {
     while (begin < end && p.counts[begin] <= j) ++begin;
     while (begin < end && p.counts[end - 1] <= j) --end;

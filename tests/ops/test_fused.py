@@ -89,6 +89,11 @@ def test_a_schema_that_cannot_be_is_a_value_error(arguments):
         ops.fused(f"example::wrong({arguments}) -> Tensor", formula=lambda *a: a, results=lambda *a: a)
 
 
+def test_kernels_of_gradients_by_lists_of_tensors_are_a_value_error():
+    with pytest.raises(ValueError, match="lists of tensors"):
+        ops.fused("example::refused(Tensor[] x) -> Tensor", formula=sum, results=lambda x: x[0].clone(), wrt=1)
+
+
 def test_an_operator_that_is_defined_again_takes_the_place_of_the_first():
     def make(factor):
         return ops.fused(

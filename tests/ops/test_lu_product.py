@@ -106,3 +106,13 @@ def test_arguments_that_do_not_fit_are_named():
             ops.lu_product(*given)
     with pytest.raises(ValueError, match="back"):
         torch.ops.genfuse.lu_product(triangles, log_diagonal, signs, back[:2], order)
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+@pytest.mark.parametrize("column", [-1, 3])
+def test_columns_that_are_not_there_are_refused(column, implementation):
+    triangles, log_diagonal, signs, back, order = arguments(3)
+    wrong = torch.tensor([0, 1, column])
+    for orders in ((wrong, order), (back, wrong)):
+        with pytest.raises(RuntimeError, match="from 0 to 2"):
+            ops.lu_product(triangles, log_diagonal, signs, *orders)

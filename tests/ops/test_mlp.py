@@ -47,7 +47,7 @@ def arguments(rows, widths, *, slope=0.0, residual=False, gates=False, added=Fal
         "biases": [torch.randn(b) for _, b in layers],
         "gates": [torch.rand(rows, widths[1]) for _ in range((len(layers) - 2) // 2)] if gates else [],
     } | ({"added": torch.randn(rows, widths[1])} if added else {})
-    seen = [torch.randint(0, a + 1, (b,)) if counts == "any" else torch.arange(b) * a // b + 1 for a, b in layers]
+    seen = [torch.randint(-2, a + 3, (b,)) if counts == "any" else torch.arange(b) * a // b + 1 for a, b in layers]
     return leaves, {"slope": slope, "residual": residual, "counts": torch.cat(seen) if counts else None}
 
 

@@ -62,6 +62,7 @@ def lu_product(
 
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
+        RuntimeError: for a column that is not there.
     """
     size, dtype = len(triangles) if triangles.dim() else 0, triangles.dtype
     rest = {"log_diagonal": log_diagonal, "signs": signs, "back": back, "order": order}

@@ -247,7 +247,8 @@ def fused(
         The operator, a function of the schema's arguments, by position.
 
     Raises:
-        ValueError: if a tensor follows a setting in the schema, or an argument has a default.
+        ValueError: if a tensor follows a setting in the schema, or an argument has a default; or for ``wrt`` or
+            ``others`` beside lists of tensors, whose derivatives are the formula's or those of ``backward``.
     """
     schema = schema if "::" in schema else f"genfuse::{schema}"
     name, _, rest = schema.partition("(")
@@ -257,6 +258,8 @@ def fused(
     if "=" in arguments or any(kind.startswith("Tensor") for kind in kinds[tensors:]):
         raise ValueError(f"{name} must take tensors first, then settings, without defaults; got ({arguments})")
     lists = any("[" in kind for kind in kinds[:tensors])
+    if lists and backward is None and (wrt or others):
+        raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
     outputs = returns.count("Tensor")
     short = name.rpartition("::")[2]
     elsewhere = others or {}
@@ -353,8 +356,6 @@ def fused(
 
     settings = len(kinds) - tensors
     if lists and backward is None:
-        if wrt or elsewhere:
-            raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
 
         def backward(needed: Any, cotangents: Any, *given: Any, outputs: Any) -> Sequence[Any]:
             return needed_gradients(reference, cotangents, given, needed[: len(needed) - settings])
