@@ -198,7 +198,9 @@ class DiffusionModel(GenerativeModel):
     def _average(self) -> Denoiser:
         """The denoiser of all but training, up to date: of the present weights as long as no update is known."""
         self.settle()
-        if not transformed() and not torch.compiler.is_exporting():
+        if (
+            not transformed() and not getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+        ):  # 2.6 has none
             self.averaged.follow(self.denoiser)
             if self.averaged_embedding is not None and self.embedding is not None:
                 self.averaged_embedding.follow(self.embedding)

@@ -35,17 +35,16 @@ class Settings(NamedTuple):
     @property
     def box(self) -> Sequence[float]:
         """Left, right, bottom and top."""
-        b = self.bound
-        return (-b, b, -b, b) if isinstance(b, (int, float)) else b
+        return _sides(self.bound)
 
     @property
     def arguments(self) -> tuple:
         """What the operator takes after its tensors."""
-        return (self.bins, self.box, *self[2:])
+        return _arguments(self)
 
     @property
     def params(self) -> int:
-        return 3 * self.bins + EXTRA[self.tails]
+        return _count(self.bins, self.tails)
 
     @property
     def clip(self) -> float:
@@ -64,6 +63,20 @@ class Settings(NamedTuple):
     def edge(self) -> float:
         """The raw derivative of both ends under linear tails."""
         return self.unit_derivative if self.tails in ("linear", "mixed") else 0.0
+
+
+# Functions, since torch.compile of PyTorch 2.6 knows no properties and slices of a named tuple.
+def _sides(bound: float | Sequence[float]) -> Sequence[float]:
+    return (-bound, bound, -bound, bound) if isinstance(bound, (int, float)) else bound
+
+
+def _arguments(s: Settings) -> tuple:
+    least = s.min_width, s.min_height, s.min_derivative
+    return (s.bins, _sides(s.bound), s.tails, s.inverse, *least, s.damping, s.slope)
+
+
+def _count(bins: int, tails: str) -> int:
+    return 3 * bins + EXTRA[tails]
 
 
 class _Box(NamedTuple):
@@ -333,7 +346,7 @@ def check_settings(s: Settings) -> None:
         raise ValueError(f"bins must be at least 1, got {s.bins}")
     if isinstance(s.bound, (int, float)) and not 0 < s.bound < math.inf:
         raise ValueError(f"bound must be positive and finite, got {s.bound}")
-    left, right, bottom, top = s.box
+    left, right, bottom, top = _sides(s.bound)
     if not (-math.inf < left < right < math.inf and -math.inf < bottom < top < math.inf):
         raise ValueError(f"box must be finite, left of right and bottom below top, got {(left, right, bottom, top)}")
     if s.tails not in TAILS:
@@ -446,7 +459,7 @@ def rational_quadratic_spline(
     check_settings(settings)
     if x.dtype is torch.float32 and params.dtype in (torch.float16, torch.bfloat16):
         params = params.float()
-    shape = (*x.shape, settings.params)
+    shape = (*x.shape, _count(bins, tails))
     if (
         params.shape != shape
         or params.dtype is not x.dtype
@@ -457,9 +470,9 @@ def rational_quadratic_spline(
         _op.check_alike(x, "x", params=(params, shape))
     check_inside(x, "x", settings, table)
     if by_element:
-        y, logdet = _fused(x.unsqueeze(-1), params.unsqueeze(-2), table, *settings.arguments)
+        y, logdet = _fused(x.unsqueeze(-1), params.unsqueeze(-2), table, *_arguments(settings))
         return y.squeeze(-1), logdet
-    return _fused(x, params, table, *settings.arguments)
+    return _fused(x, params, table, *_arguments(settings))
 
 
 def _table(x: Tensor, bound: Side | None, box: Sequence[Side] | None, tails: str | Sequence[str]) -> Tensor:
