@@ -112,9 +112,9 @@ with torch.optim.Adam as it is by default, or fused; *products* are the matrix p
 alone; *JAX* is value_and_grad and optax.adam in one jit with donated arguments. The two flows of couplings alone are
 `realnvp` without learned linear layers. EDM's U-Net is genfuse's own on all sides, but with PyTorch's group
 normalisation and in PyTorch's usual memory format on all others; diffusion models keep a moving average. On all sides
-freed memory is kept, as a training of genfuse's keeps it. Figures beside genfuse's time are multiples of it: above 1, genfuse's step is the shorter one. They are ratios
-of the 20% quantiles of all rounds, as whatever else runs on a machine only ever makes a step longer, with the 90%
-interval by the bootstrap over rounds.
+freed memory is kept, as a training of genfuse's keeps it. Figures beside genfuse's time are multiples of it: above 1,
+genfuse's step is the shorter one. They are ratios of the 20% quantiles of all rounds, as whatever else runs on a
+machine only ever makes a step longer, with the 90% interval by the bootstrap over rounds.
 
 nflows, normflows, zuko and pythae have the model of their own that is nearest, of the same sizes: normflows' spline
 layer also bends the coordinates that pass through, which its equal model leaves out; zuko's autoregressive flows and
