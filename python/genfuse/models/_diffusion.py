@@ -198,9 +198,8 @@ class DiffusionModel(GenerativeModel):
     def _average(self) -> Denoiser:
         """The denoiser of all but training, up to date: of the present weights as long as no update is known."""
         self.settle()
-        if (
-            not transformed() and not getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
-        ):  # 2.6 has none
+        exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has the latter
+        if not transformed() and not exporting():
             self.averaged.follow(self.denoiser)
             if self.averaged_embedding is not None and self.embedding is not None:
                 self.averaged_embedding.follow(self.embedding)
