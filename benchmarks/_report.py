@@ -104,6 +104,7 @@ def _operators(record: Json) -> list[str]:
     return parts
 
 
+STEPS_TITLE = "Whole training steps"
 STEPS = """A training step is the loss, its gradients, Adam's update and the clearing of gradients, of a batch that is
 there. All sides have the same network and loss, and take turns in one process: on one thread that is pinned to one
 core, by its CPU time, and on all threads, by the clock. Before anything is timed, genfuse's loss and gradients, and
@@ -184,14 +185,17 @@ def report(records: list[Json], page: str = "") -> str:
     for record in sorted(records, key=lambda record: record["command"] != "steps"):
         title, text = _section(record)
         sections[title] = sections.get(title, "") + text
-    sections = {**former, **sections}  # in the page's order
+    titles = sorted(
+        {**former, **sections}, key=lambda title: not title.startswith(STEPS_TITLE)
+    )  # else the page's order
+    sections = {title: sections.get(title, former.get(title, "")) for title in titles}
     return "\n".join([INTRODUCTION, *(text.rstrip("\n") + "\n" for text in sections.values())])
 
 
 def _section(record: Json) -> tuple[str, str]:
     """The title of a record's section, and all of it."""
     settings = record["settings"]
-    command = "Whole training steps" if record["command"] == "steps" else record["command"]
+    command = STEPS_TITLE if record["command"] == "steps" else record["command"]
     title = ", ".join([command, *(settings[key] for key in ("device", "dtype") if key in settings)])
     parts = [f"## {title}\n"]
     if settings["quick"]:
