@@ -250,6 +250,22 @@ def test_an_unknown_data_set_is_refused_with_the_known_ones(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rows.csv", "csv:rows.csv"),
+        ("x.NPY", "npy:x.NPY"),
+        ("photo.png", "images:photo.png"),
+        ("photos.d", "images:photos.d"),
+    ],
+)
+def test_a_file_that_is_named_without_its_kind_is_told_how(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir() if name.endswith(".d") else (tmp_path / name).touch()
+    with pytest.raises(PluginError, match=f"say {said}$"):
+        load_data(name)
+
+
+@pytest.mark.parametrize(
     ("function", "kind", "problem"),
     [
         ("nothing", PluginError, "must return a genfuse.data.Dataset; it returned NoneType"),

@@ -3,6 +3,7 @@
 import hashlib
 import html
 import importlib
+import mimetypes
 import os
 import warnings
 from collections import deque
@@ -638,6 +639,11 @@ def load_data(
     if given is None and head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
         short, _, argument = argument.partition(":")
         head = f"{head}:{short}"
+    if given is None and head and not argument and (path := Path(name)).exists():
+        picture = path.is_dir() or (mimetypes.guess_type(name)[0] or "").startswith("image/")
+        kind = "images" if picture else {".npy": "npy", ".npz": "npz"}.get(path.suffix.lower(), "csv")
+        if head not in {plugin.name for plugin in plugins.discover("datasets")}:
+            raise PluginError(f"there is no data set {name!r}, but a file or folder: say {kind}:{name}")
     plugin = plugins.find("datasets", "csv" if given is not None else head)
     root = root or os.environ.get("GENFUSE_DATA") or None
     said: dict[str, Any] = {"header": header, "delimiter": delimiter, "decimal": decimal, "size": size, "fit": fit,
