@@ -89,8 +89,7 @@ class LULinear(Transform):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L, without its diagonal of ones, and U, (D, D) each."""
-        triangles, diagonal = self.triangles, self.signs * self.log_diagonal.exp()
-        return triangles.tril(-1), triangles.triu(1) + torch.diag(diagonal)
+        return ops.lu_factors(self.triangles, self.log_diagonal, self.signs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # rounded, W has another inverse

@@ -6,15 +6,15 @@ from torch import Tensor
 from genfuse.ops import _op
 
 
-def factors(triangles: Tensor, log_diagonal: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """L, without its diagonal of ones, and U, (D, D) each."""
+def lu_factors(triangles: Tensor, log_diagonal: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """L, without its diagonal of ones, and U, (D, D) each, of the arguments of `lu_product`."""
     return triangles.tril(-1), triangles.triu(1) + torch.diag(signs * log_diagonal.exp())
 
 
 def formula(
     triangles: Tensor, log_diagonal: Tensor, signs: Tensor, back: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
-    lower, upper = factors(triangles, log_diagonal, signs)
+    lower, upper = lu_factors(triangles, log_diagonal, signs)
     return torch.addmm(upper, lower, upper).index_select(1, back), log_diagonal.sum()  # (D, D), ()
 
 
