@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.operators import OPERATORS
-from genfuse.nn._denoisers import GroupNorm
 
 _spline = OPERATORS["rational_quadratic_spline"].eager
 
@@ -384,7 +383,9 @@ def ddpm(features: int, model: Any, hidden: tuple[int, ...] = (128, 128, 128)) -
     return Diffusion(_Denoising(features, hidden), model)
 
 
-class _GroupNorm(GroupNorm):
+class _GroupNorm(nn.GroupNorm):
+    silu: bool
+
     def forward(self, h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
         h = F.group_norm(h, self.num_groups, self.weight, self.bias, self.eps)
         if scale is not None and shift is not None:
@@ -397,6 +398,6 @@ def edm(model: Any) -> Diffusion:
     network = copy.deepcopy(model.denoiser.network)
     network.first.register_forward_pre_hook(lambda _, args: (args[0].clone(memory_format=torch.contiguous_format),))
     for module in network.modules():
-        if isinstance(module, GroupNorm):
+        if isinstance(module, nn.GroupNorm):
             module.__class__ = _GroupNorm
     return Diffusion(network, model)

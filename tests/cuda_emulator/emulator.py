@@ -20,6 +20,7 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_emulator"
+PYTEST = ["-m", "pytest", "-p", "emulated", "-q", "-m", "not slow", "-r", "fE"]  # of the tests on emulated kernels
 CPP_ONLY = [p.parent.name for p in ROOT.glob("csrc/*/cpu.cpp") if not p.with_name("cuda.cu").exists()]
 
 _ASAN = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]

@@ -42,15 +42,7 @@ def jobs(variants: list[str], operators: list[str], fuzz: float | None) -> list[
             if variant != "cpu" and operator in emulator.CPP_ONLY:
                 continue
             tests = [
-                "-m",
-                "pytest",
-                "-p",
-                "emulated",
-                "-q",
-                "-m",
-                "not slow",
-                "-r",
-                "fE",
+                *emulator.PYTEST,
                 "--capture=sys",
                 "-k",
                 operator,

@@ -74,15 +74,7 @@ def test_the_operators_tests_pass_on_emulated_cuda_kernels() -> None:
     environment = {**os.environ, "EMULATED": "plain", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "emulated",
-        "-q",
-        "-m",
-        "not slow",
-        "-r",
-        "fE",
+        *emulator.PYTEST,
         str(emulator.ROOT / "tests/ops"),
     ]
     run = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
