@@ -140,6 +140,20 @@ GENFUSE_HD float log_(float x) {
 }
 GENFUSE_HD double log_(double x) { return log(x); }
 
+// asinh, relatively accurate for all x.
+GENFUSE_HD float asinh_(float x) {
+#ifdef __CUDA_ARCH__
+  return asinhf(x);
+#else
+  const float size = fabsf(x);
+  const bool large = size > 1e10f;  // whose square would overflow
+  const float s = large ? 0.f : size, u = s + s * s / (1.f + std::sqrt(1.f + s * s));
+  const float ln = log_(large ? size : 1.f + u) + (large ? 0.693147182f : 0.f);
+  return copysignf(u < 0.41421356f && !large ? ln_reduced(u, 0.f) : ln, x);
+#endif
+}
+GENFUSE_HD double asinh_(double x) { return asinh(x); }
+
 // ln(1 + e^-|x|), relatively accurate for all x: what softplus is above max(x, 0).
 GENFUSE_HD float softplus_above(float x) {
   const float z = exp_(-fabsf(x));

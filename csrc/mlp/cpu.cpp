@@ -1,4 +1,7 @@
+#include <numeric>
+
 #include "bindings.h"
+#include "interpolate/math.h"
 #include "mlp/launch.h"
 
 // What has no levels of x86-64 has no kernels, and runs PyTorch's layers.
@@ -92,26 +95,51 @@ GENFUSE_HD void pass_gate(const T* g, const T* gate, const T* inner, T* passed, 
     for (int64_t j = 0; j < n; ++j) own[j] = g[j] * inner[j];
   }
 }
+// Points between the rows of real and fake examples follow these, and all are rectified.
+template <class T>
+GENFUSE_HD void mix_rows(T* h, const T* epsilon, int64_t rows, int64_t columns, T slope) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T *real = h + i * columns, *fake = real + rows * columns, *mixed = fake + rows * columns;
+    const T share = epsilon[i];
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      mixed[j] = rectify(interpolate::between(real[j], fake[j], share), slope);
+      real[j] = rectify(real[j], slope), fake[j] = rectify(fake[j], slope);
+    }
+  }
+}
 #define GENFUSE_STEPS(T)                                                                                  \
   GENFUSE_SIMD void sums(const T* g, int64_t rows, int64_t columns, int64_t begin, int64_t end, T* out) { \
     sum_columns(g, rows, columns, begin, end, out);                                                       \
   }                                                                                                       \
   GENFUSE_SIMD void gated(const T* g, const T* gate, const T* inner, T* passed, T* own, int64_t n) {      \
     pass_gate(g, gate, inner, passed, own, n);                                                            \
+  }                                                                                                       \
+  GENFUSE_SIMD void mix(T* h, const T* epsilon, int64_t rows, int64_t columns, T slope) {                 \
+    mix_rows(h, epsilon, rows, columns, slope);                                                           \
   }
 GENFUSE_STEPS(float)
 GENFUSE_STEPS(double)
 #undef GENFUSE_STEPS
 
+template <class T>
+void sum_blocks(const T* g, int64_t rows, int64_t columns, T* out) {
+  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+#pragma omp parallel for schedule(static) if (rows * columns > (int64_t(1) << 18))
+  for (int64_t b = 0; b < blocks; ++b) {
+    sums(g, rows, columns, b * kBlock, std::min((b + 1) * kBlock, columns), out);
+  }
+}
+
 // Gradient of a layer's weight, given what it takes in and the gradient of what it puts out.
 template <class T>
-void multiply_weight(const Problem& p, int64_t i, const T* g, Matrix<T> in, T* out) {
+Product<T> weight_product(const Problem& p, int64_t i, const T* g, Matrix<T> in, T* out) {
   Product<T> product = layer(p, i, in);
   if (p.counts) product.masked = Masked::result_rows;
   product.m = p.widths[i + 1], product.n = p.widths[i], product.k = p.rows;
   product.a = {g, 1, product.m}, product.b = in;
   product.finish.out = out;
-  multiply(product);
+  return product;
 }
 
 // The gradient of what a layer takes in: through an activation, if its value is given, and added to a total.
@@ -141,14 +169,8 @@ void backward(const Gradients& p, const Backward& made) {
   const auto of_layer = [&](int64_t i, const T* from) {
     const int64_t outputs = p.widths[i + 1];
     const Matrix<T> in = i ? Matrix<T>{at.value(i - 1), p.widths[i], 1} : Matrix<T>{element<T>(p.x, 0), p.x_stride, 1};
-    if (of_weight(i)) multiply_weight(p, i, from, in, of_weight(i));
-    if (of_bias(i)) {
-      const int64_t blocks = (outputs + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(static) if (p.rows * outputs > (int64_t(1) << 18))
-      for (int64_t b = 0; b < blocks; ++b) {
-        sums(from, p.rows, outputs, b * kBlock, std::min((b + 1) * kBlock, outputs), of_bias(i));
-      }
-    }
+    if (of_weight(i)) multiply(weight_product(p, i, from, in, of_weight(i)));
+    if (of_bias(i)) sum_blocks(from, p.rows, outputs, of_bias(i));
   };
   const auto through_layer = [&](int64_t i, const T* from, const T* value, T* sum, T* to) {
     multiply_back(p, i, from, value, sum, to);
@@ -210,7 +232,7 @@ void chain_backward(const ChainGradients& p, const Backward& made) {
   Matrix<T> in{element<T>(p.gx, 0), p.widths[0], 1};
   for (int64_t i = 0; i <= last; ++i) {
     const T* g = i < last ? kept.value(i) : element<T>(p.gy, 0);
-    if (T* out = static_cast<T*>(made.gradients[1 + i])) multiply_weight(p, i, g, in, out);
+    if (T* out = static_cast<T*>(made.gradients[1 + i])) multiply(weight_product(p, i, g, in, out));
     T* const out = i < last ? u : static_cast<T*>(made.gradients[0]);
     if (!out) return;
     Product<T> product = layer(p, i, in);
@@ -222,6 +244,123 @@ void chain_backward(const ChainGradients& p, const Backward& made) {
   }
 }
 
+template <class T>
+GENFUSE_HD void show_rows(const Seen& p, const Shown& out, int64_t begin, int64_t end) {
+  const int64_t columns = p.shown + p.context_columns;
+  const T limit = T(p.limit);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = element<T>(p.x, i * p.x_stride + p.first);
+    T* seen = element<T>(out.seen, i * columns);
+#pragma omp simd
+    for (int64_t j = 0; j < p.shown; ++j) seen[j] = squash(x[j], limit);
+    if (p.context) std::copy_n(element<T>(p.context, i * p.context_stride), p.context_columns, seen + p.shown);
+  }
+}
+template <class T>
+GENFUSE_HD void show_rows(const SeenGradients& p, const ShownGradients& out, int64_t begin, int64_t end) {
+  const T limit = T(p.limit);
+  for (int64_t i = begin; i < end; ++i) {
+    const T *x = element<T>(p.x, i * p.x_stride + p.first), *gmoved, *passed;
+    const T* gseen = element<T>(p.gseen, i * (p.shown + p.context_columns));
+    T* gx = element<T>(out.gx, i * p.features);
+    if (p.gy) {
+      const int64_t moved = p.features - p.shown;
+      gmoved = element<T>(p.gmoved, i * moved), passed = element<T>(p.gy, i * p.gy_stride + p.first);
+      std::copy_n(gmoved, moved, p.first ? gx : gx + p.shown);
+    } else {
+      gmoved = element<T>(p.gmoved, i * p.features), passed = gmoved + p.first;
+      std::copy_n(gmoved, p.features, gx);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < p.shown; ++j) gx[p.first + j] = passed[j] + through_squash(gseen[j], x[j], limit);
+  }
+}
+#define GENFUSE_SHOW(T, P, Out)                                                       \
+  GENFUSE_SIMD void show(T, const P& p, const Out& out, int64_t begin, int64_t end) { \
+    show_rows<T>(p, out, begin, end);                                                 \
+  }
+GENFUSE_SHOW(float, Seen, Shown)
+GENFUSE_SHOW(double, Seen, Shown)
+GENFUSE_SHOW(float, SeenGradients, ShownGradients)
+GENFUSE_SHOW(double, SeenGradients, ShownGradients)
+#undef GENFUSE_SHOW
+
+template <class P, class Out>
+void show_all(const P& p, const Out& out) {
+  for_rows(p.rows, p.features, [&](int64_t begin, int64_t end) {
+    p.dtype == 0 ? show(float(), p, out, begin, end) : show(double(), p, out, begin, end);
+  });
+}
+
+Problem of_rows(Problem p, int64_t rows) {
+  p.rows = rows;
+  return p;
+}
+
+// The first layer is linear, so that its outputs at the points between are had from those of both ends.
+template <class T>
+void judge(const Critic& p, const Judged& out) {
+  const int64_t n = p.rows, last = p.layers() - 1;
+  const Problem ends = of_rows(p, 2 * n), all = of_rows(p, 3 * n);
+  const Layout<T, T> at{all, element<T>(out.hidden, 0)}, kept{p, element<T>(out.kept, 0)};
+  for (int64_t i = 0; i <= last; ++i) {
+    const Matrix<T> in = i ? Matrix<T>{at.value(i - 1), p.widths[i], 1} : Matrix<T>{element<T>(p.x, 0), p.x_stride, 1};
+    Product<T> product = layer(i && i < last ? all : ends, i, in);
+    Finish<T>& f = product.finish;
+    f.out = i < last ? at.value(i) : element<T>(out.scores, 0);
+    f.bias = element<T>(p.biases[i], 0), f.slope = T(p.slope), f.rectified = i && i < last;
+    multiply(product);
+    if (!i) mix(at.value(0), element<T>(p.epsilon, 0), n, p.widths[1], T(p.slope));
+  }
+  T* const ones = scratch<T>(n);
+  std::fill_n(ones, n, T(1));
+  const T* g = ones;
+  for (int64_t i = last; i > 0; --i) {
+    multiply_back(p, i, g, at.value(i - 1) + 2 * n * p.widths[i], static_cast<T*>(nullptr), kept.value(i - 1));
+    g = kept.value(i - 1);
+  }
+  multiply_back<T>(p, 0, g, nullptr, nullptr, element<T>(out.gradient, 0));
+}
+
+template <class T>
+void judge_backward(const CriticGradients& p, const Backward& made) {
+  const int64_t n = p.rows, last = p.layers() - 1,
+                widest = *std::max_element(p.widths.items, p.widths.items + p.widths.count);
+  const Problem ends = of_rows(p, 2 * n), all = of_rows(p, 3 * n);
+  const Layout<T, const T> at{all, element<T>(p.hidden, 0)}, kept{p, element<T>(p.kept, 0)};
+  const int64_t units = std::accumulate(p.widths.items + 1, p.widths.items + last + 1, int64_t(0));
+  T *u = scratch<T>(n * (units + 1) + 4 * n * widest), *const ones = u + n * units;
+  T *g = ones + n, *next = g + 2 * n * widest;
+  std::fill_n(ones, n, T(1));
+  // What the gradient's gradient becomes on its way through the layers, laid out as `kept`.
+  const Layout<T, T> up{p, u};
+  const auto risen = [&](int64_t i) {
+    return i ? Matrix<T>{up.value(i - 1), p.widths[i], 1} : Matrix<T>{element<T>(p.gx, 0), p.widths[0], 1};
+  };
+  for (int64_t i = 0; i < last; ++i) {
+    Product<T> product = layer<T>(p, i, risen(i));
+    product.finish.out = up.value(i), product.finish.slope = T(p.slope);
+    product.finish.value = at.value(i) + 2 * n * p.widths[i + 1];
+    multiply(product);
+  }
+  const T* now = element<T>(p.gy, 0);
+  for (int64_t i = last; i >= 0; --i) {
+    const int64_t outputs = p.widths[i + 1];
+    const Matrix<T> in = i ? Matrix<T>{at.value(i - 1), p.widths[i], 1} : Matrix<T>{element<T>(p.x, 0), p.x_stride, 1};
+    if (T* out = static_cast<T*>(made.gradients[i])) {
+      Product<T> product = weight_product(ends, i, now, in, out);
+      product.more_k = n, product.more_b = risen(i);
+      product.more_a = {i < last ? kept.value(i) : ones, 1, outputs};
+      multiply(product);
+    }
+    if (T* out = static_cast<T*>(made.gradients[last + 1 + i])) sum_blocks(now, 2 * n, outputs, out);
+    if (!i) return;
+    multiply_back(ends, i, now, at.value(i - 1), static_cast<T*>(nullptr), g);
+    now = g;
+    std::swap(g, next);
+  }
+}
+
 }  // namespace
 
 void run_cpu(const Problem& p, const Forward& out) { p.dtype == 0 ? forward<float>(p, out) : forward<double>(p, out); }
@@ -229,28 +368,47 @@ void run_cpu(const Gradients& p, const Backward& out) {
   p.dtype == 0 ? backward<float>(p, out) : backward<double>(p, out);
 }
 
+void run_cpu(const Seen& p, const Shown& out) { show_all(p, out); }
+void run_cpu(const SeenGradients& p, const ShownGradients& out) { show_all(p, out); }
+
+void run_cpu(const Critic& p, const Judged& out) { p.dtype == 0 ? judge<float>(p, out) : judge<double>(p, out); }
+void run_cpu(const CriticGradients& p, const Backward& out) {
+  p.dtype == 0 ? judge_backward<float>(p, out) : judge_backward<double>(p, out);
+}
+
 void run_cpu(const Gradients& p, const Chain& out) { p.dtype == 0 ? chain<float>(p, out) : chain<double>(p, out); }
 void run_cpu(const ChainGradients& p, const Backward& out) {
   p.dtype == 0 ? chain_backward<float>(p, out) : chain_backward<double>(p, out);
 }
 
+template <class P, class... More>
+auto seen(More... more) {
+  return fields_of<P>(&P::dtype, &P::x, &P::x_stride, &P::rows, &P::features, &P::first, &P::shown, &P::context,
+                      &P::context_stride, &P::context_columns, &P::limit, more...);
+}
+
+// A network's fields, as Python hands them over, and more of its problem.
+template <class P, class... More>
+auto network(More... more) {
+  return fields_of<P>(&P::dtype, &P::x, &P::x_stride, &P::rows, &P::added, &P::added_stride, &P::weights, &P::biases,
+                      &P::gates, &P::widths, &P::counts, &P::slope, &P::residual, more...);
+}
+
 void bind(pybind11::module_& m) {
-  using P = Problem;
-  define(m, "mlp",
-         fields(&P::dtype, &P::x, &P::x_stride, &P::rows, &P::added, &P::added_stride, &P::weights, &P::biases,
-                &P::gates, &P::widths, &P::counts, &P::slope, &P::residual),
-         fields(&Forward::y, &Forward::hidden));
   using G = Gradients;
-  const auto gradients =
-      fields_of<G>(&G::dtype, &G::x, &G::x_stride, &G::rows, &G::added, &G::added_stride, &G::weights, &G::biases,
-                   &G::gates, &G::widths, &G::counts, &G::slope, &G::residual, &G::gy, &G::hidden);
-  define(m, "mlp_backward", gradients, fields(&Backward::gradients));
-  define(m, "mlp_chain", gradients, fields(&Chain::x, &Chain::kept));
   using C = ChainGradients;
-  define(m, "mlp_chain_backward",
-         fields_of<C>(&C::dtype, &C::x, &C::x_stride, &C::rows, &C::added, &C::added_stride, &C::weights, &C::biases,
-                      &C::gates, &C::widths, &C::counts, &C::slope, &C::residual, &C::gy, &C::hidden, &C::gx, &C::kept),
-         fields(&Backward::gradients));
+  using J = CriticGradients;
+  const auto gradients = fields(&Backward::gradients);
+  define(m, "mlp", network<Problem>(), fields(&Forward::y, &Forward::hidden));
+  define(m, "mlp_backward", network<G>(&G::gy, &G::hidden), gradients);
+  define(m, "mlp_chain", network<G>(&G::gy, &G::hidden), fields(&Chain::x, &Chain::kept));
+  define(m, "mlp_chain_backward", network<C>(&C::gy, &C::hidden, &C::gx, &C::kept), gradients);
+  using S = SeenGradients;
+  define(m, "mlp_seen", seen<Seen>(), fields(&Shown::seen));
+  define(m, "mlp_seen_backward", seen<S>(&S::gseen, &S::gy, &S::gy_stride, &S::gmoved), fields(&ShownGradients::gx));
+  define(m, "mlp_critic", network<Critic>(&Critic::epsilon),
+         fields(&Judged::scores, &Judged::gradient, &Judged::hidden, &Judged::kept));
+  define(m, "mlp_critic_backward", network<J>(&J::epsilon, &J::gy, &J::gx, &J::hidden, &J::kept), gradients);
 }
 
 }  // namespace genfuse::mlp

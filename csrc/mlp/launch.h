@@ -52,4 +52,48 @@ struct ChainGradients : Gradients {
   const void *gx, *kept;
 };
 
+// A critic of at least two plain layers. x is (2 rows, widths[0]), real examples and then fake ones, between which lie
+// `rows` points at shares epsilon (rows) of the real one.
+struct Critic : Problem {
+  const void* epsilon;
+};
+
+// scores (2 rows, 1), and the gradient of the score for x (rows, widths[0]) at the points between. `hidden` is of all
+// 3 rows; `kept` of the points, as a chain's.
+struct Judged {
+  void *scores, *gradient, *hidden, *kept;
+};
+
+// gy (2 rows, 1), and gx (rows, widths[0]): the gradients for both. Those of weights and biases are made.
+struct CriticGradients : Critic {
+  const void *gy, *gx, *hidden, *kept;
+};
+
+// What a layer's network sees, (rows, shown + context_columns): the features of x (rows, features) from `first` on,
+// within `limit`, or of 0 their asinh; and the context beside them.
+struct Seen {
+  int dtype;
+  const void* x;
+  int64_t x_stride, rows, features, first, shown;
+  const void* context;
+  int64_t context_stride, context_columns;
+  double limit;
+};
+
+struct Shown {
+  void* seen;
+};
+
+// gseen, of what was seen, is added to the gradient of the features that were shown: gx (rows, features). That is gy's
+// and all else gmoved's (rows, features - shown), or if gy is null gmoved (rows, features) has both.
+struct SeenGradients : Seen {
+  const void *gseen, *gy;
+  int64_t gy_stride;
+  const void* gmoved;
+};
+
+struct ShownGradients {
+  void* gx;
+};
+
 }  // namespace genfuse::mlp

@@ -17,4 +17,16 @@ GENFUSE_HD X through(X g, X value, T slope) {
   return value <= X{} ? below : g;
 }
 
+// What a layer's network sees of a feature: asinh of it where the limit is 0, else what is within the limit.
+template <class T>
+GENFUSE_HD T squash(T x, T limit) {
+  return limit == T(0) ? asinh_(x) : x < -limit ? -limit : x > limit ? limit : x;
+}
+
+// A gradient through it.
+template <class T>
+GENFUSE_HD T through_squash(T g, T x, T limit) {
+  return limit == T(0) ? g / std::sqrt(T(1) + x * x) : x < -limit || x > limit ? T(0) : g;
+}
+
 }  // namespace genfuse::mlp

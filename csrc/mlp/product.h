@@ -59,7 +59,7 @@ struct Finish {
   T slope = 0;
 };
 
-// Result (m, n) = A (m, k) B (k, n).
+// Result (m, n) = A (m, k) B (k, n), to which more of the same may be added before it is finished.
 template <class T>
 struct Product {
   int64_t m, n, k;
@@ -67,6 +67,8 @@ struct Product {
   Finish<T> finish;
   const int64_t* counts = nullptr;
   Masked masked = Masked::nothing;
+  int64_t more_k = 0;
+  Matrix<T> more_a = {}, more_b = {};
 };
 
 constexpr int64_t kDepth = 512;   // of what is summed in registers, and of B packed at a time: long sums lose digits
@@ -102,14 +104,14 @@ GENFUSE_HD void transpose(typename Vector<T, bytes>::type* rows) {
 
 // Columns [j, j + width) of B's rows [begin, end), row after row, with 0 for those beyond B.
 template <class T, int bytes>
-GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, int64_t end, T* to) {
+GENFUSE_HD void pack(const Product<T>& p, const Matrix<T>& b, int64_t j, int width, int64_t begin, int64_t end, T* to) {
   using V = typename Vector<T, bytes>::type;
   constexpr int lanes = Vector<T, bytes>::lanes;
   const int64_t columns = std::min<int64_t>(width, p.n - j);
-  if (p.b.column == 1 && p.masked != Masked::b_columns) {  // of one row, both strides are 1
+  if (b.column == 1 && p.masked != Masked::b_columns) {  // of one row, both strides are 1
     for (int64_t i = begin; i < end; ++i, to += width) {
       const int64_t seen = p.masked == Masked::b_rows ? std::clamp<int64_t>(p.counts[i] - j, 0, columns) : columns;
-      const T* from = p.b.data + i * p.b.row + j;
+      const T* from = b.data + i * b.row + j;
       if (seen == width) {
         for (int l = 0; l < width; l += lanes) at<V>(to + l) = at<V>(from + l);
       } else {
@@ -120,7 +122,7 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
   }
   for (int l0 = 0; l0 < width; l0 += lanes) {
     const int64_t here = std::clamp<int64_t>(columns - l0, 0, lanes);
-    const T* from = p.b.data + (j + l0) * p.b.column;
+    const T* from = b.data + (j + l0) * b.column;
     int64_t whole = here == lanes ? end : begin, i = begin;
     if (p.masked == Masked::b_columns) {
       for (int64_t l = 0; l < here; ++l) whole = std::min(whole, p.counts[j + l0 + l]);
@@ -128,7 +130,7 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
     for (; i + lanes <= whole; i += lanes) {
       V rows[lanes];
       GENFUSE_UNROLL(16)
-      for (int l = 0; l < lanes; ++l) rows[l] = at<V>(from + l * p.b.column + i);
+      for (int l = 0; l < lanes; ++l) rows[l] = at<V>(from + l * b.column + i);
       transpose<T, bytes>(rows);
       GENFUSE_UNROLL(16)
       for (int l = 0; l < lanes; ++l) at<V>(to + (i - begin + l) * width + l0) = rows[l];
@@ -137,7 +139,7 @@ GENFUSE_HD void pack(const Product<T>& p, int64_t j, int width, int64_t begin, i
       const int64_t seen =
           l >= here ? begin : (p.masked == Masked::b_columns ? std::clamp(p.counts[j + l0 + l], i, end) : end);
       T* column = to + l0 + l;
-      for (int64_t r = i; r < end; ++r) column[(r - begin) * width] = r < seen ? from[l * p.b.column + r] : T(0);
+      for (int64_t r = i; r < end; ++r) column[(r - begin) * width] = r < seen ? from[l * b.column + r] : T(0);
     }
   }
 }
@@ -218,28 +220,30 @@ template <class T, class Level, int width>
 GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t j, Room<T>& room) {
   constexpr int bytes = Level::bytes, tall = Level::tall, columns = width * Vector<T, bytes>::lanes;
   const int64_t n = std::min<int64_t>(columns, p.n - j);
-  const auto [begin, end] = depth_of(p, j, n);
+  auto [begin, end] = depth_of(p, j, n);
   room.packed.resize(size_t(kDepth * columns));
-  const bool parts = end - begin > kDepth;
+  const bool parts = end - begin > kDepth || p.more_k;
   room.sums.resize(size_t((parts ? last - first : tall) * columns));
   T* const sums = room.sums.data();
-  for (int64_t k = begin; k < std::max(end, begin + 1); k += kDepth) {
+  Matrix<T> a_of = p.a, b_of = p.b;
+  bool add = false, more = p.more_k > 0;
+  for (int64_t k = begin;;) {
     const int64_t depth = std::min(kDepth, end - k);
-    pack<T, bytes>(p, j, columns, k, k + depth, room.packed.data());
+    const bool ends = k + depth >= end && !more;
+    pack<T, bytes>(p, b_of, j, columns, k, k + depth, room.packed.data());
     for (int64_t i = first; i < last;) {
-      const T* a = p.a.data + i * p.a.row + k * p.a.column;
+      const T* a = a_of.data + i * a_of.row + k * a_of.column;
       T* to = sums + (parts ? (i - first) * columns : 0);
       const int64_t left = last - i;
       const auto run = [&](auto height) {
         constexpr int rows = decltype(height)::value;
         const bool seen = p.masked != Masked::result_rows || *std::max_element(p.counts + i, p.counts + i + rows) > j;
-        if (p.a.column == 1) {
-          Level::template tile<T, rows, width, true>(a, p.a.row, room.packed.data(), depth, k > begin, to);
+        if (a_of.column == 1) {
+          Level::template tile<T, rows, width, true>(a, a_of.row, room.packed.data(), depth, add, to);
         } else {
-          Level::template tile<T, rows, width, false>(a, p.a.column, room.packed.data(), seen ? depth : 0, k > begin,
-                                                      to);
+          Level::template tile<T, rows, width, false>(a, a_of.column, room.packed.data(), seen ? depth : 0, add, to);
         }
-        if (k + depth >= end) {
+        if (ends) {
           for (int r = 0; r < rows; ++r) finish_row<T, bytes>(p, i + r, j, n, to + r * columns);
         }
         i += rows;
@@ -255,6 +259,11 @@ GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t 
       } else {
         run(std::integral_constant<int, 1>());
       }
+    }
+    if (ends) return;
+    add = true, k += depth;
+    if (k >= end) {
+      a_of = p.more_a, b_of = p.more_b, k = 0, end = p.more_k, more = false;
     }
   }
 }

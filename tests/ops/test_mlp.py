@@ -1,5 +1,6 @@
 """`ops.mlp`, and the layers of flows whose network it is, beside PyTorch's own layers."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -253,6 +254,89 @@ def test_a_critic_of_linear_layers_is_penalised_by_a_chain_of_products(slope, ca
         torch.testing.assert_close(a, b)
 
 
+def of_both(critic, real, fake, **settings):
+    """The loss of WGAN-GP's critic, what it is made of, and its gradients, by `ops.scores_and_penalty`."""
+    generator = torch.Generator().manual_seed(3)
+    out = ops.scores_and_penalty(critic, real, fake, generator=generator, **settings)
+    weights = torch.arange(1.0, 1 + len(real), dtype=real.dtype)
+    loss = (out[1].view(-1) * weights).mean() - out[0].mean() + 10 * out[2]
+    return *out, *torch.autograd.grad(loss, list(critic.parameters()), create_graph=True)
+
+
+@by_kernels
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("rows", "shape", "widths"),
+    [(12, (9,), (31, 17)), (1, (9,), (5,)), (7, (1, 30, 20), (40, 33, 21)), (600, (3,), (2, 2))],
+)
+def test_the_first_layer_between_real_and_fake_examples_is_had_from_both_ends(
+    rows, shape, widths, slope, implementation
+):
+    torch.manual_seed(0)
+    critic = mlp_critic(math.prod(shape), widths).double()
+    for layer in critic:
+        if isinstance(layer, nn.LeakyReLU):
+            layer.negative_slope = slope
+    real, fake = torch.randn(2, rows, *shape, dtype=torch.float64)
+    found = of_both(critic, real, fake, one_sided=slope > 0)
+    assert "Critic" in type(found[0].grad_fn.next_functions[0][0]).__name__
+    plain = nn.Sequential(*critic)  # which shows no layers
+    wanted = of_both(plain, real, fake, one_sided=slope > 0)
+    points = ops.interpolate(real, fake, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        wanted[2], ops.gradient_norm_penalty(ops.input_gradient(plain, points), one_sided=slope > 0)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    parameters = list(critic.parameters())
+    again = [
+        torch.autograd.grad(sum(g.square().sum() for g in of[3:]), parameters, materialize_grads=True)
+        for of in (found, wanted)
+    ]
+    for a, b in zip(*again, strict=True):  # second order, by the formula
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@by_kernels
+def test_odd_critics_and_examples_have_the_scores_and_penalty_of_two_calls(implementation, caplog):
+    torch.manual_seed(0)
+    real, fake = torch.randn(9, 2, 12).transpose(0, 1)[..., ::2].double()  # (9, 6), strided
+    critic = mlp_critic(6, (8, 5)).double()
+    wanted = of_both(nn.Sequential(*critic), real, fake)
+
+    def same(found):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+    same(of_both(critic, real, fake))
+    same(of_both(critic, torch._neg_view(-real), fake))
+    with Recorder():
+        same(of_both(critic, real, fake))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        same(of_both(critic, real, fake))
+    assert "genfuse::mlp_critic" in {event.key for event in seen.key_averages()}
+    calls = []
+    with critic[1].register_forward_hook(lambda *_: calls.append(1)):
+        same(of_both(critic, real, fake))
+    assert len(calls) == 2
+    assert "twice" not in caplog.text
+    for frozen in [*critic.parameters()][::3]:
+        frozen.requires_grad_(False)
+    trained = [p for p in critic.parameters() if p.requires_grad]
+    some = []
+    for each in (critic, nn.Sequential(*critic)):
+        out = ops.scores_and_penalty(each, real, fake, generator=torch.Generator().manual_seed(3))
+        some.append(torch.autograd.grad(sum(o.sum() for o in out), trained))
+    for a, b in zip(*some, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():
+        assert not any(o.requires_grad for o in ops.scores_and_penalty(critic, real, fake))
+    with pytest.raises(ValueError, match=r"fake must have shape \(9, 6\), got \(4, 6\)"):
+        ops.scores_and_penalty(critic, real, fake[:4])
+    with pytest.raises(ValueError, match="weights\\[0\\]"):
+        ops.scores_and_penalty(critic, real[:, :4], fake[:, :4])
+
+
 LAYERS = {
     "affine": lambda c: AffineCoupling(MLPConditioner(3, 8, c, hidden=(16, 12)), split=3),
     "affine, last, squashed": lambda c: AffineCoupling(
@@ -333,7 +417,7 @@ def test_squashed_is_asinh_of_numbers_of_any_size(dtype):
     x = torch.tensor(
         [0.0, -0.0, 1e-30, -1e-8, 1e-3, -0.5, 1, 3, -40, 1e8, -1e20, 1e37, torch.inf, torch.nan], dtype=dtype
     )
-    found = _layer._squashed(x[:, None], 0.0)[:, 0]
+    found = _layer._see(x[:, None], None, slice(None), 0.0)[:, 0]
     torch.testing.assert_close(
         found, x.double().asinh().to(dtype), equal_nan=True, atol=0, rtol=4 * torch.finfo(dtype).eps
     )

@@ -25,7 +25,7 @@ from genfuse.nn import (
     slerp,
 )
 from genfuse.nn.likelihoods import at_least_float32
-from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, transformed
+from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, scores_and_penalty, transformed
 
 Network = Literal["mlp", "dcgan", "resnet"]
 Penalty = Literal["none", "gradient", "r1", "r1r2"]
@@ -240,6 +240,11 @@ class AdversarialModel(GenerativeModel):
             out, gradient = scores_and_gradient(self.critic, *points)
             penalty = self.penalty_weight * gradient_norm_penalty(gradient, target=0.0)  # a mean over real and fake
             real_out, fake_out = self._scores(out, len(points[0])).chunk(2)
+        elif self.penalty == "gradient" and type(self).gradient_penalty is AdversarialModel.gradient_penalty:
+            points = self._packed(x, fake, seen)
+            *outs, penalty = scores_and_penalty(self.critic, *points, one_sided=self.one_sided)
+            real_out, fake_out = (self._scores(out, len(points[0])) for out in outs)
+            penalty = self.penalty_weight * penalty
         else:
             real_out, fake_out = self._criticise(torch.cat([x, fake]), both).chunk(2)
             penalty = self.gradient_penalty(*self._packed(x, fake, seen))

@@ -17,6 +17,17 @@ class MLP(nn.Sequential):
 
     one_node = True  # of autograd's graph, for `ops.input_gradient`
 
+    def linear_chain(self) -> tuple[list[Tensor], list[Tensor], float] | None:
+        """Weights, biases and the activation's slope of what is but linear layers, ReLU or LeakyReLU between them and,
+        before them, `torch.nn.Flatten`; None of all else, and where hooks listen."""
+        layers = list(self)
+        first = int(type(layers[0]) is nn.Flatten and layers[0].start_dim == 1 and not hooks(layers[0]))
+        end, slope = _run_of(layers, first) if first < len(layers) else (first, 0.0)
+        if end == first or end < len(layers) or hooks(self):
+            return None
+        run: list[Any] = layers[first::2]
+        return [layer.weight for layer in run], [layer.bias for layer in run], slope
+
     def forward(self, x: Tensor) -> Tensor:
         layers, i = list(self), 0
         while i < len(layers):

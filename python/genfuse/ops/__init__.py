@@ -12,6 +12,7 @@ from genfuse.ops._gradient_norm_penalty import gradient_norm_penalty as gradient
 from genfuse.ops._gradient_penalty import gradient_penalty as gradient_penalty
 from genfuse.ops._gradient_penalty import input_gradient as input_gradient
 from genfuse.ops._gradient_penalty import scores_and_gradient as scores_and_gradient
+from genfuse.ops._gradient_penalty import scores_and_penalty as scores_and_penalty
 from genfuse.ops._group_norm import group_norm as group_norm
 from genfuse.ops._interpolate import interpolate as interpolate
 from genfuse.ops._layer import Network as Network

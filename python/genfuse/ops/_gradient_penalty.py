@@ -448,6 +448,53 @@ def scores_and_gradient(
     return _input_gradient(critic, x, context, keep=True)
 
 
+def scores_and_penalty(
+    critic: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    context: Tensor | None = None,
+    *,
+    target: float = 1.0,
+    one_sided: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The critic's outputs for real and for fake examples, and the mean `gradient_penalty` between them.
+
+    All that a step of WGAN-GP's critic needs (arXiv 1704.00028, algorithm 1). A linear layer's output at
+    :math:`\epsilon x + (1 - \epsilon) \tilde x` is that mixture of its outputs at both ends, and costs no product:
+    a critic that shows its layers by ``linear_chain()``, weights, biases and slope, as MLPs of `genfuse.nn` do, is one
+    node of autograd's graph on a CPU with kernels. Every other critic is called with real and fake examples side by
+    side, and once for the penalty. One seed gives the points that `gradient_penalty` takes.
+
+    Args:
+        critic, real, fake, context, target, one_sided, generator: as in `gradient_penalty`.
+
+    Returns:
+        The outputs for real and for fake examples, (N,) or (N, 1) each, and the penalty, ().
+
+    Raises:
+        ValueError: as `gradient_penalty`.
+    """
+    real, fake = real.detach(), fake.detach()
+    _op.check_alike(real, "real", fake=(fake, tuple(real.shape)))
+    layers = critic.linear_chain() if context is None and hasattr(critic, "linear_chain") else None
+    if layers is not None and not torch.compiler.is_compiling():
+
+        def draw() -> Tensor:
+            ones = real.new_ones(len(real), 1)
+            return interpolate(ones, torch.zeros_like(ones), generator)[:, 0]
+
+        found = _mlp.critic(torch.cat([real.flatten(1), fake.flatten(1)]), draw, *layers)
+        if found is not None:
+            out, gradient = found
+            penalty = gradient_norm_penalty(gradient.view_as(real), target=target, one_sided=one_sided)
+            return *out.split(len(real)), penalty
+    both = () if context is None else (torch.cat([context, context]),)
+    out = _scores(critic, torch.cat([real, fake]), *both)
+    settings: dict[str, Any] = {"target": target, "one_sided": one_sided, "generator": generator}
+    return *out.split(len(real)), gradient_penalty(critic, real, fake, context, **settings)
+
+
 def _input_gradient(
     critic: Callable[..., Tensor], x: Tensor, context: Tensor | None, ours: bool = False, keep: bool = False
 ) -> tuple[Any, Tensor]:

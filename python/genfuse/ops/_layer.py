@@ -1,5 +1,6 @@
 """A layer of a flow as one node of autograd's graph: a network, and the transform by what it makes."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,20 +43,21 @@ def _squash(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else x.clamp(-limit, limit) if limit else x.asinh()
 
 
-def _squashed(x: Tensor, limit: float | None) -> Tensor:
-    """The same without a derivative, and several times as fast: PyTorch takes asinh one element at a time."""
-    if limit != 0.0:
-        return _squash(x, limit)
-    size = x.abs()
-    share = size / torch.hypot(size, size.new_ones(())).add_(1)  # size^2 would overflow
-    share.nan_to_num_(1.0)  # of infinity
-    return torch.addcmul(size, size, share).log1p_().copysign_(x)
+def _shown(x: Tensor, context: Tensor | None, shown: slice, limit: float) -> tuple:
+    """What its kernel takes of what a network sees."""
+    x, stride = _op.rows(x)
+    first, stop, _ = shown.indices(x.shape[1])
+    of_context = (None, 0, 0) if context is None else (*_op.rows(context), context.shape[1])
+    return _op.DTYPES[x.dtype], x, stride, *x.shape, first, stop - first, *of_context, limit
 
 
-def _through_squash(g: Tensor, x: Tensor, limit: float | None) -> Tensor:
+def _see(x: Tensor, context: Tensor | None, shown: slice, limit: float | None) -> Tensor:
     if limit is None:
-        return g
-    return g * (x.abs() <= limit) if limit else g * (x.square() + 1).rsqrt()
+        return x[:, shown] if context is None else torch.cat([x[:, shown], context], 1)
+    given = _shown(x, context, shown, limit)
+    seen = x.new_empty(x.shape[0], given[6] + given[9])
+    _op._C.mlp_seen(*given, seen, -1, 0)
+    return seen
 
 
 def _whole(x: Tensor, y: Tensor, shown: slice, moved: slice | None) -> Tensor:
@@ -73,8 +75,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, how: tuple, settings: tuple, x: Tensor, context: Any, added: Any, counts: Any, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         transform, arguments, shown, moved, limit = how
-        seen = _squashed(x[:, shown], limit)
-        seen = seen if context is None else torch.cat([seen, context], 1)
+        seen = _see(x, context, shown, limit)
         given = _mlp._nested(settings, seen, added, counts, parameters)
         params, hidden = made = _mlp._results(*given)
         _op._C.mlp(*_mlp._problem(*given), *made, -1, 0)
@@ -109,15 +110,12 @@ class _Layer(torch.autograd.Function):
         _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden.contiguous(), [gseen, *results], -1, 0)
         gx = gcontext = None
         if gseen is not None:
-            own = gseen if context is None else gseen[:, : x[:, shown].shape[1]]
-            gcontext = gseen[:, own.shape[1] :] if wanted[1] else None
+            gcontext = gseen[:, -context.shape[1] :] if wanted[1] else None
             if wanted[0]:
-                if moved is None:
-                    gx = gmoved
-                else:
-                    gx = gy.clone(memory_format=torch.contiguous_format)
-                    gx[:, moved] = gmoved
-                gx[:, shown] += _through_squash(own, x[:, shown], limit)
+                gx = x.new_empty(x.shape)
+                passed = (None, 0) if moved is None else _op.rows(gy)
+                given = _shown(x, context, shown, math.inf if limit is None else limit)
+                _op._C.mlp_seen_backward(*given, gseen, *passed, gmoved.contiguous(), gx, -1, 0)
         return None, None, gx, gcontext, results[0], None, *results[1:]
 
 

@@ -1,6 +1,7 @@
 """Multilayer perceptrons whose forward and backward pass are one call each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torch.autograd, not torch.func
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from genfuse.ops import _op
 
@@ -286,7 +288,74 @@ def input_gradient(node: Any, g: Tensor) -> Tensor:
     return _chain(g, hidden, parameters[:n], slope)
 
 
+class _Critic(torch.autograd.Function):
+    """Scores of real and fake examples, and the gradient between them, whose first layer is had from both ends."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: float, x: Tensor, epsilon: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        n, units = len(epsilon), sum(len(b) for b in parameters[len(parameters) // 2 : -1])
+        made = [x.new_empty(2 * n, 1), x.new_empty(n, x.shape[1]), x.new_empty(3 * n * units), x.new_empty(n * units)]
+        _op._C.mlp_critic(*_Critic.problem(slope, x, epsilon, parameters), *made, -1, 0)
+        ctx.save_for_backward(x, epsilon, *made[2:], *parameters)
+        ctx.slope = slope
+        return made[0], made[1]
+
+    @staticmethod
+    def problem(slope: float, x: Tensor, epsilon: Tensor, parameters: Sequence[Tensor]) -> tuple:
+        dtype, x, stride, _, *rest = _problem(*_nested((len(parameters) // 2, slope, False), x, None, None, parameters))
+        return dtype, x, stride, len(epsilon), *rest, epsilon
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, ggx: Tensor) -> tuple:
+        x, epsilon, hidden, kept, *parameters = saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or is_batched(gy) or is_batched(ggx) or not _op.plain((gy, ggx, *saved)):
+            n = len(parameters) // 2
+            again = lambda *every: critic_formula(x, epsilon, every[:n], every[n:], ctx.slope)  # noqa: E731
+            return None, None, None, *_op.needed_gradients(again, (gy, ggx), parameters, needed)
+        found = [_op.like(t) if wanted else None for t, wanted in zip(parameters, needed, strict=True)]
+        problem = _Critic.problem(ctx.slope, x, epsilon, parameters)
+        _op._C.mlp_critic_backward(*problem, gy.contiguous(), ggx.contiguous(), hidden, kept, found, -1, 0)
+        return None, None, None, *found
+
+
+def critic_formula(
+    x: Tensor, epsilon: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], slope: float
+) -> tuple[Tensor, Tensor]:
+    """Scores (2N, 1) of x (2N, D), and the gradient (N, D) at points between row i and row N + i."""
+    n, kept = len(epsilon), []
+    real, fake = F.linear(x, weights[0], biases[0]).split(n)  # (N, H)
+    h = torch.cat([real, fake, epsilon[:, None] * real + (1 - epsilon[:, None]) * fake])
+    for w, b in zip(weights[1:], biases[1:], strict=True):
+        h = F.leaky_relu(h, slope) if slope else F.relu(h)
+        kept.append(h[2 * n :].flatten())
+        h = F.linear(h, w, b)
+    return h[: 2 * n], _chain(x.new_ones(n, 1), torch.cat(kept), weights, slope)
+
+
 _apply = super(torch.autograd.Function, _Node).apply
+
+
+def critic(
+    x: Tensor, epsilon: Callable[[], Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], slope: float
+) -> tuple[Tensor, Tensor] | None:
+    """`critic_formula` by kernels, differentiable in weights and biases, of what ``epsilon`` draws; None, and nothing
+    is drawn, where there are no kernels for it."""
+    tensors = (x, *weights, *biases)
+    if len(weights) < 2 or not len(x) or not _by_kernel(x, weights) or not _op.plain(tensors, or_profiled=True):
+        return None
+    _check(x, None, None, weights, biases, (), slope, False)
+    with record_function("genfuse::mlp_critic") if _op.profiled() else nullcontext():
+        return _judge(slope, x, epsilon(), *weights, *biases)
+
+
+_judge = super(torch.autograd.Function, _Critic).apply
+
+
+def _by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    fused = x.is_cpu and x.dtype in (torch.float32, torch.float64) and len(weights) <= MOST_LAYERS
+    seen = _op.modes._is_in_torch_dispatch_mode  # by a mode, such as a counter of operations, that knows PyTorch's own
+    return fused and not seen and _KERNEL.chosen["cpu"] is _KERNEL.native and not torch.is_autocast_enabled("cpu")
 
 
 def _nested(settings: tuple, x: Tensor, added: Any, counts: Any, parameters: Sequence[Tensor]) -> tuple:
@@ -343,16 +412,15 @@ def mlp(
         y = mlp(flat[0], weights, biases, added=flat[1], gates=flat[2:], **settings)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], y.shape[-1])
     given = (x, added, counts, weights, biases, gates, slope, residual)
-    fused = x.is_cpu and x.dtype in (torch.float32, torch.float64) and len(weights) <= MOST_LAYERS
-    seen = _op.modes._is_in_torch_dispatch_mode  # by a mode, such as a counter of operations, that knows PyTorch's own
-    if not fused or seen or _KERNEL.chosen["cpu"] is not _KERNEL.native or torch.is_autocast_enabled("cpu"):
+    if not _by_kernel(x, weights):
         _check_blocks(_widths(weights), len(gates), residual)
         return _network(*given)[0]
     _check(*given)
     tensors = x, added, counts, *weights, *biases, *gates
-    if not _op.compiling() and _op.plain(tensors):
+    if not _op.compiling() and _op.plain(tensors, or_profiled=True):
         try:
-            return _apply((len(weights), slope, residual), *tensors)
+            with record_function("genfuse::mlp") if _op.profiled() else nullcontext():
+                return _apply((len(weights), slope, residual), *tensors)
         except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
             pass
     return _fused(*given[:3], list(weights), list(biases), list(gates), slope, residual)[0]

@@ -129,13 +129,14 @@ _implementations: dict[tuple[str, str], torch.library.Library] = {}  # by kernel
 _asked = os.environ.get("GENFUSE_IMPL", "auto") or "auto"
 
 
-def plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nobody listens to PyTorch's dispatcher, and the memory of these tensors holds their values."""
+def plain(tensors: Sequence[Tensor | None], or_profiled: bool = False) -> bool:
+    """Whether nobody listens to PyTorch's dispatcher, a profiler excepted on request, and the memory of these tensors
+    holds their values."""
     if (
         modes._is_in_torch_dispatch_mode
         or functorch_is_active()
         or forward_ad._current_level >= 0
-        or profiled()
+        or (not or_profiled and profiled())
         or tracing() is not None
     ):
         return False
