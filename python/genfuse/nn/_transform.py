@@ -89,18 +89,18 @@ class Composite(Transform):
 
     def run(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward` with all activations kept for the backward pass."""
-        total: Tensor | None = None
+        logdets = []
         for transform in self.transforms:
             x, logdet = transform(x, context)
-            total = logdet if total is None else total + logdet
-        return x, x.new_zeros(len(x)) if total is None else total
+            logdets.append(logdet)
+        return x, _total(logdets, x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = None
+        logdets = []
         for transform in reversed(self.transforms):
             y, logdet = transform.inverse(y, context)  # type: ignore[operator]
-            total = logdet if total is None else total + logdet
-        return y, y.new_zeros(len(y)) if total is None else total
+            logdets.append(logdet)
+        return y, _total(logdets, y)
 
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
         for transform in self.transforms:
@@ -111,6 +111,11 @@ class Composite(Transform):
         for transform in reversed(self.transforms):
             shape = transform.inverse_shape(shape)  # type: ignore[operator]
         return shape
+
+
+def _total(logdets: list[Tensor], x: Tensor) -> Tensor:
+    """Their sum, (N,), in one operation."""
+    return torch.stack(logdets).sum(0) if logdets else x.new_zeros(len(x))
 
 
 class _Reversible(torch.autograd.Function):

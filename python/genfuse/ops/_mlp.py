@@ -434,14 +434,6 @@ def _check(
     widths = _widths(weights)
     if residual or len(gates):
         _check_blocks(widths, len(gates), residual)
-    inputs, dtype = x.shape[1], x.dtype
-    fits = added is None and counts is None and len(gates) == 0
-    for w, b in zip(weights, biases, strict=True):
-        outputs = b.shape[0]
-        fits = fits and w.shape == (outputs, inputs) and w.dtype is dtype is b.dtype and w.is_cpu and b.is_cpu
-        inputs = outputs
-    if fits:
-        return
     _check_layers(x, [x.shape[1], *widths[1:]], added, counts, weights, biases, gates)
 
 
@@ -450,10 +442,14 @@ def _check_layers(
     biases: Sequence[Tensor], gates: Sequence[Tensor], **others: tuple,
 ) -> None:  # fmt: skip
     """Raise a ValueError that names the first tensor which layers of these widths cannot take."""
-    shapes, hidden = others, (x.shape[0], widths[1])
+    shapes, hidden, (dtype, device) = others, (x.shape[0], widths[1]), (x.dtype, x.device)
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        shapes |= {f"weights[{i}]": (w, (widths[i + 1], widths[i])), f"biases[{i}]": (b, widths[i + 1 : i + 2])}
+        inputs, outputs = widths[i], widths[i + 1]
+        fits = w.shape == (outputs, inputs) and b.shape == (outputs,) and w.dtype is dtype is b.dtype
+        if not fits or w.device != device or b.device != device:
+            shapes |= {f"weights[{i}]": (w, (outputs, inputs)), f"biases[{i}]": (b, (outputs,))}
     shapes |= {} if added is None else {"added": (added, hidden)}
     shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)}
     shapes |= {} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)}
-    _op.check_alike(x, "x", **shapes)
+    if shapes:
+        _op.check_alike(x, "x", **shapes)
