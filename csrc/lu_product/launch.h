@@ -10,15 +10,17 @@ struct Problem {
   const void *triangles, *log_diagonal, *signs;
   const int64_t *back, *order;
   int64_t size;
+  const void *log_scale, *shift, *bias;  // (size), of what scales and shifts x before; or null
 };
 
 struct Forward {
-  void *weight, *logdet;
+  void *weight, *logdet, *offset;
 };
 
+// goffset, glog_scale and gshift are only looked at where there is a scale and shift.
 struct Backward {
-  const void *gweight, *glogdet;
-  void *gtriangles, *glog_diagonal;
+  const void *gweight, *glogdet, *goffset;
+  void *gtriangles, *glog_diagonal, *glog_scale, *gshift;
 };
 
 }  // namespace genfuse::lu_product

@@ -333,6 +333,38 @@ def test_a_permutation_is_differentiable_to_second_order():
 # Activation normalisation.
 
 
+@pytest.mark.parametrize("shape", [(20, 6), (4, 6, 4, 8)])
+def test_actnorm_and_the_linear_map_after_it_are_one_product_with_the_results_of_both(shape):
+    torch.manual_seed(0)
+    norm, linear, x = ActNorm(6), LULinear(6, "rotation"), torch.randn(shape) * 3 + 1
+    together = Composite([norm, linear])
+    together(x)  # starts the norm
+    assert norm.started
+
+    def apart():
+        z, first = norm(x)
+        y, second = linear(z)
+        return y, first + second
+
+    weights = list(together.parameters())
+    torch.nn.init.normal_(linear.bias)
+    torch.nn.init.normal_(norm.shift)
+    found, wanted = together(x), apart()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    g = torch.randn(shape)
+    ours, theirs = (torch.autograd.grad((of[0] * g).sum() + of[1].sum(), weights) for of in (found, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together.inverse(found[0])[0], x, rtol=1e-3, atol=1e-4)
+    seen = []
+    with norm.register_forward_hook(lambda *_: seen.append(norm)):
+        torch.testing.assert_close(together(x), wanted)
+    assert seen == [norm]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(together(x), apart())
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 4, 3)], ids=str)
 def test_the_first_batch_in_training_normalises_activations(shape):
     norm = ActNorm(5)

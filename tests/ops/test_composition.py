@@ -83,9 +83,9 @@ def _group_norm(x, scale, shift):
 
 
 def _lu(function):
-    def product(triangles, log_diagonal):
+    def product(triangles, log_diagonal, *rest):
         order, signs = torch.tensor([2, 0, 1]), torch.tensor([1, -1, 1]).to(log_diagonal)
-        return function(triangles, log_diagonal, signs, order.argsort(), order)
+        return function(triangles, log_diagonal, *rest, signs, order.argsort(), order)
 
     return product
 
@@ -217,6 +217,11 @@ CASES = {
         (_normal(3, 4, 2, 3), _normal(3, 4), _normal(3, 4)),
     ),
     "lu_product": (_lu(ops.lu_product), _lu(_lu_product.formula), (_normal(3, 3), _normal(3, scale=0.5))),
+    "lu_affine": (
+        _lu(ops.lu_affine),
+        _lu(_lu_product.affine_formula),
+        (_normal(3, 3), *(_normal(3, scale=scale) for scale in (0.5, 0.3, 1.0, 2.0))),
+    ),
     "gradient_penalty": (_penalty, _penalty_by_hand, (_normal(6, 5), _normal(1, 6))),
     "a third party's": (
         lambda x, scale, a, b: _listed(x, scale, [a, b], 2),
@@ -332,7 +337,8 @@ COMPILED = ["grad", "jvp", "jacrev", "hessian", "third order", "vmap", "per-samp
 ONE_EACH = [
     "actnorm", "affine_coupling tanh", "diffuse v", "gradient_norm_penalty none", "interpolate",
     "rational_quadratic_spline", "rational_quadratic_spline inverse", "reparameterize_kl", "standard_normal_log_prob",
-    "bernoulli_nll", "mlp residual", "affine_layer", "spline_layer", "group_norm", "lu_product", "a third party's",
+    "bernoulli_nll", "mlp residual", "affine_layer", "spline_layer", "group_norm", "lu_product",
+    "lu_affine", "a third party's",
 ]  # fmt: skip
 
 
@@ -464,7 +470,7 @@ def test_an_argument_that_is_overwritten_before_its_derivative_is_refused_or_doe
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case not in ("affine_coupling sigmoid", "mlp", "lu_product")]
+    "case", [case for case in CASES if case not in ("affine_coupling sigmoid", "mlp", "lu_product", "lu_affine")]
 )
 def test_on_meta_an_operator_tells_shapes_and_dtypes(case):
     function, eager, tensors = CASES[case]

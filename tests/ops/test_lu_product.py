@@ -46,6 +46,47 @@ def test_product_and_gradients_are_as_close_to_float64_as_eager_ones(size, imple
             assert wrong <= 2 * allowed + 16 * torch.finfo(dtype).eps * scale
 
 
+def before_and_after(triangles, log_diagonal, log_scale, shift, bias, signs, back, order):
+    """`ops.lu_affine` by whole matrices."""
+    weight, logdet = eager(triangles, log_diagonal, signs, back, order)
+    scale = torch.diag(log_scale.exp())
+    return weight @ scale, weight @ shift + bias, logdet + torch.slogdet(scale).logabsdet
+
+
+def of_both(size):
+    triangles, log_diagonal, *rest = arguments(size)
+    return [triangles, log_diagonal, *(torch.randn(3, size, dtype=torch.float64) / 2).unbind(), *rest]
+
+
+@by_kernels
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 16, 43, 130])
+def test_a_scale_and_shift_before_the_map_are_a_part_of_it(size, implementation):
+    given = of_both(size)
+
+    def results(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in given[:5]]
+        out = function(*leaves, given[5].to(dtype), *given[6:])
+        torch.manual_seed(1)
+        loss = sum((t * torch.randn(t.shape, dtype=torch.float64).to(dtype)).sum() for t in out)
+        return [*out, *torch.autograd.grad(loss, leaves)]
+
+    truth = results(before_and_after, torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        for a, b, c in zip(results(ops.lu_affine, dtype), results(before_and_after, dtype), truth, strict=True):
+            scale = max(1.0, float(c.abs().max().detach())) if c.numel() else 1.0
+            wrong, allowed = (float((t.double() - c).abs().max().detach()) if c.numel() else 0.0 for t in (a, b))
+            assert wrong <= 2 * allowed + 16 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_an_argument_of_both_that_does_not_fit_is_named(which):
+    given = of_both(4)
+    name = ("triangles", "log_diagonal", "log_scale", "shift", "bias")[which]
+    given[which] = given[which][:3]
+    with pytest.raises(ValueError, match=name if which else "must have shape|must be square"):
+        ops.lu_affine(*given)
+
+
 @by_kernels
 def test_the_logarithm_is_that_of_the_determinant(implementation):
     weight, logdet = ops.lu_product(*arguments(9))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse import ops
+from genfuse.nn._mlp import hooks
 from genfuse.nn._transform import Transform
 from genfuse.ops import actnorm, fused, mlp
 
@@ -96,14 +97,23 @@ class LULinear(Transform):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         weight, logdet = ops.lu_product(self.triangles, self.log_diagonal, self.signs, self.back, self.order)
-        if x.dim() == 2:
-            return mlp(x, [weight], [self.bias]), logdet.expand(len(x))
-        if x.is_cpu:  # where a convolution of few channels takes three times as long as these products
-            cells = x.flatten(2)  # (N, C, H W)
-            y = torch.baddbmm(self.bias[:, None], weight.expand(len(x), -1, -1), cells).view(x.shape)
-        else:
-            y = F.conv2d(x, weight[:, :, None, None], self.bias)
-        return y, (math.prod(x.shape[2:]) * logdet).expand(len(x))
+        return _mapped(x, weight, self.bias, logdet)
+
+    def joined(self, before: Transform, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """An `ActNorm` that nobody listens to and this layer are one product of x."""
+        if (
+            type(before) is not ActNorm
+            or not (before.features == self.features == x.shape[1])
+            or not (before.shift.dtype is self.bias.dtype is x.dtype)
+            or hooks(before)
+            or hooks(self)
+            or (not x.is_meta
+            and torch.is_autocast_enabled(x.device.type))
+        ):
+            return None
+        before.prepare(x)
+        numbers = self.log_diagonal, before.log_scale, before.shift, self.bias, self.signs
+        return _mapped(x, *ops.lu_affine(self.triangles, *numbers, self.back, self.order))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
@@ -114,6 +124,18 @@ class LULinear(Transform):
 
     def _logdet(self, x: Tensor) -> Tensor:
         return (math.prod(x.shape[2:]) * self.log_diagonal.sum()).expand(len(x))
+
+
+def _mapped(x: Tensor, weight: Tensor, bias: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
+    """W x + b of vectors or of the channels of images, and the log-determinant of each example."""
+    if x.dim() == 2:
+        return mlp(x, [weight], [bias]), logdet.expand(len(x))
+    if x.is_cpu:  # where a convolution of few channels takes three times as long as these products
+        cells = x.flatten(2)  # (N, C, H W)
+        y = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), cells).view(x.shape)
+    else:
+        y = F.conv2d(x, weight[:, :, None, None], bias)
+    return y, (math.prod(x.shape[2:]) * logdet).expand(len(x))
 
 
 class ActNorm(Transform):
@@ -135,11 +157,15 @@ class ActNorm(Transform):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether `started` is known to be true, without waiting for the device
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def prepare(self, x: Tensor) -> None:
+        """Start by a first batch, before anything is made of it."""
         if self.training and not self._asked and len(x):
             if not self.started:
                 self._start(x.detach())
             self._asked = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.prepare(x)
         return actnorm(x, self.log_scale, self.shift)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,11 @@ class Transform(nn.Module):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
+    def joined(self, before: "Transform", x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`forward` of what the transform ``before`` makes of x, and the log-determinant of both, if they are quicker
+        together than one after the other; else None."""
+        return None
+
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """The shape of f(x) for an x of ``shape``, None if it is not known."""
         return (self.features,) if shape is None and self.features is not None else shape
@@ -89,10 +94,12 @@ class Composite(Transform):
 
     def run(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward` with all activations kept for the backward pass."""
-        logdets = []
-        for transform in self.transforms:
-            x, logdet = transform(x, context)
+        logdets, layers, i = [], list(self.transforms), 0
+        while i < len(layers):
+            both = layers[i + 1].joined(layers[i], x) if i + 1 < len(layers) else None  # type: ignore[operator]
+            x, logdet = both or layers[i](x, context)
             logdets.append(logdet)
+            i += 2 if both else 1
         return x, _total(logdets, x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

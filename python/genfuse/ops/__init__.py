@@ -18,6 +18,7 @@ from genfuse.ops._interpolate import interpolate as interpolate
 from genfuse.ops._layer import Network as Network
 from genfuse.ops._layer import affine_layer as affine_layer
 from genfuse.ops._layer import spline_layer as spline_layer
+from genfuse.ops._lu_product import lu_affine as lu_affine
 from genfuse.ops._lu_product import lu_factors as lu_factors
 from genfuse.ops._lu_product import lu_product as lu_product
 from genfuse.ops._mlp import mlp as mlp

@@ -28,6 +28,34 @@ def _problem(triangles: Tensor, *rest: Tensor) -> tuple:
     return _op.DTYPES[triangles.dtype], triangles.contiguous(), *(t.contiguous() for t in rest), len(triangles)
 
 
+def affine_formula(
+    triangles: Tensor, log_diagonal: Tensor, log_scale: Tensor, shift: Tensor, bias: Tensor, *rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, logdet = formula(triangles, log_diagonal, *rest)
+    return weight * log_scale.exp(), torch.addmv(bias, weight, shift), logdet + log_scale.sum()  # (D, D), (D,), ()
+
+
+def _affine_takes(triangles: Tensor, log_diagonal: Tensor, *rest: Tensor) -> tuple:
+    whole, of_each, *others = _takes(triangles, log_diagonal, *rest[3:])
+    return whole, *[of_each] * 4, *others
+
+
+# Of triangles and log_diagonal, log_scale, shift, bias, signs, back and order.
+_affine = _op.fused(
+    "lu_affine(Tensor triangles, Tensor log_diagonal, Tensor log_scale, Tensor shift, Tensor bias, Tensor signs, "
+    "Tensor back, Tensor order) -> (Tensor, Tensor, Tensor)",
+    formula=affine_formula,
+    results=lambda triangles, log_diagonal, *_: (
+        _op.like(triangles), _op.like(log_diagonal), log_diagonal.new_empty(())
+    ),
+    problem=_problem,
+    native=_op.cpu_only("lu_affine", "lu_affine_backward"),
+    wrt=4,
+    others={4: lambda gweight, goffset, *_: goffset},
+    takes=_affine_takes,
+)  # fmt: skip
+
+
 _fused = _op.fused(
     "lu_product(Tensor triangles, Tensor log_diagonal, Tensor signs, Tensor back, Tensor order) -> (Tensor, Tensor)",
     formula=formula,
@@ -64,19 +92,52 @@ def lu_product(
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
         RuntimeError: for a column that is not there.
     """
+    given = _checked(triangles, {"log_diagonal": log_diagonal, "signs": signs}, back, order)
+    return (_fused if triangles.dtype is _op.wide(triangles) else formula)(*given)
+
+
+def lu_affine(
+    triangles: Tensor, log_diagonal: Tensor, log_scale: Tensor, shift: Tensor, bias: Tensor, signs: Tensor,
+    back: Tensor, order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    r"""Put a scale and shift before a linear map that is given by its LU factors, as Glow's flows have them.
+
+    .. math::
+        W (x \odot e^s + t) + b = V x + c, \qquad V = W\, \mathrm{diag}(e^s), \quad c = W t + b
+
+    Of both layers together one product of x is left. W is that of `lu_product`. Differentiable to any order, in the
+    first five. A CPU has a kernel for it.
+
+    Args:
+        triangles, log_diagonal, signs, back, order: as in `lu_product`.
+        log_scale: s, (D,), of triangles' dtype.
+        shift: t, (D,).
+        bias: b, (D,).
+
+    Returns:
+        V, (D, D), c, (D,), and the logarithm of the absolute value of V's determinant, (), in nats.
+
+    Raises:
+        ValueError: for arguments whose shapes, dtypes or devices do not go together.
+        RuntimeError: for a column that is not there.
+    """
+    numbers = {"log_diagonal": log_diagonal, "log_scale": log_scale, "shift": shift, "bias": bias, "signs": signs}
+    given = _checked(triangles, numbers, back, order)
+    return (_affine if triangles.dtype is _op.wide(triangles) else affine_formula)(*given)
+
+
+def _checked(triangles: Tensor, numbers: dict[str, Tensor], back: Tensor, order: Tensor) -> tuple[Tensor, ...]:
+    """All of them, of which ``numbers`` and the orders are to be (D,)."""
     size, dtype = len(triangles) if triangles.dim() else 0, triangles.dtype
-    rest = {"log_diagonal": log_diagonal, "signs": signs, "back": back, "order": order}
     fits = triangles.shape == (size, size) and dtype in _op.DTYPES
-    for t in rest.values():
+    for t in (*numbers.values(), back, order):
         fits = fits and t.shape == (size,) and t.device == triangles.device
         fits = fits and t.dtype is (torch.int64 if t is back or t is order else dtype)
     if not fits:
-        index = {name: (t, (size,), torch.int64) for name, t in rest.items()}
-        _op.check_alike(triangles, "triangles", **index)
+        every = numbers | {"back": back, "order": order}
+        _op.check_alike(triangles, "triangles", **{name: (t, (size,), torch.int64) for name, t in every.items()})
         raise ValueError(
             "triangles must be square, and back and order int64; got "
             f"{tuple(triangles.shape)}, {back.dtype} and {order.dtype}"
         )
-    if dtype is not _op.wide(triangles):
-        return formula(triangles, log_diagonal, signs, back, order)
-    return _fused(triangles, log_diagonal, signs, back, order)
+    return triangles, *numbers.values(), back, order
