@@ -254,13 +254,13 @@ def test_a_critic_of_linear_layers_is_penalised_by_a_chain_of_products(slope, ca
         torch.testing.assert_close(a, b)
 
 
-def of_both(critic, real, fake, **settings):
+def of_both(critic, real, fake, create_graph=False, **settings):
     """The loss of WGAN-GP's critic, what it is made of, and its gradients, by `ops.scores_and_penalty`."""
     generator = torch.Generator().manual_seed(3)
     out = ops.scores_and_penalty(critic, real, fake, generator=generator, **settings)
     weights = torch.arange(1.0, 1 + len(real), dtype=real.dtype)
     loss = (out[1].view(-1) * weights).mean() - out[0].mean() + 10 * out[2]
-    return *out, *torch.autograd.grad(loss, list(critic.parameters()), create_graph=True)
+    return *out, *torch.autograd.grad(loss, list(critic.parameters()), create_graph=create_graph)
 
 
 @by_kernels
@@ -288,11 +288,12 @@ def test_the_first_layer_between_real_and_fake_examples_is_had_from_both_ends(
     )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
-    parameters = list(critic.parameters())
-    again = [
-        torch.autograd.grad(sum(g.square().sum() for g in of[3:]), parameters, materialize_grads=True)
-        for of in (found, wanted)
-    ]
+    parameters, again = list(critic.parameters()), []
+    for each in (critic, plain):
+        gradients = of_both(each, real, fake, one_sided=slope > 0, create_graph=True)[3:]
+        for a, b in zip(gradients, wanted[3:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        again.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters, materialize_grads=True))
     for a, b in zip(*again, strict=True):  # second order, by the formula
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
@@ -320,6 +321,8 @@ def test_odd_critics_and_examples_have_the_scores_and_penalty_of_two_calls(imple
         same(of_both(critic, real, fake))
     assert len(calls) == 2
     assert "twice" not in caplog.text
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, t], -1), lambda t: t[..., 0]):
+        same(of_both(critic, real, fake))  # saved tensors come back strided
     for frozen in [*critic.parameters()][::3]:
         frozen.requires_grad_(False)
     trained = [p for p in critic.parameters() if p.requires_grad]
@@ -331,6 +334,11 @@ def test_odd_critics_and_examples_have_the_scores_and_penalty_of_two_calls(imple
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
     with torch.no_grad():
         assert not any(o.requires_grad for o in ops.scores_and_penalty(critic, real, fake))
+    for wrong in (nn.Linear(5, 2), nn.Linear(5, 0)):
+        with pytest.raises(ValueError, match="one number per example"):
+            ops.scores_and_penalty(type(critic)(*critic[:-1], wrong.double()), real, fake)
+    with pytest.raises(ValueError, match="one number per example"):
+        ops.scores_and_penalty(type(critic)(*critic[1:]), real[:, None], fake[:, None])  # which are not flattened
     with pytest.raises(ValueError, match=r"fake must have shape \(9, 6\), got \(4, 6\)"):
         ops.scores_and_penalty(critic, real, fake[:4])
     with pytest.raises(ValueError, match="weights\\[0\\]"):

@@ -107,8 +107,7 @@ class LULinear(Transform):
             or not (before.shift.dtype is self.bias.dtype is x.dtype)
             or hooks(before)
             or hooks(self)
-            or (not x.is_meta
-            and torch.is_autocast_enabled(x.device.type))
+            or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         ):
             return None
         before.prepare(x)

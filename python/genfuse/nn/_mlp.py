@@ -17,13 +17,15 @@ class MLP(nn.Sequential):
 
     one_node = True  # of autograd's graph, for `ops.input_gradient`
 
-    def linear_chain(self) -> tuple[list[Tensor], list[Tensor], float] | None:
-        """Weights, biases and the activation's slope of what is but linear layers, ReLU or LeakyReLU between them and,
-        before them, `torch.nn.Flatten`; None of all else, and where hooks listen."""
+    def linear_chain(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], float] | None:
+        """Weights, biases and the activation's slope, if all that happens to x, (N, ...), is that `torch.nn.Flatten`
+        makes it (N, D), and linear layers follow with ReLU or LeakyReLU between them; else None, and where hooks
+        listen."""
         layers = list(self)
-        first = int(type(layers[0]) is nn.Flatten and layers[0].start_dim == 1 and not hooks(layers[0]))
+        flat = bool(layers) and type(layers[0]) is nn.Flatten and (layers[0].start_dim, layers[0].end_dim) == (1, -1)
+        first = int(flat and not hooks(layers[0]))
         end, slope = _run_of(layers, first) if first < len(layers) else (first, 0.0)
-        if end == first or end < len(layers) or hooks(self):
+        if end == first or end < len(layers) or hooks(self) or (x.dim() != 2 and not first):
             return None
         run: list[Any] = layers[first::2]
         return [layer.weight for layer in run], [layer.bias for layer in run], slope

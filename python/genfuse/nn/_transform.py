@@ -96,7 +96,8 @@ class Composite(Transform):
         """`forward` with all activations kept for the backward pass."""
         logdets, layers, i = [], list(self.transforms), 0
         while i < len(layers):
-            both = layers[i + 1].joined(layers[i], x) if i + 1 < len(layers) else None  # type: ignore[operator]
+            joined = getattr(layers[i + 1], "joined", None) if i + 1 < len(layers) else None
+            both = joined(layers[i], x) if joined else None
             x, logdet = both or layers[i](x, context)
             logdets.append(logdet)
             i += 2 if both else 1

@@ -462,7 +462,7 @@ def scores_and_penalty(
 
     All that a step of WGAN-GP's critic needs (arXiv 1704.00028, algorithm 1). A linear layer's output at
     :math:`\epsilon x + (1 - \epsilon) \tilde x` is that mixture of its outputs at both ends, and costs no product:
-    a critic that shows its layers by ``linear_chain()``, weights, biases and slope, as MLPs of `genfuse.nn` do, is one
+    a critic that shows its layers by ``linear_chain(x)``, weights, biases and slope, as MLPs of `genfuse.nn` do, is one
     node of autograd's graph on a CPU with kernels. Every other critic is called with real and fake examples side by
     side, and once for the penalty. One seed gives the points that `gradient_penalty` takes.
 
@@ -477,7 +477,7 @@ def scores_and_penalty(
     """
     real, fake = real.detach(), fake.detach()
     _op.check_alike(real, "real", fake=(fake, tuple(real.shape)))
-    layers = critic.linear_chain() if context is None and hasattr(critic, "linear_chain") else None
+    layers = critic.linear_chain(real) if context is None and hasattr(critic, "linear_chain") else None
     if layers is not None and not torch.compiler.is_compiling():
 
         def draw() -> Tensor:

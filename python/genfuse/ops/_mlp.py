@@ -303,7 +303,7 @@ class _Critic(torch.autograd.Function):
     @staticmethod
     def problem(slope: float, x: Tensor, epsilon: Tensor, parameters: Sequence[Tensor]) -> tuple:
         dtype, x, stride, _, *rest = _problem(*_nested((len(parameters) // 2, slope, False), x, None, None, parameters))
-        return dtype, x, stride, len(epsilon), *rest, epsilon
+        return dtype, x, stride, len(epsilon), *rest, epsilon.contiguous()
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, ggx: Tensor) -> tuple:
@@ -314,8 +314,8 @@ class _Critic(torch.autograd.Function):
             again = lambda *every: critic_formula(x, epsilon, every[:n], every[n:], ctx.slope)  # noqa: E731
             return None, None, None, *_op.needed_gradients(again, (gy, ggx), parameters, needed)
         found = [_op.like(t) if wanted else None for t, wanted in zip(parameters, needed, strict=True)]
-        problem = _Critic.problem(ctx.slope, x, epsilon, parameters)
-        _op._C.mlp_critic_backward(*problem, gy.contiguous(), ggx.contiguous(), hidden, kept, found, -1, 0)
+        given = (t.contiguous() for t in (gy, ggx, hidden, kept))
+        _op._C.mlp_critic_backward(*_Critic.problem(ctx.slope, x, epsilon, parameters), *given, found, -1, 0)
         return None, None, None, *found
 
 
@@ -341,12 +341,16 @@ def critic(
 ) -> tuple[Tensor, Tensor] | None:
     """`critic_formula` by kernels, differentiable in weights and biases, of what ``epsilon`` draws; None, and nothing
     is drawn, where there are no kernels for it."""
-    tensors = (x, *weights, *biases)
-    if len(weights) < 2 or not len(x) or not _by_kernel(x, weights) or not _op.plain(tensors, or_profiled=True):
+    one_score = len(weights) > 1 and len(weights[-1]) == 1 and len(x) > 0
+    if not one_score or not _by_kernel(x, weights) or not _op.plain((x, *weights, *biases), or_profiled=True):
         return None
     _check(x, None, None, weights, biases, (), slope, False)
+    shares = epsilon()
     with record_function("genfuse::mlp_critic") if _op.profiled() else nullcontext():
-        return _judge(slope, x, epsilon(), *weights, *biases)
+        try:
+            return _judge(slope, x, shares, *weights, *biases)
+        except BufferError:  # as in `mlp`
+            return critic_formula(x, shares, weights, biases, slope)
 
 
 _judge = super(torch.autograd.Function, _Critic).apply
