@@ -80,3 +80,11 @@ def test_a_forced_implementation_is_what_it_reports():
     assert chosen
     assert all("reference: " in line for line in chosen)
     assert Path(sys.executable).name in done.stdout
+
+
+def test_without_the_compiled_module_nothing_is_available_natively():
+    program = "import sys; sys.modules['genfuse._C'] = None; from genfuse import ops; print(ops.available('cpu'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout
+    assert "native" not in done.stdout

@@ -665,15 +665,15 @@ def using(implementation: str) -> Iterator[None]:
 def available(device: str) -> list[str]:
     """The implementations that every operator which is written in them at all has on a type of device. Those whose
     compiled kernel is for the CPU alone run their formula elsewhere, and do not count there."""
-    return [
-        i
-        for i in ("native", "triton", "reference")
-        if all(
+    found = {
+        i: [
             k.find(i, device)[0]
             for k in KERNELS.values()
             if getattr(k, i) is not None and not (device == "cuda" and k.cpu_only)
-        )
-    ]
+        ]
+        for i in ("native", "triton", "reference")
+    }
+    return [i for i, functions in found.items() if functions and all(functions)]
 
 
 def decompositions() -> dict[Any, Callable]:
