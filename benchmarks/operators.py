@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genfuse import ops
-from genfuse.ops import _affine_coupling, _bernoulli_nll, _op, _philox, _rational_quadratic_spline
+from genfuse.ops import _affine_coupling, _bernoulli_nll, _mixed_log_prob, _op, _philox, _rational_quadratic_spline
 from genfuse.ops import _standard_normal_log_prob as _normal
 
 Size = tuple[int, ...]
@@ -67,7 +67,9 @@ class Operator:
 
 
 def _double(value: Any) -> Any:
-    return value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
 
 
 def _results(function: Callable, arguments: dict[str, Any]) -> list[Tensor]:
@@ -216,6 +218,26 @@ def _noised(size: Size) -> dict[str, Any]:
     return {"x0": x0, "alpha": angle.cos(), "sigma": angle.sin()}
 
 
+def _table(size: Size) -> dict[str, Any]:
+    """The columns of a table: of three in five a number with five components, of the others five choices each."""
+    n, numbers = size[0], -(-3 * size[1] // 5)
+    blocks, make = size[1] - numbers, torch.Generator().manual_seed(1)
+    raw, middle = _normals((*size[:1], 15 * numbers + 5 * blocks), (n, numbers))
+    half = torch.rand(n, numbers, generator=make) + 0.25
+    choices = torch.randint(5, (n, blocks), generator=make)
+    return {
+        "raw": raw,
+        "low": middle - half,
+        "high": middle + half,
+        "chosen": choices + 5 * torch.arange(blocks),
+        "block": torch.arange(blocks).repeat_interleave(5),
+    }
+
+
+def _mixed(raw: Tensor, *rest: Tensor, **more: Tensor) -> Tensor:
+    return _mixed_log_prob.formula(raw[None], *rest, **more)[0]
+
+
 def _named(*names: str) -> Callable[[Size], dict[str, Any]]:
     """Normal draws of one size."""
     return lambda size: dict(zip(names, _normals(*[size] * len(names)), strict=True))
@@ -336,6 +358,17 @@ OPERATORS = {
             moved=_moved(lambda n, m: 3 * m, lambda n, m: 4 * m),  # real, fake, x; g twice, both gradients
             replay=_epsilon,
             learned=("real", "fake"),
+        ),
+        Operator(
+            name="mixed_log_prob",
+            function=ops.mixed_log_prob,
+            eager=_mixed,
+            kernels=("mixed_log_prob", "mixed_log_prob_backward"),
+            sizes=((1, 5), (256, 16), (4096, 16), (16384, 50)),
+            example=_table,
+            # 11 numbers a column of raw, on average, its edges or choice, and the result; the same and the gradient
+            moved=_moved(lambda n, m: 13 * m + n, lambda n, m: 24 * m + n),
+            learned=("raw",),
         ),
         *(
             Operator(

@@ -17,6 +17,7 @@ from genfuse.errors import SettingsError
 from genfuse.metrics import undisturbed
 from genfuse.models import Decodes, Encodes, create
 from genfuse.training import Trainer
+from genfuse.training.trainer import FEW
 
 
 class _Estimator(BaseEstimator):
@@ -27,8 +28,11 @@ class _Estimator(BaseEstimator):
         model: of `genfuse list models`.
         settings: of the model, by name.
         steps, batch_size, lr: of the `Trainer`.
+        validation_fraction: of the rows of X, in [0, 1): by chance they are not trained on, and the weights with the least
+            loss of them are kept, since a few rows are soon learned by heart. 0: all rows are trained on, and the last
+            weights are kept; so it is with fewer than 50 rows, and models of two players, such as GANs.
         device: where it is trained.
-        random_state: seed of the first weights, the order of the examples, and noise.
+        random_state: seed of the first weights, the rows held out, the order of the examples, and noise.
 
     Attributes: ``model_``, the trained model in float64; ``scaling_``, of its columns, and their ``schema_``, if they
     are not all real numbers. Errors are ValueErrors.
@@ -45,14 +49,18 @@ class _Estimator(BaseEstimator):
         steps: int = 1000,
         batch_size: int = 128,
         lr: float | None = None,
+        validation_fraction: float = 0.1,
         device: str = "cpu",
         random_state: Any = None,
     ) -> None:
+        self.validation_fraction = validation_fraction
         self.model, self.settings, self.steps, self.batch_size = model, settings, steps, batch_size
         self.lr, self.device, self.random_state = lr, device, random_state
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
-        """Train the model on all rows of X. ``y`` is not used."""
+        """Train the model on the rows of X. ``y`` is not used."""
+        if not 0 <= self.validation_fraction < 1:
+            raise SettingsError(f"validation_fraction must be in [0, 1); got {self.validation_fraction}")
         rows = self._checked(X, reset=True)
         self._seed = int(check_random_state(self.random_state).randint(2**31))
         data = load_data(rows, hold_out=False, seed=self._seed)
@@ -62,6 +70,8 @@ class _Estimator(BaseEstimator):
         options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr}
         if data.schema is None:
             options["smooth"] = getattr(self, "smooth", 0.0)
+        if self.validation_fraction and data.examples >= FEW and len(list(model.players())) == 1:
+            data = data.with_validation(self.validation_fraction)  # by which the trainer keeps the best weights
         Trainer(**options, device=self.device, seed=self._seed, pictures=False).fit(model, data)
         self.model_, self.scaling_, self.schema_ = model.double(), data.scaling, data.schema
         self._columns = (
@@ -157,15 +167,16 @@ class AnomalyDetector(OutlierMixin, _Estimator):
         steps: int = 1000,
         batch_size: int = 128,
         lr: float | None = None,
+        validation_fraction: float = 0.1,
         device: str = "cpu",
         random_state: Any = None,
     ) -> None:
-        super().__init__(model, settings=settings, steps=steps, batch_size=batch_size, lr=lr, device=device,
-                         random_state=random_state)  # fmt: skip
+        super().__init__(model, settings=settings, steps=steps, batch_size=batch_size, lr=lr,
+                         validation_fraction=validation_fraction, device=device, random_state=random_state)  # fmt: skip
         self.contamination, self.method, self.smooth = contamination, method, smooth
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
-        """Train the model on all rows of X. ``y`` is not used."""
+        """Train the model on the rows of X. ``y`` is not used."""
         if not 0 < self.contamination <= 0.5:
             raise SettingsError(f"contamination must be in (0, 0.5]; got {self.contamination}")
         super().fit(X)
@@ -189,7 +200,7 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator)
     """Codes of rows, and rows of codes, of any model that encodes: VAEs and flows."""
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
-        """Train the model on all rows of X. ``y`` is not used. Raises SettingsError for a model without ``encode``."""
+        """Train the model on the rows of X. ``y`` is not used. Raises SettingsError for a model without ``encode``."""
         super().fit(X)
         where = self.model_.device
         if not isinstance(self.model_, Encodes):

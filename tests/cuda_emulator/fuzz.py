@@ -269,9 +269,32 @@ def lu_product() -> Iterator[Case]:
         yield Case(_lu_product, tensors, {"order": torch.randperm(size), "signs": torch.randn(size).sign()})
 
 
+def _mixed_log_prob(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tensor) -> Tensor:
+    return ops.mixed_log_prob(raw, low.to(wide(raw.dtype)), high.to(wide(raw.dtype)), chosen, block)
+
+
+def mixed_log_prob() -> Iterator[Case]:
+    columns = [(0, 1, 0), (1, 1, 2), (3, 5, 0), (7, 2, 40), (40, 3, 3), (2, 300, 1)]
+    for (n, samples), (numbers, k, blocks), dtype, strided in product(
+        [(0, 1), (1, 1), (5, 1), (3, 4), (300, 1)], columns, DTYPES, BOOLS
+    ):
+        sizes = torch.randint(1, 9, (blocks,))
+        low = 2 * torch.randn(n, numbers)
+        low[torch.rand(n, numbers) < 0.1] = float("nan")
+        settings = {
+            "low": low,
+            "high": low + torch.exp(2 * torch.randn(n, numbers)),
+            "chosen": sizes.cumsum(0) - 1 - (torch.rand(n, blocks) * sizes).long(),
+            "block": torch.arange(blocks).repeat_interleave(sizes),
+        }
+        raw = randn(samples, n, 3 * k * numbers + int(sizes.sum()), dtype=dtype, strided=strided, scale=3.0)
+        yield Case(_mixed_log_prob, {"raw": raw}, settings)
+
+
 OPERATORS = [
     actnorm, affine_coupling, bernoulli, bernoulli_nll, mlp, diffuse, gradient_norm_penalty, group_norm, interpolate,
-    lu_product, rational_quadratic_spline, reparameterize_kl, standard_normal_log_prob, autoregressive_inverse,
+    lu_product, mixed_log_prob, rational_quadratic_spline, reparameterize_kl, standard_normal_log_prob,
+    autoregressive_inverse,
 ]  # fmt: skip
 
 

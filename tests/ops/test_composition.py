@@ -90,6 +90,17 @@ def _lu(function):
     return product
 
 
+def _mixed(function):
+    """Of what a network makes of two numbers of two components, one of which may be missing, and of two blocks."""
+
+    def log_prob(raw, low, gap):
+        missing = torch.tensor([[0.0, 0.0], [0.0, float("nan")], [0.0, 0.0]]).to(low)
+        chosen, block = torch.tensor([[0, 2], [1, 4], [1, 3]]), torch.tensor([0, 0, 1, 1, 1])
+        return function(raw, low + missing, low + missing + gap.square() + 0.2, chosen, block)
+
+    return log_prob
+
+
 def _first_layer(weight):
     x = torch.arange(20.0).sin().to(weight).view(4, 5)
     return x, lambda x: F.linear(x, weight, 0.1 * torch.ones_like(weight[:, 0]))
@@ -222,6 +233,9 @@ CASES = {
         _lu(_lu_product.affine_formula),
         (_normal(3, 3), *(_normal(3, scale=scale) for scale in (0.5, 0.3, 1.0, 2.0))),
     ),
+    "mixed_log_prob": (
+        _mixed(ops.mixed_log_prob), _mixed(_eager("mixed_log_prob")), (_normal(3, 17), _normal(3, 2), _normal(2)),
+    ),
     "gradient_penalty": (_penalty, _penalty_by_hand, (_normal(6, 5), _normal(1, 6))),
     "a third party's": (
         lambda x, scale, a, b: _listed(x, scale, [a, b], 2),
@@ -338,7 +352,7 @@ ONE_EACH = [
     "actnorm", "affine_coupling tanh", "diffuse v", "gradient_norm_penalty none", "interpolate",
     "rational_quadratic_spline", "rational_quadratic_spline inverse", "reparameterize_kl", "standard_normal_log_prob",
     "bernoulli_nll", "mlp residual", "affine_layer", "spline_layer", "group_norm", "lu_product",
-    "lu_affine", "a third party's",
+    "lu_affine", "mixed_log_prob", "a third party's",
 ]  # fmt: skip
 
 
@@ -470,7 +484,12 @@ def test_an_argument_that_is_overwritten_before_its_derivative_is_refused_or_doe
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case not in ("affine_coupling sigmoid", "mlp", "lu_product", "lu_affine")]
+    "case",
+    [
+        case
+        for case in CASES
+        if case not in ("affine_coupling sigmoid", "mlp", "lu_product", "lu_affine", "mixed_log_prob")
+    ],
 )
 def test_on_meta_an_operator_tells_shapes_and_dtypes(case):
     function, eager, tensors = CASES[case]

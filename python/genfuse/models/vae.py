@@ -687,7 +687,7 @@ class VAE(GenerativeModel):
     def _log_likelihood(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | z), (..., N), for latents (..., N, D)."""
         raw = self._raw(z, context)
-        if isinstance(self.likelihood, Likelihood):  # which takes axes before N, so that x need not be copied
+        if isinstance(self.likelihood, (Likelihood, Columns)):  # which take axes before N, so that x need not be copied
             return self.likelihood.log_prob(raw.unflatten(0, z.shape[:-1]), x)
         rows = x.expand(*z.shape[:-2], *x.shape).reshape(-1, *x.shape[1:])  # (M, *shape)
         log_prob = self.likelihood.log_prob(raw, rows)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfuse import ops
 from genfuse.errors import SettingsError
-from genfuse.nn.likelihoods import at_least_float32, log_logistic
+from genfuse.nn.likelihoods import at_least_float32
 
 WIDTH = 1e-3  # of the interval, in scores, over which the density of a number is averaged, so that it is bounded
 BOUND = 4.0  # of the scores that `activate` makes: one row in 16,000 of a Gaussian is beyond
@@ -40,16 +41,21 @@ class Columns(nn.Module):
     """
 
     numeric: Tensor  # the columns of numbers and integers
-    knots: Tensor
-    heights: Tensor  # the scores at the knots
+    knots: Tensor  # between the pieces of the function that makes scores
+    heights: Tensor  # the scores there
+    to_scores: Tensor  # the line of each piece, as `_lines` has it
+    to_values: Tensor
     centre: Tensor  # by which columns were standardized
     spread: Tensor
     low: Tensor
     high: Tensor
     step: Tensor  # from one integer to the next, standardized; 0 for numbers
     block_of: Tensor  # the column of each block
-    category: Tensor  # whether a block is of categories, or of a number's being there
+    code_scale: Tensor  # makes a block's choice of its column: 0 where that is of numbers
+    code_shift: Tensor
+    most: Tensor  # the last choice that is not "missing"; 0 where the column is of numbers
     missing: Tensor  # the choice that is "missing"; one beyond the last if no cell is
+    gone: Tensor  # the choice of a cell that is missing, also where none is
     last: Tensor  # the last choice of each block
     start: Tensor  # the first one's place among all
     block: Tensor  # of each choice
@@ -78,17 +84,16 @@ class Columns(nn.Module):
         most = max((len(columns[i]["knots"]) for i in numeric), default=2)
         curves = [_curve(columns[i]["knots"], columns[i]["scores"], most) for i in numeric]
         keep("numeric", numeric, torch.long)
-        for i, name in enumerate(("knots", "heights")):
-            keep(name, [curve[i] for curve in curves], torch.float64)
-            self.register_buffer(name, getattr(self, name).view(self.scores, most), persistent=False)
+        x, y = (torch.tensor([c[i] for c in curves], dtype=torch.float64).view(self.scores, most) for i in (0, 1))
+        buffers = {"knots": x[:, 1:-1].contiguous(), "heights": y[:, 1:-1].contiguous(),
+                   "to_scores": _lines(x, y), "to_values": _lines(y, x)}  # fmt: skip
         keep("centre", [column["mean"] for column in columns], torch.float64)
         keep("spread", [column["std"] for column in columns], torch.float64)
         keep("low", [columns[i]["low"] for i in numeric])
         keep("high", [columns[i]["high"] for i in numeric])
         keep("step", [1 / columns[i]["std"] if columns[i]["kind"] == "integer" else 0.0 for i in numeric])
-        category = [columns[i]["kind"] == "category" for i, _ in blocks]
+        category = torch.tensor([columns[i]["kind"] == "category" for i, _ in blocks], dtype=torch.bool)
         keep("block_of", [i for i, _ in blocks], torch.long)
-        keep("category", category, torch.bool)
         codes = [size - 1 if columns[i]["missing"] else size for (i, _), size in zip(blocks, sizes, strict=True)]
         keep("missing", codes, torch.long)
         keep("last", [size - 1 for size in sizes], torch.long)
@@ -97,7 +102,13 @@ class Columns(nn.Module):
         keep("place", [k for size in sizes for k in range(size)], torch.long)
         keep("share", [share / total for _, of in blocks for total in [sum(of)] for share in of])
         keep("end", [end / total for _, of in blocks for total in [sum(of)] for end in accumulate(of)])
-        self.register_buffer("halfway", _probit(self.end - self.share / 2), persistent=False)
+        buffers["halfway"] = _probit(self.end - self.share / 2)
+        for name, of in (("code_scale", self.spread), ("code_shift", self.centre)):
+            buffers[name] = torch.where(category, of[self.block_of], 0.0)
+        buffers["most"] = torch.where(category, self.missing - 1, 0)
+        buffers["gone"] = self.missing.minimum(self.last)
+        for name, values in buffers.items():
+            self.register_buffer(name, values, persistent=False)
         owners = {column: b for b, (column, _) in enumerate(blocks)}
         keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)
         keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)
@@ -150,19 +161,11 @@ class Columns(nn.Module):
     def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
         """log p(x), (..., N) nats, of raw (..., N, outputs): a density of the numbers that are there and a probability
         of all else. That of a number is of its standardized value."""
-        raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
-        logits, mu, log_scale = self._mixture(raw[..., :c])
-        number, (low, high) = self.step == 0, self._edges(x)
-        precision = torch.exp(-log_scale)
-        upper, lower = ((edge[..., None] - mu) * precision for edge in (high, low))
-        gap = (high - low)[..., None] * precision
-        of_numbers = (log_logistic(upper, lower, gap) + logits.log_softmax(-1)).logsumexp(-1)
-        slope = self._score(self._numbers(x))[1]
-        of_numbers = of_numbers + torch.where(number, slope.log() - math.log(WIDTH), 0.0).to(raw.dtype)
-        of_numbers = of_numbers.masked_fill(x[..., self.numeric].isnan(), 0.0)
-        of_choices = self._log_softmax(raw[..., c:])
-        places = (self.start + self._codes(x)).expand(*of_choices.shape[:-1], self.blocks)
-        return of_numbers.sum(-1) + of_choices.gather(-1, places).sum(-1)
+        x = at_least_float32(x)
+        low, high, slope = self._edges(x)
+        density = torch.where(low.isnan() | (self.step > 0), 0.0, slope.log() - math.log(WIDTH)).sum(-1)
+        chosen = self.start + self._codes(x)
+        return ops.mixed_log_prob(raw, low.to(raw.dtype), high.to(raw.dtype), chosen, self.block) + density
 
     def mean(self, raw: Tensor) -> Tensor:
         """The middle of p(x), (N, D): of numbers that of their scores, of categories the likeliest."""
@@ -284,10 +287,8 @@ class Columns(nn.Module):
 
     def _codes(self, x: Tensor) -> Tensor:
         """The choice (N, B) of each block."""
-        cells = x[..., self.block_of]
-        codes = (cells.nan_to_num(0.0) * self.spread[self.block_of] + self.centre[self.block_of]).round().long()
-        codes = torch.where(self.category, codes.clamp(min=0), 0).minimum((self.missing - 1).clamp(min=0))
-        return torch.where(cells.isnan(), self.missing.minimum(self.last), codes)
+        codes = x[..., self.block_of] * self.code_scale + self.code_shift
+        return torch.where(codes.isnan(), self.gone, codes.round().clamp(min=0).minimum(self.most)).long()
 
     def _cells(self, scores: Tensor, codes: Tensor) -> Tensor:
         """x (N, D) of scores (N, P) and choices (N, B)."""
@@ -306,29 +307,25 @@ class Columns(nn.Module):
 
     def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (N, P) of numbers, and the slope."""
-        return _piecewise(x, self.knots, self.heights)
+        return _piecewise(x, self.knots, self.to_scores)
 
     def _value(self, scores: Tensor) -> Tensor:
-        return _piecewise(scores, self.heights, self.knots)[0]
+        return _piecewise(scores, self.heights, self.to_values)[0]
 
-    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores (N, P) between which a number or integer is."""
-        x, half = self._numbers(x), self.step / 2
-        middle, spread = self._score(x)[0], torch.where(self.step == 0, WIDTH / 2, 0.0)
-        low, high = self._score(x - half)[0], self._score(x + half)[0]
-        number = self.step == 0
-        return torch.where(number, middle - spread, low), torch.where(number, middle + spread, high)
+    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scores (N, P) between which a number or integer is, NaN where it is missing, and the slope there."""
+        cells, half = x[..., self.numeric], self.step / 2
+        (low, high), (slope, _) = self._score(torch.stack([cells - half, cells + half]))
+        spread = torch.where(self.step == 0, WIDTH / 2, 0.0)
+        return low - spread, high + spread, slope
 
     def _mixture(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, locations and log-scales (..., P, K)."""
-        logits, mu, log_scale = raw.unflatten(-1, (self.scores, 3 * self.mixtures)).chunk(3, -1)
-        return logits, mu, 7 * torch.tanh((log_scale - 1) / 7)  # from a spread of about 1 on
+        return ops.logistic_mixture(raw, self.scores)
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         """Log-probabilities (..., S) of the choices of each block."""
-        shifted = logits - self._top(logits.detach())[..., self.block]
-        total = shifted.new_zeros(*shifted.shape[:-1], self.blocks).index_add(-1, self.block, shifted.exp())
-        return shifted - total.log()[..., self.block]
+        return ops.block_log_softmax(logits, self.block, self.blocks)
 
     def _largest(self, values: Tensor) -> Tensor:
         """The choice (..., B) of the largest of values (..., S) in each block."""
@@ -349,14 +346,18 @@ def _curve(knots: Sequence[float], scores: Sequence[float], most: int) -> tuple[
     return [*knots, *(knots[-1] + i * dx for i in more)], [*scores, *(scores[-1] + i * ds for i in more)]
 
 
-def _piecewise(x: Tensor, knots: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
-    """Piecewise linear functions (P,) of x (..., P), linear on beyond the outer knots (P, Q), and their slopes."""
+def _lines(x: Tensor, y: Tensor) -> Tensor:
+    """Where the lines through neighbouring points (P, Q) meet x = 0, and their slopes, (2, P, Q - 1)."""
+    slope = y.diff() / x.diff()
+    return torch.stack([y[:, :-1] - x[:, :-1] * slope, slope])
+
+
+def _piecewise(x: Tensor, inner: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Piecewise linear functions (P,) of x (..., P), of Q lines between inner knots (P, Q - 1), and their slopes."""
     flat = x.detach().flatten(0, -2).double().T.contiguous()
-    place = torch.searchsorted(knots, flat).clamp(1, knots.shape[1] - 1)  # (P, M)
-    left, right = ((knots.gather(1, at), heights.gather(1, at)) for at in (place - 1, place))
-    slope = ((right[1] - left[1]) / (right[0] - left[0])).T.reshape(x.shape)
-    x0, y0 = (each.T.reshape(x.shape) for each in left)
-    return (y0 + (x.double() - x0) * slope).to(x.dtype), slope.to(x.dtype)
+    place = torch.searchsorted(inner, flat)  # (P, M)
+    start, slope = lines.gather(2, place.expand(2, -1, -1))
+    return torch.addcmul(start, flat, slope).T.reshape(x.shape).to(x.dtype), slope.T.reshape(x.shape).to(x.dtype)
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

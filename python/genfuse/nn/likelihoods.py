@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse import ops
+from genfuse.ops import log_logistic as log_logistic
 
 _FAR = 1e6  # from all locations, by any scale: where the outermost bins end
 
@@ -39,11 +40,6 @@ def at_least_float32(t: Tensor) -> Tensor:
 def _bounded(t: Tensor, limit: float) -> Tensor:
     """Identity near 0, smoothly held within +-limit."""
     return limit * torch.tanh(t / limit)
-
-
-def log_logistic(upper: Tensor, lower: Tensor, gap: Tensor) -> Tensor:
-    """log(sigmoid(upper) - sigmoid(lower)), gap = upper - lower, as sigmoid(upper) sigmoid(-lower) (1 - exp(-gap))."""
-    return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
 
 
 def _uniform_like(t: Tensor, generator: torch.Generator | None) -> Tensor:

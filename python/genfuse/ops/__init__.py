@@ -21,6 +21,10 @@ from genfuse.ops._layer import spline_layer as spline_layer
 from genfuse.ops._lu_product import lu_affine as lu_affine
 from genfuse.ops._lu_product import lu_factors as lu_factors
 from genfuse.ops._lu_product import lu_product as lu_product
+from genfuse.ops._mixed_log_prob import block_log_softmax as block_log_softmax
+from genfuse.ops._mixed_log_prob import log_logistic as log_logistic
+from genfuse.ops._mixed_log_prob import logistic_mixture as logistic_mixture
+from genfuse.ops._mixed_log_prob import mixed_log_prob as mixed_log_prob
 from genfuse.ops._mlp import mlp as mlp
 from genfuse.ops._op import available as available
 from genfuse.ops._op import build_info as build_info

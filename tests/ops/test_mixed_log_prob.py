@@ -1,0 +1,117 @@
+"""`ops.mixed_log_prob` beside distributions of scipy and PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from genfuse import ops
+
+by_kernels = pytest.mark.parametrize("implementation", ["native"], indirect=True)
+
+BLOCK = torch.tensor([0, 0, 1, 1, 1, 1])
+
+
+def arguments(examples=7, numbers=2, dtype=torch.float64, samples=()):
+    make = torch.Generator().manual_seed(0)
+    raw = torch.randn(*samples, examples, 9 * numbers + 6, generator=make, dtype=torch.float64)
+    low = torch.randn(examples, numbers, generator=make, dtype=torch.float64)
+    high = low + torch.rand(examples, numbers, generator=make, dtype=torch.float64)
+    chosen = torch.tensor([[i % 2, 2 + i % 4] for i in range(examples)]).view(examples, 2)
+    return raw.to(dtype), low.to(dtype), high.to(dtype), chosen, BLOCK
+
+
+@by_kernels
+def test_it_is_the_sum_of_a_logistic_mixtures_mass_and_of_a_softmax(implementation):
+    raw, low, high, chosen, block = arguments()
+    expected = torch.distributions.Categorical(logits=raw[:, 18:20]).log_prob(chosen[:, 0])
+    expected += torch.distributions.Categorical(logits=raw[:, 20:]).log_prob(chosen[:, 1] - 2)
+    for p in range(2):
+        logits, mu, scale = raw[:, 9 * p : 9 * p + 9].numpy().reshape(7, 3, 3).transpose(1, 0, 2)
+        of = stats.logistic(mu, np.exp(7 * np.tanh((scale - 1) / 7)))
+        mass = of.cdf(high[:, [p]].numpy()) - of.cdf(low[:, [p]].numpy())
+        expected += torch.from_numpy(np.log((np.exp(logits) * mass).sum(1) / np.exp(logits).sum(1)))
+    torch.testing.assert_close(ops.mixed_log_prob(raw, low, high, chosen, block), expected)
+
+
+@by_kernels
+def test_a_number_that_is_missing_has_no_part_in_the_result_or_the_gradient(implementation):
+    raw, low, high, chosen, block = arguments()
+    low[2, 1], high[2, 1] = float("nan"), float("nan")
+    found = ops.mixed_log_prob(raw.requires_grad_(), low, high, chosen, block)
+    (gradient,) = torch.autograd.grad(found.sum(), raw)
+    alone = torch.cat([raw[:, :9], raw[:, 18:]], 1)
+    torch.testing.assert_close(found[2], ops.mixed_log_prob(alone, low[:, :1], high[:, :1], chosen, block)[2])
+    assert not gradient[2, 9:18].any()
+    assert gradient[torch.arange(7) != 2].all()
+
+
+@by_kernels
+def test_samples_that_lead_the_examples_share_their_columns(implementation):
+    raw, *rest = arguments(samples=(4, 3))
+    found = ops.mixed_log_prob(raw, *rest)
+    assert found.shape == (4, 3, 7)
+    for i in range(4):
+        for j in range(3):
+            torch.testing.assert_close(found[i, j], ops.mixed_log_prob(raw[i, j], *rest))
+
+
+@by_kernels
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 0.3, 0.99, 1.01, 30.0])
+@pytest.mark.parametrize("at", [-300.0, -20.0, 0.0, 20.0, 300.0])
+def test_narrow_wide_and_far_intervals_keep_their_digits(gap, at, implementation):
+    raw = torch.tensor([[0.0, 0.0, 1.0]])  # one component of location 0 and scale 1
+    low = torch.tensor([[at]])
+    high = low + gap
+    nothing = torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+
+    def results(dtype):
+        leaf = raw.to(dtype).requires_grad_()
+        found = ops.mixed_log_prob(leaf, low.to(dtype), high.to(dtype), *nothing)
+        return found, torch.autograd.grad(found, leaf)[0]
+
+    if float(high - low) > 0:  # which float32 knows no other numbers between
+        for a, b in zip(results(torch.float32), results(torch.float64), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
+
+
+@by_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_nothing(threads, implementation):
+    raw, *rest = arguments(3000, 5, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (threads, before):
+            torch.set_num_threads(count)
+            leaf = raw.clone().requires_grad_()
+            log_prob = ops.mixed_log_prob(leaf, *rest)
+            found.append((log_prob, *torch.autograd.grad(log_prob.sum(), leaf)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@by_kernels
+def test_a_choice_that_is_not_there_reads_nothing_beyond_the_others(implementation):
+    raw, low, high, chosen, block = arguments()
+    chosen[3, 0], chosen[4, 1] = -1, 6
+    found = ops.mixed_log_prob(raw, low, high, chosen, block)
+    assert found.isnan().tolist() == [False, False, False, True, True, False, False]
+
+
+def test_arguments_that_do_not_fit_are_named():
+    raw, low, high, chosen, block = arguments()
+    for given, message in {
+        (raw[0], low, high, chosen, block): r"must be \(..., N, 3 K P \+ S\)",
+        (raw[:, :-1], low, high, chosen, block): "3 K 2",
+        (raw[:-1], low, high, chosen, block): "raw must be",
+        (raw, low, high[:-1], chosen, block): "high must have shape",
+        (raw, low, high.float(), chosen, block): "high must have raw's dtype",
+        (raw, low, high, chosen[:-1], block): "chosen must be int64",
+        (raw, low, high, chosen.int(), block): "chosen must be int64",
+        (raw, low, high, chosen, block.int()): "block must be int64",
+        (raw[:, 18:], low, high, chosen, block): "raw must be",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ops.mixed_log_prob(*given)
