@@ -49,6 +49,21 @@ def test_densities_are_those_of_the_rows_in_their_own_units(people):
     assert drawn.corr().iloc[0, 1] == pytest.approx(people.corr().iloc[0, 1], abs=0.1)
 
 
+def test_few_rows_are_not_learned_by_heart():
+    a = np.random.default_rng(0).normal(size=(1300, 6))
+    a[:, 1] = a[:, 0] ** 2 + 0.5 * a[:, 1]
+    a[:, 3] = np.sin(2 * a[:, 2]) + 0.3 * a[:, 3]
+    a[:, 5] = a[:, 0] * a[:, 4] + 0.5 * a[:, 5]
+    few, fresh = a[:300], a[300:]
+    settings = {"settings": {"hidden": 32}, "steps": 500, "random_state": 0}
+    kept = DensityEstimator("nsf", **settings).fit(few)
+    last = DensityEstimator("nsf", validation_fraction=0, **settings).fit(few)
+    assert kept.score(fresh) > last.score(fresh) + 0.3
+    assert last.score(few) > last.score(fresh) + 2
+    with pytest.raises(SettingsError, match=r"validation_fraction must be in \[0, 1\); got 1.5"):
+        DensityEstimator("nsf", validation_fraction=1.5).fit(few)
+
+
 def test_what_breaks_the_pattern_is_found(people):
     detector = AnomalyDetector("nsf", contamination=0.02, settings={"hidden": 32}, steps=300, random_state=0).fit(
         people

@@ -28,9 +28,9 @@ class _Estimator(BaseEstimator):
         model: of `genfuse list models`.
         settings: of the model, by name.
         steps, batch_size, lr: of the `Trainer`.
-        validation_fraction: of the rows of X, in [0, 1): by chance they are not trained on, and the weights with the
-            least loss of them are kept, since a few rows are soon learned by heart. 0: all rows are trained on, and the last
-            weights are kept; so it is with fewer than 50 rows, and models of two players, such as GANs.
+        validation_fraction: of the rows of X, in [0, 1), drawn by chance. They are not trained on, and the weights with
+            the least loss of them are kept, since a few rows are soon learned by heart. 0: all rows are trained on, and
+            the last weights are kept; so it is with fewer than 50 rows, and for models of two players, such as GANs.
         device: where it is trained.
         random_state: seed of the first weights, the rows held out, the order of the examples, and noise.
 

@@ -29,9 +29,10 @@ def block_log_softmax(logits: Tensor, block: Tensor, blocks: int) -> Tensor:
     """Log-probabilities (..., S) of choices, normalised over each block: ``block`` (S,) is the block of each choice."""
     top = logits.new_full((*logits.shape[:-1], blocks), -math.inf)
     top = top.scatter_reduce(-1, block.expand_as(logits), logits.detach(), "amax")
-    shifted = logits - top[..., block]
+    each = block.expand_as(logits)
+    shifted = logits - top.gather(-1, each)
     total = shifted.new_zeros(*shifted.shape[:-1], blocks).index_add(-1, block, shifted.exp())
-    return shifted - total.log()[..., block]
+    return shifted - total.log().gather(-1, each)
 
 
 def formula(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tensor) -> Tensor:
