@@ -57,35 +57,6 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   }
 }
 
-// Of some examples, whose sums are added up before they join those in float64.
-template <int examples, bool inverse, class S, class T>
-GENFUSE_HD void add_examples(const Problem& p, const Backward& out, int64_t i, int64_t j0, int64_t n,
-                             const Parameters<inverse, T>& of, double* scale_sums, double* shift_sums) {
-  const int64_t cols = p.channels * p.cells;
-  T buffers[2 * examples][kBlock], glogdet[examples];
-  const T *x[examples], *gy[examples];
-  S* gx[examples];
-  for (int e = 0; e < examples; ++e) {
-    x[e] = read(element<S>(p.x, (i + e) * p.x_stride + j0), n, buffers[2 * e]);
-    gy[e] = read(element<S>(out.gy, (i + e) * cols + j0), n, buffers[2 * e + 1]);
-    gx[e] = element<S>(out.gx, (i + e) * cols + j0);
-    glogdet[e] = *element<T>(out.glogdet, i + e);
-  }
-  GENFUSE_INDEPENDENT
-  for (int64_t j = 0; j < n; ++j) {
-    T of_scale = 0, of_shift = 0;
-    GENFUSE_UNROLL(4)
-    for (int e = 0; e < examples; ++e) {
-      const Grad<T> g = grad(gy[e][j], glogdet[e], factor(x[e][j], of.shifts[j], inverse), of.scales[j], T(1), inverse);
-      store(gx[e][j], g.x);
-      of_scale += g.raw;
-      of_shift += g.shift;
-    }
-    scale_sums[j] += of_scale;
-    shift_sums[j] += of_shift;
-  }
-}
-
 // The examples of one chunk.
 template <bool inverse, class S>
 GENFUSE_HD void chunk_of(const Problem& p, const Backward& out, int64_t chunk) {
@@ -94,6 +65,7 @@ GENFUSE_HD void chunk_of(const Problem& p, const Backward& out, int64_t chunk) {
                 end = p.rows * (chunk + 1) / out.chunks;
   double *partial_scale = out.partial + 2 * chunk * p.channels, *partial_shift = partial_scale + p.channels;
   std::fill_n(partial_scale, 2 * p.channels, 0.);
+  T x_buffer[kBlock], gy_buffer[kBlock];
   double scale_sums[kBlock], shift_sums[kBlock];
   Parameters<inverse, T> of;
   for (int64_t j0 = 0; j0 < cols; j0 += kBlock) {
@@ -101,9 +73,19 @@ GENFUSE_HD void chunk_of(const Problem& p, const Backward& out, int64_t chunk) {
     of.fill(p, j0, n);
     std::fill_n(scale_sums, n, 0.);
     std::fill_n(shift_sums, n, 0.);
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) add_examples<4, inverse, S>(p, out, i, j0, n, of, scale_sums, shift_sums);
-    for (; i < end; ++i) add_examples<1, inverse, S>(p, out, i, j0, n, of, scale_sums, shift_sums);
+    for (int64_t i = begin; i < end; ++i) {
+      const T* x = read(element<S>(p.x, i * p.x_stride + j0), n, x_buffer);
+      const T* gy = read(element<S>(out.gy, i * cols + j0), n, gy_buffer);
+      const T glogdet = *element<T>(out.glogdet, i);
+      S* gx = element<S>(out.gx, i * cols + j0);
+      GENFUSE_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const Grad<T> g = grad(gy[j], glogdet, factor(x[j], of.shifts[j], inverse), of.scales[j], T(1), inverse);
+        store(gx[j], g.x);
+        scale_sums[j] += g.raw;
+        shift_sums[j] += g.shift;
+      }
+    }
     for_channels(p, j0, n, [&](int64_t c, int64_t first, int64_t last) {
       double of_scale = 0, of_shift = 0;
 #pragma omp simd reduction(+ : of_scale, of_shift)
