@@ -982,5 +982,5 @@ def test_torch_export_is_told_that_it_has_no_gradients_within_a_program(strict):
         def forward(self, x):
             return gradient_penalty(self.critic, x, at="real")
 
-    with pytest.raises(Exception, match="torch.export has no gradients within a program"):
+    with pytest.raises(Exception, match="has no gradients within a program"):
         torch.export.export(Penalty(), (torch.randn(5, 3),), strict=strict)
