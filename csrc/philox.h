@@ -8,20 +8,23 @@ struct Words {
   uint32_t w[4];
 };
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-GENFUSE_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). W is how wide a loop has its
+// words: in uint64_t only the lower halves count, and no product has to be taken apart.
+template <class W = uint32_t>
+GENFUSE_HD Words philox(W c0, W c1, W c2, W c3, uint32_t k0, uint32_t k1) {
   GENFUSE_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    const uint32_t n0 = uint32_t(b >> 32) ^ c1 ^ k0, n2 = uint32_t(a >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(b), c3 = uint32_t(a), c0 = n0, c2 = n2;
+    const uint64_t a = uint64_t(0xD2511F53u) * uint32_t(c0), b = uint64_t(0xCD9E8D57u) * uint32_t(c2);
+    const W n0 = W(b >> 32) ^ c1 ^ k0, n2 = W(a >> 32) ^ c3 ^ k1;
+    c1 = W(b), c3 = W(a), c0 = n0, c2 = n2;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+  return {{uint32_t(c0), uint32_t(c1), uint32_t(c2), uint32_t(c3)}};
 }
 
+template <class W = uint32_t>
 GENFUSE_HD Words philox(uint64_t counter, uint64_t key) {
-  return philox(uint32_t(counter), uint32_t(counter >> 32), 0, 0, uint32_t(key), uint32_t(key >> 32));
+  return philox<W>(W(uint32_t(counter)), W(counter >> 32), 0, 0, uint32_t(key), uint32_t(key >> 32));
 }
 
 // (word + 0.5), rounded once: the high half is exact, and so is the low half with its 0.5.

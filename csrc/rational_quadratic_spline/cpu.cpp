@@ -2,7 +2,6 @@
 
 #include "bindings.h"
 #include "rational_quadratic_spline/lanes.h"
-#include "rows.h"
 
 namespace genfuse::rational_quadratic_spline {
 namespace {
@@ -113,14 +112,12 @@ template <class S, class T>
 void load_lanes(Lanes<T>& b, const Problem& p, const Constants<T>& c, int64_t first, int64_t count) {
   b.n = int(std::min<int64_t>(kLanes, count));
   const int64_t bins = p.bins, inner = p.width() - 2 * bins;
-  T* inner_d = inner_derivatives(b, p);
+  const S* from[kLanes];
   int64_t i = first / p.cols, j = first % p.cols;
   for (int l = 0; l < kLanes; ++l) {
     b.row[l] = i;
     b.x[l] = load(*element<S>(p.x, i * p.x_stride + j));
-    const S* from = element<S>(p.params, i * p.params_stride + j * p.width());
-    for (int64_t k = 0; k < 2 * bins; ++k) b.raw[k * kLanes + l] = load(from[k]);
-    for (int64_t k = 0; k < inner; ++k) inner_d[k * kLanes + l] = load(from[2 * bins + k]);
+    from[l] = element<S>(p.params, i * p.params_stride + j * p.width());
     if (p.table) {
       const int64_t coordinate = i * p.cols + j;
       enclose(b, l, c.of(p, coordinate));
@@ -128,6 +125,9 @@ void load_lanes(Lanes<T>& b, const Problem& p, const Constants<T>& c, int64_t fi
     }
     if (l < b.n - 1 && ++j == p.cols) j = 0, ++i;  // lanes that are not in use repeat the last
   }
+  turn(from, 2 * bins, b.raw);
+  for (const S*& row : from) row += 2 * bins;
+  turn(from, inner, inner_derivatives(b, p));
   close_ends(b, p);
 }
 
@@ -179,12 +179,10 @@ void rows(const Problem& p, const Backward& out, T* scratch, int64_t begin, int6
       gradients(b, c, gy, glogdet, g);
     }
     to_raw(b, p, c, g);
-    for (int l = 0; l < b.n; ++l) {
-      store(*element<S>(out.gx, first + l), g.gx[l]);
-      S* to = element<S>(out.gparams, (first + l) * width);
-      for (int64_t k = 0; k < 2 * bins; ++k) store(to[k], scratch[k * kLanes + l]);
-      for (int64_t k = 0; k < width - 2 * bins; ++k) store(to[2 * bins + k], d[k * kLanes + l]);
-    }
+    for (int l = 0; l < b.n; ++l) store(*element<S>(out.gx, first + l), g.gx[l]);
+    S* to = element<S>(out.gparams, first * width);
+    turn_back(scratch, 2 * bins, b.n, to, width);
+    turn_back(d, width - 2 * bins, b.n, to + 2 * bins, width);
   }
 }
 

@@ -2,12 +2,58 @@
 // Splines of many coordinates at once on the CPU.
 #include "rational_quadratic_spline/launch.h"
 #include "rational_quadratic_spline/math.h"
+#include "rows.h"
 
 namespace genfuse::rational_quadratic_spline::cpu {
 
 // Coordinates worked on at a time, across rows. Their parameters are turned so that one parameter of all lanes lies
 // together; loops over bins stand outside of those over lanes, which are vectorised.
 constexpr int kLanes = 32;
+
+// Takes n parameters of every lane, from where they lie beside each other, into n rows of kLanes; of float by four at a
+// time, the last four of which may be partly those before.
+template <class S, class T>
+GENFUSE_HD void turn(const S* const* from, int64_t n, T* to) {
+#ifdef __SSE2__
+  if constexpr (std::is_same_v<S, float>) {
+    for (int64_t k = 0; n >= 4 && k < n; k += 4) {
+      const int64_t first = std::min(k, n - 4);
+      for (int l = 0; l < kLanes; l += 4) {
+        __m128 four[4];
+        for (int i = 0; i < 4; ++i) four[i] = _mm_loadu_ps(from[l + i] + first);
+        _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (first + i) * kLanes + l, four[i]);
+      }
+    }
+    if (n >= 4) return;
+  }
+#endif
+  for (int l = 0; l < kLanes; ++l) {
+    for (int64_t k = 0; k < n; ++k) to[k * kLanes + l] = load(from[l][k]);
+  }
+}
+
+// And back, to places `step` apart, of the first lanes.
+template <class S, class T>
+GENFUSE_HD void turn_back(const T* from, int64_t n, int lanes, S* to, int64_t step) {
+  int l = 0;
+#ifdef __SSE2__
+  if constexpr (std::is_same_v<S, float>) {
+    for (; n >= 4 && l + 4 <= lanes; l += 4) {
+      for (int64_t k = 0; k < n; k += 4) {
+        const int64_t first = std::min(k, n - 4);
+        __m128 four[4];
+        for (int i = 0; i < 4; ++i) four[i] = _mm_loadu_ps(from + (first + i) * kLanes + l);
+        _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (l + i) * step + first, four[i]);
+      }
+    }
+  }
+#endif
+  for (; l < lanes; ++l) {
+    for (int64_t k = 0; k < n; ++k) store(to[l * step + k], from[k * kLanes + l]);
+  }
+}
 
 // Clips raw parameters softly, and keeps the slopes for the way back.
 template <class T>

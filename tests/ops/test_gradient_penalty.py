@@ -969,3 +969,18 @@ def test_squares_that_float16_cannot_hold_do_not_overflow():
     penalty = gradient_penalty(critic, torch.ones(2, 2).half(), at="real")
     assert penalty.dtype == torch.float32
     assert penalty.item() == pytest.approx((192 * math.sqrt(2) - 1) ** 2, rel=1e-3)  # whose square is no float16
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="PyTorch 2.6 does not tell that it exports")
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_export_is_told_that_it_has_no_gradients_within_a_program(strict):
+    class Penalty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.critic = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            return gradient_penalty(self.critic, x, at="real")
+
+    with pytest.raises(Exception, match="has no gradients within a program"):
+        torch.export.export(Penalty(), (torch.randn(5, 3),), strict=strict)

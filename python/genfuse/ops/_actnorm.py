@@ -18,7 +18,7 @@ def formula(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: bo
 
 
 def _results(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _op.like(x), x.new_empty((x.shape[0],), dtype=_op.wide(x))
+    return _op.like(x), _op.sums(x, x.shape[0])
 
 
 def _problem(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: bool) -> tuple:
@@ -92,5 +92,7 @@ def actnorm(x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: bool = Fals
         _op.check_alike(x, "x", log_scale=(log_scale, (features,), wide), shift=(shift, (features,), wide))
     rows, cells = (x.shape[0], math.prod(x.shape[2:])) if image else (math.prod(x.shape[:-1]), 1)
     flat = x if x.dim() == 2 else x.reshape(rows, features * cells)
-    y, logdet = _fused(flat, log_scale.to(wide), shift.to(wide), cells, inverse)
+    if wide is not log_scale.dtype or wide is not shift.dtype:
+        log_scale, shift = log_scale.to(wide), shift.to(wide)
+    y, logdet = _fused(flat, log_scale, shift, cells, inverse)
     return (y, logdet) if x.dim() == 2 else (y.view(x.shape), logdet.view(x.shape[:1] if image else x.shape[:-1]))

@@ -17,7 +17,7 @@ def _problem(logits: Tensor, x: Tensor) -> tuple:
 _fused = _op.fused(
     "bernoulli_nll(Tensor logits, Tensor x) -> Tensor",
     formula=formula,
-    results=lambda logits, x: logits.new_empty(logits.shape[:1], dtype=_op.wide(logits)),
+    results=lambda logits, x: _op.sums(logits, logits.shape[0]),
     problem=_problem,
     native=_op.cpu_only("bernoulli_nll", "bernoulli_nll_backward"),
     wrt=1,

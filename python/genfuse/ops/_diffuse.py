@@ -103,7 +103,7 @@ _fused = _op.fused(
 _reductions = _op.fused(
     "diffuse_backward(Tensor gx_t, Tensor? gv, Tensor x0, Tensor? seed, Tensor? noise) -> (Tensor, Tensor)",
     formula=reductions,
-    results=lambda gx_t, *rest: tuple(gx_t.new_empty(gx_t.shape[:1], dtype=_op.wide(gx_t)) for _ in range(2)),
+    results=lambda gx_t, *rest: (_op.sums(gx_t, gx_t.shape[0]), _op.sums(gx_t, gx_t.shape[0])),
     problem=lambda gx_t, gv, x0, seed, noise: _problem(
         x0,
         seed,

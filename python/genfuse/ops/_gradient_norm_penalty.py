@@ -60,7 +60,7 @@ def second_derivative(
 
 
 def _results(gradient: Tensor, target: float, one_sided: bool, reduction: str, eps: float) -> tuple[Tensor, Tensor]:
-    norm = torch.empty(gradient.shape[0], dtype=_op.wide(gradient), device=gradient.device)
+    norm = _op.sums(gradient, gradient.shape[0])
     return torch.empty_like(norm) if reduction == "none" else norm.new_empty(()), norm
 
 

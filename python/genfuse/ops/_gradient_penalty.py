@@ -433,6 +433,7 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | N
     Raises:
         ValueError: for x of another dtype or a context of another length, and if the critic does not return one number
             per example that depends on x.
+        NotImplementedError: in torch.export, which has no gradients within a program.
     """
     return _input_gradient(critic, x, context)[1]
 
@@ -503,6 +504,11 @@ def _input_gradient(
     if context is not None and context.shape[:1] != x.shape[:1]:
         raise ValueError(f"context must have a row for each of the {len(x)} examples, got {tuple(context.shape)}")
     critic, labels = getattr(critic, "_orig_mod", critic), () if context is None else (context,)
+    if getattr(torch.compiler, "is_exporting", bool)():  # which PyTorch 2.6 does not tell
+        raise NotImplementedError(
+            "torch.export has no gradients within a program: export the critic by itself, or trace the gradient of it "
+            "by torch.fx.experimental.proxy_tensor.make_fx, or torch.compile"
+        )
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return _transformed(critic, x, *labels)
     if not torch.is_grad_enabled():
@@ -542,6 +548,7 @@ def gradient_penalty(
     Raises:
         ValueError: where examples are missing, or of another shape, dtype or device; where the critic does not return
             one number per example; and for a setting outside its range.
+        NotImplementedError: in torch.export, which has no gradients within a program.
     """
     if at not in ("interpolated", "real", "fake"):
         raise ValueError(f'at must be "interpolated", "real" or "fake", got {at!r}')

@@ -37,7 +37,7 @@ def _results(
     mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor]:
     z = _op.like(mu) if samples is None else mu.new_empty((samples, *mu.shape))
-    return z, mu.new_empty(mu.shape[:-1], dtype=_op.wide(mu))
+    return z, _op.sums(mu, *mu.shape[:-1])
 
 
 def _problem(mu: Tensor, logvar: Tensor, seed: Tensor | None, noise: Tensor | None, samples: int | None) -> tuple:
