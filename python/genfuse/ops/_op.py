@@ -418,7 +418,7 @@ def fused(
         return _tuple(backward_kernel.operator(*cotangents, *given)) if wrt else ()
 
     nothing_more = (None,) * (len(kinds) - wrt)
-    apply = Function.apply
+    apply = Function.apply  # type: ignore[attr-defined]
 
     operator, chosen = forward.operator, forward.chosen
 
