@@ -29,6 +29,7 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.utils import _python_dispatch as modes
 
@@ -364,7 +365,7 @@ def fused(
     of_tensors = slice(None, -settings or None)  # of all arguments, those of lists one by one
     further, nothing = range(wrt, tensors), (None,) * settings
 
-    class Function(torch.autograd.Function):
+    class Function(_SingleLevelFunction):  # Function.apply of PyTorch 2.14 refuses levels of torch.func
         @staticmethod
         def forward(ctx: Any, run: Any, *flat: Any) -> Any:
             if lists:
@@ -418,7 +419,7 @@ def fused(
         return _tuple(backward_kernel.operator(*cotangents, *given)) if wrt else ()
 
     nothing_more = (None,) * (len(kinds) - wrt)
-    apply = super(torch.autograd.Function, Function).apply
+    apply = Function.apply  # type: ignore[attr-defined]
 
     operator, chosen = forward.operator, forward.chosen
 
