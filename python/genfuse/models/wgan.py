@@ -69,9 +69,8 @@ class WGAN(_Wasserstein):
     """
 
     Config = WGANConfig
-    optimizer = staticmethod(
-        partial(torch.optim.RMSprop, lr=1e-4)
-    )  # twice the paper's: at that, samples are blobs still when others are done
+    # Twice the paper's rate, at which many samples are blobs still after the usual steps.
+    optimizer = staticmethod(partial(torch.optim.RMSprop, lr=1e-4))
 
     def __init__(self, generator: nn.Module, critic: nn.Module, *, clip: float = 0.01, **options: Any) -> None:
         super().__init__(generator, critic, WASSERSTEIN, **{"n_critic": 5, **options})
