@@ -21,7 +21,7 @@ $(RUNS): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	@sed -n '/^dependencies = \[/,/^\]/s/^  "\(.*\)",.*/\1/p' pyproject.toml > $(VENV)/needed.txt
 	@test -e $(INSTALLED) || { \
 		cuda=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')"); \
-		GENFUSE_CUDA=$$cuda GENFUSE_SIMD=THIS $(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel . & kernels=$$!; \
+		rm -rf $(VENV)/wheel; GENFUSE_CUDA=$$cuda GENFUSE_SIMD=THIS $(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel . & kernels=$$!; \
 		$(PIP) install --no-compile --requirement $(VENV)/needed.txt && echo "compiling the rest of the kernels" && \
 		wait $$kernels && $(PIP) install --quiet --no-deps --force-reinstall $(VENV)/wheel/genfuse-*.whl; }
 	@touch $@
