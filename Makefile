@@ -8,16 +8,22 @@ TESTS ?= tests
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# For the demo: what the package needs and no more, beside the torch that is there, if there is one.
+# For the demo: what the package needs and no more, beside the torch that is there, if there is one. Kernels, for this
+# machine alone, are compiled while the rest is fetched.
 RUNS := $(VENV)/.runs
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(RUNS): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
-	@test -e $(INSTALLED) || echo "installing genfuse into $(VENV), which takes a minute or two"
+	@test -e $(INSTALLED) || echo "installing genfuse into $(VENV), which takes a minute or so: fetches packages, and compiles kernels meanwhile"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
 		> $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch-of-python.pth 2>/dev/null || true
-	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
-	@test -e $(INSTALLED) || GENFUSE_CUDA=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')") \
-		$(BIN)/python -m pip install --disable-pip-version-check .
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	@sed -n '/^dependencies = \[/,/^\]/s/^  "\(.*\)",.*/\1/p' pyproject.toml > $(VENV)/needed.txt
+	@test -e $(INSTALLED) || { \
+		cuda=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')"); \
+		rm -rf $(VENV)/wheel; GENFUSE_CUDA=$$cuda GENFUSE_SIMD=THIS $(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel . & kernels=$$!; \
+		$(PIP) install --no-compile --requirement $(VENV)/needed.txt && echo "compiling the rest of the kernels" && \
+		wait $$kernels && $(PIP) install --quiet --no-deps --force-reinstall $(VENV)/wheel/genfuse-*.whl; }
 	@touch $@
 
 # Python is used where it lies; only what is compiled, or the list of dependencies, needs installing again.

@@ -20,12 +20,13 @@ from genfuse.errors import GenfuseError
 from genfuse.metrics import evaluate_samples, train_missing
 
 DATA = ("mnist", "stacked-mnist")
-STEPS = {  # of all players, for images of more than 16 x 16: up to 6 minutes of one core
+STEPS = {  # of all players, for larger images: up to 6 minutes of one core
     "vae": 6000, "gan": 24_000, "wgan": 24_000, "wgan-gp": 24_000, "realnvp": 6000, "glow": 2000,
     "ddpm": 1500, "edm": 1500, "score": 1500, "flow-matching": 1500,
 }  # fmt: skip
 STEADY = ("gan", "wgan", "wgan-gp")  # whose learning rate does not fall
 IMAGES, POINTS, COLUMNS = 36, 2000, 3
+SMALL = 16  # sides of images that all models are trained on, for as long as they usually need
 MEASURED = 500  # samples that are compared with as many test examples
 SAMPLES, FOUND = "samples.npy", "quality.json"
 
@@ -48,8 +49,8 @@ def train(name: str, data: Dataset, out: Path, steps: int | None) -> dict[str, A
         return json.loads((out / FOUND).read_text())
     torch.manual_seed(0)
     model = genfuse.create(name, data)
-    large = data.is_image and min(data.shape[1:]) > 16
-    steps = steps or (STEPS.get(name) if large else None) or model.usual_steps
+    large = data.is_image and min(data.shape[1:]) > SMALL
+    steps = steps or (STEPS.get(name) if large else None)  # left out, as many as the model usually needs
     options: dict[str, Any] = (
         {"batch_size": 64, "schedule": "constant" if name in STEADY else "cosine"} if large else {}
     )
@@ -62,7 +63,7 @@ def train(name: str, data: Dataset, out: Path, steps: int | None) -> dict[str, A
     count = min(MEASURED, *(len(data.splits[part]) for part in ("train", "test")))
     measured = evaluate_samples(model, data, n=count, metrics=["frechet-distance", "precision-recall"])
     found = {
-        "steps": steps,
+        "steps": steps or model.usual_steps,
         "training": trained - start,
         "sampling": (drawn - trained) / len(samples),
         "parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
@@ -135,7 +136,8 @@ def run(args: Namespace) -> None:
     for text in args.data or DATA:
         data, word = genfuse.load_data(text), Path(text).stem.replace(":", "-")
         train_missing("auto", data, "cpu", print)
-        names = args.model or [name for name in models() if name in STEPS or not data.is_image]
+        large = data.is_image and min(data.shape[1:]) > SMALL
+        names = args.model or [name for name in models() if name in STEPS or not large]
         folders = {name: args.runs / f"{name}-{word}" for name in names}
         found: dict[str, dict[str, Any]] = {}
         captions: dict[str, str] = {}

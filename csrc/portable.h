@@ -35,7 +35,11 @@
 // A function marked so is compiled once per level of x86-64 and chosen when the module is loaded (an ifunc, hence
 // glibc). It cannot stand on a template, and what it calls must be inlined into it to be compiled for its level.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#ifdef GENFUSE_ONLY  // the only one that is built
+#define GENFUSE_SIMD __attribute__((target("arch=" GENFUSE_ONLY)))
+#else
 #define GENFUSE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
 #define GENFUSE_SIMD_LEVELS 1
 #else
 #define GENFUSE_SIMD

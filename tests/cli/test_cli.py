@@ -306,8 +306,8 @@ def test_help_of_a_model_shows_its_settings_with_meaning_and_default(capsys):
     assert main(["train", "vae", "--help"]) == 0
     out = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
     assert "--model.latent-dim INT dimensions of z (default: 20)" in out
-    assert "--epochs {None}|INT Passes over the training split; left out, as many `steps` as the model" in out
-    assert "--steps {None}|INT Updates in all" in out
+    assert "--epochs INT Passes over the training split; left out, as many `steps` as the model" in out
+    assert "--steps INT Updates in all" in out
     assert "--keep {auto,last,best} Weights to end with: the last ones, or" in out
     assert "--data NAME What to train on" in out
     assert "--data.binarize {none,static,dynamic}" in out

@@ -95,7 +95,7 @@ def test_the_critic_goes_first_and_as_often_as_it_is_told(name):
     ("name", "kind", "expected"),
     [
         ("gan", torch.optim.Adam, {"lr": 2e-4, "betas": (0.5, 0.999)}),
-        ("wgan", torch.optim.RMSprop, {"lr": 5e-5}),
+        ("wgan", torch.optim.RMSprop, {"lr": 1e-4}),
         ("wgan-gp", torch.optim.Adam, {"lr": 1e-4, "betas": (0.0, 0.9)}),
     ],
 )

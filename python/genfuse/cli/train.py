@@ -173,6 +173,20 @@ def parse(model: str, args: list[str]) -> Job:
             str_from_instance=lambda value: [",".join(map(str, value))],
         )
 
+    @registry.primitive_rule
+    def number_or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        """Show a number that may be left out as a number."""
+        kinds = get_args(info.type)
+        if len(kinds) != 2 or kinds[0] not in (int, float) or kinds[1] is not type(None):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kinds[0].__name__.upper(),
+            instance_from_str=lambda words: None if words == ["None"] else kinds[0](words[0]),
+            is_instance=lambda value: value is None or isinstance(value, kinds[0]),
+            str_from_instance=lambda value: [str(value)],
+        )
+
     example = f"genfuse train {model} --data digits --out runs/{model} --epochs 5"
     description = f"Train the {plugins.find('models', model)}.\n\nexample:\n  {example}"
     with registry:

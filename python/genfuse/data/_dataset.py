@@ -635,6 +635,7 @@ def load_data(
         given, name = name, f"<{type(name).__name__}>"
     elif name.startswith("<"):
         raise DataError(f"the data set {name} was given in memory, from Python, and can only be given there again")
+    root = root or os.environ.get("GENFUSE_DATA") or None
     head, _, argument = name.partition(":")
     if given is None and head not in {plugin.name for plugin in plugins.discover("datasets")} and argument:
         short, _, argument = argument.partition(":")
@@ -644,8 +645,14 @@ def load_data(
         kind = "images" if picture else {".npy": "npy", ".npz": "npz"}.get(path.suffix.lower(), "csv")
         if head not in {plugin.name for plugin in plugins.discover("datasets")}:
             raise PluginError(f"there is no data set {name!r}, but a file or folder: say {kind}:{name}")
+        if root is None or path.resolve() != Path(root, name).expanduser().resolve():
+            warnings.warn(
+                f"{name!r} is the data set of that name (genfuse list datasets); what lies here as {name} is "
+                f"{kind}:{name}",
+                DataWarning,
+                stacklevel=2,
+            )
     plugin = plugins.find("datasets", "csv" if given is not None else head)
-    root = root or os.environ.get("GENFUSE_DATA") or None
     said: dict[str, Any] = {"header": header, "delimiter": delimiter, "decimal": decimal, "size": size, "fit": fit,
                             "mode": mode, "damaged": damaged, "stream": stream, "columns": columns, "drop": drop,
                             "types": [f"{name}={kind}" for name, kind in types.items()] if isinstance(types, Mapping)

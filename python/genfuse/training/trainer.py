@@ -152,7 +152,8 @@ class Trainer(Options):
 
         with SummaryWriter(str(finished.path / run.TENSORBOARD)) as board:
             for picture in drawn:
-                pixels = np.asarray(Image.open(picture).convert("RGB"))
+                with Image.open(picture) as opened:
+                    pixels = np.asarray(opened.convert("RGB"))
                 board.add_image(f"pictures/{picture.stem}", pixels, finished.step, dataformats="HWC")
 
     def _options(self) -> dict[str, Any]:
