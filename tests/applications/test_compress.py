@@ -240,7 +240,8 @@ def test_examples_that_are_not_of_the_model_are_refused(array, error, trained, t
         ({**GREY, "posterior": "planar"}, "posterior is a flow"),
         ({**GREY, "conditional": True}, "conditional"),
         ({"model": "gan"}, "a GAN does not compress"),
-        ({"model": "realnvp", "channels": 8}, "a RealNVP does not compress"),
+        ({"model": "maf"}, "a flow with AutoregressiveAffine does not compress: realnvp, glow and nsf do"),
+        ({"model": "realnvp", "hidden": (8,), "conditional": True}, "RealNVP does not compress: it is conditional"),
     ],
 )
 def test_models_that_do_not_compress_say_why(settings, error, trained, tmp_path):
