@@ -27,12 +27,12 @@ PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "convolution": 0}  # the first factor
 NAMES = (
     "add sub rsub mul div neg abs sqrt round floor ceil relu leaky_relu hardtanh threshold clamp clamp_min clamp_max "
     "sign minimum maximum min max amin amax aminmax argmax searchsorted where masked_fill isnan nan_to_num lt le gt "
-    "ge eq ne logical_not logical_and bitwise_not bitwise_and bitwise_or any all fill zero zeros zeros_like ones ones_like "
-    "full full_like empty empty_like new_zeros new_ones new_full new_empty new_empty_strided arange linspace "
-    "scalar_tensor lift_fresh one_hot promote_types result_type _local_scalar_dense detach alias clone copy _to_copy view "
-    "_unsafe_view reshape as_strided t _reshape_alias transpose permute expand repeat unsqueeze squeeze select slice "
-    "split split_with_sizes unbind cat stack index index_select index_put gather scatter flip roll constant_pad_nd "
-    "pixel_shuffle pixel_unshuffle"
+    "ge eq ne logical_not logical_and bitwise_not bitwise_and bitwise_or any all fill zero zeros zeros_like ones "
+    "ones_like full full_like empty empty_like new_zeros new_ones new_full new_empty new_empty_strided arange "
+    "linspace scalar_tensor lift_fresh one_hot promote_types result_type _local_scalar_dense detach alias clone copy "
+    "_to_copy view _unsafe_view reshape as_strided t _reshape_alias transpose permute expand repeat unsqueeze squeeze "
+    "select slice split split_with_sizes unbind cat stack index index_select index_put gather scatter flip roll "
+    "constant_pad_nd pixel_shuffle pixel_unshuffle"
 )
 SAME = frozenset(NAMES.split())
 
