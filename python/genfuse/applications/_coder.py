@@ -1,5 +1,6 @@
 """Arithmetic that is the same to the last bit on every machine, and a stack that symbols are coded on by it."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from functools import cache
@@ -12,24 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genfuse.errors import SettingsError
+from genfuse.errors import DataError, SettingsError
 
 GRID, LIMIT = 2.0**16, 2.0**10  # what is summed, or a curve is taken of, is a multiple of 1 / GRID within +-LIMIT
 CURVES: dict[str, Callable[..., Tensor]] = {
     "exp": torch.exp, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "softplus": F.softplus,
+    "asinh": torch.asinh,
 }  # fmt: skip
+COARSE = {"asinh": 2.0**12}  # the grid that a curve is taken of, if it is not GRID: fewer values to test
 OFF = 1 / 8  # of a step: sigmoid(x) = 1/2 + x/4 - x^3/48 + ... comes too near to the middle of steps
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "convolution": 0}  # the first factor's place; the second one's is next
 # Each cell is one operation of IEEE 754, which has one result, or is moved, compared or counted.
 NAMES = (
     "add sub rsub mul div neg abs sqrt round floor ceil relu leaky_relu hardtanh threshold clamp clamp_min clamp_max "
     "sign minimum maximum min max amin amax aminmax argmax searchsorted where masked_fill isnan nan_to_num lt le gt "
-    "ge eq ne logical_not logical_and bitwise_and bitwise_or any all fill zero zeros zeros_like ones ones_like full "
-    "full_like empty empty_like new_zeros new_ones new_full new_empty new_empty_strided arange linspace scalar_tensor "
-    "lift_fresh one_hot promote_types result_type _local_scalar_dense detach alias clone copy _to_copy view "
-    "_unsafe_view reshape as_strided t _reshape_alias transpose permute expand repeat unsqueeze squeeze select slice "
-    "split split_with_sizes unbind cat stack index index_select index_put gather scatter flip roll constant_pad_nd "
-    "pixel_shuffle pixel_unshuffle"
+    "ge eq ne logical_not logical_and bitwise_not bitwise_and bitwise_or any all fill zero zeros zeros_like ones "
+    "ones_like full full_like empty empty_like new_zeros new_ones new_full new_empty new_empty_strided arange "
+    "linspace scalar_tensor lift_fresh one_hot promote_types result_type _local_scalar_dense detach alias clone copy "
+    "_to_copy view _unsafe_view reshape as_strided t _reshape_alias transpose permute expand repeat unsqueeze squeeze "
+    "select slice split split_with_sizes unbind cat stack index index_select index_put gather scatter flip roll "
+    "constant_pad_nd pixel_shuffle pixel_unshuffle"
 )
 SAME = frozenset(NAMES.split())
 
@@ -67,7 +70,8 @@ class Exact(TorchDispatchMode):
             return _product(func, name, list(args), kwargs)
         if not factors:
             return func(*args, **kwargs)
-        result = on_grid(CURVES[plain](on_grid(args[0]), *args[1:], **kwargs) + OFF / GRID)
+        at = on_grid(args[0], COARSE.get(plain, GRID))
+        result = on_grid(CURVES[plain](at, *args[1:], **kwargs) + OFF / GRID)
         return result if plain == name else args[0].copy_(result)
 
 
@@ -97,6 +101,10 @@ def _product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> T
 TOP = 2**30  # what the whole of a distribution is
 FINE = 128.0  # points of a table in 1
 DIGIT = 16  # symbols that are coded at once
+STEP, COARSE_STEP = 2.0**12, 2.0**6  # what a flow moves are multiples of 1 / STEP; coarse where no bits come back
+PART = 2**12  # and scales are of 1 / PART
+PIECES = 16  # straight lines in each bin of a spline
+WHOLE, FAIR = 2**24, 2**8  # symbols that are evenly distributed; over 2^18 their last one is much more probable
 BITS, FEW = 12, 8  # of a latent: the prior has 2^bits bins of one mass; fewer where no bits come back
 
 
@@ -125,6 +133,22 @@ def cumulative(name: str, x: np.ndarray) -> np.ndarray:
     return below + ((table[left + 1] - below) * part >> 16)
 
 
+@cache
+def places(levels: int, margin: float, step: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """v of [0, 1) in steps of 2^-24: where levels begin, and where logit(v), or with no margin v - 1/2, is on the grid,
+    whole numbers; and how many steps of the grid the first of these is below 0."""
+    reach = int(24 * step if margin else step / 2)
+    grid = np.arange(-reach, reach + 1) / step
+    mass = cumulative("logistic", grid) // (TOP // WHOLE) if margin else ((grid + 0.5) * WHOLE).astype(np.int64)
+    begin = np.rint((1 - 2 * margin) * np.arange(levels + 1) / levels * (WHOLE // FAIR)).astype(np.int64) * FAIR
+    return begin + round(margin * WHOLE), mass, reach
+
+
+def padding(words: int) -> np.ndarray:
+    """Bits that an empty stack starts with where examples take some before they give any."""
+    return np.frombuffer(hashlib.shake_256(b"genfuse").digest(4 * words), "<u4") | np.uint32(1)
+
+
 def mixing(logits: Tensor) -> Tensor:
     """Weights (..., K) in proportion to exp(logits), as fine as the grid allows."""
     return torch.exp(logits - logits.amax(-1, keepdim=True) + 6.5)
@@ -146,6 +170,7 @@ class Coder:
         self._models, self.direct = stream.model, direct
         self.stack = stream.stack.AnsCoder(np.array(words, np.uint32))
         self._waiting: list[Any] = []
+        self.least = len(words)  # words that were on the stack when it was at its shortest, before a `flush`
 
     @property
     def bins(self) -> int:
@@ -214,6 +239,138 @@ class Coder:
             return cumulative("normal", (at[2 * e] - c[rows, None]) / s[rows, None])
 
         return self._between(below, self.bins, len(c), 1, k).view(mu.shape)
+
+    # Of flows
+
+    def _uniform(self, sizes: np.ndarray, k: np.ndarray | None = None) -> np.ndarray:
+        """Symbols 0..size-1 (n,) of one probability, put on the stack at once if they are given."""
+        several, model = sizes > 1, self._models.Uniform()
+        if k is not None:
+            self.stack.encode_reverse(k[several].astype(np.int32), model, sizes[several].astype(np.int32))
+            return k
+        found = np.zeros(len(sizes), np.int64)
+        found[several] = self.stack.decode(model, sizes[several].astype(np.int32))
+        self.least = min(self.least, self.stack.num_words())
+        return found
+
+    def _many(self, sizes: np.ndarray, k: np.ndarray | None = None) -> np.ndarray:
+        """`_uniform` of sizes that are multiples of 256, in two digits."""
+        few = np.full(len(sizes), FAIR)
+        if k is None:
+            high = self._uniform(sizes // FAIR)
+            return high * FAIR + self._uniform(few)
+        self._uniform(few, k % FAIR)
+        self._uniform(sizes // FAIR, k // FAIR)
+        return k
+
+    @property
+    def step(self) -> float:
+        return COARSE_STEP if self.direct else STEP
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        return on_grid(x, self.step, math.inf)
+
+    def affine(
+        self, x: Tensor, scale: Tensor, shift: Any = 0.0, inverse: bool = False, where: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """x scale + shift of numbers on the grid, or with ``inverse`` the x of it, only ``where`` that is True.
+
+        One to one (arXiv 2111.00965, algorithm 1): with scale = R / S, i R + r = j S + e, where r of 0..R-1 is taken
+        from the stack, and e of 0..S-1 put on it, log2 S - log2 R bits more.
+        """
+        chosen = np.broadcast_to(True if where is None else where.numpy(), x.shape)
+        made = np.rint(x.numpy() * self.step).astype(np.int64)
+        ratio, moved = (np.broadcast_to(torch.as_tensor(each).numpy(), x.shape)[chosen] for each in (scale, shift))
+        ratio = np.clip(np.rint(ratio * PART), 2, WHOLE - 1).astype(np.int64)
+        moved = np.rint(moved * self.step).astype(np.int64)
+        i, unit = made[chosen] - (moved if inverse else 0), np.full(len(ratio), PART)
+        taken, put = (unit, ratio) if inverse else (ratio, unit)
+        for part in self._parts(len(i), inverse):
+            v = i[part] * taken[part] + self._uniform(taken[part])
+            self._uniform(put[part], v % put[part])
+            i[part] = v // put[part]
+        made[chosen] = i if inverse else i + moved
+        return torch.from_numpy(made).double() / self.step
+
+    def spline(
+        self, x: Tensor, bound: float, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool = False
+    ) -> Tensor:  # fmt: skip
+        """The rational-quadratic spline (arXiv 1906.04032, equation 4) of x (...) on the grid, or the x of it, by
+        straight lines between 16 places of each bin: bins' shares of the box (..., K), and slopes (..., K + 1)."""
+        edge, made = int(bound * self.step), np.rint(x.numpy() * self.step).astype(np.int64)
+        chosen = (made >= -edge) & (made < edge)
+        fine = 2 ** max(0, int(math.log2(2**18 / edge)))  # a box is of 2^18 to 2^19 steps
+        d, part = slopes.numpy()[chosen], np.arange(PIECES + 1) / PIECES
+        ends = [np.rint(np.insert(np.add.accumulate(each.numpy()[chosen], -1), 0, 0, -1) * (2 * edge * fine))
+                .astype(np.int64) for each in (widths, heights)]  # fmt: skip
+        for each in ends:
+            each[:, -1] = 2 * edge * fine
+        i = made[chosen] + edge
+        for of in self._parts(len(i), inverse):
+            at = i[of] * fine + self._uniform(np.full(len(i[of]), fine))
+            rows = np.arange(len(at))
+            k = (ends[inverse][of, 1:-1] <= at[:, None]).sum(1)
+            (x0, y0), (w, h) = zip(*((each[of][rows, k], np.diff(each[of])[rows, k]) for each in ends), strict=True)
+            d0, d1, delta = d[of][rows, k, None], d[of][rows, k + 1, None], (h / w)[:, None]
+            t = part * (1 - part)
+            share = (delta * part**2 + d0 * t) / (delta * (1 - 2 * t) + (d0 + d1) * t)
+            lines = [
+                x0[:, None] + np.arange(PIECES + 1) * w[:, None] // PIECES,
+                y0[:, None] + np.arange(PIECES + 1) + np.rint((h - PIECES)[:, None] * share).astype(np.int64),
+            ]
+            own, other = lines[::-1] if inverse else lines
+            j = (own[:, 1:-1] <= at[:, None]).sum(1)
+            size, wide = np.diff(own)[rows, j], np.diff(other)[rows, j]
+            v = (at - own[rows, j]) * wide + self._uniform(wide)
+            self._uniform(size, v % size)
+            at = other[rows, j] + v // size
+            self._uniform(np.full(len(at), fine), at % fine)
+            i[of] = at // fine
+        made[chosen] = i - edge
+        return torch.from_numpy(made).double() / self.step
+
+    @staticmethod
+    def _parts(count: int, inverse: bool) -> list[slice]:
+        """Few symbols at a time, so that the stack need not have bits for all before any come back."""
+        step = count // 16 + 1
+        found = [slice(i, i + step) for i in range(0, count, step)]
+        return found[::-1] if inverse else found
+
+    def dequantized(
+        self, levels: int, margin: float, k: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """y = logit(margin + (1 - 2 margin) v) on the grid, or without margin v - 1/2, of v drawn evenly from
+        [k / levels, (k + 1) / levels); or k of y, and the draw back to the stack."""
+        begin, mass, reach = places(levels, margin, self.step)
+        given = (k if y is None else y).numpy()  # type: ignore[union-attr]
+        flat = given.ravel() if y is None else given.ravel() * self.step + reach
+        flat = np.rint(flat).astype(np.int64)
+        (own, other) = (begin, mass) if y is None else (mass, begin)
+        if flat.min() < 0 or flat.max() > len(own) - 2:
+            raise DataError("a number is on no level")
+        made = np.empty_like(flat)
+        for part in self._parts(len(flat), y is not None):
+            if y is None:
+                at = begin[flat[part]] + self._many(begin[flat[part] + 1] - begin[flat[part]])
+            else:
+                at = mass[flat[part]] + self._uniform(mass[flat[part] + 1] - mass[flat[part]])
+            made[part] = np.searchsorted(other, at, "right") - 1
+            first = other[made[part]]
+            (self._uniform if y is None else self._many)(other[made[part] + 1] - first, at - first)
+        values = torch.from_numpy(made).double().view(given.shape)
+        return values if y is not None else (values - reach) / self.step
+
+    def normal(self, n: int, d: int, z: Tensor | None = None) -> Tensor:
+        """z (n, d) on the grid, of N(0, 1)."""
+        reach = int(128 * self.step)
+        if z is not None and float(z.abs().max()) >= 128:
+            raise DataError("an example is so unlike those that the flow was trained on that it cannot be compressed")
+
+        def below(rows: slice, e: np.ndarray) -> np.ndarray:
+            return cumulative("normal", (e - reach) / self.step)
+
+        k = self._between(below, 2 * reach, n * d, 1, None if z is None else z * self.step + reach)
+        return ((k - reach) / self.step).view(n, d)
 
     def prior(self, n: int, d: int, k: Tensor | None = None) -> Tensor:
         """Bins (n, d) of latents of N(0, 1)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genfuse._files import check_unpacked, digest, read_array, replacing, staging, writing
-from genfuse.applications._coder import BITS, FEW, Coder, Exact
+from genfuse.applications._coder import BITS, FEW, Coder, Exact, padding
 from genfuse.applications._examples import examples
 from genfuse.data import load_data
 from genfuse.data.images import SUFFIXES
@@ -58,15 +58,8 @@ def compress(
     run = run if isinstance(run, Run) else Run(run)
     model = _coding(run)
     k, notes = _read(run, model, file, split, root, limit)
-    x, coder, groups, done = _alphabet(model)[1](k), Coder(), bytearray(), 0
-    exact, latents = copy.deepcopy(model).double(), getattr(model, "latent_dim", 0)
-    with torch.no_grad(), Exact():
-        while done < len(k):  # as many as the stack has bits for; where it has none, one whose latents are coded alone
-            afford = coder.stack.num_valid_bits() // (latents * BITS) if latents else 127
-            size, coder.direct = max(1, min(afford, 127, 2**18 // k[0].numel(), len(k) - done)), afford < 1
-            exact.code(coder, size, x[done : done + size])
-            groups.append(size | 128 * coder.direct)
-            done += size
+    x, exact = _alphabet(model)[1](k), copy.deepcopy(model).double()
+    coder, groups, initial = _coded(exact, x)
     verb = model.log_prob if "log_prob" in model.likelihoods else model.elbo
     with torch.no_grad(), undisturbed(model):
         torch.manual_seed(0)
@@ -77,7 +70,6 @@ def compress(
     with writing(Path(out)) as written:
         written.write(content + hashlib.sha256(content).digest()[:SEAL])
     size, cells = len(content) + SEAL, k.numel()
-    initial = sum(each > 127 for each in groups) * latents * FEW
     bits = coder.stack.num_valid_bits()
     return Compressed(len(k), size, 8 * size / cells, bits / cells, bound / math.log(2) / cells, initial)
 
@@ -113,7 +105,8 @@ def decompress(file: str | Path, out: Any = None, *, run: Run | str | Path | Non
             coder.direct = size > 127
             parts.append(to(exact.code(coder, size & 127)).long())
     k = torch.cat(parts[::-1])
-    if _sum(k) != sums or not coder.stack.is_empty():
+    left = coder.stack.get_compressed()
+    if _sum(k) != sums or not np.array_equal(left, padding(len(left))):
         raise DataError(f"{path}: what was decoded is not what was compressed, so nothing is written: please report it")
     if hasattr(exact.config, "columns") and exact.config.columns:
         made: Any = found.schema.texts(found.schema.decode(of(k)))  # type: ignore[union-attr]
@@ -127,10 +120,39 @@ def decompress(file: str | Path, out: Any = None, *, run: Run | str | Path | Non
     return made, found.path
 
 
+def _coded(exact: Any, x: Tensor) -> tuple[Coder, bytearray, int]:
+    """Examples on a stack; their groups; and how many bits were paid to start with: those that the stack began with, or
+    of latents that were coded alone."""
+
+    def depth(direct: bool) -> int:
+        """Words that the first example takes from the stack before it gives any."""
+        many = x[0].numel() + 64
+        coder = Coder(padding(many), direct)
+        exact.code(coder, 1, x[:1])
+        return many - coder.least + 2
+
+    latents, borrows = getattr(exact, "latent_dim", 0), getattr(exact, "borrows", False)
+    with torch.no_grad(), Exact():
+        words, cost = (depth(True), 40 * depth(False)) if borrows else (0, latents * BITS)
+        while True:
+            coder, groups, done = Coder(padding(words)), bytearray(), 0
+            while done < len(x):  # as many as the stack has bits for; where it has none, one alone
+                afford = coder.stack.num_valid_bits() // cost if cost else 127
+                size = max(1, min(afford, 127, 2**18 // x[0].numel(), len(x) - done))
+                coder.direct = afford < 1
+                exact.code(coder, size, x[done : done + size])
+                groups.append(size | 128 * coder.direct)
+                done += size
+            if not borrows or coder.least > 1:
+                return coder, groups, 32 * words or sum(each > 127 for each in groups) * latents * FEW
+            words, cost = words + 8, cost + 256  # one of the others took more than the first
+
+
 def _coding(run: Run) -> Any:
     model = run.model()
     if not isinstance(model, Codes):
-        raise SettingsError(f"a {type(model).__name__} does not compress: a vae of discrete data does, and idf")
+        raise SettingsError(f"a {type(model).__name__} does not compress: a vae of discrete data, idf, and the "
+                            "flows realnvp, glow and nsf of images do")  # fmt: skip
     return model
 
 

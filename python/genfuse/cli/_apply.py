@@ -284,7 +284,8 @@ def compress(
     data_root: ROOT = None,
     overwrite: bool = False,
 ) -> int:
-    """Compress images, or a table of integers and categories, without loss: a vae by bits-back, or idf.
+    """Compress images, or a table of integers and categories, without loss: a vae by bits-back, idf, or of
+    images realnvp, glow and nsf.
 
     The file is read again, on any machine, with the same run.
 

@@ -111,6 +111,7 @@ class FlowModel(GenerativeModel):
     Config: ClassVar[type] = FlowConfig
     flow_class: ClassVar[Callable[..., Flow]]
     usual_steps = 4000
+    borrows = True
     former: ClassVar[dict[str, Any]] = {}  # settings that runs of former versions lack, as they were then
 
     def __init__(
@@ -234,6 +235,35 @@ class FlowModel(GenerativeModel):
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """-elbo / (D ln 2), (N,): bits that each of the D cells, of ``levels`` levels, costs (arXiv 1511.01844)."""
         return -self.elbo(x, y, generator=generator) / self._nats_per_bit
+
+    def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor:
+        """See `genfuse.models.Codes`: bits of the stack are taken for the dequantisation noise, then the flow's layers
+        take and give bits as they spread and draw together, and z is put on it by the base; in expectation the stack
+        is longer by -ELBO.
+
+        Raises SettingsError for flows of numbers, of tables, conditional ones, and such as have layers that have no
+        `Transform.code`.
+        """
+        for reason, holds in {
+            "it is of real numbers, which have no levels": self.levels is None and self.columns is None,
+            "it is of a table, which a vae or idf compresses": self.columns is not None,
+            "its dequantisation noise is variational": self.dequantize is not None
+            and self.dequantize.noise is not None,
+            "it is conditional, and what is given would not be in the file": self.conditional,
+            "its base is not N(0, I)": not isinstance(self.flow.base, StandardNormal),
+        }.items():
+            if holds:
+                raise SettingsError(f"this {type(self).__name__} does not compress: {reason}")
+        of: Any = self.flow.transform.code
+        levels, margin, top = self.levels, getattr(self.reals, "a", 0.0), (self.levels or 0) - 1
+        if x is None:
+            return (
+                coder.dequantized(levels, margin, y=of(coder, coder.normal(n, math.prod(self.shape or ())), True)) / top
+            )
+        z = of(coder, coder.dequantized(levels, margin, (x * top).round()))
+        coder.normal(*z.shape, z)
+        coder.flush()
+        return x
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """z = f(x), (N, D); of discrete x, and of integers, categories and missing cells of a table, at the middle of

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse import ops
@@ -128,6 +129,18 @@ class AffineCoupling(Coupling):
             return ops.affine_layer(x, network, self.split, scale=self.scale, slope=slope, inverse=inverse)
         return affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
 
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        raw, shift = self.raw(x, None).chunk(2, 1)
+        if self.scale == "softclip":
+            raw = raw / (1 + (raw / 2).abs())
+        elif self.scale == "tanh":
+            raw = torch.tanh(raw)
+        scale = torch.sigmoid(raw + 2) if self.scale == "sigmoid" else torch.exp(raw)
+        if self.mask is not None:
+            return coder.affine(x, scale, shift, inverse, ~self.mask)
+        kept, moved = self.halves(x)
+        return self.together(kept, coder.affine(moved, scale, shift, inverse))
+
 
 class AdditiveCoupling(Coupling):
     """y = x + t, which keeps volume (NICE, arXiv 1410.8516): the conditioner makes one shift per moved feature."""
@@ -142,6 +155,14 @@ class AdditiveCoupling(Coupling):
         else:
             y = x + shift * ~self.mask
         return y, x.new_zeros(len(x))
+
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        shift = coder.on_grid(self.raw(x, None))
+        shift = -shift if inverse else shift
+        if self.mask is not None:
+            return x + shift * ~self.mask
+        kept, moved = self.halves(x)
+        return self.together(kept, moved + shift)
 
 
 class SplineCoupling(Coupling):
@@ -170,3 +191,19 @@ class SplineCoupling(Coupling):
         raw = self.raw(x, context).unflatten(1, (moved.shape[1], self.parameters_each)).movedim(2, -1)  # (N, C, ..., P)
         y, logdet = rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)
         return self.together(kept, y), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet
+
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        s, (kept, moved) = self.spline, self.halves(x)
+        raw = self.raw(x, None).unflatten(1, (moved.shape[1], self.parameters_each)).movedim(2, -1)
+        widths, heights, slopes = raw.split([s.bins, s.bins, s.bins - 1], -1)
+
+        def shares(of: Tensor, least: float) -> Tensor:
+            each = torch.exp(s.damping * of - (s.damping * of).amax(-1, keepdim=True) + 6.5)
+            whole = each[..., 0]
+            for k in range(1, s.bins):
+                whole = whole + each[..., k]
+            return least + (1 - least * s.bins) * each / whole[..., None]
+
+        slopes = F.pad(s.min_derivative + F.softplus(slopes), (1, 1), value=1.0)
+        of = shares(widths, s.min_width), shares(heights, s.min_height)
+        return self.together(kept, coder.spline(moved, s.bound, *of, slopes, inverse))

@@ -1,6 +1,7 @@
 """Layers at the data's end of a flow: from levels to real numbers, and between the shapes of images."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from genfuse.errors import SettingsError
-from genfuse.nn._transform import Transform
+from genfuse.nn._transform import Movement, Transform
 from genfuse.ops import standard_normal_log_prob
 
 
-class Squeeze(Transform):
+class Squeeze(Movement):
     """Each 2x2 square of cells becomes one cell of four times the channels: (N, C, H, W) -> (N, 4 C, H / 2, W / 2)."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ class Squeeze(Transform):
         return (shape[0] // 4, 2 * shape[1], 2 * shape[2]) if len(shape) == 3 else shape
 
 
-class Flatten(Transform):
+class Flatten(Movement):
     """Examples of ``shape``, (N, *shape), become vectors (N, D)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -77,6 +78,15 @@ class MultiscaleSplit(Transform):
         left = y[:, cells:].unflatten(1, (channels - self.kept, height, width))
         x, more = self.prior.inverse(torch.cat([x, left], 1), context)
         return x, logdet + more
+
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        channels, height, width = self.shape
+        if not inverse:
+            x = self.prior.code(coder, x)
+            return torch.cat([self.rest.code(coder, x[:, : self.kept]), x[:, self.kept :].flatten(1)], 1)
+        z, left = x.split([self.kept * height * width, (channels - self.kept) * height * width], 1)
+        left = left.unflatten(1, (channels - self.kept, height, width))
+        return self.prior.code(coder, torch.cat([self.rest.code(coder, z, True), left], 1), True)
 
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
         return (math.prod(self.shape),)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genfuse import ops
 from genfuse.nn._mlp import hooks
-from genfuse.nn._transform import Transform
+from genfuse.nn._transform import Movement, Transform
 from genfuse.ops import actnorm, fused, mlp
 
 # Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up.
@@ -23,7 +23,7 @@ _reorder: Callable = fused(
 )
 
 
-class Permutation(Transform):
+class Permutation(Movement):
     """Features (of images: channels) in another order; feature i of the result is feature ``order[i]``, (D,) int64."""
 
     order: Tensor
@@ -121,6 +121,25 @@ class LULinear(Transform):
         columns = torch.linalg.solve_triangular(upper, columns, upper=True).index_select(0, self.back)
         return columns.view(len(columns), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
 
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        """W as L, the diagonal of U, and U with ones on its diagonal: only the diagonal changes volume."""
+        rows = x.movedim(1, -1)
+        flat, scale = rows.flatten(0, -2), torch.exp(self.log_diagonal)
+        ones = torch.arange(self.features)
+        below = ones[:, None] > ones
+        lower = torch.where(below, self.triangles, 0.0)
+        upper = torch.where(below.T, self.triangles, 0.0) / (scale * self.signs)
+        if inverse:
+            flat = _solved(coder, flat - coder.on_grid(self.bias), lower, range(self.features))
+            flat = _solved(coder, flat, upper, range(self.features - 1, -1, -1)) * self.signs
+            flat = coder.affine(flat, scale, inverse=True).index_select(1, self.back)
+        else:
+            flat = coder.affine(flat.index_select(1, self.order), scale) * self.signs
+            for triangle in (upper, lower):
+                flat = flat + coder.on_grid(F.linear(flat, triangle))
+            flat = flat + coder.on_grid(self.bias)
+        return flat.view(rows.shape).movedim(-1, 1)
+
     def _logdet(self, x: Tensor) -> Tensor:
         return (math.prod(x.shape[2:]) * self.log_diagonal.sum()).expand(len(x))
 
@@ -135,6 +154,14 @@ def _mapped(x: Tensor, weight: Tensor, bias: Tensor, logdet: Tensor) -> tuple[Te
     else:
         y = F.conv2d(x, weight[:, :, None, None], bias)
     return y, (math.prod(x.shape[2:]) * logdet).expand(len(x))
+
+
+def _solved(coder: Any, y: Tensor, triangle: Tensor, order: range) -> Tensor:
+    """x (N, D) of y = x + the nearest numbers on the grid to x T', T without a diagonal, its coordinates in order."""
+    x = torch.zeros_like(y)
+    for i in order:
+        x[:, i] = y[:, i] - coder.on_grid(F.linear(x, triangle))[:, i]
+    return x
 
 
 class ActNorm(Transform):
@@ -172,6 +199,10 @@ class ActNorm(Transform):
             self.started.fill_(True)  # data that comes later must not change what was trained
             self._asked = True
         return actnorm(y, self.log_scale, self.shift, inverse=True)
+
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        scale, shift = (each.view(-1, *[1] * (x.dim() - 2)) for each in (torch.exp(self.log_scale), self.shift))
+        return coder.affine(x, scale, shift, inverse)
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import constraints
 
+from genfuse.errors import SettingsError
 from genfuse.ops import transformed
 
 
@@ -39,6 +40,12 @@ class Transform(nn.Module):
         together than one after the other; else None."""
         return None
 
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        """f(x), or with ``inverse`` the x of it, of numbers on the grid of a `genfuse.applications.Coder`, one to one:
+        what f spreads takes bits from its stack, and what f draws together puts them there. Within
+        `genfuse.applications.Exact`. Raises SettingsError for a transform that has none."""
+        raise SettingsError(f"a flow with {type(self).__name__} does not compress: realnvp, glow and nsf do")
+
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """The shape of f(x) for an x of ``shape``, None if it is not known."""
         return (self.features,) if shape is None and self.features is not None else shape
@@ -46,6 +53,13 @@ class Transform(nn.Module):
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the x for which f(x) has ``shape``."""
         return shape
+
+
+class Movement(Transform):
+    """Base of those that move cells to other places."""
+
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        return (self.inverse if inverse else self)(x)[0]
 
 
 class Inverse(Transform):
@@ -109,6 +123,11 @@ class Composite(Transform):
             y, logdet = transform.inverse(y, context)  # type: ignore[operator]
             logdets.append(logdet)
         return y, _total(logdets, y)
+
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        for transform in reversed(self.transforms) if inverse else self.transforms:
+            x = transform.code(coder, x, inverse)  # type: ignore[operator]
+        return x
 
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
         for transform in self.transforms:
