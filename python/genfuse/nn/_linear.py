@@ -125,13 +125,13 @@ class LULinear(Transform):
         """W as L, the diagonal of U, and U with ones on its diagonal: only the diagonal changes volume."""
         rows = x.movedim(1, -1)
         flat, scale = rows.flatten(0, -2), torch.exp(self.log_diagonal)
-        ones = torch.arange(self.features)
-        below = ones[:, None] > ones
+        d = len(self.bias)
+        below = torch.arange(d)[:, None] > torch.arange(d)
         lower = torch.where(below, self.triangles, 0.0)
         upper = torch.where(below.T, self.triangles, 0.0) / (scale * self.signs)
         if inverse:
-            flat = _solved(coder, flat - coder.on_grid(self.bias), lower, range(self.features))
-            flat = _solved(coder, flat, upper, range(self.features - 1, -1, -1)) * self.signs
+            flat = _solved(coder, flat - coder.on_grid(self.bias), lower, range(d))
+            flat = _solved(coder, flat, upper, range(d - 1, -1, -1)) * self.signs
             flat = coder.affine(flat, scale, inverse=True).index_select(1, self.back)
         else:
             flat = coder.affine(flat.index_select(1, self.order), scale) * self.signs
