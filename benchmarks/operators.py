@@ -222,13 +222,13 @@ def _table(size: Size) -> dict[str, Any]:
     """The columns of a table: of three in five a number with five components, of the others five choices each."""
     n, numbers = size[0], -(-3 * size[1] // 5)
     blocks, make = size[1] - numbers, torch.Generator().manual_seed(1)
-    raw, middle = _normals((*size[:1], 15 * numbers + 5 * blocks), (n, numbers))
-    half = torch.rand(n, numbers, generator=make) + 0.25
+    (raw,) = _normals((*size[:1], 15 * numbers + 5 * blocks))
+    below, above = torch.rand(2, n, numbers, generator=make) + 0.1
     choices = torch.randint(5, (n, blocks), generator=make)
     return {
         "raw": raw,
-        "low": middle - half,
-        "high": middle + half,
+        "low": -below,
+        "high": above,
         "chosen": choices + 5 * torch.arange(blocks),
         "block": torch.arange(blocks).repeat_interleave(5),
     }

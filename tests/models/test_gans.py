@@ -99,7 +99,7 @@ def test_the_critic_goes_first_and_as_often_as_it_is_told(name):
         ("wgan-gp", torch.optim.Adam, {"lr": 1e-4, "betas": (0.0, 0.9)}),
     ],
 )
-def test_the_optimizers_are_those_of_the_papers(name, kind, expected):
+def test_the_optimizers_are_those_of_the_papers_but_for_a_quicker_wgan(name, kind, expected):
     for player in made(name).players():
         optimizer = player.optimizer(player.parameters)
         assert type(optimizer) is kind

@@ -357,7 +357,7 @@ def _piecewise(x: Tensor, inner: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]
     flat = x.detach().flatten(0, -2).double().T.contiguous()
     place = torch.searchsorted(inner, flat)  # (P, M)
     start, slope = lines.gather(2, place.expand(2, -1, -1))
-    return torch.addcmul(start, flat, slope).T.reshape(x.shape).to(x.dtype), slope.T.reshape(x.shape).to(x.dtype)
+    return (start + flat * slope).T.reshape(x.shape).to(x.dtype), slope.T.reshape(x.shape).to(x.dtype)
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def block_log_softmax(logits: Tensor, block: Tensor, blocks: int) -> Tensor:
 
 
 def formula(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tensor) -> Tensor:
-    columns, blocks = low.shape[1], chosen.shape[1]
+    columns, blocks = low.shape[1], len(block)  # at least as many as there are
     numbers, choices = raw.split([raw.shape[2] - len(block), len(block)], -1)
     logits, mu, log_scale = logistic_mixture(numbers, columns)  # (L, N, P, K)
     there = ~low.isnan()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torch.autograd, not torch.func
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
-from torch.profiler import record_function
 
 from genfuse.ops import _op
 
