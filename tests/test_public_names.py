@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import types
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -46,6 +47,8 @@ def names_in(source):
 
 
 def arguments(thing):
+    if isinstance(thing, types.GenericAlias):  # whose signature is the class's, if Python knows it: 3.13 does
+        return None
     try:
         given = inspect.signature(thing).parameters.values()
     except (TypeError, ValueError):  # a type alias
