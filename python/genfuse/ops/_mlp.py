@@ -12,7 +12,7 @@ from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torc
 from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
-from genfuse.ops import _op
+from genfuse.ops import _interpolate, _op
 
 MOST_LAYERS = 24  # portable.h's list has room for flags of all their tensors
 # PyTorch's own products are as quick elsewhere, or this was never run there.
@@ -325,7 +325,7 @@ def critic_formula(
     """Scores (2N, 1) of x (2N, D), and the gradient (N, D) at points between row i and row N + i."""
     n, kept = len(epsilon), []
     real, fake = F.linear(x, weights[0], biases[0]).split(n)  # (N, H)
-    h = torch.cat([real, fake, epsilon[:, None] * real + (1 - epsilon[:, None]) * fake])
+    h = torch.cat([real, fake, _interpolate.formula(real, fake, None, epsilon)])
     for w, b in zip(weights[1:], biases[1:], strict=True):
         h = F.leaky_relu(h, slope) if slope else F.relu(h)
         kept.append(h[2 * n :].flatten())
