@@ -1,7 +1,6 @@
 """Masked autoregressive layers: each coordinate is transformed by what a masked network makes of those before it."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -12,8 +11,9 @@ from torch.distributions import constraints
 from genfuse import ops
 from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import Tails, soft_slope, spline_settings
+from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Transform
-from genfuse.ops import Scale, autoregressive_inverse, rational_quadratic_spline
+from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
 
 LIMIT = 5.0  # of what squashed networks see
 
@@ -67,15 +67,17 @@ class MADE(nn.Module):
         edges = torch.arange(features + 1)
         self.bounds = tuple(tuple(torch.searchsorted(d, edges).tolist()) for d in degrees)
         seen = [each + 1, *degrees]  # from which degree on
-        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise([features, *hidden, len(last)]))
-        for i, (own, of) in enumerate(zip([*degrees, last], seen, strict=True)):
-            self.register_buffer(f"mask{i}", (own[:, None] >= of).float(), persistent=False)
-        counts = [self.get_buffer(f"mask{i}").sum(1).long() for i in range(len(self.layers))]
-        self.register_buffer("counts", torch.cat(counts), persistent=False)
+        masks = [(own[:, None] >= of).float() for own, of in zip([*degrees, last], seen, strict=True)]
+        self.layers = nn.ModuleList(map(_MaskedLinear, masks))
+        self.register_buffer("counts", torch.cat([mask.sum(1).long() for mask in masks]), persistent=False)
 
     def weights(self) -> list[Tensor]:
         """Weights of the layers, masked, so that what an optimizer does to entries outside the mask has no effect."""
-        return [layer.weight * self.get_buffer(f"mask{i}") for i, layer in enumerate(self.layers)]  # type: ignore[operator]
+        layers: Any = self.layers
+        for layer in layers:
+            if not untouched(layer, _MaskedLinear):  # hooks of pruning and the like make its weight when it is called
+                layer(layer.weight.new_zeros(1, layer.in_features))
+        return [layer.masked() for layer in layers]
 
     def biases(self) -> list[Tensor]:
         """The bias of each layer."""
@@ -113,8 +115,10 @@ class MADE(nn.Module):
         added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
         return autoregressive_inverse(y, weights, biases, bounds, context=added, residual=self.residual, **settings)
 
-    def network(self, x: Tensor, context: Tensor | None = None) -> ops.Network:
-        """The network as a layer of a flow takes it."""
+    def network(self, x: Tensor, context: Tensor | None = None) -> ops.Network | None:
+        """The network as a layer of a flow takes it; None if its layers were changed, or have hooks."""
+        if not all(untouched(layer, _MaskedLinear) for layer in self.layers):
+            return None
         weights: list[Any] = [layer.weight for layer in self.layers] if x.is_cpu else self.weights()
         counts = self.get_buffer("counts") if x.is_cpu else None  # the CPU's kernel leaves out what is masked
         added, limit = self.project(context), LIMIT if self.squash else None
@@ -124,7 +128,34 @@ class MADE(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         n = self.network(x, context)
         x = x.clamp(-LIMIT, LIMIT) if self.squash else x
-        return ops.mlp(x, n.weights, n.biases, added=n.added, residual=n.residual, counts=n.counts)
+        if n is not None:
+            return ops.mlp(x, n.weights, n.biases, added=n.added, residual=n.residual, counts=n.counts)
+        first, *hidden, last = self.layers
+        h, added = first(x), self.project(context)  # (N, hidden[0])
+        h = h if added is None else h + added
+        if self.residual:
+            for one, two in zip(hidden[::2], hidden[1::2], strict=True):
+                h = h + two(F.relu(one(F.relu(h))))
+            return last(h)
+        for layer in hidden:
+            h = layer(F.relu(h))
+        return last(F.relu(h))
+
+
+class _MaskedLinear(nn.Linear):
+    """A linear layer whose weight is 0 where its mask (outputs, inputs) is."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask, persistent=False)
+
+    def masked(self) -> Tensor:
+        return self.weight * self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.masked(), self.bias)
 
 
 class AutoregressiveAffine(Transform):
@@ -165,6 +196,8 @@ class AutoregressiveAffine(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network, slope = self.made.network(x, context), soft_slope(self.scale, 3)
+        if network is None:
+            return affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale, slope=slope)
         return ops.affine_layer(x, network, scale=self.scale, slope=slope)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -216,8 +249,9 @@ class AutoregressiveSpline(Transform):
             self.made.biases()[-1].view(features, -1)[:, 2 * bins :] = settings.unit_derivative
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.spline.tails != "none":  # which has to look at x first
-            return ops.spline_layer(x, self.made.network(x, context), 0, self.spline)
+        network = self.made.network(x, context) if self.spline.tails != "none" else None  # which has to look at x first
+        if network is not None:
+            return ops.spline_layer(x, network, 0, self.spline)
         params = self.made(x, context).to(x.dtype).unflatten(1, (self.features, self.parameters_each))  # (N, D, P)
         return rational_quadratic_spline(x, params, **self.settings)
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from genfuse import ops
 from genfuse.errors import SettingsError
-from genfuse.nn._mlp import mlp
+from genfuse.nn._mlp import MLP, fuses, mlp, run_of, untouched
 from genfuse.ops import Scale, SplineSettings, rational_quadratic_spline
 
 Tails = Literal["linear", "none", "circular"]
@@ -62,14 +62,22 @@ class MLPConditioner(nn.Module):
         self.layers = nn.Sequential(mlp(widths), nn.ReLU(inplace=True)) if hidden else nn.Identity()
         self.last = last_layer(nn.Linear(widths[-1], outputs), 10 * START)
 
-    def network(self, context: Tensor | None) -> ops.Network:
-        """The network as a layer of a flow takes it."""
-        layers: Any = self.layers
-        hidden = [] if isinstance(layers, nn.Identity) else [*layers[0]][::2]
-        return _network([*hidden, self.last], self.squash, context)
+    def network(self, context: Tensor | None) -> ops.Network | None:
+        """The network as a layer of a flow takes it; None if its layers were changed, or have hooks."""
+        layers: list[Any] = [self.last]
+        hidden: list[Any] = [*self.layers._modules.values()]
+        if hidden and not (untouched(self.layers, nn.Sequential) and untouched(hidden[0], MLP)):
+            return None
+        for part in reversed(hidden):
+            layers[:0] = part if isinstance(part, nn.Sequential) else [part]
+        if run_of(layers, 0) != (len(layers), 0.0):
+            return None
+        return _network(layers[::2], self.squash, context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return _run(self.network(context), x)
+        if network := self.network(context):
+            return _run(network, x)
+        return self.last(self.layers(_seen(x, self.squash, context)))
 
 
 class ResidualMLP(nn.Module):
@@ -107,11 +115,11 @@ class ResidualMLP(nn.Module):
         self.last = last_layer(nn.Linear(width, outputs))
 
     def network(self, context: Tensor | None) -> ops.Network | None:
-        """The network as a layer of a flow takes it; None if it drops units."""
-        if self.dropout and self.training:
-            return None
+        """The network as a layer of a flow takes it; None if it drops units, its layers were changed or have hooks."""
         blocks: Any = self.blocks
         layers = [self.first, *(layer for block in blocks for layer in block), self.last]
+        if (self.dropout and self.training) or not all(map(fuses, layers)):
+            return None
         made = _network(layers, self.squash, context)
         gates = [] if context is None else [torch.sigmoid(gate(made.context)) for gate in self.gates]
         return made._replace(residual=True, gates=gates)
@@ -119,14 +127,12 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if network := self.network(context):
             return _run(network, x)
-        x = x.asinh() if self.squash else x
-        context = None if context is None else context.to(x.dtype)
-        h = self.first(x if context is None else torch.cat([x, context], -1))  # (N, width)
+        h = self.first(_seen(x, self.squash, context))  # (N, width)
         for i, block in enumerate(self.blocks):
             inner = F.relu(block[0](F.relu(h)), inplace=True)  # type: ignore[index]
-            inner = block[1](F.dropout(inner, self.dropout))  # type: ignore[index]
+            inner = block[1](F.dropout(inner, self.dropout, self.training))  # type: ignore[index]
             if context is not None:
-                inner = inner * torch.sigmoid(self.gates[i](context))
+                inner = inner * torch.sigmoid(self.gates[i](context.to(inner.dtype)))
             h = h + inner
         return self.last(h)
 
@@ -137,9 +143,13 @@ def _network(layers: Sequence[Any], squash: bool, context: Tensor | None) -> ops
     return ops.Network(weights, biases, context=context, limit=0.0 if squash else None)
 
 
+def _seen(x: Tensor, squash: bool, context: Tensor | None) -> Tensor:
+    x = x.asinh() if squash else x
+    return x if context is None else torch.cat([x, context.to(x.dtype)], -1)
+
+
 def _run(network: ops.Network, x: Tensor) -> Tensor:
-    x = x if network.limit is None else x.asinh()
-    x = x if network.context is None else torch.cat([x, network.context], -1)
+    x = _seen(x, network.limit is not None, network.context)
     return ops.mlp(x, network.weights, network.biases, residual=network.residual, gates=network.gates)
 
 

@@ -16,7 +16,7 @@ from genfuse.nn._conditioners import (
     spline_settings,
     start_spline,
 )
-from genfuse.nn._mlp import hooks
+from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
 
@@ -89,9 +89,11 @@ class Coupling(Transform):
     def network(self, x: Tensor, context: Tensor | None) -> ops.Network | None:
         """The conditioner, if the layer can be one node of autograd's graph; `raw` runs all others."""
         conditioner: Any = self.conditioner
-        if x.dim() != 2 or self.mask is not None or type(conditioner) not in (MLPConditioner, ResidualMLP):
+        if x.dim() != 2 or self.mask is not None or type(self).raw is not Coupling.raw:
             return None
-        if hooks(conditioner) or conditioner.last.out_features != self.parameters_each * (x.shape[1] - abs(self.split)):
+        if not any(untouched(conditioner, kind) for kind in (MLPConditioner, ResidualMLP)):
+            return None
+        if conditioner.last.out_features != self.parameters_each * (x.shape[1] - abs(self.split)):
             return None
         network: ops.Network | None = conditioner.network(context)
         return network
