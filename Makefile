@@ -44,7 +44,7 @@ demo: $(RUNS)  ## train a VAE, on MNIST if it is there, and leave pictures of wh
 	@echo && echo "Look at runs/demo/pictures: samples.png, traversal.png, reconstructions.png, latent.png"
 
 test: $(INSTALLED)  ## every test that takes seconds, or those of TESTS="tests/ops tests/nn"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow" -n $(JOBS) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

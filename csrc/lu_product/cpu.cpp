@@ -130,6 +130,9 @@ void run_cpu(const Problem& p, const Out& out) {
       throw std::out_of_range("back and order must be of columns from 0 to " + std::to_string(p.size - 1));
     }
   }
+  for (int64_t j = 0; j < p.size; ++j) {
+    if (p.order[p.back[j]] != j) throw std::invalid_argument("order must undo back");
+  }
   p.dtype == 1 ? run(double(), p, out, 0, 0) : run(float(), p, out, 0, 0);
 }
 

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "bindings.h"
@@ -208,6 +210,7 @@ GENFUSE_SIMD_LOOPS(rows, Backward, rows_of<S>)
 
 template <class Out>
 void run_cpu(const Problem& p, const Out& out) {
+  if (!std::is_sorted(p.block, p.block + p.choices)) throw std::invalid_argument("block must rise");
   // A component takes as long as some ten cells of other operators.
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, 4 * p.cols(), [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });

@@ -5,6 +5,7 @@ namespace genfuse::mixed_log_prob {
 
 // A log-scale is limit tanh((raw - start) / limit), as in _mixed_log_prob.py.
 constexpr int kLimit = 7, kStart = 1;
+constexpr float kFar = 1e30f;  // where an infinite edge is taken to be
 
 // 1 - e^-x for x >= 0, relatively accurate; `z` is e^-x.
 GENFUSE_HD float complement(float x, float z) {
@@ -28,6 +29,8 @@ struct Logistic {
 
   // `scale` is the raw log-scale.
   GENFUSE_HD Logistic(T low, T high, T mu, T scale) {
+    low = low < -kFar ? -kFar : low > kFar ? kFar : low;
+    high = high < -kFar ? -kFar : high > kFar ? kFar : high;
     t = tanh_((scale - kStart) * (T(1) / kLimit));
     precision = exp_(-kLimit * t);
     upper = (high - mu) * precision;

@@ -157,3 +157,10 @@ def test_columns_that_are_not_there_are_refused(column, implementation):
     for orders in ((wrong, order), (back, wrong)):
         with pytest.raises(RuntimeError, match="from 0 to 2"):
             ops.lu_product(triangles, log_diagonal, signs, *orders)
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+def test_an_order_that_does_not_undo_the_other_is_refused(implementation):
+    triangles, log_diagonal, signs, back, order = arguments(3)
+    with pytest.raises(RuntimeError, match="order must undo back"):
+        ops.lu_product(triangles, log_diagonal, signs, back, order.roll(1))

@@ -100,6 +100,29 @@ def test_a_choice_that_is_not_there_reads_nothing_beyond_the_others(implementati
     assert found.isnan().tolist() == [False, False, False, True, True, False, False]
 
 
+@pytest.mark.parametrize("implementation", ["native", "reference"], indirect=True)
+def test_a_number_with_one_edge_has_the_logistic_distribution_below_or_above_it(implementation):
+    raw, low, high, chosen, block = arguments()
+    raw, inf = raw[:, :9].clone().requires_grad_(), float("inf")
+    none = chosen[:, :0], block[:0]
+    below = ops.mixed_log_prob(raw, torch.full_like(low[:, :1], -inf), high[:, :1], *none)
+    logits, mu, log_scale = ops.logistic_mixture(raw, 1)
+    shares = torch.nn.functional.logsigmoid((high[:, :1, None] - mu) * torch.exp(-log_scale))
+    expected = (shares + logits.log_softmax(-1)).logsumexp(-1)[:, 0]
+    torch.testing.assert_close(below, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), raw, retain_graph=True) for each in (below, expected)))
+    above = ops.mixed_log_prob(raw, high[:, :1], torch.full_like(low[:, :1], inf), *none)
+    torch.testing.assert_close(below.exp() + above.exp(), torch.ones_like(above))
+    assert torch.autograd.grad(above.sum(), raw)[0].isfinite().all()
+
+
+@by_kernels
+def test_blocks_that_fall_are_refused(implementation):
+    raw, low, high, chosen, block = arguments()
+    with pytest.raises(RuntimeError, match="block must rise"):
+        ops.mixed_log_prob(raw, low, high, chosen, block.flip(0))
+
+
 def test_arguments_that_do_not_fit_are_named():
     raw, low, high, chosen, block = arguments()
     for given, message in {

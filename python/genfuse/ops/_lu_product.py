@@ -90,7 +90,7 @@ def lu_product(
 
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
-        RuntimeError: for a column that is not there.
+        RuntimeError: from the kernel, for a column that is not there, or an order that does not undo back.
     """
     given = _checked(triangles, {"log_diagonal": log_diagonal, "signs": signs}, back, order)
     return (_fused if triangles.dtype is _op.wide(triangles) else formula)(*given)
@@ -119,7 +119,7 @@ def lu_affine(
 
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
-        RuntimeError: for a column that is not there.
+        RuntimeError: from the kernel, for a column that is not there, or an order that does not undo back.
     """
     numbers = {"log_diagonal": log_diagonal, "log_scale": log_scale, "shift": shift, "bias": bias, "signs": signs}
     given = _checked(triangles, numbers, back, order)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from genfuse.ops import _op
 
 LIMIT, START = 7.0, 1.0  # of log-scales, as math.h has them: how far they reach, and what is 0
+FAR = 1e30  # where an infinite edge is taken to be: its gradient is 0, and not NaN
 
 
 def log_logistic(upper: Tensor, lower: Tensor, gap: Tensor) -> Tensor:
@@ -41,6 +42,7 @@ def formula(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tenso
     logits, mu, log_scale = logistic_mixture(numbers, columns)  # (L, N, P, K)
     there = ~low.isnan()
     low, high = torch.where(there, low, -0.5)[..., None], torch.where(there, high, 0.5)[..., None]
+    low, high = low.clamp(-FAR, FAR), high.clamp(-FAR, FAR)
     precision = torch.exp(-log_scale)
     each = log_logistic((high - mu) * precision, (low - mu) * precision, (high - low) * precision)
     of_numbers = torch.where(there, (each + logits.log_softmax(-1)).logsumexp(-1), 0.0)
@@ -96,9 +98,9 @@ def mixed_log_prob(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block
         raw: (..., N, 3 K P + S): of each of P numbers the K logits, locations and log-scales r, where
             log s = 7 tanh((r - 1) / 7); then the logits of all S choices, block by block. Any strides; float32,
             float64, float16 or bfloat16.
-        low: the lower edge of each number, (N, P), of raw's dtype or float32 beside 16 bits; NaN for a number that is
-            missing, which has probability 1.
-        high: the upper edge, as low.
+        low: the lower edge of each number, (N, P), of raw's dtype or float32 beside 16 bits; -inf for a number of which
+            only the upper edge is known, and NaN for one that is missing, which has probability 1.
+        high: the upper edge, as low; inf for a number of which only the lower edge is known.
         chosen: of each of B blocks the choice that was made, (N, B), counted from 0 over all S choices; int64.
         block: the block 0, 1, ... B - 1 of each choice, rising, (S,); int64.
 
@@ -107,6 +109,7 @@ def mixed_log_prob(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block
 
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
+        RuntimeError: from the kernel, for blocks that do not rise.
     """
     wide = _op.wide(raw)
     if raw.dim() < 2 or low.dim() != 2 or chosen.dim() != 2 or block.dim() != 1:
