@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import genfuse
-from genfuse.errors import SettingsError
+from genfuse.errors import DataError, SettingsError
 from genfuse.models import Batch, GenerativeModel, ModelConfig, Player, adam
 
 
@@ -150,3 +150,39 @@ def test_a_context_that_nothing_takes_is_refused(name):
         with pytest.raises(SettingsError, match="not conditional"):
             model(X, y)
     model.loss(Batch(X, torch.zeros(4, dtype=torch.long)), model.players()[0].name)  # a data set's labels do no harm
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_number_of_samples_and_a_dtype_that_do_not_fit_are_named(name):
+    model = genfuse.create(name, shape=(2,), levels=None, **(GAUSSIAN if name == "vae" else {})).eval()
+    for n in (-1, 2.5, "3", None):
+        with pytest.raises(SettingsError, match=f"n must be how many examples.*; got {n!r}"):
+            model.sample(n)
+    assert model.sample(0).shape == (0, 2)
+    for verb in {"log_prob", "encode", "reconstruct"} & set(dir(model)):
+        with pytest.raises(DataError, match=r"x must be torch\.float32, .*; got torch\.float64"):
+            getattr(model, verb)(X.double())
+        getattr(model.double(), verb)(X.double())
+        model.float()
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "nsf-ar", "glow", "ddpm", "edm"])
+def test_a_row_with_what_is_no_number_spoils_no_other(name):
+    model = genfuse.create(name, shape=(2,), levels=None).eval()
+    x = torch.randn(4, 2)
+    expected = model.log_prob(x)
+    x[1, 0] = float("nan")
+    found = model.log_prob(x)
+    assert found.isnan().tolist() == [False, True, False, False]
+    torch.testing.assert_close(found[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "nsf-ar", "glow"])
+def test_flows_of_16_bits_sample_and_encode(name):
+    torch.manual_seed(0)
+    model = genfuse.create(name, shape=(2,), levels=None).eval()
+    z = torch.randn(4, 2)
+    expected = model.decode(z)
+    half = model.bfloat16()
+    torch.testing.assert_close(half.decode(z.bfloat16()).float(), expected, rtol=0.1, atol=0.1)
+    assert half.log_prob(expected.bfloat16()).isfinite().all()

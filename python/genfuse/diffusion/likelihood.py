@@ -176,6 +176,8 @@ def _flow_log_prob(
 
     if not len(x):  # of which the solver has no error to choose its steps by
         return x.new_zeros(0)
+    known = x.isfinite().flatten(1).all(1)  # the solver would find no step for the other rows
+    x = x.where(known.view(-1, *[1] * (x.dim() - 1)), 0.0)
     probe = None if key is None else noisy(x, 1.0, key)[1].sign()
 
     def change(log_sigma: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -196,7 +198,8 @@ def _flow_log_prob(
     mean, std = _prior(x, sigma_max, prior)
     scale = math.hypot(1, sigma_max)
     end = _normal_log_prob((y * scale - mean) / std) - std.log().sum()
-    return end + divergence + x.shape[1:].numel() * math.log(scale / math.hypot(1, sigma_min))
+    log_prob = end + divergence + x.shape[1:].numel() * math.log(scale / math.hypot(1, sigma_min))
+    return log_prob.masked_fill(~known, math.nan)
 
 
 def _prior(x: Tensor, sigma_max: float, prior: Prior | None) -> Prior:

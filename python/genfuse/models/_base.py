@@ -172,6 +172,19 @@ def _of_arrays_too(verb: Callable) -> Callable:
     return of_either
 
 
+def _of_a_number(sample: Callable) -> Callable:
+    """`GenerativeModel.sample`, which refuses what is no number of examples."""
+
+    @wraps(sample)
+    def of_count(self: "GenerativeModel", n: int, *given: Any, **named: Any) -> Tensor:
+        if not isinstance(n, int | np.integer | torch.SymInt) or n < 0:
+            raise SettingsError(f"n must be how many examples to draw, a whole number from 0 on; got {n!r}")
+        drawn: Tensor = sample(self, n, *given, **named)
+        return drawn
+
+    return of_count
+
+
 class GenerativeModel(nn.Module):
     """Base of every model, third parties' included.
 
@@ -201,6 +214,8 @@ class GenerativeModel(nn.Module):
         super().__init_subclass__(**named)
         for verb in VERBS & vars(cls).keys():
             setattr(cls, verb, _of_arrays_too(vars(cls)[verb]))
+        if "sample" in vars(cls):
+            cls.sample = _of_a_number(vars(cls)["sample"])  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -386,12 +401,16 @@ class GenerativeModel(nn.Module):
         return torch.tensor(getattr(self.config, "seen_labels", None) or range(classes))
 
     def checked(self, x: Tensor) -> Tensor:
-        """``x``, if these are examples as the model knows them. Raises DataError unless x is (N, *shape), and discrete
-        examples are in [0, 1]."""
+        """``x``, if these are examples as the model knows them. Raises DataError unless x is (N, *shape), discrete
+        examples are in [0, 1], and outside of training x is of the weights' dtype, if autocast does not see to that."""
         if self.shape is not None and tuple(x.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
             raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
         check_range(x, self.levels, always=not self.training)
+        if not self.training and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            dtype = next((weight.dtype for weight in self.parameters()), x.dtype)
+            if x.dtype is not dtype:
+                raise DataError(f"x must be {dtype}, as the model's weights are; got {x.dtype}: give it x.to({dtype})")
         return x
 
     def tensor_of(self, given: Any, label: bool = False) -> Any:

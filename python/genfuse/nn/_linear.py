@@ -113,11 +113,12 @@ class LULinear(Transform):
         return _mapped(x, *ops.lu_affine(self.triangles, *numbers, self.back, self.order))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self.factors()
         columns = y.movedim(1, 0).flatten(1) - self.bias[:, None]
-        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-        columns = torch.linalg.solve_triangular(upper, columns, upper=True).index_select(0, self.back)
-        return columns.view(len(columns), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
+        wide = torch.promote_types(columns.dtype, torch.float32)  # there are no solvers of 16 bits
+        lower, upper = (factor.to(wide) for factor in self.factors())
+        solved = torch.linalg.solve_triangular(lower, columns.to(wide), upper=False, unitriangular=True)
+        solved = torch.linalg.solve_triangular(upper, solved, upper=True).index_select(0, self.back).to(columns.dtype)
+        return solved.view(len(solved), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
         """W as L, the diagonal of U, and U with ones on its diagonal: only the diagonal changes volume."""
