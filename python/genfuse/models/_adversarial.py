@@ -3,14 +3,22 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
+from genfuse.models._base import (
+    Batch,
+    GenerativeModel,
+    ModelConfig,
+    Player,
+    between,
+    check_at_least,
+    check_choices,
+)
 from genfuse.nn import (
     EMA,
     Columns,
@@ -22,7 +30,6 @@ from genfuse.nn import (
     mlp_generator,
     resnet_critic,
     resnet_generator,
-    slerp,
 )
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, scores_and_penalty, transformed
@@ -57,10 +64,8 @@ class AdversarialConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(network=Network)
         self.check_positive("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
-        if not 0 <= self.adversarial_weight < math.inf:
-            raise SettingsError(f"adversarial_weight must be at least 0 and finite, got {self.adversarial_weight}")
+        check_at_least(self, adversarial_weight=0)
         if self.network != "mlp" and (self.pac > 1 or self.columns is not None):
             raise SettingsError(f"network {self.network!r} sees single images: use network 'mlp' for tables or pac")
         check_training(self)
@@ -89,14 +94,12 @@ def check_training(of: Any) -> None:
     """Raise SettingsError unless a model, or its settings, can be trained as its attributes say."""
     if of.n_critic < 1:
         raise SettingsError(f"n_critic must be at least 1 update of the critic per round, got {of.n_critic}")
-    if not 0 <= of.ema < 1:
-        raise SettingsError(f"ema must be at least 0 and below 1, got {of.ema}")
-    if (penalty := getattr(of, "penalty", "none")) not in get_args(Penalty):
-        raise SettingsError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
-    if not 0 <= (weight := getattr(of, "penalty_weight", 0)) < math.inf:
-        raise SettingsError(f"penalty_weight must be at least 0 and finite, got {weight}")
-    if getattr(of, "one_sided", False) and penalty != "gradient":
-        raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {penalty!r}: leave it out")
+    check_at_least(of, ema=0, below=1)
+    if hasattr(of, "penalty"):
+        check_choices(of, penalty=Penalty)
+        check_at_least(of, penalty_weight=0)
+        if of.one_sided and of.penalty != "gradient":
+            raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {of.penalty!r}: leave it out")
 
 
 class Objective(NamedTuple):
@@ -312,10 +315,7 @@ class AdversarialModel(GenerativeModel):
         An arc, since the samples of a line's middle would be nearer to the origin than almost all that G has seen
         (arXiv 1609.04468). Raises SettingsError for fewer than two steps.
         """
-        if steps < 2:
-            raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
-        z = slerp(a, b, torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device))
-        return torch.stack([self.decode(each, y) for each in z])
+        return torch.stack([self.decode(each, y) for each in between(a, b, steps, arc=True)])
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         found = {}

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from genfuse.data import Batch, Dataset
 from genfuse.errors import SettingsError
 from genfuse.flows import Flow, StandardNormal
-from genfuse.models._base import GenerativeModel, ModelConfig
+from genfuse.models._base import GenerativeModel, ModelConfig, check_at_least, seeded
 from genfuse.nn import (
     AffineCoupling,
     Centre,
@@ -46,14 +46,12 @@ class FlowConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.logit < 0.5:
-            raise SettingsError(f"logit must be at least 0 and below 0.5, got {self.logit}")
+        check_at_least(self, logit=0, below=0.5)
         if self.dequantization == "variational" and (self.levels is None or len(self.shape) != 3):
             raise SettingsError(
                 f"dequantization 'variational' is for images of discrete levels, got shape {self.shape} and levels "
                 f"{self.levels}: use 'uniform'"
             )
-        self.check_choices(dequantization=Dequantization)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -348,9 +346,7 @@ class FlowModel(GenerativeModel):
         if temperature != 1:
             raise SettingsError(f"temperature is for flows whose base is N(0, I); got {temperature}: leave it out")
         base = self.flow.base_of(context)
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else [], enabled=generator is not None):
-            if generator is not None:  # distributions draw from the global one alone
-                torch.manual_seed(int(torch.randint(2**62, (), device=where, generator=generator)))
+        with seeded(generator):
             return base.sample(() if base.batch_shape else (n,)), context
 
     @property
