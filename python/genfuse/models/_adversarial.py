@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from genfuse import nn as blocks
 from genfuse.errors import SettingsError
 from genfuse.models._base import (
     Batch,
@@ -19,18 +20,7 @@ from genfuse.models._base import (
     check_at_least,
     check_choices,
 )
-from genfuse.nn import (
-    EMA,
-    Columns,
-    Restorer,
-    WithContext,
-    dcgan_critic,
-    dcgan_generator,
-    mlp_critic,
-    mlp_generator,
-    resnet_critic,
-    resnet_generator,
-)
+from genfuse.nn import EMA, Columns
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, scores_and_penalty, transformed
 
@@ -437,11 +427,11 @@ def _generator(config: AdversarialConfig) -> nn.Module:
     inputs = config.latent_dim + config.context
     if config.given:
         factor = config.shape[1] // config.given[1]
-        return Restorer(config.given[0], config.shape[0], factor, config.channels[0], config.blocks)
+        return blocks.Restorer(config.given[0], config.shape[0], factor, config.channels[0], config.blocks)
     if config.network == "mlp":
-        return mlp_generator(inputs, _cells(config), config.hidden)
+        return blocks.mlp_generator(inputs, _cells(config), config.hidden)
     channels, height, width = config.shape
-    make = dcgan_generator if config.network == "dcgan" else resnet_generator
+    make = blocks.dcgan_generator if config.network == "dcgan" else blocks.resnet_generator
     return make(inputs, (channels, height, width), config.channels)
 
 
@@ -449,13 +439,13 @@ def _critic(config: AdversarialConfig) -> nn.Module:
     context = config.given[0] + 1 if config.given else config.context
     if config.network == "mlp" and not config.given:
         cells = config.pac * (math.prod(_cells(config)) + config.context)
-        critic = mlp_critic(cells, config.hidden[::-1], config.layer_norm)
+        critic = blocks.mlp_critic(cells, config.hidden[::-1], config.layer_norm)
     else:
         channels, height, width = config.shape
-        make = resnet_critic if config.network == "resnet" else dcgan_critic
+        make = blocks.resnet_critic if config.network == "resnet" else blocks.dcgan_critic
         critic = make((channels, height, width), config.channels, config.layer_norm, context)
     if config.spectral_norm:
         for module in list(critic.modules()):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 spectral_norm(module)
-    return WithContext(critic, planes=config.network != "mlp") if context else critic
+    return blocks.WithContext(critic, planes=config.network != "mlp") if context else critic

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from genfuse import nn as blocks
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
 from genfuse.models._base import (
@@ -28,29 +29,8 @@ from genfuse.models._base import (
     seeded,
     unlike,
 )
-from genfuse.nn import (
-    AutoregressiveAffine,
-    Columns,
-    Composite,
-    ConvDecoder,
-    Permutation,
-    Planar,
-    Radial,
-    Transform,
-    WithContext,
-    conv_encoder,
-    mlp,
-    mlp_critic,
-)
-from genfuse.nn.likelihoods import (
-    AnyLikelihood,
-    Bernoulli,
-    Categorical,
-    DiscretizedLogistic,
-    Gaussian,
-    Likelihood,
-    at_least_float32,
-)
+from genfuse.nn import Columns, Composite, Transform, WithContext, mlp
+from genfuse.nn.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Gaussian, Likelihood, at_least_float32
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
 
 Network = Literal["mlp", "conv"]
@@ -162,10 +142,10 @@ def _flow(config: VAEConfig) -> Composite | None:
         steps: list[Transform] = []
         # arXiv 1606.04934, algorithm 1; the order of the dimensions is reversed after each step
         for _ in range(layers):
-            made = AutoregressiveAffine(d, config.posterior_hidden, context=context, scale="sigmoid")
-            steps += [made, Permutation.reversed(d)]
+            made = blocks.AutoregressiveAffine(d, config.posterior_hidden, context=context, scale="sigmoid")
+            steps += [made, blocks.Permutation.reversed(d)]
         return Composite(steps)
-    layer = Planar if config.posterior == "planar" else Radial
+    layer = blocks.Planar if config.posterior == "planar" else blocks.Radial
     return Composite([layer(d, context) for _ in range(layers)])
 
 
@@ -182,8 +162,8 @@ def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module
         decoder = mlp([inputs, *hidden[::-1], columns.outputs])
     elif config.network == "conv":
         channels, height, width = shape
-        encoder = conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
-        decoder = ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
+        encoder = blocks.conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
+        decoder = blocks.ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
     else:
         encoder = nn.Sequential(nn.Flatten(), mlp([cells + context, *hidden, outputs]))
         decoder = nn.Sequential(mlp([inputs, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell)))
@@ -263,7 +243,7 @@ class VAE(GenerativeModel):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        likelihood: AnyLikelihood,
+        likelihood: blocks.likelihoods.AnyLikelihood,
         *,
         latent_dim: int,
         prior: Distribution | nn.Module | None = None,
@@ -310,7 +290,7 @@ class VAE(GenerativeModel):
         names = ("latent_dim", "objective", "beta", "gamma", "examples", "beta_warmup", "free_bits", "iwae_samples")
         given: dict[str, Any] = {name: getattr(config, name) for name in names}
         if config.objective == "factor":
-            given["discriminator"] = mlp_critic(config.latent_dim, config.discriminator)
+            given["discriminator"] = blocks.mlp_critic(config.latent_dim, config.discriminator)
         return cls(encoder, decoder, likelihood, posterior_flow=flow, config=config, **given)
 
     def players(self) -> list[Player]:
