@@ -17,11 +17,11 @@ from genfuse.data import Dataset, Split
 from genfuse.errors import DataError, SettingsError, TrainingWarning
 from genfuse.metrics import evaluate_samples
 from genfuse.models import Batch
-from genfuse.models._adversarial import STALLED, STARTED, Objective, diversity, slerp
+from genfuse.models._adversarial import STALLED, STARTED, Objective, diversity
 from genfuse.models._base import configure
 from genfuse.models.gan import GAN, OBJECTIVES
 from genfuse.models.wgan import WGAN, WGANGP
-from genfuse.nn import OneHot, WithContext
+from genfuse.nn import OneHot, WithContext, slerp
 from genfuse.training import Trainer
 from genfuse.training.run import differences
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genfuse.diffusion.samplers import noise_keys, noisy
 from genfuse.errors import SettingsError
-from genfuse.ops import philox
+from genfuse.ops import philox, standard_normal_log_prob
 
 Denoise = Callable[[Tensor, Any], Tensor]
 Prior = tuple[Tensor, Tensor]
@@ -86,7 +86,7 @@ def elbo(
     values = []
     for _ in range(_at_least_one(draws)):
         x_s, eps = noisy(x, s, next(keys))
-        log_q = _normal_log_prob(eps) - x.shape[1:].numel() * math.log(s)
+        log_q = standard_normal_log_prob(eps.flatten(1)) - x.shape[1:].numel() * math.log(s)
         log_p = _flow_log_prob(denoiser, x_s, s, sigma_max, prior, None if exact else next(keys), tolerance)
         values.append(log_p + decoder_log_prob(x, denoiser(x_s, s), s, levels) - log_q)
     return _mean_and_error(values)
@@ -148,7 +148,7 @@ def decoder_log_prob(x: Tensor, denoised: Tensor, sigma: float, levels: int | No
     -1 to 1, integrated over the bins of these, the outermost open-ended (arXiv 2006.11239, equation 13)."""
     off = (x - denoised).flatten(1) / sigma  # (N, D)
     if levels is None:
-        return _normal_log_prob(off) - off.shape[1] * math.log(sigma)
+        return standard_normal_log_prob(off) - off.shape[1] * math.log(sigma)
     half = 1 / (levels - 1)
     x, half_bin = x.flatten(1), half / sigma
     lower = torch.where(x < half - 1, -math.inf, off - half_bin)
@@ -197,7 +197,7 @@ def _flow_log_prob(
     y, divergence = (states[-1] for states in solved)
     mean, std = _prior(x, sigma_max, prior)
     scale = math.hypot(1, sigma_max)
-    end = _normal_log_prob((y * scale - mean) / std) - std.log().sum()
+    end = standard_normal_log_prob(((y * scale - mean) / std).flatten(1)) - std.log().sum()
     log_prob = end + divergence + x.shape[1:].numel() * math.log(scale / math.hypot(1, sigma_min))
     return log_prob.masked_fill(~known, math.nan)
 
@@ -213,12 +213,6 @@ def _divergence(f: Tensor, y: Tensor, probe: Tensor | None) -> Tensor:
     cells = f.flatten(1).unbind(1)
     rows = [torch.autograd.grad(cell.sum(), y, retain_graph=True)[0].flatten(1)[:, i] for i, cell in enumerate(cells)]
     return torch.stack(rows).sum(0)
-
-
-def _normal_log_prob(x: Tensor) -> Tensor:
-    """log N(x; 0, I), (N,) nats."""
-    x = x.flatten(1)
-    return -0.5 * x.square().sum(1) - x.shape[1] * 0.5 * math.log(2 * math.pi)
 
 
 def _mean_and_error(values: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,31 +9,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Unpack
 
+from genfuse import nn as blocks
 from genfuse.errors import SettingsError
 from genfuse.flows._flow import Flow, StandardNormal
-from genfuse.nn import (
-    ActNorm,
-    AdditiveCoupling,
-    AffineCoupling,
-    AutoregressiveAffine,
-    AutoregressiveSpline,
-    Composite,
-    ConvConditioner,
-    Flatten,
-    Inverse,
-    LULinear,
-    MLPConditioner,
-    MultiscaleSplit,
-    Permutation,
-    ResidualMLP,
-    SplineCoupling,
-    Squeeze,
-    Transform,
-    checkerboard,
-    split_size,
-)
-from genfuse.nn import Planar as PlanarLayer
-from genfuse.nn import Radial as RadialLayer
+from genfuse.nn import Transform
 from genfuse.ops import Scale
 
 # What makes a coupling's network of its numbers of inputs, outputs and context features: any module (x, context) -> raw
@@ -62,7 +41,7 @@ class _ReadyMade(Flow):
         self, features: Shape, context: int, layers: Iterable[Transform], options: Options, *, images: bool = False
     ) -> None:
         shape = _shape(features)
-        flatten = [Flatten(shape)] if len(shape) > 1 and not images else []
+        flatten = [blocks.Flatten(shape)] if len(shape) > 1 and not images else []
         if options.get("base") is None:
             options = {**options, "base": StandardNormal(math.prod(shape))}
         super().__init__([*flatten, *layers], context=context, **options)
@@ -112,16 +91,16 @@ class NSF(_ReadyMade):
     ) -> None:
         if dropout and options.get("reversible"):
             raise SettingsError("reversible computes each layer twice, and dropout would differ: set dropout to 0")
-        make = network or partial(ResidualMLP, hidden=hidden, dropout=dropout, squash=squash)
+        make = network or partial(blocks.ResidualMLP, hidden=hidden, dropout=dropout, squash=squash)
         d = math.prod(_shape(features))
-        kept = split_size(d)
+        kept = blocks.split_size(d)
 
         def layers() -> Iterator[Transform]:
             for i in range(transforms):
-                yield LULinear(d, first=d - kept if i else 0)  # no feature is kept, or moved, by all couplings
+                yield blocks.LULinear(d, first=d - kept if i else 0)  # no feature is kept, or moved, by all couplings
                 conditioner = make(kept, (d - kept) * (3 * bins - 1), context)
-                yield SplineCoupling(conditioner, split=kept, bins=bins, bound=bound, damped=damped)
-            yield LULinear(d)
+                yield blocks.SplineCoupling(conditioner, split=kept, bins=bins, bound=bound, damped=damped)
+            yield blocks.LULinear(d)
 
         super().__init__(features, context, layers(), options)
 
@@ -131,15 +110,10 @@ class NSFAR(_ReadyMade):
     features before it. The density takes one pass; so does sampling, by one sweep over the hidden units.
 
     Args:
-        features: D, or the shape of an example.
-        context: C, the features of the context (N, C) that all depends on, or 0.
+        features, context, bins, bound, damped, options: as in `NSF`.
         transforms: how many autoregressive layers; before each, and after the last, stands a linear layer by LU.
-        bins: of each spline.
-        bound: the splines are in [-bound, bound], in the units of x, and the identity outside.
-        damped: as in `NSF`.
         hidden: widths of each masked network's hidden layers.
         squash: whether the networks see features squashed, as in `genfuse.nn.MADE`.
-        options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
     """
 
     def __init__(
@@ -159,11 +133,11 @@ class NSFAR(_ReadyMade):
 
         def layers() -> Iterator[Transform]:
             for _ in range(transforms):
-                yield LULinear(d)
-                yield AutoregressiveSpline(
+                yield blocks.LULinear(d)
+                yield blocks.AutoregressiveSpline(
                     d, hidden, context=context, bins=bins, bound=bound, damped=damped, squash=squash
                 )
-            yield LULinear(d)
+            yield blocks.LULinear(d)
 
         super().__init__(features, context, layers(), options)
 
@@ -173,14 +147,12 @@ class MAF(_ReadyMade):
     of the features of x before i. The density takes one pass; so does sampling, by one sweep over the hidden units.
 
     Args:
-        features: D, or the shape of an example.
-        context: C, the features of the context (N, C) that all depends on, or 0.
+        features, context, options: as in `NSF`.
         transforms: how many autoregressive layers; the order of the features is reversed between two.
         hidden: widths of each masked network's hidden layers.
         scale: how the log-scales are bounded, as in `genfuse.nn.AutoregressiveAffine`.
         actnorm: whether to normalise activations between layers, where the paper has batch normalisation.
         squash: as in `NSFAR`.
-        options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
     """
 
     def __init__(
@@ -200,10 +172,10 @@ class MAF(_ReadyMade):
         def layers() -> Iterator[Transform]:
             for i in range(transforms):
                 if i:
-                    yield Permutation.reversed(d)
+                    yield blocks.Permutation.reversed(d)
                 if i and actnorm:
-                    yield ActNorm(d)
-                layer = AutoregressiveAffine(d, hidden, context=context, scale=scale, squash=squash)
+                    yield blocks.ActNorm(d)
+                layer = blocks.AutoregressiveAffine(d, hidden, context=context, scale=scale, squash=squash)
                 yield self._autoregressive(layer)
 
         super().__init__(features, context, layers(), options)
@@ -219,7 +191,7 @@ class IAF(MAF):
 
     @staticmethod
     def _autoregressive(layer: Transform) -> Transform:
-        return Inverse(layer)
+        return blocks.Inverse(layer)
 
 
 class Planar(_ReadyMade):
@@ -227,13 +199,11 @@ class Planar(_ReadyMade):
     is one pass; sampling solves for one number a layer.
 
     Args:
-        features: D, or the shape of an example.
-        context: C, the features of the context (N, C) that all depends on, or 0.
+        features, context, options: as in `NSF`.
         transforms: how many layers.
-        options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
     """
 
-    layer: type[PlanarLayer | RadialLayer] = PlanarLayer
+    layer: type[blocks.Planar | blocks.Radial] = blocks.Planar
 
     def __init__(self, features: Shape, context: int = 0, *, transforms: int = 32, **options: Unpack[Options]) -> None:
         d = math.prod(_shape(features))
@@ -244,7 +214,7 @@ class Radial(Planar):
     """Radial flow (arXiv 1505.05770) from the data to the base: each layer bends space around a point, and is inverted
     in closed form. Its arguments are those of `Planar`."""
 
-    layer = RadialLayer
+    layer = blocks.Radial
 
 
 def _as_image(features: Shape, scales: int, halvings: int) -> tuple[int, int, int]:
@@ -271,8 +241,7 @@ class RealNVP(_ReadyMade):
     paper's batch normalisation, so that an example's density does not depend on the others of its batch.
 
     Args:
-        features: D, or the shape of an example.
-        context: C, the features of the context (N, C) that all depends on, or 0.
+        features, context, options: as in `NSF`.
         transforms: how many couplings of vectors.
         hidden: widths of the hidden layers of each network of vectors.
         scales: of images, at least 1; between two, height and width are halved and half of the cells leave.
@@ -286,7 +255,6 @@ class RealNVP(_ReadyMade):
         network: makes the couplings' networks, if they are to be others: see `Conditioner`. Its outputs are first all
             log-scales, then all shifts.
         multiscale: whether examples are images at several scales, or vectors; by default those of shape (C, H, W) are.
-        options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
 
     Raises SettingsError for fewer than 2 features, or images that cannot be halved so often.
     """
@@ -311,53 +279,52 @@ class RealNVP(_ReadyMade):
         images = len(_shape(features)) == 3 if multiscale is None else multiscale
 
         def vectors(d: int) -> Iterator[Transform]:
-            make, kept = network or partial(MLPConditioner, hidden=hidden, squash=squash), split_size(d)
+            make, kept = network or partial(blocks.MLPConditioner, hidden=hidden, squash=squash), blocks.split_size(d)
             if interleaved and not linear and len(shape := _shape(features)) == 3:
-                colours = checkerboard(shape[1], shape[2], True).expand(shape).flatten()
-                yield Permutation(colours.int().argsort(stable=True))
+                colours = blocks.checkerboard(shape[1], shape[2], True).expand(shape).flatten()
+                yield blocks.Permutation(colours.int().argsort(stable=True))
             for i in range(transforms):
                 conditioner = make(kept, 2 * (d - kept), context)
                 if linear:
-                    yield ActNorm(d)
-                    yield LULinear(d, first=d - kept if i else 0)
+                    yield blocks.ActNorm(d)
+                    yield blocks.LULinear(d, first=d - kept if i else 0)
                 split = -kept if i % 2 and not linear else kept
-                yield AffineCoupling(conditioner, split=split, scale=scale)
+                yield blocks.AffineCoupling(conditioner, split=split, scale=scale)
 
-        make = network or partial(ConvConditioner, channels=channels, residual=True)
-        make_prior = network or partial(ConvConditioner, channels=channels[:1])
+        make = network or partial(blocks.ConvConditioner, channels=channels, residual=True)
+        make_prior = network or partial(blocks.ConvConditioner, channels=channels[:1])
 
         def by_mask(channels: int, masks: Sequence[Tensor]) -> Iterator[Transform]:
             for mask in masks:
                 conditioner = make(channels, 2 * channels, context)
-                yield ActNorm(channels)
-                yield AffineCoupling(conditioner, mask=mask, scale=scale)
+                yield blocks.ActNorm(channels)
+                yield blocks.AffineCoupling(conditioner, mask=mask, scale=scale)
 
         def by_channel(channels: int) -> Iterator[Transform]:
             half = channels // 2
             for split in (half, -half, half):
                 conditioner = make(half, channels, context)
-                yield ActNorm(channels)
-                yield AffineCoupling(conditioner, split=split, scale=scale)
+                yield blocks.ActNorm(channels)
+                yield blocks.AffineCoupling(conditioner, split=split, scale=scale)
 
         def at_scale(shape: tuple[int, int, int], scales: int) -> Iterator[Transform]:
             """From images of this shape to vectors."""
             channels, height, width = shape
-            masks = [checkerboard(height, width, bool(i % 2)) for i in range(4)]
+            masks = [blocks.checkerboard(height, width, bool(i % 2)) for i in range(4)]
             if scales == 1:
                 yield from by_mask(channels, masks)
-                yield Flatten(shape)
+                yield blocks.Flatten(shape)
                 return
             yield from by_mask(channels, masks[:3])
-            yield Squeeze()
+            yield blocks.Squeeze()
             yield from by_channel(4 * channels)
-            squeezed = (4 * channels, height // 2, width // 2)
-            yield from _leave(squeezed, make_prior, context, "tanh", at_scale, scales, options)
+            half = 2 * channels
+            prior = blocks.AffineCoupling(make_prior(half, 2 * half, context), split=half, scale="tanh")
+            smaller = height // 2, width // 2
+            yield _leave(prior, at_scale((half, *smaller), scales - 1), (2 * half, *smaller), options)
 
-        layers = (
-            at_scale(_as_image(features, scales, scales - 1), scales)
-            if images
-            else vectors(math.prod(_shape(features)))
-        )
+        d = math.prod(_shape(features))
+        layers = at_scale(_as_image(features, scales, scales - 1), scales) if images else vectors(d)
         super().__init__(features, context, layers, options, images=images)
 
 
@@ -369,8 +336,7 @@ class Glow(_ReadyMade):
     Vectors: the same steps with dense networks, at one scale.
 
     Args:
-        features: D, or the shape of an example.
-        context: C, the features of the context (N, C) that all depends on, or 0.
+        features, context, options: as in `NSF`.
         transforms: how many steps, at each scale.
         coupling: "affine", or "additive": y = x + t.
         scale: how the log-scales of affine ones are bounded, as in `genfuse.nn.AffineCoupling`; "sigmoid" is the
@@ -382,7 +348,6 @@ class Glow(_ReadyMade):
         network: makes the couplings' networks, if they are to be others: see `Conditioner`. Its outputs are first all
             log-scales, then all shifts; or shifts alone.
         multiscale: whether examples are images at several scales, or vectors; by default those of shape (C, H, W) are.
-        options: ``base``, ``embedding`` and ``reversible`` of `Flow`.
 
     Raises SettingsError for fewer than 2 features, images that cannot be halved so often, or an unknown coupling.
     """
@@ -406,46 +371,38 @@ class Glow(_ReadyMade):
         if coupling not in get_args(CouplingKind):
             raise SettingsError(f"coupling must be one of {', '.join(get_args(CouplingKind))}, got {coupling!r}")
         images = len(_shape(features)) == 3 if multiscale is None else multiscale
-        default = partial(MLPConditioner, hidden=hidden, squash=squash)
-        make = network or (partial(ConvConditioner, channels=channels) if images else default)
+        default = partial(blocks.MLPConditioner, hidden=hidden, squash=squash)
+        make = network or (partial(blocks.ConvConditioner, channels=channels) if images else default)
 
         def steps(d: int) -> Iterator[Transform]:
-            kept = split_size(d)
+            kept = blocks.split_size(d)
             for _ in range(transforms):
-                yield ActNorm(d)
-                yield LULinear(d, "rotation")
+                yield blocks.ActNorm(d)
+                yield blocks.LULinear(d, "rotation")
                 if coupling == "affine":
-                    yield AffineCoupling(make(kept, 2 * (d - kept), context), split=kept, scale=scale)
+                    yield blocks.AffineCoupling(make(kept, 2 * (d - kept), context), split=kept, scale=scale)
                 else:
-                    yield AdditiveCoupling(make(kept, d - kept, context), split=kept)
+                    yield blocks.AdditiveCoupling(make(kept, d - kept, context), split=kept)
 
         def at_scale(shape: tuple[int, int, int], scales: int) -> Iterator[Transform]:
             """From images of this shape to vectors."""
             squeezed = (4 * shape[0], shape[1] // 2, shape[2] // 2)
-            yield Squeeze()
+            yield blocks.Squeeze()
             yield from steps(squeezed[0])
             if scales == 1:
-                yield Flatten(squeezed)
+                yield blocks.Flatten(squeezed)
             else:
-                yield from _leave(
-                    squeezed, make, context, "exp" if scale == "sigmoid" else scale, at_scale, scales, options
-                )
+                half = squeezed[0] // 2
+                last = "exp" if scale == "sigmoid" else scale
+                prior = blocks.AffineCoupling(make(half, 2 * half, context), split=half, scale=last)
+                yield _leave(prior, at_scale((half, *squeezed[1:]), scales - 1), squeezed, options)
 
         layers = at_scale(_as_image(features, scales, scales), scales) if images else steps(math.prod(_shape(features)))
         super().__init__(features, context, layers, options, images=images)
 
 
 def _leave(
-    shape: tuple[int, int, int],
-    make: Conditioner,
-    context: int,
-    scale: Scale,
-    at_scale: Callable[[tuple[int, int, int], int], Iterator[Transform]],
-    scales: int,
-    options: Options,
-) -> Iterator[Transform]:
-    """Half of the channels leave; the others go on through the scales that are left."""
-    channels, height, width = shape
-    prior = AffineCoupling(make(channels // 2, channels, context), split=channels // 2, scale=scale)
-    rest = [*at_scale((channels // 2, height, width), scales - 1)]
-    yield MultiscaleSplit(prior, Composite(rest, reversible=options.get("reversible", False)), shape)
+    prior: Transform, rest: Iterator[Transform], shape: tuple[int, int, int], options: Options
+) -> blocks.MultiscaleSplit:
+    """Half of the channels of images of this shape leave; the others go on through the ``rest``."""
+    return blocks.MultiscaleSplit(prior, blocks.Composite([*rest], reversible=options.get("reversible", False)), shape)

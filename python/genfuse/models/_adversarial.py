@@ -3,27 +3,24 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from genfuse import nn as blocks
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
-from genfuse.nn import (
-    EMA,
-    Columns,
-    Restorer,
-    WithContext,
-    dcgan_critic,
-    dcgan_generator,
-    mlp_critic,
-    mlp_generator,
-    resnet_critic,
-    resnet_generator,
-    slerp,
+from genfuse.models._base import (
+    Batch,
+    GenerativeModel,
+    ModelConfig,
+    Player,
+    between,
+    check_at_least,
+    check_choices,
 )
+from genfuse.nn import EMA, Columns
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, scores_and_penalty, transformed
 
@@ -57,10 +54,8 @@ class AdversarialConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(network=Network)
         self.check_positive("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
-        if not 0 <= self.adversarial_weight < math.inf:
-            raise SettingsError(f"adversarial_weight must be at least 0 and finite, got {self.adversarial_weight}")
+        check_at_least(self, adversarial_weight=0)
         if self.network != "mlp" and (self.pac > 1 or self.columns is not None):
             raise SettingsError(f"network {self.network!r} sees single images: use network 'mlp' for tables or pac")
         check_training(self)
@@ -89,14 +84,12 @@ def check_training(of: Any) -> None:
     """Raise SettingsError unless a model, or its settings, can be trained as its attributes say."""
     if of.n_critic < 1:
         raise SettingsError(f"n_critic must be at least 1 update of the critic per round, got {of.n_critic}")
-    if not 0 <= of.ema < 1:
-        raise SettingsError(f"ema must be at least 0 and below 1, got {of.ema}")
-    if (penalty := getattr(of, "penalty", "none")) not in get_args(Penalty):
-        raise SettingsError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
-    if not 0 <= (weight := getattr(of, "penalty_weight", 0)) < math.inf:
-        raise SettingsError(f"penalty_weight must be at least 0 and finite, got {weight}")
-    if getattr(of, "one_sided", False) and penalty != "gradient":
-        raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {penalty!r}: leave it out")
+    check_at_least(of, ema=0, below=1)
+    if hasattr(of, "penalty"):
+        check_choices(of, penalty=Penalty)
+        check_at_least(of, penalty_weight=0)
+        if of.one_sided and of.penalty != "gradient":
+            raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {of.penalty!r}: leave it out")
 
 
 class Objective(NamedTuple):
@@ -312,10 +305,7 @@ class AdversarialModel(GenerativeModel):
         An arc, since the samples of a line's middle would be nearer to the origin than almost all that G has seen
         (arXiv 1609.04468). Raises SettingsError for fewer than two steps.
         """
-        if steps < 2:
-            raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
-        z = slerp(a, b, torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device))
-        return torch.stack([self.decode(each, y) for each in z])
+        return torch.stack([self.decode(each, y) for each in between(a, b, steps, arc=True)])
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         found = {}
@@ -437,11 +427,11 @@ def _generator(config: AdversarialConfig) -> nn.Module:
     inputs = config.latent_dim + config.context
     if config.given:
         factor = config.shape[1] // config.given[1]
-        return Restorer(config.given[0], config.shape[0], factor, config.channels[0], config.blocks)
+        return blocks.Restorer(config.given[0], config.shape[0], factor, config.channels[0], config.blocks)
     if config.network == "mlp":
-        return mlp_generator(inputs, _cells(config), config.hidden)
+        return blocks.mlp_generator(inputs, _cells(config), config.hidden)
     channels, height, width = config.shape
-    make = dcgan_generator if config.network == "dcgan" else resnet_generator
+    make = blocks.dcgan_generator if config.network == "dcgan" else blocks.resnet_generator
     return make(inputs, (channels, height, width), config.channels)
 
 
@@ -449,13 +439,13 @@ def _critic(config: AdversarialConfig) -> nn.Module:
     context = config.given[0] + 1 if config.given else config.context
     if config.network == "mlp" and not config.given:
         cells = config.pac * (math.prod(_cells(config)) + config.context)
-        critic = mlp_critic(cells, config.hidden[::-1], config.layer_norm)
+        critic = blocks.mlp_critic(cells, config.hidden[::-1], config.layer_norm)
     else:
         channels, height, width = config.shape
-        make = resnet_critic if config.network == "resnet" else dcgan_critic
+        make = blocks.resnet_critic if config.network == "resnet" else blocks.dcgan_critic
         critic = make((channels, height, width), config.channels, config.layer_norm, context)
     if config.spectral_norm:
         for module in list(critic.modules()):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 spectral_norm(module)
-    return WithContext(critic, planes=config.network != "mlp") if context else critic
+    return blocks.WithContext(critic, planes=config.network != "mlp") if context else critic

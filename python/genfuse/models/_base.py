@@ -6,9 +6,10 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from typing_extensions import Self
 from genfuse import plugins
 from genfuse.data import Batch, Dataset, load_data
 from genfuse.errors import DataError, SettingsError, near
-from genfuse.nn import Features, Images, OneHot, Together
+from genfuse.nn import Features, Images, OneHot, Together, slerp
 
 
 @dataclass
@@ -65,6 +66,9 @@ class ModelConfig:
             raise SettingsError(f"condition must be at least 0 numbers, got {self.condition}")
         if self.conditional and not self.condition and not self.classes:
             raise SettingsError("conditional needs labels, classes of 1 or more, and there are none: leave it out")
+        self.check_choices(
+            **{each.name: each.type for each in dataclasses.fields(self) if get_origin(each.type) is Literal}
+        )
 
     def check_positive(self, *names: str) -> None:
         """Raise SettingsError unless these settings, numbers or tuples of them, are above 0 and finite."""
@@ -74,12 +78,9 @@ class ModelConfig:
                 raise SettingsError(f"{name} must be above 0 and finite, got {value}")
 
     def check_choices(self, **choices: Any) -> None:
-        """Raise SettingsError unless each of these settings is one of the values of its `Literal`."""
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise SettingsError(
-                    f"{name} must be one of {', '.join(get_args(literal))}, got {getattr(self, name)!r}"
-                )
+        """Raise SettingsError unless each of these settings is one of the values of its `Literal`. Of fields that have
+        such a type it is done already."""
+        check_choices(self, **choices)
 
     @property
     def dimensions(self) -> int:
@@ -90,6 +91,21 @@ class ModelConfig:
     def context(self) -> int:
         """Features of the context that networks are given: a label as a one-hot vector, or the condition."""
         return self.condition or (self.classes or 0 if self.conditional else 0)
+
+
+def check_choices(of: Any, **choices: Any) -> None:
+    """Raise SettingsError unless each of these attributes is one of the values of its `Literal`."""
+    for name, literal in choices.items():
+        if getattr(of, name) not in get_args(literal):
+            raise SettingsError(f"{name} must be one of {', '.join(get_args(literal))}, got {getattr(of, name)!r}")
+
+
+def check_at_least(of: Any, *, below: float = math.inf, **least_of: float) -> None:
+    """Raise SettingsError unless these attributes are no less than their least values, and below ``below``."""
+    for name, least in least_of.items():
+        if not least <= getattr(of, name) < below:
+            limit = "finite" if below == math.inf else f"below {below}"
+            raise SettingsError(f"{name} must be at least {least} and {limit}, got {getattr(of, name)}")
 
 
 # What a model can do besides `loss` and `sample` shows in which of these it is an instance of. ``y`` is what is given:
@@ -468,8 +484,6 @@ class GenerativeModel(nn.Module):
         """One label, row (C,) of a context or image (C, h, w) as of n examples, on the model's device; else y."""
         if y is None:
             return None
-        if isinstance(y, int):
-            return torch.full((n,), y, device=self.device)
         y = torch.as_tensor(y, device=self.device)
         one = y.dim() in (0, 3) or (y.dim() == 1 and y.dtype.is_floating_point)
         return y.expand(n, *y.shape) if one else y
@@ -491,17 +505,11 @@ class GenerativeModel(nn.Module):
         Extend it for other facts.
         """
         if self.shape is not None and self.shape != data.shape:
-            raise SettingsError(
-                f"the data set {data.name!r} has examples of shape {data.shape}, but the model was made for "
-                f"{self.shape}: pass the data set when you make it, as in genfuse.create(name, data)"
-            )
+            raise unlike(data, f"has examples of shape {data.shape}, but the model was made for {self.shape}")
         condition = getattr(self.config, "condition", 0)
         if self.config is not None and data.condition != condition:
-            raise SettingsError(
-                f"the data set {data.name!r} gives {data.condition} numbers with each example, and the model was made "
-                f"for {condition}: pass the data set when you make it, as in genfuse.create(name, data), or take data "
-                "without --data.condition"
-            )
+            made_for = f"gives {data.condition} numbers with each example, and the model was made for {condition}"
+            raise unlike(data, made_for, ", or take data without --data.condition")
         given = getattr(self.config, "given", None)
         if self.config is not None and given != data.given:
             takes = f"was made for {given or 'none'}" if hasattr(self.config, "given") else (
@@ -513,11 +521,8 @@ class GenerativeModel(nn.Module):
         columns = getattr(self.config, "columns", None)
         if columns != data.columns and not (columns is None and data.plain):
             kinds = "numbers alone" if columns is None else "other columns"
-            raise SettingsError(
-                f"the data set {data.name!r} has columns of several kinds, or cells missing, and the model was made "
-                f"for {kinds}: pass the data set when you make it, as in genfuse.create(name, data); models without "
-                "`columns` take tables of numbers alone"
-            )
+            made_for = f"has columns of several kinds, or cells missing, and the model was made for {kinds}"
+            raise unlike(data, made_for, "; models without `columns` take tables of numbers alone")
         if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):
             raise SettingsError(
                 f"the model is conditional and needs labels, but the data set {data.name!r} has none in its splits "
@@ -525,19 +530,14 @@ class GenerativeModel(nn.Module):
             )
         classes = getattr(self.config, "classes", None)
         if self.conditional and data.classes is not None and classes is not None and data.classes > classes:
-            raise SettingsError(
-                f"the data set {data.name!r} has labels up to {data.classes - 1}, but the model was made for labels 0.."
-                f"{classes - 1}: pass the data set when you make it, as in genfuse.create(name, data)"
-            )
+            made_for = f"but the model was made for labels 0..{classes - 1}"
+            raise unlike(data, f"has labels up to {data.classes - 1}, {made_for}")
 
     def check_levels(self, data: Dataset) -> None:
         """For `check_data` of a model whose likelihood depends on them: raise SettingsError if they are others."""
         if self.levels != data.levels:
-            kinds = [f"{n} levels" if n else "real numbers" for n in (data.levels, self.levels)]
-            raise SettingsError(
-                f"the data set {data.name!r} has {kinds[0]}, but the model was made for {kinds[1]}: pass the data set "
-                "when you make it, as in genfuse.create(name, data)"
-            )
+            has, made_for = (f"{n} levels" if n else "real numbers" for n in (data.levels, self.levels))
+            raise unlike(data, f"has {has}, but the model was made for {made_for}")
 
     def doubts(self, data: Dataset) -> Iterator[str]:
         """What a user should know before this model is trained on ``data``: each is told as a TrainingWarning."""
@@ -568,6 +568,12 @@ class GenerativeModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def unlike(data: Dataset, why: str, more: str = "") -> SettingsError:
+    """The error of a model that was made for other data."""
+    again = f"pass the data set when you make it, as in genfuse.create(name, data){more}"
+    return SettingsError(f"the data set {data.name!r} {why}: {again}")
 
 
 def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
@@ -622,11 +628,6 @@ SLACK = 1e-3  # by which x may be off for rounding to 16 bits
 FACTS = ("shape", "levels", "classes", "seen_labels", "condition", "given", "columns", "examples")
 
 
-def _facts(config: Any, data: Dataset) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(config)}
-    return {name: getattr(data, name) for name in FACTS if name in names}
-
-
 def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Dataset | None = None) -> Any:
     """The config of a model class from plain values (as JSON has them), checked against the types of its fields.
 
@@ -642,7 +643,7 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
             )
     given = dict(settings)
     if data is not None:
-        given = {**_facts(cls.Config, data), **given}
+        given = {**{name: getattr(data, name) for name in FACTS if name in known}, **given}
     for name, value in given.items():
         if isinstance(value, list):  # JSON has no tuples
             given[name] = value = tuple(value)
@@ -663,6 +664,25 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
             "number them 0, 1, 2, ..., or name them all (Dataset's class_names), to have the others never drawn"
         )
     return config
+
+
+@contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """torch's global generators, of which alone a Distribution draws, seeded by a draw of ``generator``, if there is
+    one, and afterwards as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=generator is not None):
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)))
+        yield
+
+
+def between(a: Tensor, b: Tensor, steps: int, *, arc: bool) -> Tensor:
+    """Latents (steps, N, D) from a to b, (N, D) each, both ends included: on arcs, or on lines. Raises SettingsError
+    for fewer than two steps."""
+    if steps < 2:
+        raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
+    weights = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)
+    return slerp(a, b, weights) if arc else torch.lerp(a, b, weights[:, None, None])
 
 
 def unfit(loaded: Any) -> str | None:

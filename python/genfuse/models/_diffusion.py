@@ -19,7 +19,7 @@ from typing_extensions import Self
 from genfuse.data import Batch, Dataset
 from genfuse.diffusion import Denoiser, drop_rows, likelihood, samplers
 from genfuse.errors import SettingsError
-from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, transformed
+from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, check_at_least, transformed
 from genfuse.nn import EMA, Columns, DenoisingMLP, Features, OneHot, UNet, in_tiles
 from genfuse.ops import philox
 
@@ -43,7 +43,6 @@ class DiffusionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(network=Network)
         self.check_positive("hidden", "channels", "blocks", "lr")
         if not self.channels:
             raise SettingsError("channels must hold at least one width, got ()")
@@ -58,9 +57,7 @@ class DiffusionConfig(ModelConfig):
                 f"attention must name scales, 0..{len(self.channels) - 1} for {len(self.channels)} channels, "
                 f"got {self.attention}"
             )
-        for name in ("dropout", "context_dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        check_at_least(self, dropout=0, context_dropout=0, ema=0, below=1)
 
     def build(self) -> nn.Module:
         """The network F: (c_in x, log_sigma (N,), context (N, C) or None) -> what it predicts, (N, *shape)."""
@@ -348,16 +345,7 @@ class DiffusionModel(GenerativeModel):
         """log p(x) of real-valued x, (N,) nats, by the probability-flow ODE: `log_prob_and_error` without the error."""
         return self.log_prob_and_error(x, y, **options)[0]
 
-    def log_prob_and_error(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        exact: bool | None = None,
-        draws: int = 1,
-        tolerance: float = 1e-5,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_error(self, x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """log p(x) of real-valued x and its standard error, (N,) nats each, by the probability-flow ODE, arXiv
         2011.13456, section 4.3, with the options of `genfuse.diffusion.likelihood.log_prob`. It is the density of what
         the deterministic samplers draw, at the smallest noise level. At the largest, x is taken for a Gaussian with the
@@ -368,23 +356,13 @@ class DiffusionModel(GenerativeModel):
         self._check_density()
         if self.levels is not None:
             raise SettingsError("log_prob is for real-valued data; discrete data has the bounds elbo and bits_per_dim")
-        options: dict[str, Any] = {"exact": exact, "draws": draws, "tolerance": tolerance, "generator": generator}
         return likelihood.log_prob(self._given(y, len(x)), self._inward(x), **self._noise_levels, **options)
 
     def elbo(self, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
         """A lower bound of log P(x) of discrete x, (N,) nats: `elbo_and_error` without the error."""
         return self.elbo_and_error(x, y, **options)[0]
 
-    def elbo_and_error(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        exact: bool = False,
-        draws: int = 1,
-        tolerance: float = 1e-5,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def elbo_and_error(self, x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """A lower bound of log P(x) of discrete x and the standard error of its estimate, (N,) nats each.
 
         That of `genfuse.diffusion.likelihood.elbo`, by the probability flow and a decoder at a small noise level; the
@@ -393,7 +371,6 @@ class DiffusionModel(GenerativeModel):
         self._check_density()
         if self.levels is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
-        options: dict[str, Any] = {"exact": exact, "draws": draws, "tolerance": tolerance, "generator": generator}
         return likelihood.elbo(self._given(y, len(x)), self._inward(x), self.levels, **self._noise_levels, **options)
 
     def denoising_error(self, x: Tensor, y: Tensor | None = None, *, levels: int = 10) -> Tensor:

@@ -11,23 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from genfuse import nn as blocks
 from genfuse.data import Batch, Dataset
 from genfuse.errors import SettingsError
 from genfuse.flows import Flow, StandardNormal
-from genfuse.models._base import GenerativeModel, ModelConfig
-from genfuse.nn import (
-    AffineCoupling,
-    Centre,
-    Columns,
-    Composite,
-    ConvConditioner,
-    Dequantize,
-    Features,
-    Logit,
-    OneHot,
-    Transform,
-    checkerboard,
-)
+from genfuse.models._base import GenerativeModel, ModelConfig, check_at_least, seeded
+from genfuse.nn import Columns, OneHot, Transform
 
 Dequantization = Literal["uniform", "variational"]
 
@@ -46,14 +35,12 @@ class FlowConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.logit < 0.5:
-            raise SettingsError(f"logit must be at least 0 and below 0.5, got {self.logit}")
+        check_at_least(self, logit=0, below=0.5)
         if self.dequantization == "variational" and (self.levels is None or len(self.shape) != 3):
             raise SettingsError(
                 f"dequantization 'variational' is for images of discrete levels, got shape {self.shape} and levels "
                 f"{self.levels}: use 'uniform'"
             )
-        self.check_choices(dequantization=Dequantization)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -125,14 +112,14 @@ class FlowModel(GenerativeModel):
         columns: Columns | None = None,
         config: FlowConfig | None = None,
     ) -> None:
-        embedding = Features(flow.context) if flow.embedding is None and flow.context else flow.embedding
+        embedding = blocks.Features(flow.context) if flow.embedding is None and flow.context else flow.embedding
         shape = shape or ((columns.columns,) if columns is not None else flow.event_shape)
         super().__init__(config, shape=shape, levels=levels, embedding=embedding)
         if self.shape is not None and len(self.shape) == 3:
             self.usual_steps = 2000  # samples can be read by then, and more learns few images by heart
         self.columns = columns
-        self.dequantize = None if levels is None else Dequantize(levels, noise)
-        self.reals: Transform | None = None if levels is None else Logit(logit) if logit else Centre()
+        self.dequantize = None if levels is None else blocks.Dequantize(levels, noise)
+        self.reals: Transform | None = None if levels is None else blocks.Logit(logit) if logit else blocks.Centre()
         self.flow = flow
         first = 0 if levels is None else 1  # where the way to real numbers was the flow's first layer
         self.moved = {  # type: ignore[misc]
@@ -348,9 +335,7 @@ class FlowModel(GenerativeModel):
         if temperature != 1:
             raise SettingsError(f"temperature is for flows whose base is N(0, I); got {temperature}: leave it out")
         base = self.flow.base_of(context)
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else [], enabled=generator is not None):
-            if generator is not None:  # distributions draw from the global one alone
-                torch.manual_seed(int(torch.randint(2**62, (), device=where, generator=generator)))
+        with seeded(generator):
             return base.sample(() if base.batch_shape else (n,)), context
 
     @property
@@ -360,11 +345,11 @@ class FlowModel(GenerativeModel):
 
 def _variational_noise(shape: tuple[int, ...]) -> Transform:
     channels, height, width = shape
-    return Composite(
+    return blocks.Composite(
         [
-            AffineCoupling(
-                ConvConditioner(channels, 2 * channels, channels, channels=(32,)),
-                mask=checkerboard(height, width, bool(i % 2)),
+            blocks.AffineCoupling(
+                blocks.ConvConditioner(channels, 2 * channels, channels, channels=(32,)),
+                mask=blocks.checkerboard(height, width, bool(i % 2)),
             )
             for i in range(4)
         ]

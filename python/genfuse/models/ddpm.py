@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from genfuse.diffusion import Denoiser, likelihood, schedules
 from genfuse.errors import SettingsError
+from genfuse.models._base import check_at_least
 from genfuse.models._diffusion import DiffusionConfig, DiffusionModel
 
 Prediction = Literal["noise", "x0", "v"]
@@ -24,9 +25,7 @@ class DDPMConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(prediction=Prediction, schedule=Schedule)
-        if self.timesteps < 2:
-            raise SettingsError(f"timesteps must be at least 2, got {self.timesteps}")
+        check_at_least(self, timesteps=2)
 
 
 class DDPM(DiffusionModel):

@@ -83,7 +83,6 @@ class GANConfig(PenaltyConfig):
         if self.loss == "auto":
             object.__setattr__(self, "loss", "relativistic" if r3gan else "non-saturating")
         super().__post_init__()
-        self.check_choices(loss=Loss)
 
 
 class GAN(AdversarialModel):

@@ -24,7 +24,6 @@ class GlowConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(network=Network, coupling=flows.CouplingKind, scale=Literal["auto", Scale])
         self.check_positive("steps", "scales", "channels", "hidden")
         check_network(self.shape, self.network)
 

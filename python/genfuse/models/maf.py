@@ -18,7 +18,6 @@ class MAFConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(scale=Scale)
         self.check_positive("layers", "hidden")
 
 

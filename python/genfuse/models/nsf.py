@@ -5,6 +5,7 @@ from typing import Any
 
 from genfuse import flows
 from genfuse.errors import SettingsError
+from genfuse.models._base import check_at_least
 from genfuse.models._flow import FlowModel, NetworkConfig, one_per_block
 
 
@@ -38,8 +39,7 @@ class NSFConfig(_SplineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("hidden")
-        if not 0 <= self.dropout < 1:
-            raise SettingsError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_at_least(self, dropout=0, below=1)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ class RealNVPConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(network=Network, scale=Scale)
         self.check_positive("layers", "hidden", "scales", "channels")
         check_network(self.shape, self.network)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from genfuse.data import Batch
 from genfuse.diffusion import Denoiser, schedules
 from genfuse.errors import SettingsError
+from genfuse.models._base import check_at_least
 from genfuse.models._diffusion import DiffusionConfig, DiffusionModel
 from genfuse.nn.likelihoods import at_least_float32
 
@@ -26,10 +27,8 @@ class ScoreConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(objective=Objective)
         self.check_positive("sigma_min", "sigma_max")
-        if self.sigmas < 2:
-            raise SettingsError(f"sigmas must be at least 2, got {self.sigmas}")
+        check_at_least(self, sigmas=2)
         if self.sigma_min >= self.sigma_max:
             raise SettingsError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.objective == "sliced" and len(self.shape) != 1:

@@ -3,10 +3,10 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,23 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from genfuse import nn as blocks
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
-from genfuse.nn import (
-    AutoregressiveAffine,
-    Columns,
-    Composite,
-    ConvDecoder,
-    Permutation,
-    Planar,
-    Radial,
-    Transform,
-    WithContext,
-    conv_encoder,
-    mlp,
-    mlp_critic,
-    slerp,
+from genfuse.models._base import (
+    Batch,
+    GenerativeModel,
+    ModelConfig,
+    Player,
+    adam,
+    between,
+    check_at_least,
+    check_choices,
+    seeded,
+    unlike,
 )
-from genfuse.nn.likelihoods import (
-    AnyLikelihood,
-    Bernoulli,
-    Categorical,
-    DiscretizedLogistic,
-    Gaussian,
-    Likelihood,
-    at_least_float32,
-)
+from genfuse.nn import Columns, Composite, Transform, WithContext, mlp
+from genfuse.nn.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Gaussian, Likelihood, at_least_float32
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
 
 Network = Literal["mlp", "conv"]
@@ -48,24 +38,17 @@ Decoder = Literal["auto", "bernoulli", "gaussian", "categorical", "discretized-l
 Variance = Literal["fixed", "shared", "per-cell"]
 Posterior = Literal["gaussian", "planar", "radial", "iaf"]
 Objective = Literal["elbo", "tc", "factor"]
+Encoded = Sequence[Any]  # mu and logvar of the Gaussian q(z0 | x), and the context of the posterior's flow, if any
 COLLAPSED = 0.1  # nats of KL per example, all dimensions together
 GAMMA = 10.0  # the default
 DISCRETE = {Bernoulli: "bernoulli", Categorical: "categorical", DiscretizedLogistic: "discretized-logistic"}
-
-
-def check_at_least(of: Any, **least_of: float) -> None:
-    """Raise SettingsError unless these attributes are finite and not below their least values."""
-    for name, least in least_of.items():
-        if not least <= getattr(of, name) < math.inf:
-            raise SettingsError(f"{name} must be at least {least} and finite, got {getattr(of, name)}")
 
 
 def check_bound(of: Any, flow: bool, prior: bool = False) -> None:
     """Raise SettingsError unless the bound that ``of``, a VAE or its settings, is trained on can be had, with ``flow``
     of a posterior that is a flow, and with ``prior`` of one that is not N(0, I)."""
     check_at_least(of, latent_dim=1, iwae_samples=1, beta_warmup=0, beta=0, free_bits=0, gamma=0)
-    if of.objective not in get_args(Objective):
-        raise SettingsError(f"objective must be one of {', '.join(get_args(Objective))}, got {of.objective!r}")
+    check_choices(of, objective=Objective)
     if of.objective != "elbo" and (of.iwae_samples > 1 or of.free_bits > 0):
         raise SettingsError(f"objective {of.objective!r} weighs parts of the KL of one draw: leave iwae_samples at 1 "
                             f"and free_bits at 0, got {of.iwae_samples} and {of.free_bits}")  # fmt: skip
@@ -119,7 +102,6 @@ class VAEConfig(ModelConfig):
             object.__setattr__(self, "decoder", "gaussian" if self.levels is None else "bernoulli")
         check_bound(self, flow=self.posterior != "gaussian")
         check_at_least(self, posterior_layers=1, posterior_context=1, mixtures=1)
-        self.check_choices(network=Network, decoder=Decoder, variance=Variance, posterior=Posterior)
         self.check_positive("sigma")
         for name in ("hidden", "channels", "posterior_hidden", "discriminator"):
             if any(size < 1 for size in getattr(self, name)):
@@ -141,16 +123,14 @@ class VAEConfig(ModelConfig):
 
 
 def _likelihood(config: VAEConfig) -> Likelihood | Columns:
+    levels = config.levels or 0  # of discrete data: VAEConfig saw to it
     if config.columns is not None:
         return Columns(config.columns)
     if config.decoder == "gaussian":
         return Gaussian(config.sigma, config.variance)
     if config.decoder == "bernoulli":
         return Bernoulli()
-    assert config.levels is not None  # VAEConfig saw to it
-    if config.decoder == "categorical":
-        return Categorical(config.levels)
-    return DiscretizedLogistic(config.levels, config.mixtures)
+    return Categorical(levels) if config.decoder == "categorical" else DiscretizedLogistic(levels, config.mixtures)
 
 
 def _flow(config: VAEConfig) -> Composite | None:
@@ -162,10 +142,10 @@ def _flow(config: VAEConfig) -> Composite | None:
         steps: list[Transform] = []
         # arXiv 1606.04934, algorithm 1; the order of the dimensions is reversed after each step
         for _ in range(layers):
-            made = AutoregressiveAffine(d, config.posterior_hidden, context=context, scale="sigmoid")
-            steps += [made, Permutation.reversed(d)]
+            made = blocks.AutoregressiveAffine(d, config.posterior_hidden, context=context, scale="sigmoid")
+            steps += [made, blocks.Permutation.reversed(d)]
         return Composite(steps)
-    layer = Planar if config.posterior == "planar" else Radial
+    layer = blocks.Planar if config.posterior == "planar" else blocks.Radial
     return Composite([layer(d, context) for _ in range(layers)])
 
 
@@ -182,8 +162,8 @@ def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module
         decoder = mlp([inputs, *hidden[::-1], columns.outputs])
     elif config.network == "conv":
         channels, height, width = shape
-        encoder = conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
-        decoder = ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
+        encoder = blocks.conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
+        decoder = blocks.ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
     else:
         encoder = nn.Sequential(nn.Flatten(), mlp([cells + context, *hidden, outputs]))
         decoder = nn.Sequential(mlp([inputs, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell)))
@@ -263,7 +243,7 @@ class VAE(GenerativeModel):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        likelihood: AnyLikelihood,
+        likelihood: blocks.likelihoods.AnyLikelihood,
         *,
         latent_dim: int,
         prior: Distribution | nn.Module | None = None,
@@ -310,7 +290,7 @@ class VAE(GenerativeModel):
         names = ("latent_dim", "objective", "beta", "gamma", "examples", "beta_warmup", "free_bits", "iwae_samples")
         given: dict[str, Any] = {name: getattr(config, name) for name in names}
         if config.objective == "factor":
-            given["discriminator"] = mlp_critic(config.latent_dim, config.discriminator)
+            given["discriminator"] = blocks.mlp_critic(config.latent_dim, config.discriminator)
         return cls(encoder, decoder, likelihood, posterior_flow=flow, config=config, **given)
 
     def players(self) -> list[Player]:
@@ -332,10 +312,7 @@ class VAE(GenerativeModel):
             )
         levels = getattr(self.likelihood, "levels", data.levels)
         if levels != data.levels:
-            raise SettingsError(
-                f"the data set {data.name!r} has {data.levels} levels, but the decoder was made for "
-                f"{levels}: pass the data set when you make the model, as in genfuse.create('vae', data)"
-            )
+            raise unlike(data, f"has {data.levels} levels, but the decoder was made for {levels}")
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         if step < max(500, self.beta_warmup) or self.beta == 0 or not terms.get("kl", math.inf) < COLLAPSED:
@@ -385,18 +362,18 @@ class VAE(GenerativeModel):
         x, context = batch.x, self.context_of(self.y_of(batch), len(batch.x))
         if player == "discriminator" and self.discriminator is not None:
             with torch.no_grad():
-                z, _ = self._draw(*self._encoded(x, context), context)
+                z, _ = self._draw(self._encoded(x, context), context)
                 permuted = z.gather(0, torch.rand_like(z).argsort(0))
             real, fake = self.discriminator(torch.cat([z, permuted])).chunk(2)
             accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
             return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean()), {"accuracy": accuracy}
-        mu, logvar, features = self._encoded(x, context)
+        mu, logvar, _ = encoded = self._encoded(x, context)
         if self.iwae_samples > 1:
             z0, _ = reparameterize_kl(mu, logvar, samples=self.iwae_samples)  # (K, N, D)
-            log_w = self._log_weight(z0, x, mu, logvar, features, context)  # (K, N)
+            log_w = self._log_weight(z0, x, encoded, context)  # (K, N)
             iwae = (math.log(len(z0)) - log_w.logsumexp(0)).mean()
             return iwae, {"iwae": iwae.detach()}
-        z, kl_per_example = self._draw(mu, logvar, features, context)
+        z, kl_per_example = self._draw(encoded, context)
         reconstruction = -self._log_likelihood(x, z, context).mean()
         kl = kl_per_example.mean()
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -483,11 +460,9 @@ class VAE(GenerativeModel):
         Examples (*shape) give (steps, *shape); batches (N, *shape) give (steps, N, *shape), if the model knows its
         ``shape``. Raises SettingsError for fewer than two steps.
         """
-        _check_steps(steps)
         if a.dim() == len(self.shape or ()):
             return self.interpolate(a[None], b[None], steps, self.for_all(y, 1)).squeeze(1)
-        start, end = self.encode(a, y), self.encode(b, y)
-        return self.decode(torch.lerp(start, end, _weights(steps, start)[:, None, None]), y)
+        return self.decode(between(self.encode(a, y), self.encode(b, y), steps, arc=False), y)
 
     def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """E[x | z] from latents a to b, (N, D) each, both ends included: (steps, N, *shape). On arcs if the prior is
@@ -495,16 +470,13 @@ class VAE(GenerativeModel):
 
         Raises SettingsError for fewer than two steps.
         """
-        _check_steps(steps)
-        weights = _weights(steps, a)
-        z = slerp(a, b, weights) if self.prior is None else torch.lerp(a, b, weights[:, None, None])
-        return self.decode(z, y)
+        return self.decode(between(a, b, steps, arc=self.prior is None), y)
 
     def elbo(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """The evidence lower bound of log p(x), (N,) nats: one draw of z, and the KL, exact if the posterior is
         Gaussian and its KL from the prior is known. Differentiable. Raises DataError if x is not (N, *shape)."""
         context = self.context_of(y, len(x))
-        z, kl = self._draw(*self._encoded(x, context), context, generator)
+        z, kl = self._draw(self._encoded(x, context), context, generator)
         return self._log_likelihood(x, z, context) - kl
 
     @torch.no_grad()
@@ -535,25 +507,15 @@ class VAE(GenerativeModel):
             # One draw of all examples at a time, so that the noise does not depend on the chunks.
             draws = range(first, min(first + together, samples))
             z = torch.stack([reparameterize_kl(mu, logvar, generator=generator)[0] for _ in draws], 1)  # (N, K, D)
-            parts = _split(chunk, z, x, mu, logvar, features, context)
-            log_w = torch.cat([self._log_weight(z.movedim(1, 0), *rest) for z, *rest in parts], dim=-1)
+            parts = _split(chunk, z, x, context, mu, logvar, features)
+            log_w = torch.cat([self._log_weight(z.movedim(1, 0), x, each, c) for z, x, c, *each in parts], dim=-1)
             total = torch.logaddexp(total, log_w.logsumexp(0))
         return total - math.log(samples)
 
-    def anomaly_score(
-        self,
-        x: Tensor,
-        samples: int = 50,
-        *,
-        y: Tensor | None = None,
-        chunk: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """An upper estimate of -log p(x), (N,) nats: the higher, the less the example is like the training data.
-
-        Raises what `iwae_bound` raises.
-        """
-        return -self.iwae_bound(x, samples, y=y, chunk=chunk, generator=generator)
+    def anomaly_score(self, x: Tensor, samples: int = 50, **options: Any) -> Tensor:
+        """An upper estimate of -log p(x), (N,) nats: the higher, the less the example is like the training data. The
+        options are those of `iwae_bound`, and so are the errors."""
+        return -self.iwae_bound(x, samples, **options)
 
     def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor:
         """See `genfuse.models.Codes`: by bits-back (arXiv 1901.04866). Bits of the stack are taken for a draw of
@@ -584,7 +546,7 @@ class VAE(GenerativeModel):
         mu, logvar, _ = self._encoded(x)
         return mu, torch.exp(logvar / 2)
 
-    def _encoded(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _encoded(self, x: Tensor, context: Tensor | None = None) -> Encoded:
         """mu and logvar of the Gaussian, each (N, D): two parts, not copied, of the encoder's output; and the flow's
         context (N, F), if there is one."""
         x = self.checked(x)
@@ -599,52 +561,37 @@ class VAE(GenerativeModel):
         return mu, logvar, features[0] if features else None
 
     def _draw(
-        self,
-        mu: Tensor,
-        logvar: Tensor,
-        features: Tensor | None,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, encoded: Encoded, context: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """z ~ q(z | x), (N, D), and KL(q(z | x) || p(z)), (N,), in closed form if there is one.
 
         Else by that draw, log q(z | x) - log p(z) (arXiv 1505.05770, equation 15). The Gaussian's own part of it could
         be had in closed form, but varies together with log p(z): so the difference varies less.
         """
+        mu, logvar, _ = encoded
         z, kl = reparameterize_kl(mu, logvar, generator=generator)
         if self.posterior_flow is None and self.prior is None:
             return z, kl
-        prior = self._prior(context)
-        if self.posterior_flow is None and prior is not None:
+        if self.posterior_flow is None and (prior := self._prior(context)) is not None:
             with suppress(NotImplementedError):
                 return z, kl_divergence(_gaussian(mu, logvar), prior)
-        eps, logdet = (z - mu) * torch.exp(-logvar / 2), None
-        if self.posterior_flow is not None:
-            z, logdet = _through(self.posterior_flow, z, features)
-        log_q = standard_normal_log_prob(eps, None if logdet is None else -logdet) - 0.5 * logvar.sum(-1)
-        return z, log_q - (standard_normal_log_prob(z) if prior is None else prior.log_prob(z))
+        return self._moved(z, encoded, context)
 
-    def _log_weight(
-        self,
-        z: Tensor,
-        x: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        features: Tensor | None,
-        context: Tensor | None = None,
-    ) -> Tensor:
-        """log p(x, z) / q(z | x), (..., N), for draws z (..., N, D) of the Gaussian, which the flow moves if there is
-        one. The normal densities' constants cancel."""
-        eps = (z - mu) * torch.exp(-logvar / 2)
-        logdet: Tensor | float = 0.0
+    def _moved(self, z: Tensor, encoded: Encoded, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draws (..., N, D) of the Gaussian as the flow moves them, if there is one: z, and log q(z | x) - log p(z)."""
+        mu, logvar, features = encoded
+        eps, logdet = (z - mu) * torch.exp(-logvar / 2), cast(Any, 0.0)
         if self.posterior_flow is not None:
             z, logdet = _through(self.posterior_flow, z, features)
-        log_likelihood = self._log_likelihood(x, z, context)
         prior = self._prior(context)
-        if prior is None:
-            return log_likelihood + 0.5 * (eps.square() + logvar - z.square()).sum(-1) + logdet
-        log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1) - logdet
-        return log_likelihood + prior.log_prob(z) - log_q
+        if prior is None:  # the constants of both normal densities cancel
+            return z, 0.5 * (z.square() - eps.square() - logvar).sum(-1) - logdet
+        return z, standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1) - logdet - prior.log_prob(z)
+
+    def _log_weight(self, z: Tensor, x: Tensor, encoded: Encoded, context: Tensor | None) -> Tensor:
+        """log p(x, z) / q(z | x), (..., N), for draws z (..., N, D) of the Gaussian, which the flow moves."""
+        z, log_ratio = self._moved(z, encoded, context)
+        return self._log_likelihood(x, z, context) - log_ratio
 
     def _prior(self, context: Tensor | None) -> Distribution | None:
         """p(z), or p(z | context); None for N(0, I)."""
@@ -667,7 +614,7 @@ class VAE(GenerativeModel):
             where = self.device if generator is None else generator.device
             z = torch.randn(n, self.latent_dim, device=where, generator=generator)
         else:
-            with _seeded(generator):  # since a Distribution draws from the global generators alone
+            with seeded(generator):  # since a Distribution draws from the global generators alone
                 prior = self._prior(context)
                 assert prior is not None
                 z = prior.sample(() if prior.batch_shape else (n,))
@@ -739,27 +686,6 @@ def _demands_context(prior: nn.Module) -> bool:
     parameters = inspect.signature(prior.forward).parameters.values()
     demanded = any(each.default is each.empty and "VAR" not in each.kind.name for each in parameters)
     return demanded or bool(getattr(prior, "context", 0))
-
-
-@contextmanager
-def _seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """torch's global generators seeded by a draw of ``generator``, if there is one, and afterwards as they were."""
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 2:
-        raise SettingsError(f"an interpolation has at least 2 steps, got {steps}")
-
-
-def _weights(steps: int, like: Tensor) -> Tensor:
-    return torch.linspace(0, 1, steps, dtype=like.dtype, device=like.device)
 
 
 def _split(rows: int, *each: Tensor | None) -> Iterator[tuple[Any, ...]]:

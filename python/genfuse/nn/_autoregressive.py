@@ -212,14 +212,10 @@ class AutoregressiveSpline(Transform):
     Raises ValueError for settings that make no layer, as `MADE` does too.
 
     Args:
-        features: D; x is (N, D).
-        hidden: widths of MADE's hidden layers.
-        context: C features of the context (N, C) that all depends on, or 0.
+        features, hidden, context, residual, squash: as in `AutoregressiveAffine`.
         bins: of each spline.
         bound: each maps [-bound, bound] to itself, in the units of x.
         tails: what is outside: "linear" (the identity), "circular" or "none", as in `rational_quadratic_spline`.
-        residual: whether the hidden layers make residual blocks, as in `MADE`.
-        squash: whether the network sees features squashed, as in `MADE`.
     """
 
     def __init__(

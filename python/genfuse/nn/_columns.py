@@ -153,7 +153,7 @@ class Columns(nn.Module):
         scores, logits = raw[..., : self.scores], raw[..., self.scores :]
         if drawn:
             logits = logits + _gumbel(_uniform(logits, generator) if u is None else u)
-        choices = self._log_softmax(logits / temperature).exp()
+        choices = ops.block_log_softmax(logits / temperature, self.block, self.blocks).exp()
         return torch.cat([BOUND * torch.tanh(scores / BOUND), 2 * choices - 1], -1)
 
     # A likelihood.
@@ -169,16 +169,13 @@ class Columns(nn.Module):
 
     def mean(self, raw: Tensor) -> Tensor:
         """The middle of p(x), (N, D): of numbers that of their scores, of categories the likeliest."""
-        raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
-        logits, mu, _ = self._mixture(raw[..., :c])
-        return self._cells((logits.softmax(-1) * mu).sum(-1), self._largest(raw[..., c:]))
+        logits, mu, _, choices = self._parts(raw)
+        return self._cells((logits.softmax(-1) * mu).sum(-1), self._largest(choices))
 
     def sample(self, raw: Tensor, generator: torch.Generator | None = None, *, u: Tensor | None = None) -> Tensor:
         """A draw x ~ p(x), (N, D), of which numbers are held within those of the training split. ``u`` are uniform
         draws in (0, 1) to make it of, (N, `uniforms`)."""
-        raw, c = at_least_float32(raw), 3 * self.mixtures * self.scores
-        logits, mu, log_scale = self._mixture(raw[..., :c])
-        choices = raw[..., c:]
+        logits, mu, log_scale, choices = self._parts(raw)
         if u is None:
             of_parts, of_scores, of_choices = (_uniform(like, generator) for like in (logits, mu[..., 0], choices))
         else:
@@ -227,9 +224,8 @@ class Columns(nn.Module):
 
     def code(self, coder: Any, raw: Tensor, x: Tensor | None = None) -> Tensor:
         """Put examples x on a coder's stack, or take them if x is None; of raw as `log_prob`."""
-        c, sizes = 3 * self.mixtures * self.scores, self.sizes
-        logits, mu, log_scale = self._mixture(raw[..., :c])
-        precision, given = torch.exp(-log_scale), None if x is None else self.levels(x)
+        logits, mu, log_scale, choices = self._parts(raw)
+        precision, sizes, given = torch.exp(-log_scale), self.sizes, None if x is None else self.levels(x)
         k = raw.new_zeros(len(raw), self.columns)
         counts = torch.arange(max(sizes), device=raw.device)[:, None]
         ends = (counts - 0.5 + self._whole(self.low) - self.centre[self.numeric]) / self.spread[self.numeric]
@@ -240,8 +236,8 @@ class Columns(nn.Module):
                 *parts, lambda edge, i=i: between[edge, i], sizes[column], None if given is None else given[:, column]
             )
         for start, column in zip(self.start.tolist(), self.block_of.tolist(), strict=True):
-            choices = raw[:, c + start : c + start + sizes[column]]
-            k[:, column] = coder.softmax(choices, None if given is None else given[:, column])
+            own = choices[:, start : start + sizes[column]]
+            k[:, column] = coder.softmax(own, None if given is None else given[:, column])
         return self.of_levels(k)
 
     # As real numbers with a density, for flows.
@@ -292,9 +288,10 @@ class Columns(nn.Module):
 
     def _cells(self, scores: Tensor, codes: Tensor) -> Tensor:
         """x (N, D) of scores (N, P) and choices (N, B)."""
-        x = self._value(scores)
-        whole = (x.double() * self.spread[self.numeric] + self.centre[self.numeric]).round()
-        x = torch.where(self.step > 0, ((whole - self.centre[self.numeric]) / self.spread[self.numeric]).to(x.dtype), x)
+        x, _ = _piecewise(scores, self.heights, self.to_values)
+        x = torch.where(
+            self.step > 0, ((self._whole(x) - self.centre[self.numeric]) / self.spread[self.numeric]).to(x.dtype), x
+        )
         x = torch.maximum(torch.minimum(x, self.high), self.low)
         gone = codes == self.missing
         out = x.new_zeros(*x.shape[:-1], self.columns)
@@ -309,9 +306,6 @@ class Columns(nn.Module):
         """Scores (N, P) of numbers, and the slope."""
         return _piecewise(x, self.knots, self.to_scores)
 
-    def _value(self, scores: Tensor) -> Tensor:
-        return _piecewise(scores, self.heights, self.to_values)[0]
-
     def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The scores (N, P) between which a number or integer is, NaN where it is missing, and the slope there."""
         cells, half = x[..., self.numeric], self.step / 2
@@ -319,24 +313,18 @@ class Columns(nn.Module):
         spread = torch.where(self.step == 0, WIDTH / 2, 0.0)
         return low - spread, high + spread, slope
 
-    def _mixture(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, locations and log-scales (..., P, K)."""
-        return ops.logistic_mixture(raw, self.scores)
-
-    def _log_softmax(self, logits: Tensor) -> Tensor:
-        """Log-probabilities (..., S) of the choices of each block."""
-        return ops.block_log_softmax(logits, self.block, self.blocks)
+    def _parts(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits, locations and log-scales (..., P, K) of all mixtures, and the logits (..., S) of all choices."""
+        numbers, choices = at_least_float32(raw).split([self.outputs - self.choices, self.choices], -1)
+        return *ops.logistic_mixture(numbers, self.scores), choices
 
     def _largest(self, values: Tensor) -> Tensor:
         """The choice (..., B) of the largest of values (..., S) in each block."""
-        hit = torch.where(values == self._top(values)[..., self.block], self.place, 0)
+        each = self.block.expand_as(values)
+        top = values.new_full((*values.shape[:-1], self.blocks), -math.inf).scatter_reduce(-1, each, values, "amax")
+        hit = torch.where(values == top[..., self.block], self.place, 0)
         codes = torch.zeros(*values.shape[:-1], self.blocks, dtype=torch.long, device=values.device)
-        return codes.scatter_reduce(-1, self.block.expand_as(hit), hit, "amax")
-
-    def _top(self, values: Tensor) -> Tensor:
-        """The largest (..., B) of values (..., S) in each block."""
-        top = values.new_full((*values.shape[:-1], self.blocks), -math.inf)
-        return top.scatter_reduce(-1, self.block.expand_as(values), values, "amax")
+        return codes.scatter_reduce(-1, each, hit, "amax")
 
 
 def _curve(knots: Sequence[float], scores: Sequence[float], most: int) -> tuple[list[float], list[float]]:

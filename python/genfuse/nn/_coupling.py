@@ -148,18 +148,12 @@ class AdditiveCoupling(Coupling):
     """y = x + t, which keeps volume (NICE, arXiv 1410.8516): the conditioner makes one shift per moved feature."""
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        shift = self.raw(x, context)
-        if inverse:
-            shift = -shift
-        if self.mask is None:
-            kept, moved = self.halves(x)
-            y = self.together(kept, moved + shift)
-        else:
-            y = x + shift * ~self.mask
-        return y, x.new_zeros(len(x))
+        return self._moved(x, self.raw(x, context), inverse), x.new_zeros(len(x))
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
-        shift = coder.on_grid(self.raw(x, None))
+        return self._moved(x, coder.on_grid(self.raw(x, None)), inverse)
+
+    def _moved(self, x: Tensor, shift: Tensor, inverse: bool) -> Tensor:
         shift = -shift if inverse else shift
         if self.mask is not None:
             return x + shift * ~self.mask

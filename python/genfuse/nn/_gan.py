@@ -38,19 +38,20 @@ class Generator(MLP):
 
 def mlp_generator(inputs: int, shape: tuple[int, ...], hidden: Sequence[int]) -> Generator:
     """Linear layers of the widths ``hidden`` with leaky ReLU between them."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise([inputs, *hidden]):
-        layers += [nn.Linear(before, after), nn.LeakyReLU(SLOPE, inplace=True)]
-    return Generator(*layers, nn.Linear([inputs, *hidden][-1], math.prod(shape)), nn.Unflatten(1, shape))
+    return Generator(*_dense(inputs, hidden, math.prod(shape)), nn.Unflatten(1, shape))
 
 
 def mlp_critic(inputs: int, hidden: Sequence[int], layer_norm: bool = False) -> nn.Sequential:
     """Linear layers with leaky ReLU between them; ``inputs`` are the cells of an example, and the context's C."""
-    layers: list[nn.Module] = [nn.Flatten()]
+    return MLP(nn.Flatten(), *_dense(inputs, hidden, 1, layer_norm))
+
+
+def _dense(inputs: int, hidden: Sequence[int], outputs: int, layer_norm: bool = False) -> list[nn.Module]:
+    layers: list[nn.Module] = []
     for before, after in pairwise([inputs, *hidden]):
         norm = [nn.LayerNorm(after)] if layer_norm else []
         layers += [nn.Linear(before, after), *norm, nn.LeakyReLU(SLOPE, inplace=True)]
-    return MLP(*layers, nn.Linear([inputs, *hidden][-1], 1))
+    return [*layers, nn.Linear([inputs, *hidden][-1], outputs)]
 
 
 def dcgan_generator(inputs: int, shape: Image, channels: Sequence[int]) -> Generator:

@@ -16,22 +16,12 @@ from typing import Any
 
 import torch
 
-from genfuse.data import Dataset as _Dataset
-from genfuse.data import Source as _Source
-from genfuse.data import load_data as _load_data
-from genfuse.errors import SettingsError as _SettingsError
-from genfuse.models import GenerativeModel as _GenerativeModel
-from genfuse.models import configure as _configure
-from genfuse.testing._clauses import DATASET as _DATASET
-from genfuse.testing._clauses import MODEL as _MODEL
-from genfuse.testing._clauses import PLUGIN as _PLUGIN
-from genfuse.testing._clauses import Clauses as _Clauses
-from genfuse.testing._clauses import DataCase as _DataCase
-from genfuse.testing._clauses import ModelCase as _ModelCase
-from genfuse.testing._clauses import seen as _seen
-from genfuse.testing._clauses import shortened as _shortened
-from genfuse.testing._clauses import told as _told
-from genfuse.training.run import plugin_of as _plugin_of
+from genfuse.data import Dataset, Source, load_data
+from genfuse.errors import SettingsError
+from genfuse.models import GenerativeModel, configure
+from genfuse.testing import _clauses
+from genfuse.testing._clauses import DATASET, MODEL, PLUGIN, Clauses, DataCase, ModelCase
+from genfuse.training.run import plugin_of
 
 __all__ = ["ContractError", "check_dataset", "check_model", "dataset_clauses", "model_clauses"]
 
@@ -39,7 +29,7 @@ _DATA = ("digits", "toy:moons")  # images of 17 levels, and real-valued points: 
 _REFUSES = "what a model cannot take, a shape, data or settings, it refuses with a SettingsError when it is made"
 
 
-_Trial = tuple[str, _Clauses, Any]  # the name of the data, what is asked for, and of what
+_Trial = tuple[str, Clauses, Any]  # the name of the data, what is asked for, and of what
 
 
 class ContractError(AssertionError):
@@ -47,7 +37,7 @@ class ContractError(AssertionError):
 
 
 def check_model(
-    cls: type[_GenerativeModel], *data: _Dataset, exceptions: Mapping[str, str] | None = None, **settings: Any
+    cls: type[GenerativeModel], *data: Dataset, exceptions: Mapping[str, str] | None = None, **settings: Any
 ) -> list[str]:
     """Hold a model class against the contract of `GenerativeModel`; returns what the clauses say that were checked.
 
@@ -61,11 +51,11 @@ def check_model(
 
     >>> check_model(MyModel, latent_dim=4)
     """
-    return _check(cls, _tried(cls, data, settings), exceptions, _PLUGIN, _MODEL)
+    return _check(cls, _tried(cls, data, settings), exceptions, PLUGIN, MODEL)
 
 
 def check_dataset(
-    make: Callable[[_Source], _Dataset], argument: str | None = None, *, root: str | Path | None = None
+    make: Callable[[Source], Dataset], argument: str | None = None, *, root: str | Path | None = None
 ) -> list[str]:
     """Hold a data set plugin against its contract; returns what the clauses say that were checked.
 
@@ -74,73 +64,73 @@ def check_dataset(
 
     >>> check_dataset(my_package.cats)
     """
-    return _check(make, [("", _DATASET, _DataCase(make, argument, root))], None, _DATASET)
+    return _check(make, [("", DATASET, DataCase(make, argument, root))], None, DATASET)
 
 
 def model_clauses(
-    cls: type[_GenerativeModel], *data: _Dataset, exceptions: Mapping[str, str] | None = None, **settings: Any
+    cls: type[GenerativeModel], *data: Dataset, exceptions: Mapping[str, str] | None = None, **settings: Any
 ) -> list[Any]:
     """The clauses of `check_model` as parameters of a pytest test, each a function without arguments.
 
     A clause that ``exceptions`` names, {name: reason}, is expected to fail (strictly: one that is kept is a failure).
     """
-    _names(exceptions, _PLUGIN, _MODEL)
+    _names(exceptions, PLUGIN, MODEL)
     return _parameters(cls, _tried(cls, data, settings), exceptions or {})
 
 
 def dataset_clauses(
-    make: Callable[[_Source], _Dataset],
+    make: Callable[[Source], Dataset],
     argument: str | None = None,
     *,
     root: str | Path | None = None,
     exceptions: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """The clauses of `check_dataset` as parameters of a pytest test, as `model_clauses` are."""
-    _names(exceptions, _DATASET)
-    return _parameters(make, [("", _DATASET, _DataCase(make, argument, root))], exceptions or {})
+    _names(exceptions, DATASET)
+    return _parameters(make, [("", DATASET, DataCase(make, argument, root))], exceptions or {})
 
 
-def _tried(cls: type[_GenerativeModel], data: tuple[_Dataset, ...], settings: dict[str, Any]) -> Iterator[_Trial]:
+def _tried(cls: type[GenerativeModel], data: tuple[Dataset, ...], settings: dict[str, Any]) -> Iterator[_Trial]:
     """What a model class is tried on. Raises ContractError if it refuses otherwise than it should."""
-    yield "", _PLUGIN, cls
+    yield "", PLUGIN, cls
     refused, found = [], 0
-    for each in data or map(_load_data, _DATA):
-        few = _shortened(each)
+    for each in data or map(load_data, _DATA):
+        few = _clauses.shortened(each)
         try:
-            config = _configure(cls, settings, few)
+            config = configure(cls, settings, few)
             cls.from_config(config).check_data(few)
-        except _SettingsError as error:
+        except SettingsError as error:
             refused.append(f"{each.name}: {error}")
             continue
         except Exception as error:
             seen = {_REFUSES: f"{type(error).__name__}: {error}"}
-            raise ContractError(_told(cls, each.name, seen, len(_MODEL))) from error
+            raise ContractError(_clauses.told(cls, each.name, seen, len(MODEL))) from error
         found += 1
-        yield each.name, _MODEL, _ModelCase(cls, _plugin_of(cls), config, few)
+        yield each.name, MODEL, ModelCase(cls, plugin_of(cls), config, few)
     if not found or (data and refused):
-        raise _SettingsError(f"{cls.__name__} takes no data that it could be tried on: {'; '.join(refused)}")
+        raise SettingsError(f"{cls.__name__} takes no data that it could be tried on: {'; '.join(refused)}")
 
 
-def _check(what: Any, trials: Iterable[_Trial], exceptions: Mapping[str, str] | None, *clauses: _Clauses) -> list[str]:
+def _check(what: Any, trials: Iterable[_Trial], exceptions: Mapping[str, str] | None, *clauses: Clauses) -> list[str]:
     """What the clauses say that were checked. Raises ContractError if one is broken; those of a class come first."""
     left_out, told = _names(exceptions, *clauses), []
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for where, tried, case in trials:
-            seen = {text: _seen(check, case) for name, (text, check) in tried.items() if name not in left_out}
+            seen = {text: _clauses.seen(check, case) for name, (text, check) in tried.items() if name not in left_out}
             if broken := {text: found for text, found in seen.items() if found is not None}:
-                told.append(_told(what, where, broken, len(tried)))
-                if tried is _PLUGIN:
+                told.append(_clauses.told(what, where, broken, len(tried)))
+                if tried is PLUGIN:
                     break
     if told:
         raise ContractError("\n".join(told))
     return [text for each in clauses for name, (text, _) in each.items() if name not in left_out]
 
 
-def _names(exceptions: Mapping[str, str] | None, *clauses: _Clauses) -> set[str]:
+def _names(exceptions: Mapping[str, str] | None, *clauses: Clauses) -> set[str]:
     known = [name for each in clauses for name in each]
     for name in exceptions or {}:
         if name not in known:
-            raise _SettingsError(f"there is no clause {name!r}; clauses: {', '.join(known)}")
+            raise SettingsError(f"there is no clause {name!r}; clauses: {', '.join(known)}")
     return set(exceptions or {})
 
 
@@ -149,8 +139,8 @@ def _parameters(what: Any, trials: Iterable[_Trial], exceptions: Mapping[str, st
 
     def hold(where: str, text: str, check: Callable[[Any], None], case: Any) -> None:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            if (seen := _seen(check, case)) is not None:
-                raise ContractError(_told(what, where, {text: seen}, 1))
+            if (seen := _clauses.seen(check, case)) is not None:
+                raise ContractError(_clauses.told(what, where, {text: seen}, 1))
 
     def marks(name: str) -> tuple[Any, ...]:
         known = name in exceptions

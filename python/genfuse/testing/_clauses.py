@@ -16,21 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfuse import plugins
+from genfuse import models, plugins
 from genfuse.cli.train import arguments_of, parse
 from genfuse.data import Batch, Dataset, Source, Split, load_data
 from genfuse.errors import DataError, GenfuseError, SettingsError
-from genfuse.models import (
-    FACTS,
-    Decodes,
-    DrawsLatents,
-    Encodes,
-    GenerativeModel,
-    Reconstructs,
-    configure,
-    create,
-    unfit,
-)
+from genfuse.models import GenerativeModel
 from genfuse.training import Run, Trainer
 from genfuse.training.run import plugin_of
 
@@ -121,7 +111,7 @@ class ModelCase:
     PLUGIN, "api", "a model is a subclass of GenerativeModel for this plugin API, with the verb loss(batch, player)"
 )
 def _api(cls: type) -> None:
-    if wrong := unfit(cls):
+    if wrong := models.unfit(cls):
         raise BrokenError(f"it {wrong}")
 
 
@@ -143,9 +133,9 @@ def _installed(cls: type) -> None:
 @clause(MODEL, "settings", "settings are the same after a way through JSON, a file and the command line")
 def _settings(case: ModelCase) -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(case.config)))
-    if (again := configure(case.cls, plain)) != case.config:
+    if (again := models.configure(case.cls, plain)) != case.config:
         raise BrokenError(f"{case.config} became {again} by JSON")
-    own = {name: value for name, value in plain.items() if name not in FACTS}
+    own = {name: value for name, value in plain.items() if name not in models.FACTS}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "settings.json")
         file.write_text(json.dumps({"data": case.data.name, "model": own}), encoding="utf-8")
@@ -156,7 +146,7 @@ def _settings(case: ModelCase) -> None:
             typed = parse(case.name, arguments).model
     except SystemExit:
         raise BrokenError(f"`genfuse train {case.name} {' '.join(arguments)}` is refused:\n{said.getvalue()}") from None
-    if (again := configure(case.cls, typed, case.data)) != case.config:
+    if (again := models.configure(case.cls, typed, case.data)) != case.config:
         raise BrokenError(f"{case.config} became {again} by the command line")
 
 
@@ -377,15 +367,15 @@ def _verbs(case: ModelCase) -> None:
             value = getattr(model, verb)(x, **given)
             if value.shape != (4,) or not value.isfinite().all():
                 raise BrokenError(f"{verb} of 4 examples is {tuple(value.shape)}: {value.flatten().tolist()[:8]}")
-        if isinstance(model, Reconstructs) and (again := model.reconstruct(x, **given)).shape != x.shape:
+        if isinstance(model, models.Reconstructs) and (again := model.reconstruct(x, **given)).shape != x.shape:
             raise BrokenError(f"reconstruct of x {tuple(x.shape)} is {tuple(again.shape)}")
-        if isinstance(model, Encodes):
+        if isinstance(model, models.Encodes):
             z = model.encode(x, **given)
             if not isinstance(z, Tensor) or z.dim() != 2 or len(z) != 4:
                 raise BrokenError(f"encode of 4 examples is {tuple(z.shape) if isinstance(z, Tensor) else type(z)}")
-            if isinstance(model, Decodes) and (again := model.decode(z, **given)).shape != x.shape:
+            if isinstance(model, models.Decodes) and (again := model.decode(z, **given)).shape != x.shape:
                 raise BrokenError(f"decode of encode(x), x {tuple(x.shape)}, is {tuple(again.shape)}")
-        if isinstance(model, DrawsLatents):
+        if isinstance(model, models.DrawsLatents):
             a, b = model.latents(4), model.latents(4)
             if (between := model.interpolate_latents(a, b, 3, **given)).shape != (3, *x.shape):
                 raise BrokenError(f"interpolate_latents of 4 pairs in 3 steps is {tuple(between.shape)}")
@@ -497,5 +487,7 @@ def _factors(case: DataCase) -> None:
 @clause(DATASET, "trains", "a model trains on it: two steps of a VAE have finite losses")
 def _trains(case: DataCase) -> None:
     data = case.load()
-    model = create("vae", data, decoder="gaussian" if data.levels is None else "bernoulli", hidden=(16,), latent_dim=2)
+    model = models.create(
+        "vae", data, decoder="gaussian" if data.levels is None else "bernoulli", hidden=(16,), latent_dim=2
+    )
     Trainer(steps=2, batch_size=16, device="cpu").fit(model, shortened(data))
