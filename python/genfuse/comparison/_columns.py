@@ -33,7 +33,7 @@ class Column(NamedTuple):
     group: Literal["quality", "diversity", "plugins", "stability", "latent space", "likelihood", "cost"]
     better: Literal["lower", "higher", ""]
     about: str
-    show: Callable[[float], str] = lambda value: f"{value:.3g}"
+    form: str = ".3g"  # that its values are shown in
 
     @classmethod
     def of_plugin(cls, key: str, described: dict[str, str]) -> "Column":
@@ -42,10 +42,7 @@ class Column(NamedTuple):
         return cls(key, key.replace("_", " "), "plugins", described["better"], about)  # type: ignore[arg-type]
 
 
-def _thousands(value: float) -> str:
-    return f"{value:,.0f}"
-
-
+THOUSANDS = ",.0f"
 COLUMNS = (
     Column(
         "frechet_distance", "Fréchet distance", "quality", "lower",
@@ -93,16 +90,16 @@ COLUMNS = (
     Column(
         "spread", "spread", "stability", "lower",
         "standard deviation of the Fréchet distance over the seeds, as a share of its mean",
-        lambda value: f"{value:.1%}",
+        ".1%",
     ),
     Column(
         "warnings", "warnings", "stability", "lower", "of all runs: a critic that runs away, samples that repeat",
-        _thousands,
+        THOUSANDS,
     ),
     Column(
         "reconstruction_error", "reconstruction error", "latent space", "lower",
         "mean squared error of a cell of a test example that was encoded and decoded; VAEs: at the posterior mean",
-        lambda value: f"{value:.2g}",
+        ".2g",
     ),
     Column(
         "inverted", "inverted", "latent space", "higher",
@@ -118,19 +115,19 @@ COLUMNS = (
         "log_likelihood", "log-likelihood", "likelihood", "higher",
         "nats per test example, in the units that the model saw; the column `bound` says whether it is log_prob itself "
         "or a lower bound of it. A Bernoulli decoder has none for values between 0 and 1, and a GAN has none at all",
-        lambda value: f"{value:.4g}",
+        ".4g",
     ),
     Column("bits_per_dim", "bits/dim", "likelihood", "lower", "the same, of discrete data, in bits per cell"),
     Column("training_seconds", "training, s", "cost", "", "seconds of updates; evaluation on the way does not count"),
-    Column("steps", "steps", "cost", "", "updates, of all players together", _thousands),
+    Column("steps", "steps", "cost", "", "updates, of all players together", THOUSANDS),
     Column(
         "sampling_seconds", "sampling, s", "cost", "lower",
         "seconds for 1,000 samples, the fastest of 3 times; if it is slow, ten times that for 100",
     ),
-    Column("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
+    Column("parameters", "parameters", "cost", "", "numbers that are trained, of all players", THOUSANDS),
     Column(
         "peak_memory", "memory, MB", "cost", "lower",
-        "the most that making and training the model took beyond what was held before", _thousands,
+        "the most that making and training the model took beyond what was held before", THOUSANDS,
     ),
 )  # fmt: skip
 
@@ -149,9 +146,8 @@ def measure(
     """What is measured of the model of ``run`` by the verbs that it has, by the keys of `COLUMNS`, and what
     `evaluate_samples` returned for it.
 
-    ``n`` is as there; ``limit`` examples of the test split, chosen once
-    and for all models alike, are encoded, decoded and asked for their likelihood. ``bound`` names what
-    ``log_likelihood`` is. Samples are drawn into the file ``picture``.
+    ``n`` is as there; ``limit`` examples of the test split, chosen once and for all models alike, are encoded, decoded
+    and asked for their likelihood. ``bound`` names what ``log_likelihood`` is. Samples are drawn into ``picture``.
     """
     model = run.model(device)
     data = data.to(device)
@@ -164,9 +160,8 @@ def measure(
         "parameters": sum(weights.numel() for player in model.players() for weights in player.parameters),
     }
     test = data.splits["test"]
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:limit].to(device)
-    few = dataclasses.replace(test, x=test.x[chosen], y=None if test.y is None else test.y[chosen])
-    held_out = dataclasses.replace(data, splits={**data.splits, "test": few}, classes=data.classes)
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:limit].to(test.x.device)
+    held_out = dataclasses.replace(data, splits={**data.splits, "test": test.some(chosen)}, classes=data.classes)
     found |= _likelihood(model, held_out)
     found |= _latent_space(model, held_out, extract)
     if picture is not None:

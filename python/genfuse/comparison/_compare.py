@@ -17,21 +17,11 @@ from typing import Any
 import torch
 
 from genfuse import plugins
-from genfuse._files import (
-    locked,
-    sweep,
-)
+from genfuse._files import locked, sweep
 from genfuse.comparison import _store
 from genfuse.comparison._columns import draw, measure, peak_memory, training_seconds
 from genfuse.data import Dataset
-from genfuse.errors import (
-    GenfuseError,
-    NonFiniteLossError,
-    PluginError,
-    RunError,
-    SettingsError,
-    TrainingWarning,
-)
+from genfuse.errors import GenfuseError, NonFiniteLossError, PluginError, RunError, SettingsError, TrainingWarning
 from genfuse.metrics import extractor, train_missing
 from genfuse.models import configure, create, load
 from genfuse.training import Run, Trainer
@@ -250,9 +240,8 @@ def _steps_of(budget: Budget, entry: _store.Entry, data: Dataset, trainer: Train
 
     There is a trial of an update where examples are counted, too: what is loaded in it is no part of a run's memory.
     """
-    test = data.splits["test"]
-    few = replace(test, x=test.x[:100], y=None if test.y is None else test.y[:100])
-    data = replace(data, splits={**data.splits, "test": few})  # its loss is of no interest here
+    few = data.splits["test"].some(slice(100))  # whose loss is of no interest here
+    data = replace(data, splits={**data.splits, "test": few})
     say(f"{entry.label}: a trial")
     with tempfile.TemporaryDirectory() as folder:
         done, steps = 0, 16 if budget.seconds else 1
@@ -330,9 +319,8 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
         label, _, model = each.rpartition("=")
         plugins.find("models", model)
         label = label or model
-        entries.append(
-            _store.Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
-        )  # as they will be read again
+        as_read_again = json.loads(json.dumps(settings.get(label, {})))
+        entries.append(_store.Entry(label, model, as_read_again))
     _store.check_distinct([entry.label for entry in entries])
     for label in settings.keys() - {entry.label for entry in entries}:
         raise SettingsError(

@@ -4,7 +4,7 @@ import math
 import platform
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from genfuse.training import Run
 
 RESULT, REPORT, TABLE, PICTURES = "comparison.json", "report.html", "table.md", "pictures"
 VERSION = 1
+POINTS = 200  # of a loss curve, at most
 DATA = ("name", "binarize", "seed", "fingerprint", "splits")  # what is kept of a description of data
 # Keys of comparison.json that are read, and what they must be; of its rows, and of their runs if they have them.
 FORMAT: dict[str, Any] = {
@@ -191,15 +192,9 @@ def log_of(path: Path, run: dict[str, Any]) -> None:
     players = dict.fromkeys(entry["player"] for entry in metrics if entry["split"] == "train")
     for player in players:
         curve = [(e["step"], e["loss"]) for e in metrics if e["split"] == "train" and e["player"] == player]
-        run["losses"][player] = list(_thinned(curve, 200))
-
-
-def _thinned(curve: list[tuple[int, float]], most: int) -> Iterator[tuple[int, float]]:
-    """A curve of at most so many points: each the mean of those that it stands for."""
-    size = math.ceil(len(curve) / most)
-    for start in range(0, len(curve), size or 1):
-        part = curve[start : start + size]
-        yield part[-1][0], float(f"{statistics.fmean(loss for _, loss in part):.5g}")
+        size = math.ceil(len(curve) / POINTS)  # of parts, for each of which its mean stands
+        parts = [curve[start : start + size] for start in range(0, len(curve), size)]
+        run["losses"][player] = [(p[-1][0], float(f"{statistics.fmean(loss for _, loss in p):.5g}")) for p in parts]
 
 
 def keep(out: Path, result: dict[str, Any]) -> None:
