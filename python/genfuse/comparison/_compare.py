@@ -25,11 +25,10 @@ from genfuse.errors import GenfuseError, NonFiniteLossError, PluginError, RunErr
 from genfuse.metrics import extractor, train_missing
 from genfuse.models import configure, create, load
 from genfuse.training import Run, Trainer
-from genfuse.training.run import FREE, describe_data
+from genfuse.training.run import FREE, WHERE, describe_data
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 CHECKPOINTS = 10  # of a training
-OURS = ("out", "resume", "overwrite")  # options of a trainer that are not the user's here
 
 Say = Callable[[str], None]
 
@@ -106,7 +105,7 @@ def compare(
     options = {
         "data": {**{key: describe_data(data)[key] for key in (*_store.DATA, "class_names")}, "name": data.name},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
-        "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
+        "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *WHERE)},
     }
     out = Path(out)
 
@@ -200,7 +199,7 @@ def _compared(
                     say(f"was begun with {key} {value}, and goes on with {result['machine'].get(key)}")
         rows = {row["label"]: row for row in result["rows"]}
         for entry, _ in plan:
-            rows.setdefault(entry.label, {**_store.row_of(entry), "steps": None, "runs": []})
+            rows.setdefault(entry.label, {**asdict(entry), "steps": None, "runs": []})
         result["rows"] = list(rows.values())
         kept = partial(_store.keep, out, result)
         kept()  # before all else, so that the same command goes on wherever it is stopped

@@ -5,7 +5,7 @@ import platform
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,10 +80,6 @@ def folder_of(label: str) -> str:
     return re.sub(r"[^\w.-]+", "-", label).strip("-.") or "-"
 
 
-def row_of(entry: Entry) -> dict[str, Any]:
-    return {"label": entry.label, "model": entry.model, "settings": entry.settings}
-
-
 def place_of(label: str, seed: int) -> str:
     """Where in the comparison a run lies."""
     return f"{folder_of(label)}/seed-{seed}"
@@ -116,7 +112,8 @@ def claim(out: Path, options: dict[str, Any], entries: Sequence[Entry] = ()) -> 
         )
     rows = {row["label"]: row for row in was["rows"]}
     for entry in entries:
-        old, row = rows.get(entry.label, row_of(entry)), row_of(entry)
+        row = asdict(entry)
+        old = rows.get(entry.label, row)
         if any(old[key] != row[key] for key in row):
             raise RunError(
                 f"{out} has {entry.label!r} already, as {old['model']} with {old['settings'] or 'its defaults'}, not "

@@ -121,7 +121,7 @@ def train_features(
     Torch's global generators are left as they were. Raises DataError for data without labels of two classes or more,
     and SettingsError if the file exists, unless ``overwrite``.
     """
-    from genfuse.training.progress import Progress
+    from genfuse.training.process import Progress
 
     data = (data.channels or data).to(device)
     if steps < 1 or batch_size < 1:

@@ -41,6 +41,7 @@ from genfuse._files import (
     sweep,
     sync_folder,
     tensor_facts,
+    warn,
     write_json,
     write_text,
     writing,
@@ -56,16 +57,15 @@ VERSION = 1
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 PICTURES, TENSORBOARD, PROGRESS, EVALUATION = "pictures", "tensorboard", "progress", "evaluation.json"
 
+WHERE = ("out", "resume", "overwrite")  # options of a training that are not of the run
+
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
 FREE = {
     "epochs", "steps", "patience", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
 }  # fmt: skip
 
 # What a run folder holds that a training or `genfuse evaluate` wrote, and in its folders.
-OURS = re.compile(
-    rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|{re.escape(STATE)}|{BEFORE.pattern}|{re.escape(METRICS)}|"
-    rf"{re.escape(EVALUATION)}"
-)
+OURS = re.compile("|".join([*map(re.escape, (CONFIG, WEIGHTS, STATE, METRICS, EVALUATION)), BEFORE.pattern]))
 OURS_WITHIN = {PICTURES: "*.png", TENSORBOARD: "events.out.tfevents.*", PROGRESS: "[0-9]*.npy"}
 
 # Keys of config.json that are read, and what they must be.
@@ -142,9 +142,12 @@ class Run(History):
         if not (self.path / WEIGHTS).is_file():
             raise RunError(f"the run folder {self.path} is half there: it has {CONFIG}, but no {WEIGHTS}")
         if "sha256" not in self.config:
-            _warn(f"{self.path} is of a genfuse without checksums: that its files are whole cannot be verified")
+            warn(
+                f"{self.path} is of a genfuse without checksums: that its files are whole cannot be verified",
+                RunWarning,
+            )
         elif not intact(self.config):
-            _warn(f"{self.path / CONFIG} is not as genfuse wrote it: it was changed by hand, or is damaged")
+            warn(f"{self.path / CONFIG} is not as genfuse wrote it: it was changed by hand, or is damaged", RunWarning)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -203,7 +206,10 @@ class Run(History):
         weights, facts = read_tensors(self.path / WEIGHTS)
         self._check("model", facts)
         if found := self._differences("training", facts):
-            _warn(f"{self.path / WEIGHTS} was not trained by the settings that {CONFIG} names: {'; '.join(found)}")
+            warn(
+                f"{self.path / WEIGHTS} was not trained by the settings that {CONFIG} names: {'; '.join(found)}",
+                RunWarning,
+            )
         try:
             with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
                 model: GenerativeModel = cls.from_config(configure(cls, cls.current(named["settings"])))
@@ -477,11 +483,10 @@ def _check_same(path: Path, config: dict[str, Any]) -> None:
     around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
               if key in was and was[key] != config[key]]  # fmt: skip
     if around:
-        warnings.warn(
+        warn(
             f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
             "if it had never stopped",
             RunWarning,
-            stacklevel=4,
         )
 
 
@@ -620,10 +625,6 @@ def _entry(line: bytes, where: str) -> dict[str, Any]:
         if not isinstance(value, kind) or (isinstance(value, int) and value >= 2**63):
             demand(entry, wanted, where)
     return entry
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RunWarning, stacklevel=3)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """`Trainer`: what is checked before a training starts, and whether a run may go on."""
 
 import atexit
-import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from genfuse._files import locked
+from genfuse._files import locked, warn
 from genfuse.data import Dataset, load_data
 from genfuse.errors import DataWarning, RunError, RunWarning, SettingsError, TrainingWarning
 from genfuse.models import GenerativeModel
@@ -76,7 +74,7 @@ class Trainer(Options):
                 keep = run.read_config(Path(self.out))["training"].get("keep", "last")
             return replace(self, keep=keep).fit(model, data, callbacks)
         for doubt in model.doubts(data):
-            warnings.warn(doubt, TrainingWarning, stacklevel=3)
+            warn(doubt, TrainingWarning)
         if self.keeps_best and len(players) > 1:
             names = ", ".join(player.name for player in players)
             option = "keep='best'" if self.patience is None else "patience"
@@ -87,13 +85,12 @@ class Trainer(Options):
             )
         if self.keeps_best and "validation" not in data.splits:
             data = data.with_validation()
-            warnings.warn(
+            warn(
                 f"the data set {data.name!r} has no validation split: {len(data.splits['validation']):,} of its "
                 f"training examples, by chance, are one now, by which the best weights are chosen, and "
                 f"{len(data.splits['train']):,} are trained on; --data.validation says how many (in Python "
                 "load_data(..., validation=0.1)), and --keep last trains on all",
                 DataWarning,
-                stacklevel=2,
             )
         if (self.flip or self.shift) and data.given and not data.task:
             raise SettingsError(
@@ -116,7 +113,8 @@ class Trainer(Options):
                 raise SettingsError(f"compile 'cuda-graphs' needs a CUDA device; the training is on {fabric.device}")
             config = None
             if out is not None:
-                config = run.describe(model, data, self._options())
+                options = {key: value for key, value in asdict(self).items() if key not in run.WHERE}
+                config = run.describe(model, data, options)
                 run.claim(out, self.resume, self.overwrite, config)
             fabric.launch()
             if fabric.world_size > 1:
@@ -144,7 +142,7 @@ class Trainer(Options):
         try:
             progress = finished.progress()
         except RunError as error:  # which is no reason to go without the other pictures
-            warnings.warn(f"progress.png is not drawn: {error}", RunWarning, stacklevel=2)
+            warn(f"progress.png is not drawn: {error}", RunWarning)
             progress = {}
         drawn = gallery.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
         from PIL import Image
@@ -155,10 +153,6 @@ class Trainer(Options):
                 with Image.open(picture) as opened:
                     pixels = np.asarray(opened.convert("RGB"))
                 board.add_image(f"pictures/{picture.stem}", pixels, finished.step, dataformats="HWC")
-
-    def _options(self) -> dict[str, Any]:
-        options = dataclasses.asdict(self)
-        return {key: value for key, value in options.items() if key not in ("out", "resume", "overwrite")}
 
     def _fabric(self, players: int) -> "Fabric":
         """Device, precision and processes. Raises SettingsError for what this machine does not have."""
