@@ -113,9 +113,21 @@ def compare(
         if row["steps"] is None:
             row["steps"] = _steps_of(budget, entry, data, trainer, say)
             kept()
-        every = max(1, row["steps"] // CHECKPOINTS)
-        of_seed = replace(trainer, steps=row["steps"], seed=run["seed"], checkpoint_every=every, out=out / run["path"])
-        return _trained(of_seed, entry, data, run, say)
+        every, path = max(1, row["steps"] // CHECKPOINTS), out / run["path"]
+        of_seed = replace(trainer, steps=row["steps"], seed=run["seed"], checkpoint_every=every, out=path)
+        if (path / "config.json").is_file():
+            there = Run(path)
+            if there.step == of_seed.steps:
+                return there
+            of_seed = Trainer.resuming(there, device=device)
+        how = "resuming" if of_seed.resume else "training"
+        say(f"{entry.label}, seed {of_seed.seed}: {how}, {of_seed.steps:,} steps")
+        with peak_memory(device) as peak:
+            torch.manual_seed(of_seed.seed)
+            trained = of_seed.fit(create(entry.model, data, **entry.settings), data)
+            run["peak_memory"] = peak()
+        assert isinstance(trained, Run)
+        return trained
 
     plan = [
         (entry, [{"seed": seed, "path": _store.place_of(entry.label, seed)} for seed in range(seeds)])
@@ -259,23 +271,6 @@ def _steps_of(budget: Budget, entry: _store.Entry, data: Dataset, trainer: Train
                 return max(1, round(budget.seconds * (steps - done) / seconds))
             done, steps = steps, 2 * steps
             trainer = Trainer.resuming(run, steps=steps)
-
-
-def _trained(trainer: Trainer, entry: _store.Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
-    """The run of ``trainer``, from its last checkpoint on if it has one; finished ones are left as they are."""
-    path = Path(trainer.out or "")
-    if (path / "config.json").is_file():
-        there = Run(path)
-        if there.step == trainer.steps:
-            return there
-        trainer = Trainer.resuming(there, device=trainer.device)
-    say(f"{entry.label}, seed {trainer.seed}: {'resuming' if trainer.resume else 'training'}, {trainer.steps:,} steps")
-    with peak_memory(trainer.device) as peak:
-        torch.manual_seed(trainer.seed)
-        trained = trainer.fit(create(entry.model, data, **entry.settings), data)
-        run["peak_memory"] = peak()
-    assert isinstance(trained, Run)
-    return trained
 
 
 @contextmanager

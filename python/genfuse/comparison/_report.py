@@ -164,7 +164,11 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         {
             **row,
             "picture": picture(folder(row["label"])),
-            "curves": list(_curves(row["runs"])),
+            "curves": [
+                {"player": player, **_chart(lines)}
+                for player in dict.fromkeys(player for run in row["runs"] for player in run.get("losses", ()))
+                if (lines := [run["losses"][player] for run in row["runs"] if run.get("losses", {}).get(player)])
+            ],  # SVG points, one line a run, and the scale
             "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
             "distance": cells.get(COLUMNS[0].key, Cell("")).text,
         }
@@ -191,15 +195,6 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         width=WIDTH,
         height=HEIGHT,
     )
-
-
-def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """For each player its loss over the steps: SVG points, one line a run, and the scale."""
-    players = dict.fromkeys(player for run in runs for player in run.get("losses", ()))
-    for player in players:
-        if not (lines := [run["losses"][player] for run in runs if run.get("losses", {}).get(player)]):
-            continue
-        yield {"player": player, **_chart(lines)}
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -458,11 +458,31 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         reading = reading._replace(mode="RGB" if any(coloured) else "L")
         first = first[: 3 if reading.mode == "RGB" else 1]
     shape, size = first.shape, first.nbytes * len(paths)
-    read_alike = partial(read, of=reading)
+    left_out: set[Path] = set()
+
+    def decoded() -> Iterator[np.ndarray]:
+        """The pixels of each picture in order, but of those that are left out."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders leave Python's lock
+            for start in range(0, len(paths), 256):  # so that no more than these wait to be kept
+                part = paths[start : start + 256]
+                for path, pixels in zip(part, pool.map(partial(read, of=reading), part), strict=True):
+                    if pixels is None:
+                        left_out.add(path)
+                        continue
+                    if pixels.shape != shape:
+                        raise DataError(
+                            f"the picture {path} is {_size(pixels.shape)}, but {paths[0]} and all before it are "
+                            f"{_size(shape)}; one size and one mode are needed: --data.size 64, or another, makes them "
+                            "of one size, --data.mode auto of one mode"
+                        )
+                    if shape[0] == 3 and COLOURED not in told and not _grey(pixels):
+                        told[COLOURED] = []
+                    yield pixels
+
     if reading.stream == "no" or (reading.stream == "auto" and size <= _memory() / 2):
         memory = np.empty((len(paths), *shape), np.uint8)
-        free = iter(memory)
-        left_out = _each(paths, read_alike, shape, lambda pixels: np.copyto(next(free), pixels), told)
+        for place, pixels in zip(memory, decoded(), strict=False):
+            place[...] = pixels
         found = Pictures(torch.from_numpy(memory[: len(paths) - len(left_out)]), left_out, False)
     else:
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -473,8 +493,8 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         rows = len(paths) - len(facts.get("left_out", ()))
         if not facts or not file.is_file() or file.stat().st_size != rows * first.nbytes:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as place, open(place, "wb") as stored:
-                left_out = _each(paths, read_alike, shape, lambda pixels: stored.write(pixels.tobytes()), told)
+            with replacing(file) as beside, open(beside, "wb") as stored:
+                stored.writelines(pixels.tobytes() for pixels in decoded())
                 facts = {"left_out": sorted(map(str, left_out)), "told": told}
                 write_json(file.with_suffix(".json"), facts, indent=0)
             rows = len(paths) - len(left_out)
@@ -491,34 +511,6 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         named = ", ".join(sorted(where)[:3])  # in no order yet, as threads found them
         warn(f"{root}: {len(where)} of the pictures {note}, such as {named}", DataWarning)
     return found
-
-
-def _each(
-    paths: list[Path],
-    read: Callable[..., np.ndarray | None],
-    shape: tuple[int, ...],
-    keep: Callable[[np.ndarray], Any],
-    told: dict[str, list[str]],
-) -> set[Path]:
-    """Give the pixels of each picture to ``keep``, in order; returns those that are left out."""
-    left_out = set()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders leave Python's lock
-        for start in range(0, len(paths), 256):  # so that no more than these wait to be kept
-            part = paths[start : start + 256]
-            for i, pixels in enumerate(pool.map(read, part), start):
-                if pixels is None:
-                    left_out.add(paths[i])
-                    continue
-                if pixels.shape != shape:
-                    raise DataError(
-                        f"the picture {paths[i]} is {_size(pixels.shape)}, but {paths[0]} and all before it are "
-                        f"{_size(shape)}; one size and one mode are needed: --data.size 64, or another, makes them of "
-                        "one size, --data.mode auto of one mode"
-                    )
-                if shape[0] == 3 and COLOURED not in told and not _grey(pixels):
-                    told[COLOURED] = []
-                keep(pixels)
-    return left_out
 
 
 def _grey(pixels: np.ndarray) -> bool:

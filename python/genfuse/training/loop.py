@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,13 +315,9 @@ class Loop:
         rate = self.seen / seconds
         shown = {}
         for player in self.players:
-            sums: dict[str, list[float]] = defaultdict(list)
-            for _, name, terms in losses:
-                if name == player.name:
-                    for term, value in terms.items():
-                        sums[term].append(value)
-            if sums:
-                means = {term: sum(each) / len(each) for term, each in sums.items()}
+            if own := [terms for _, name, terms in losses if name == player.name]:
+                each = {term: [terms[term] for terms in own if term in terms] for term in dict.fromkeys(chain(*own))}
+                means = {term: sum(values) / len(values) for term, values in each.items()}
                 lr = float(self.optimizers[player.name].param_groups[0]["lr"])
                 self._log("train", {"player": player.name, **means, "lr": lr, "examples_per_second": rate})
                 prefix = f"{player.name} " if len(self.players) > 1 else ""

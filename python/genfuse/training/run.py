@@ -456,7 +456,8 @@ def claim(path: Path, resume: bool, overwrite: bool, config: dict[str, Any]) -> 
         _check_same(path, config)
     elif path.exists() and not path.is_dir():
         raise RunError(f"{path} exists and is not a folder")
-    elif occupied(path) and not _half_begun(path):
+    elif occupied(path) and ((path / CONFIG).exists() or not any(path.glob(f".stage.*.new/{CONFIG}"))):
+        # Else it is what a kill leaves in the moment in which a run appears there, or replaces another.
         try:
             read_config(path)
         except RunError as error:
@@ -591,11 +592,6 @@ def _erase(path: Path) -> None:
             file.unlink()
         if (path / name).is_dir() and not any((path / name).iterdir()):
             (path / name).rmdir()
-
-
-def _half_begun(path: Path) -> bool:
-    """Whether a folder is what a kill leaves in the moment in which a run appears there, or replaces another."""
-    return not (path / CONFIG).exists() and any((each / CONFIG).is_file() for each in path.glob(".stage.*.new"))
 
 
 def _line(entry: dict[str, Any]) -> str:

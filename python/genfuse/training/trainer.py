@@ -65,13 +65,15 @@ class Trainer(Options):
         players = list(model.players())
         if not players or len({player.name for player in players}) < len(players):
             raise SettingsError(f"{type(model).__name__} needs players of different names, got {players}")
+        out = None if self.out is None else Path(self.out)
+        was = run.read_config(out) if out is not None and self.resume and (out / run.CONFIG).is_file() else {}
         if self.keep == "auto":
             usual = self.epochs is None and self.steps is None and data.examples >= FEW and not data.streamed
             by_heart = usual and model.usual_steps * self.batch_size > MANY * data.examples
             held_out = "validation" in data.splits or by_heart
             keep: Any = "best" if len(players) == 1 and held_out else "last"
-            if self.resume and self.out is not None and (Path(self.out) / run.CONFIG).is_file():
-                keep = run.read_config(Path(self.out))["training"].get("keep", "last")
+            if was:
+                keep = was["training"].get("keep", "last")
             return replace(self, keep=keep).fit(model, data, callbacks)
         for doubt in model.doubts(data):
             warn(doubt, TrainingWarning)
@@ -102,12 +104,8 @@ class Trainer(Options):
             )
         if self.smooth and (len(data.shape) != 1 or data.levels or data.schema):
             raise SettingsError(f"smooth is of tables of real numbers; {data.name!r} is none: leave it out")
-        out = None if self.out is None else Path(self.out)
-        recorded = None
-        if out is not None and self.resume and (out / run.CONFIG).is_file():
-            recorded = run.read_config(out).get("threads")  # a run may be older than that
         with ExitStack() as stack:
-            stack.enter_context(fitting_threads(model, self.batch_size, recorded))
+            stack.enter_context(fitting_threads(model, self.batch_size, was.get("threads")))
             fabric = self._fabric(len(players))
             if self.compile == "cuda-graphs" and fabric.device.type != "cuda":
                 raise SettingsError(f"compile 'cuda-graphs' needs a CUDA device; the training is on {fabric.device}")
