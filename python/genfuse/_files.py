@@ -10,7 +10,9 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -92,18 +94,13 @@ def staging(folder: Path, name: str = "stage") -> Iterator[Path]:
 
 def keep_as(path: Path, name: str) -> None:
     """Give a file a second name beside it, in the place of what had that name. The file itself stays all the time."""
-    beside = path.with_name(f".{name}.{secrets.token_hex(8)}.new")
     try:
-        try:
-            os.link(path, beside, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # a file system without hard links
-            with open(path, "rb") as source, open(beside, "xb") as copy, named(beside):
-                shutil.copyfileobj(source, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-        os.replace(beside, path.with_name(name))
-    finally:
-        beside.unlink(missing_ok=True)
+        with staging(path.parent, name) as stage:
+            os.link(path, stage / name, follow_symlinks=False)
+            os.replace(stage / name, path.with_name(name))
+    except (OSError, NotImplementedError):  # a file system without hard links
+        with open(path, "rb") as source, writing(path.with_name(name)) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def sync_folder(path: Path) -> None:
@@ -370,7 +367,7 @@ def read_array(path: Path) -> "np.ndarray":
         return found
 
 
-# What others wrote is shown as it is, and as nothing else
+# Texts
 
 
 def plain(text: object) -> str:
@@ -378,25 +375,33 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() or c in "\n\t " else repr(c)[1:-1] for c in str(text))
 
 
+def warn(message: str, kind: type[Warning]) -> None:
+    """Warn, as of the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "genfuse":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)
+
+
+# Tensors
+
+
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """The tensors of a safetensors file, on the CPU, and what `write_tensors` was told about them.
 
     Raises RunError if it is damaged: where anything is other than when it was written.
     """
-    import safetensors
+    from safetensors.torch import load_file
 
+    facts = tensor_facts(path)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        facts = tensor_facts(path)
+        tensors = load_file(path)
         was = facts.pop("sha256", None)
         if was is not None and was != digest(facts, *_tensor_parts(tensors)):
             raise ValueError("its checksum is not that of its content: it is damaged")
-        return tensors, facts
-    except RunError:
-        raise
     except Exception as error:  # damaged files raise all kinds of errors
         raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    return tensors, facts
 
 
 def tensor_facts(path: Path) -> dict[str, Any]:

@@ -48,20 +48,12 @@ CONTEXT: Any = {  # for every figure
 
 def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
     """Images (N, C, H, W) in a grid, as square as it gets by default; small ones enlarged, each pixel a block."""
-    columns = columns or math.ceil(len(images) / math.isqrt(len(images)))
-    pixels = _tiled(_pixels(images), columns)
-    from PIL import Image
-
-    with replacing(Path(path)) as file:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+    _save(_tiled(_pixels(images), columns), path)
 
 
 def write_picture(image: Tensor, path: str | Path) -> None:
     """One image (1, C, H, W) as a PNG, cell by cell."""
-    from PIL import Image
-
-    with replacing(Path(path)) as file:
-        Image.fromarray(_pixels(image)[0].squeeze()).save(file, format="PNG")
+    _save(_pixels(image)[0], path)
 
 
 def animation(clips: Tensor, path: str | Path, rate: int = 8, columns: int | None = None) -> None:
@@ -71,7 +63,6 @@ def animation(clips: Tensor, path: str | Path, rate: int = 8, columns: int | Non
     """
     from PIL import Image
 
-    columns = columns or math.ceil(len(clips) / math.isqrt(len(clips)))
     frames = [_tiled(_pixels(frame), columns) for frame in clips.unbind(1)]
     with replacing(Path(path)) as file:
         if file.suffix == ".gif":
@@ -108,9 +99,7 @@ def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> No
     label = 1.2 / 14 * min(max(4, *map(len, names)), 30)
     with _figure(path, (label + width, height), layout=None) as figure:
         left = label / (label + width)
-        axes = figure.add_axes((left, 0, 1 - left, 1))
-        axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
-        axes.axis("off")
+        axes = _axes_of(grid, figure, (left, 0, 1 - left, 1))
         where = blended_transform_factory(figure.transFigure, axes.transData)
         for i, name in enumerate(names):
             y = (i + 0.5) * grid.shape[0] / len(names)
@@ -133,14 +122,11 @@ def points_over_time(samples: dict[int, Tensor], x: Tensor, path: str | Path, sc
 def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
     """Samples (N, C, H, W) in the first column, each beside the K training images (N, K, C, H, W) nearest to it."""
     columns = nearest.shape[1] + 1
-    rows = torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)
-    grid = _tiled(_pixels(rows), columns)
+    grid = _tiled(_pixels(torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)), columns)
     width = columns * 0.8
     with _figure(path, (width, 0.35 + width * grid.shape[0] / grid.shape[1]), layout=None) as figure:
         top = 1 - 0.35 / figure.get_figheight()
-        axes = figure.add_axes((0, 0, 1, top))
-        axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
-        axes.axis("off")
+        axes = _axes_of(grid, figure, (0, 0, 1, top))
         axes.axvline(grid.shape[1] / columns, color=MODEL, lw=2)
         for x, text in ((0.5, "sample"), (1.1, "nearest training images")):
             ha = "center" if x == 0.5 else "left"
@@ -154,8 +140,10 @@ def latent_space(
     title: str = "posterior means",
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Latents (N, D) coloured by labels (N,), which are the numbers of ``class_names``, if there are any; beyond
-    two dimensions, their two principal components."""
+    """Latents (N, D) coloured by labels (N,), which are the numbers of ``class_names``, if there are any: with a legend
+    for up to 20 of them, else with a colour bar. Beyond two dimensions, their two principal components."""
+    from matplotlib import colormaps
+
     points, names = latents.double().cpu().numpy(), ("z1", "z2")
     if points.shape[1] > 2:
         points, shares = principal_components(points)
@@ -168,7 +156,21 @@ def latent_space(
         axes = figure.add_subplot()
         axes.set(title=title, xlabel=names[0], ylabel=names[1])
         axes.set_aspect("equal", adjustable="datalim")
-        _coloured(axes, points, None if labels is None else labels.cpu().numpy(), class_names)
+        style: Any = {"s": 9, "alpha": 0.75, "linewidths": 0}
+        if labels is None:
+            axes.scatter(*points.T, color=DATA, **style)
+            return
+        different = labels.unique().tolist()
+        if len(different) > 20:
+            shown = axes.scatter(points[:, 0], points[:, 1], c=labels.cpu().numpy(), cmap="viridis", **style)
+            figure.colorbar(shown, label="label")
+            return
+        cmap = colormaps["tab10" if len(different) <= 10 else "tab20"]
+        for i, label in enumerate(different):
+            name = class_names[label] if class_names else label
+            axes.scatter(*points[(labels == label).cpu()].T, color=cmap(i), label=name, **style)
+        legend: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "markerscale": 2}
+        axes.legend(title=None if class_names else "label", **legend)
 
 
 def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -373,37 +375,6 @@ def _by_place(points: np.ndarray) -> np.ndarray:
     return hsv_to_rgb(np.stack([angle, 0.35 + 0.6 * rank, 0.95 - 0.35 * rank], 1))
 
 
-def _coloured(
-    axes: "Axes", points: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] | None = None
-) -> None:
-    """Points (N, 2) in the colours of their labels: with a legend for up to 20 of them, else with a colour bar."""
-    style: Any = {"s": 9, "alpha": 0.75, "linewidths": 0}
-    if labels is None:
-        axes.scatter(points[:, 0], points[:, 1], color=DATA, **style)
-        return
-    classes = np.unique(labels)
-    if len(classes) > 20:
-        shown = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)
-        axes.figure.colorbar(shown, label="label")
-        return
-    for i, label in enumerate(classes):
-        x, y = points[labels == label].T
-        axes.scatter(
-            x,
-            y,
-            color=f"C{i}" if len(classes) <= 10 else _hue(i),
-            label=class_names[label] if class_names else label,
-            **style,
-        )
-    axes.legend(title=None if class_names else "label", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
-
-
-def _hue(i: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["tab20"](i)
-
-
 def _without_the_fall(values: list[float]) -> tuple[float | None, float | None]:
     """Limits that leave out the steep fall of the first steps, which would press the rest into a line."""
     ordered = np.sort(np.asarray(values))
@@ -424,13 +395,22 @@ def _pixels(images: Tensor) -> np.ndarray:
     return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _save(pixels: np.ndarray, path: str | Path) -> None:
+    """(H, W, C) of bytes as a PNG."""
+    from PIL import Image
+
+    with replacing(Path(path)) as file:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+
+
 def _filled(images: np.ndarray, columns: int) -> np.ndarray:
     """Black images added until the last row is full."""
     return np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)))
 
 
-def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
+def _tiled(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """(N, H, W, C) as one image of rows of ``columns``, enlarged to be seen, with dark lines between."""
+    columns = columns or math.ceil(len(images) / math.isqrt(len(images)))
     images = _filled(images, columns)
     tall, wide, channels = images.shape[1:]
     scale = max(1, math.ceil(CELL / min(tall, wide)))
@@ -440,6 +420,14 @@ def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
     rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
     grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, channels)
     return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=40)
+
+
+def _axes_of(grid: np.ndarray, figure: "Figure", place: tuple[float, float, float, float]) -> "Axes":
+    """Axes that show a grid of images, and nothing else."""
+    axes = figure.add_axes(place)
+    axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    axes.axis("off")
+    return axes
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a row of the table holds: the measures by name, and how each is taken of one trained model."""
 
+import csv
 import ctypes
 import dataclasses
 import gc
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,109 +31,23 @@ class Column(NamedTuple):
 
     key: str
     title: str
-    group: Literal["quality", "diversity", "plugins", "stability", "latent space", "likelihood", "cost"]
-    better: Literal["lower", "higher", ""]
+    group: str  # quality, diversity, plugins, stability, latent space, likelihood or cost
+    better: str  # lower, higher or nothing
     about: str
-    show: Callable[[float], str] = lambda value: f"{value:.3g}"
+    form: str = ".3g"  # that its values are shown in
 
     @classmethod
     def of_plugin(cls, key: str, described: dict[str, str]) -> "Column":
         """The column of a figure that another package's metric makes."""
         about = f"{described['about'] or key}; by the {described['from']}"
-        return cls(key, key.replace("_", " "), "plugins", described["better"], about)  # type: ignore[arg-type]
+        return cls(key, key.replace("_", " "), "plugins", described["better"], about)
 
 
-def _thousands(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-COLUMNS = (
-    Column(
-        "frechet_distance", "Fréchet distance", "quality", "lower",
-        "between Gaussians fitted to the features of samples and of test examples; FID if these are Inception's",
-    ),
-    Column("precision", "precision", "quality", "higher", "share of samples that lie among the test examples"),
-    Column(
-        "density", "density", "quality", "higher",
-        "how densely test examples lie around samples; precision that stray test examples do not lift",
-    ),
-    Column("high_quality", "high quality", "quality", "higher", "share of samples within 3 std of a mode"),
-    Column(
-        "nearest_training", "nearest training", "quality", "",
-        "mean distance of a sample to its nearest training example; far below that of real examples: copies",
-    ),
-    Column(
-        "marginal_wasserstein", "columns of numbers", "quality", "lower",
-        "of a table: Wasserstein distance of single columns of numbers, in standard deviations",
-    ),
-    Column(
-        "marginal_total_variation", "columns of categories", "quality", "lower",
-        "of a table: total variation of single columns of categories, and of which cells are missing",
-    ),
-    Column(
-        "correlation_difference", "correlations", "quality", "lower",
-        "of a table: mean absolute difference of the correlations between columns",
-    ),
-    Column(
-        "detection_auroc", "told from real", "quality", "lower",
-        "of a table: AUROC of trees that tell samples from test examples; 0.5: they cannot",
-    ),
-    Column(
-        "synthetic_auroc", "trained on samples", "quality", "higher",
-        "of a table: AUROC on test examples of trees that learned from samples to predict a column of categories",
-    ),
-    Column(
-        "synthetic_r2", "trained on samples, R²", "quality", "higher",
-        "of a table: R² on test examples of trees that learned from samples to predict a column of numbers",
-    ),
-    Column("recall", "recall", "diversity", "higher", "share of test examples that lie among the samples"),
-    Column("coverage", "coverage", "diversity", "higher", "share of test examples that have a sample near them"),
-    Column("modes_covered", "modes", "diversity", "higher", "of the mixture that the data were drawn from"),
-    Column("stacked_modes", "stacked modes", "diversity", "higher", "of stacked images: combinations of classes seen"),
-    Column("stacked_kl", "stacked KL", "diversity", "lower", "of stacked images: KL divergence of these, nats"),
-    Column(
-        "spread", "spread", "stability", "lower",
-        "standard deviation of the Fréchet distance over the seeds, as a share of its mean",
-        lambda value: f"{value:.1%}",
-    ),
-    Column(
-        "warnings", "warnings", "stability", "lower", "of all runs: a critic that runs away, samples that repeat",
-        _thousands,
-    ),
-    Column(
-        "reconstruction_error", "reconstruction error", "latent space", "lower",
-        "mean squared error of a cell of a test example that was encoded and decoded; VAEs: at the posterior mean",
-        lambda value: f"{value:.2g}",
-    ),
-    Column(
-        "inverted", "inverted", "latent space", "higher",
-        "share of test examples that decode(encode(x)) returns in every cell, to half a level of discrete data and "
-        f"{RETURNED:g} of real-valued data",
-    ),
-    Column(
-        "smoothness", "smoothness", "latent space", "higher",
-        f"of {PATHS} arcs between two latents drawn from the prior, each in {STEPS} equal steps: mean change of the "
-        f"features in a step over the largest one. 1: all steps change as much; 1/{STEPS}: one jump",
-    ),
-    Column(
-        "log_likelihood", "log-likelihood", "likelihood", "higher",
-        "nats per test example, in the units that the model saw; the column `bound` says whether it is log_prob itself "
-        "or a lower bound of it. A Bernoulli decoder has none for values between 0 and 1, and a GAN has none at all",
-        lambda value: f"{value:.4g}",
-    ),
-    Column("bits_per_dim", "bits/dim", "likelihood", "lower", "the same, of discrete data, in bits per cell"),
-    Column("training_seconds", "training, s", "cost", "", "seconds of updates; evaluation on the way does not count"),
-    Column("steps", "steps", "cost", "", "updates, of all players together", _thousands),
-    Column(
-        "sampling_seconds", "sampling, s", "cost", "lower",
-        "seconds for 1,000 samples, the fastest of 3 times; if it is slow, ten times that for 100",
-    ),
-    Column("parameters", "parameters", "cost", "", "numbers that are trained, of all players", _thousands),
-    Column(
-        "peak_memory", "memory, MB", "cost", "lower",
-        "the most that making and training the model took beyond what was held before", _thousands,
-    ),
-)  # fmt: skip
+with Path(__file__).with_name("columns.csv").open(encoding="utf-8", newline="") as _file:
+    COLUMNS = tuple(
+        Column(**{**row, "about": row["about"].format(PATHS=PATHS, STEPS=STEPS, RETURNED=RETURNED)})
+        for row in csv.DictReader(_file)
+    )
 
 
 def measure(
@@ -149,9 +64,8 @@ def measure(
     """What is measured of the model of ``run`` by the verbs that it has, by the keys of `COLUMNS`, and what
     `evaluate_samples` returned for it.
 
-    ``n`` is as there; ``limit`` examples of the test split, chosen once
-    and for all models alike, are encoded, decoded and asked for their likelihood. ``bound`` names what
-    ``log_likelihood`` is. Samples are drawn into the file ``picture``.
+    ``n`` is as there; ``limit`` examples of the test split, chosen once and for all models alike, are encoded, decoded
+    and asked for their likelihood. ``bound`` names what ``log_likelihood`` is. Samples are drawn into ``picture``.
     """
     model = run.model(device)
     data = data.to(device)
@@ -164,9 +78,8 @@ def measure(
         "parameters": sum(weights.numel() for player in model.players() for weights in player.parameters),
     }
     test = data.splits["test"]
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:limit].to(device)
-    few = dataclasses.replace(test, x=test.x[chosen], y=None if test.y is None else test.y[chosen])
-    held_out = dataclasses.replace(data, splits={**data.splits, "test": few}, classes=data.classes)
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:limit].to(test.x.device)
+    held_out = dataclasses.replace(data, splits={**data.splits, "test": test.some(chosen)}, classes=data.classes)
     found |= _likelihood(model, held_out)
     found |= _latent_space(model, held_out, extract)
     if picture is not None:

@@ -17,29 +17,18 @@ from typing import Any
 import torch
 
 from genfuse import plugins
-from genfuse._files import (
-    locked,
-    sweep,
-)
+from genfuse._files import locked, sweep
 from genfuse.comparison import _store
 from genfuse.comparison._columns import draw, measure, peak_memory, training_seconds
 from genfuse.data import Dataset
-from genfuse.errors import (
-    GenfuseError,
-    NonFiniteLossError,
-    PluginError,
-    RunError,
-    SettingsError,
-    TrainingWarning,
-)
+from genfuse.errors import GenfuseError, NonFiniteLossError, PluginError, RunError, SettingsError, TrainingWarning
 from genfuse.metrics import extractor, train_missing
 from genfuse.models import configure, create, load
 from genfuse.training import Run, Trainer
-from genfuse.training.run import FREE, describe_data
+from genfuse.training.run import FREE, WHERE, describe_data
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 CHECKPOINTS = 10  # of a training
-OURS = ("out", "resume", "overwrite")  # options of a trainer that are not the user's here
 
 Say = Callable[[str], None]
 
@@ -116,7 +105,7 @@ def compare(
     options = {
         "data": {**{key: describe_data(data)[key] for key in (*_store.DATA, "class_names")}, "name": data.name},
         "budget": {"seconds": budget.seconds, "examples": budget.examples},
-        "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *OURS)},
+        "training": {key: value for key, value in asdict(trainer).items() if key not in (*FREE, "seed", *WHERE)},
     }
     out = Path(out)
 
@@ -124,9 +113,21 @@ def compare(
         if row["steps"] is None:
             row["steps"] = _steps_of(budget, entry, data, trainer, say)
             kept()
-        every = max(1, row["steps"] // CHECKPOINTS)
-        of_seed = replace(trainer, steps=row["steps"], seed=run["seed"], checkpoint_every=every, out=out / run["path"])
-        return _trained(of_seed, entry, data, run, say)
+        every, path = max(1, row["steps"] // CHECKPOINTS), out / run["path"]
+        of_seed = replace(trainer, steps=row["steps"], seed=run["seed"], checkpoint_every=every, out=path)
+        if (path / "config.json").is_file():
+            there = Run(path)
+            if there.step == of_seed.steps:
+                return there
+            of_seed = Trainer.resuming(there, device=device)
+        how = "resuming" if of_seed.resume else "training"
+        say(f"{entry.label}, seed {of_seed.seed}: {how}, {of_seed.steps:,} steps")
+        with peak_memory(device) as peak:
+            torch.manual_seed(of_seed.seed)
+            trained = of_seed.fit(create(entry.model, data, **entry.settings), data)
+            run["peak_memory"] = peak()
+        assert isinstance(trained, Run)
+        return trained
 
     plan = [
         (entry, [{"seed": seed, "path": _store.place_of(entry.label, seed)} for seed in range(seeds)])
@@ -210,7 +211,7 @@ def _compared(
                     say(f"was begun with {key} {value}, and goes on with {result['machine'].get(key)}")
         rows = {row["label"]: row for row in result["rows"]}
         for entry, _ in plan:
-            rows.setdefault(entry.label, {**_store.row_of(entry), "steps": None, "runs": []})
+            rows.setdefault(entry.label, {**asdict(entry), "steps": None, "runs": []})
         result["rows"] = list(rows.values())
         kept = partial(_store.keep, out, result)
         kept()  # before all else, so that the same command goes on wherever it is stopped
@@ -250,9 +251,8 @@ def _steps_of(budget: Budget, entry: _store.Entry, data: Dataset, trainer: Train
 
     There is a trial of an update where examples are counted, too: what is loaded in it is no part of a run's memory.
     """
-    test = data.splits["test"]
-    few = replace(test, x=test.x[:100], y=None if test.y is None else test.y[:100])
-    data = replace(data, splits={**data.splits, "test": few})  # its loss is of no interest here
+    few = data.splits["test"].some(slice(100))  # whose loss is of no interest here
+    data = replace(data, splits={**data.splits, "test": few})
     say(f"{entry.label}: a trial")
     with tempfile.TemporaryDirectory() as folder:
         done, steps = 0, 16 if budget.seconds else 1
@@ -271,23 +271,6 @@ def _steps_of(budget: Budget, entry: _store.Entry, data: Dataset, trainer: Train
                 return max(1, round(budget.seconds * (steps - done) / seconds))
             done, steps = steps, 2 * steps
             trainer = Trainer.resuming(run, steps=steps)
-
-
-def _trained(trainer: Trainer, entry: _store.Entry, data: Dataset, run: dict[str, Any], say: Say) -> Run:
-    """The run of ``trainer``, from its last checkpoint on if it has one; finished ones are left as they are."""
-    path = Path(trainer.out or "")
-    if (path / "config.json").is_file():
-        there = Run(path)
-        if there.step == trainer.steps:
-            return there
-        trainer = Trainer.resuming(there, device=trainer.device)
-    say(f"{entry.label}, seed {trainer.seed}: {'resuming' if trainer.resume else 'training'}, {trainer.steps:,} steps")
-    with peak_memory(trainer.device) as peak:
-        torch.manual_seed(trainer.seed)
-        trained = trainer.fit(create(entry.model, data, **entry.settings), data)
-        run["peak_memory"] = peak()
-    assert isinstance(trained, Run)
-    return trained
 
 
 @contextmanager
@@ -330,9 +313,8 @@ def _entries(models: Sequence[str], settings: Mapping[str, Mapping[str, Any]], d
         label, _, model = each.rpartition("=")
         plugins.find("models", model)
         label = label or model
-        entries.append(
-            _store.Entry(label, model, json.loads(json.dumps(settings.get(label, {}))))
-        )  # as they will be read again
+        as_read_again = json.loads(json.dumps(settings.get(label, {})))
+        entries.append(_store.Entry(label, model, as_read_again))
     _store.check_distinct([entry.label for entry in entries])
     for label in settings.keys() - {entry.label for entry in entries}:
         raise SettingsError(

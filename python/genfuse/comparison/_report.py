@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,19 +84,16 @@ def table(result: dict[str, Any]) -> Table:
 
     def cell(row: dict[str, Any], measure: Column) -> Cell:
         if measure in TEXTS:
-            return Cell(row[measure.key])
+            return Cell(row.get(measure.key, "–"))
         value, std = row["mean"].get(measure.key), row["std"].get(measure.key)
         if value is None:
             return Cell("–")
         spread = f" ± {std:.2g}" if std and measure.group != "cost" else ""
-        return Cell(measure.show(value) + spread, value)
+        return Cell(format(value, measure.form) + spread, value)
 
-    def real(measure: Column) -> Cell:
-        value = result["real"].get(measure.key)
-        return Cell("–") if value is None else Cell(measure.show(value), value)
-
-    made = [Row(row["label"], {measure.key: cell(row, measure) for measure in columns}) for row in rows]
-    return Table(columns, made, Row("real examples", {measure.key: real(measure) for measure in columns}))
+    of_real = {"label": "real examples", "mean": result["real"], "std": {}}
+    *made, real = (Row(row["label"], {m.key: cell(row, m) for m in columns}) for row in (*rows, of_real))
+    return Table(columns, made, real)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -162,12 +160,15 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         loader=PackageLoader("genfuse.comparison", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    groups = dict.fromkeys(column.group for column in whole.columns)
     models = [
         {
             **row,
             "picture": picture(folder(row["label"])),
-            "curves": list(_curves(row["runs"])),
+            "curves": [
+                {"player": player, **_chart(lines)}
+                for player in dict.fromkeys(player for run in row["runs"] for player in run.get("losses", ()))
+                if (lines := [run["losses"][player] for run in row["runs"] if run.get("losses", {}).get(player)])
+            ],  # SVG points, one line a run, and the scale
             "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
             "distance": cells.get(COLUMNS[0].key, Cell("")).text,
         }
@@ -177,7 +178,7 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         about=about(result),
         data=result["options"]["data"]["name"],
         table=whole,
-        groups={group: sum(column.group == group for column in whole.columns) for group in groups},
+        groups=Counter(column.group for column in whole.columns),
         models=models,
         best=_best(whole),
         together=_together(result["rows"]),
@@ -194,15 +195,6 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
         width=WIDTH,
         height=HEIGHT,
     )
-
-
-def _curves(runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """For each player its loss over the steps: SVG points, one line a run, and the scale."""
-    players = dict.fromkeys(player for run in runs for player in run.get("losses", ()))
-    for player in players:
-        if not (lines := [run["losses"][player] for run in runs if run.get("losses", {}).get(player)]):
-            continue
-        yield {"player": player, **_chart(lines)}
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ import math
 import platform
 import re
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from genfuse.training import Run
 
 RESULT, REPORT, TABLE, PICTURES = "comparison.json", "report.html", "table.md", "pictures"
 VERSION = 1
+POINTS = 200  # of a loss curve, at most
 DATA = ("name", "binarize", "seed", "fingerprint", "splits")  # what is kept of a description of data
 # Keys of comparison.json that are read, and what they must be; of its rows, and of their runs if they have them.
 FORMAT: dict[str, Any] = {
@@ -79,10 +80,6 @@ def folder_of(label: str) -> str:
     return re.sub(r"[^\w.-]+", "-", label).strip("-.") or "-"
 
 
-def row_of(entry: Entry) -> dict[str, Any]:
-    return {"label": entry.label, "model": entry.model, "settings": entry.settings}
-
-
 def place_of(label: str, seed: int) -> str:
     """Where in the comparison a run lies."""
     return f"{folder_of(label)}/seed-{seed}"
@@ -115,7 +112,8 @@ def claim(out: Path, options: dict[str, Any], entries: Sequence[Entry] = ()) -> 
         )
     rows = {row["label"]: row for row in was["rows"]}
     for entry in entries:
-        old, row = rows.get(entry.label, row_of(entry)), row_of(entry)
+        row = asdict(entry)
+        old = rows.get(entry.label, row)
         if any(old[key] != row[key] for key in row):
             raise RunError(
                 f"{out} has {entry.label!r} already, as {old['model']} with {old['settings'] or 'its defaults'}, not "
@@ -191,15 +189,9 @@ def log_of(path: Path, run: dict[str, Any]) -> None:
     players = dict.fromkeys(entry["player"] for entry in metrics if entry["split"] == "train")
     for player in players:
         curve = [(e["step"], e["loss"]) for e in metrics if e["split"] == "train" and e["player"] == player]
-        run["losses"][player] = list(_thinned(curve, 200))
-
-
-def _thinned(curve: list[tuple[int, float]], most: int) -> Iterator[tuple[int, float]]:
-    """A curve of at most so many points: each the mean of those that it stands for."""
-    size = math.ceil(len(curve) / most)
-    for start in range(0, len(curve), size or 1):
-        part = curve[start : start + size]
-        yield part[-1][0], float(f"{statistics.fmean(loss for _, loss in part):.5g}")
+        size = math.ceil(len(curve) / POINTS)  # of parts, for each of which its mean stands
+        parts = [curve[start : start + size] for start in range(0, len(curve), size)]
+        run["losses"][player] = [(p[-1][0], float(f"{statistics.fmean(loss for _, loss in p):.5g}")) for p in parts]
 
 
 def keep(out: Path, result: dict[str, Any]) -> None:

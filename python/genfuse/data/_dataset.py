@@ -5,7 +5,6 @@ import html
 import importlib
 import mimetypes
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genfuse import plots, plugins
+from genfuse._files import warn
 from genfuse.data._schema import Scaling, Schema, joined, names_in
 from genfuse.errors import DataError, DataWarning, PluginError, SettingsError
 from genfuse.nn import Columns
@@ -646,11 +646,10 @@ def load_data(
         if head not in {plugin.name for plugin in plugins.discover("datasets")}:
             raise PluginError(f"there is no data set {name!r}, but a file or folder: say {kind}:{name}")
         if root is None or path.resolve() != Path(root, name).expanduser().resolve():
-            warnings.warn(
+            warn(
                 f"{name!r} is the data set of that name (genfuse list datasets); what lies here as {name} is "
                 f"{kind}:{name}",
                 DataWarning,
-                stacklevel=2,
             )
     plugin = plugins.find("datasets", "csv" if given is not None else head)
     said: dict[str, Any] = {"header": header, "delimiter": delimiter, "decimal": decimal, "size": size, "fit": fit,
@@ -695,9 +694,8 @@ def _warn_of_unseen(data: Dataset) -> None:
     for part in y if "train" in y else ():
         if unseen := [data.class_names[label] if data.class_names else str(label)
                       for label in y[part] if label not in y["train"]]:  # fmt: skip
-            warnings.warn(
+            warn(
                 f"data set {data.name!r}: the {part} split has the labels {', '.join(unseen[:9])}"
                 f"{', ...' if len(unseen) > 9 else ''}, which no training example has",
                 DataWarning,
-                stacklevel=3,
             )

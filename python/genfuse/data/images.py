@@ -7,10 +7,9 @@ import math
 import os
 import re
 import unicodedata
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfuse._files import cache, check_unpacked, digest, gunzip, read_json, replacing, write_json
+from genfuse._files import cache, check_unpacked, digest, gunzip, read_json, replacing, warn, write_json
 from genfuse.data._dataset import READING_OF_IMAGES, Damaged, Dataset, Fit, Mode, Source, Split, Stream
 from genfuse.data.tables import PART_OF, PARTS, Arrays, find_arrays, in_order, read_arrays
 from genfuse.errors import DataError, DataWarning, SettingsError
@@ -203,19 +202,21 @@ def folder(source: Source) -> Dataset:
         raise DataError(f"the folder {root} holds no picture: no {', '.join(SUFFIXES)} in it or its sub-folders")
     pictures, tops = _parts(root, found)
     others += sorted(set(found).difference(*pictures.values()))
-    labels = {part: [_label(path, tops[part]) for path in paths] for part, paths in pictures.items()}
-    for part, of in labels.items():
-        if "" in of and any(of):
-            stray = pictures[part][of.index("")]
+    label_of: dict[Path, str] = {}
+    bare = []
+    for part, paths in pictures.items():  # as macOS and Linux write é differently
+        of = {path: unicodedata.normalize("NFC", _folder(path, tops[part])) for path in paths}
+        if not any(of.values()):
+            bare.append(str(tops[part]))
+        elif stray := next((path for path, label in of.items() if not label), None):
             raise DataError(f"{stray} lies beside the sub-folders that are the classes; move it into one of them")
-    names = in_order(set().union(*labels.values()) - {""})
-    if names and (bare := [str(tops[part]) for part, of in labels.items() if not any(of)]):
-        warnings.warn(
+        label_of |= of
+    names = in_order(set(label_of.values()) - {""})
+    if names and bare:
+        warn(
             f"{root}: the pictures of {' and '.join(bare)} have no labels, as they lie in no sub-folders of classes",
             DataWarning,
-            stacklevel=3,
         )
-    label_of = {path: label for part, of in labels.items() for path, label in zip(pictures[part], of, strict=True)}
     if "test" not in pictures:
         (_, whole), *rest = pictures.items()
         few = source.whole or len(whole) < 5
@@ -239,18 +240,16 @@ def folder(source: Source) -> Dataset:
         suffixes = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
         read = {path.parent for paths in pictures.values() for path in paths}
         bare = sorted({str(path.parent) for path in others if path.parent not in read})
-        warnings.warn(
+        warn(
             f"{root}: {len(others)} files are not read ({', '.join(f'{n} {suffix}' for suffix, n in suffixes)}), such "
             f"as {others[0]}" + (f"; nothing at all is read from {', '.join(bare[:5])}" if bare else ""),
             DataWarning,
-            stacklevel=3,
         )
     if len(names) == 1:
-        warnings.warn(
+        warn(
             f"{root}: all pictures have one label, {names[0]!r}, the one sub-folder there is; if its own sub-folders "
             "are the classes, name that folder",
             DataWarning,
-            stacklevel=3,
         )
     return Dataset(source.name, splits, levels=256, class_names=tuple(names) or None, streamed=stored.streamed)
 
@@ -379,43 +378,31 @@ def _files(top: Path) -> tuple[list[Path], list[Path]]:
 def _parts(root: Path, found: list[Path]) -> tuple[dict[str, list[Path]], dict[str, Path]]:
     """The pictures of each split and the folder that it is; "all" if there are no folders of splits."""
 
-    def below(top: Path) -> set[str]:
-        return {path.relative_to(top).parts[0] for path in found if path.parent != top}
-
-    def split_of(path: Path, top: Path) -> str | None:
-        parts = path.relative_to(top).parts
-        return PART_OF.get(parts[0].lower()) if len(parts) > 1 else None
-
     top = root
-    while len(below(top)) == 1 and not any(path.parent == top for path in found):  # an archive's own folder, perhaps
-        if {name.lower() for name in below(top)} & PART_OF.keys():
-            break
-        deeper = top / next(iter(below(top)))
-        if not any(part.lower() in PART_OF for path in found for part in path.parent.relative_to(deeper).parts):
+    while len(names := {_folder(path, top) for path in found}) == 1 and "" not in names:  # an archive's own, perhaps
+        deeper = top / min(names)
+        within = {name.lower() for path in found for name in path.parent.relative_to(deeper).parts}
+        if deeper.name.lower() in PART_OF or not within & PART_OF.keys():
             break
         top = deeper
     folders: dict[str, str] = {}
-    for name in sorted(below(top)):
-        if (part := PART_OF.get(name.lower())) is None:
-            continue
-        if part in folders:
-            raise DataError(f"{top / folders[part]} and {top / name} are both called as the {part} split; leave one")
-        folders[part] = name
-    pictures = {part: [path for path in found if split_of(path, top) == part] for part in PARTS if part in folders}
-    tops = {part: top / name for part, name in folders.items()}
+    for name in sorted(names):
+        if (part := PART_OF.get(name.lower())) and (other := folders.setdefault(part, name)) != name:
+            raise DataError(f"{top / other} and {top / name} are both called as the {part} split; leave one")
     if folders and "train" not in folders:
         raise DataError(
             f"{top} has {' and '.join(folders.values())}, but no train split: name a single folder to have it split, "
             "or rename the folder if it is a class"
         )
-    outside = next((path for path in found if split_of(path, top) is None), None)
+    part_of = {path: PART_OF.get(_folder(path, top).lower()) for path in found}
+    outside = next((path for path, part in part_of.items() if part is None), None)
     if folders and outside is not None and "test" not in folders:
         raise DataError(
             f"the folder {top / folders['train']} is called as a split, but {outside} lies in none: put all pictures "
             "into folders train, validation and test, or rename the folder if it is a class"
         )
-    if not folders:
-        pictures, tops = {"all": found}, {"all": top}
+    pictures = {part: [path for path in found if part_of[path] == part] for part in PARTS if part in folders}
+    pictures, tops = pictures or {"all": found}, {part: top / name for part, name in folders.items()} or {"all": top}
     for part, paths in pictures.items():
         for path in paths:
             if odd := [name for name in path.parent.relative_to(tops[part]).parts if name.lower() in PART_OF]:
@@ -426,16 +413,19 @@ def _parts(root: Path, found: list[Path]) -> tuple[dict[str, list[Path]], dict[s
     return pictures, tops
 
 
-def _label(path: Path, top: Path) -> str:
+def _folder(path: Path, top: Path) -> str:
     """The sub-folder of ``top`` that a picture is in, "" for none."""
     parts = path.relative_to(top).parts
-    return unicodedata.normalize("NFC", parts[0]) if len(parts) > 1 else ""  # as macOS and Linux write é differently
+    return parts[0] if len(parts) > 1 else ""
 
 
 class Pictures(NamedTuple):
     x: Tensor  # (N, C, H, W) in uint8
     left_out: set[Path]  # what is not in it
     streamed: bool  # whether x lies in a file
+
+
+COLOURED = "coloured"
 
 
 class DamagedError(DataError):
@@ -468,11 +458,31 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         reading = reading._replace(mode="RGB" if any(coloured) else "L")
         first = first[: 3 if reading.mode == "RGB" else 1]
     shape, size = first.shape, first.nbytes * len(paths)
-    read_alike = partial(read, of=reading)
+    left_out: set[Path] = set()
+
+    def decoded() -> Iterator[np.ndarray]:
+        """The pixels of each picture in order, but of those that are left out."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders leave Python's lock
+            for start in range(0, len(paths), 256):  # so that no more than these wait to be kept
+                part = paths[start : start + 256]
+                for path, pixels in zip(part, pool.map(partial(read, of=reading), part), strict=True):
+                    if pixels is None:
+                        left_out.add(path)
+                        continue
+                    if pixels.shape != shape:
+                        raise DataError(
+                            f"the picture {path} is {_size(pixels.shape)}, but {paths[0]} and all before it are "
+                            f"{_size(shape)}; one size and one mode are needed: --data.size 64, or another, makes them "
+                            "of one size, --data.mode auto of one mode"
+                        )
+                    if shape[0] == 3 and COLOURED not in told and not _grey(pixels):
+                        told[COLOURED] = []
+                    yield pixels
+
     if reading.stream == "no" or (reading.stream == "auto" and size <= _memory() / 2):
         memory = np.empty((len(paths), *shape), np.uint8)
-        free = iter(memory)
-        left_out = _each(paths, read_alike, shape, lambda pixels: np.copyto(next(free), pixels), told)
+        for place, pixels in zip(memory, decoded(), strict=False):
+            place[...] = pixels
         found = Pictures(torch.from_numpy(memory[: len(paths) - len(left_out)]), left_out, False)
     else:
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -483,16 +493,15 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         rows = len(paths) - len(facts.get("left_out", ()))
         if not facts or not file.is_file() or file.stat().st_size != rows * first.nbytes:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as place, open(place, "wb") as stored:
-                left_out = _each(paths, read_alike, shape, lambda pixels: stored.write(pixels.tobytes()), told)
+            with replacing(file) as beside, open(beside, "wb") as stored:
+                stored.writelines(pixels.tobytes() for pixels in decoded())
                 facts = {"left_out": sorted(map(str, left_out)), "told": told}
                 write_json(file.with_suffix(".json"), facts, indent=0)
             rows = len(paths) - len(left_out)
         told = facts["told"]
-        warnings.warn(
+        warn(
             f"{root}: the pixels of {rows:,} pictures, {size / 1e9:.3g} GB, are kept in {file} and read from there",
             DataWarning,
-            stacklevel=5,
         )
         stored_bytes = torch.from_file(str(file), shared=False, size=rows * first.nbytes, dtype=torch.uint8)
         found = Pictures(stored_bytes.view(rows, *shape), set(map(Path, facts["left_out"])), True)
@@ -500,39 +509,8 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         told["are RGB, but grey: --data.mode auto reads them as L, with a third of the numbers"] = [*map(str, paths)]
     for note, where in told.items():
         named = ", ".join(sorted(where)[:3])  # in no order yet, as threads found them
-        warnings.warn(f"{root}: {len(where)} of the pictures {note}, such as {named}", DataWarning, stacklevel=4)
+        warn(f"{root}: {len(where)} of the pictures {note}, such as {named}", DataWarning)
     return found
-
-
-COLOURED = "coloured"
-
-
-def _each(
-    paths: list[Path],
-    read: Callable[..., np.ndarray | None],
-    shape: tuple[int, ...],
-    keep: Callable[[np.ndarray], Any],
-    told: dict[str, list[str]],
-) -> set[Path]:
-    """Give the pixels of each picture to ``keep``, in order; returns those that are left out."""
-    left_out = set()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders leave Python's lock
-        for start in range(0, len(paths), 256):  # so that no more than these wait to be kept
-            part = paths[start : start + 256]
-            for i, pixels in enumerate(pool.map(read, part), start):
-                if pixels is None:
-                    left_out.add(paths[i])
-                    continue
-                if pixels.shape != shape:
-                    raise DataError(
-                        f"the picture {paths[i]} is {_size(pixels.shape)}, but {paths[0]} and all before it are "
-                        f"{_size(shape)}; one size and one mode are needed: --data.size 64, or another, makes them of "
-                        "one size, --data.mode auto of one mode"
-                    )
-                if shape[0] == 3 and COLOURED not in told and not _grey(pixels):
-                    told[COLOURED] = []
-                keep(pixels)
-    return left_out
 
 
 def _grey(pixels: np.ndarray) -> bool:

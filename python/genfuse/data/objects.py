@@ -1,6 +1,5 @@
 """Data that is given in Python: DataFrames, arrays, tensors, torch Datasets and DataLoaders."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils import data as torch_data
 
+from genfuse._files import warn
 from genfuse.data import images, tables
 from genfuse.data._dataset import Dataset, Source
 from genfuse.data._schema import named
@@ -84,7 +84,7 @@ def _levels(array: np.ndarray, origin: str) -> np.ndarray:
         )
     scaled = array * (255 if ((array > 0) & (array < 1)).any() else 1)
     if np.abs(scaled - scaled.round()).max() > 0.01:
-        warnings.warn(f"{origin}: intensities are rounded to 256 levels", DataWarning, stacklevel=6)
+        warn(f"{origin}: intensities are rounded to 256 levels", DataWarning)
     return scaled.round().astype(np.uint8)
 
 
@@ -92,19 +92,14 @@ def _collected(given: Any, origin: str) -> tuple[np.ndarray, np.ndarray | None]:
     """All examples, and labels if there are any, of a torch Dataset or of the batches of a DataLoader."""
     batched = isinstance(given, torch_data.DataLoader)
     items = given if batched or not hasattr(given, "__len__") else (given[i] for i in range(len(given)))
-    x, y = [], []
+    x: list[np.ndarray] = []
+    y: list[np.ndarray] = []
     for item in items:
-        pair = isinstance(item, (tuple, list)) and len(item) == 2
-        if (
-            not pair
-            and isinstance(item, (tuple, list, dict))
-            and not (isinstance(item, (tuple, list)) and len(item) == 1)
-        ):
+        parts = item if isinstance(item, (tuple, list)) else [item]
+        if isinstance(item, dict) or len(parts) not in (1, 2):
             raise DataError(f"{origin}: its items must be examples or (example, label); got {type(item).__name__}")
-        first = item[0] if isinstance(item, (tuple, list)) else item
-        x.append(_array(first, origin))
-        if pair:
-            y.append(_array(item[1], origin))
+        for some, part in zip((x, y), parts, strict=False):
+            some.append(_array(part, origin))
     if not x:
         raise DataError(f"{origin} is empty")
     if y and len(y) < len(x):

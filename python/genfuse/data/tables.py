@@ -4,7 +4,6 @@ import csv as csv_format
 import itertools
 import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse._files import check_zip, read_array
+from genfuse._files import check_zip, read_array, warn
 from genfuse.data._dataset import READING, Dataset, Source, Split
 from genfuse.data._schema import (
     CODE,
@@ -37,7 +36,6 @@ from genfuse.errors import DataError, DataWarning, SettingsError
 if TYPE_CHECKING:
     import pandas as pd
 
-MARKS = ("header", "delimiter", "decimal")
 PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 PART_OF = {name: part for part, names in PARTS.items() for name in names} | {"training": "train", "testing": "test"}
 EXAMPLES = {"x", "data", "images", "image", "features", "inputs", "input", "samples"}  # what arrays of these are called
@@ -123,8 +121,8 @@ class Arrays:
 
     x: dict[str, tuple[str, np.ndarray]]
     y: dict[str, Tensor]
-    classes: int | None
-    class_names: tuple[str, ...] | None
+    classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def csv(source: Source) -> Dataset:
@@ -133,7 +131,7 @@ def csv(source: Source) -> Dataset:
     If all cells are numbers, the table is one of numbers, and `Schema` says which of them are whole. Else the columns
     are numbers, integers, categories, booleans or dates, and cells may be missing.
     """
-    reading = Reading(**{key: source.options.get(key, usual) for key, usual in READING.items() if key in MARKS})
+    reading = Reading(**{key: source.options.get(key, usual) for key, usual in READING.items()})
     said = {key: source.options[key] for key in ("columns", "drop", "types") if source.options.get(key)}
     paths = _paths(source, ".csv")
     tables = {} if said else {part: _read_csv(path, reading) for part, path in paths.items()}
@@ -152,7 +150,7 @@ def of_frames(
     schema = infer(first, origin, decimal=decimal, **said)
     for name, why in schema.left_out:
         if "--data.drop" not in why and "--data.columns" not in why:
-            warnings.warn(f"{origin}: the column {name or repr(name)} is left out: {why}", DataWarning, stacklevel=5)
+            warn(f"{origin}: the column {name or repr(name)} is left out: {why}", DataWarning)
     names = schema.names if first.attrs.get("named", True) else None
     mixed = {
         part: Table(
@@ -203,11 +201,10 @@ def read_rows(path: Path | str, header: str = "auto", delimiter: str = ",", deci
         index, gone = stripped(frame.iloc[:, 0])
         values = numbers(index, decimal)
         if not gone.any() and not np.isnan(values).any() and _is_index(names[0], values):
-            warnings.warn(
+            warn(
                 f"{path}: the first column, {names[0] or 'without a name'}, holds the numbers of the rows, as pandas "
                 "writes them, and is left out",
                 DataWarning,
-                stacklevel=4,
             )
             frame = frame.iloc[:, 1:]
     return frame
@@ -246,7 +243,7 @@ def find_arrays(source: Source, path: Path) -> Arrays:
         arrays = read_arrays(path)
         names = {name: f"{path}, {name}" for name in arrays}
     else:
-        return Arrays({"all": (str(path), _array(path))}, {}, None, None)
+        return Arrays({"all": (str(path), _array(path))}, {})
     return arrange(path, arrays, names)
 
 
@@ -279,10 +276,10 @@ def arrange(path: Path | str, arrays: dict[str, np.ndarray], names: dict[str, st
     if len(different) > max(2, len(together) // 2):  # almost as many as there are examples: no classes
         usable = {}
     if unused := sorted(names.keys() - set(x.values()) - {labels[part] for part in usable}):
-        warnings.warn(f"{path}: not used: {', '.join(unused)}", DataWarning, stacklevel=4)
+        warn(f"{path}: not used: {', '.join(unused)}", DataWarning)
     examples = {part: (names[name], arrays[name]) for part, name in x.items()}
     if not usable:
-        return Arrays(examples, {}, None, None)
+        return Arrays(examples, {})
     ends = np.cumsum([len(of) for of in usable.values()])[:-1]
     y = {part: torch.from_numpy(of) for part, of in zip(usable, np.split(places.astype(np.int64), ends), strict=True)}
     numbered = different.dtype.kind == "i" and np.array_equal(different, np.arange(len(different)))
@@ -384,7 +381,7 @@ def _paths(source: Source, suffix: str) -> dict[str, Path]:
     if unused := sorted(
         {file.name for file in path.iterdir() if file.suffix.lower() == suffix} - {p.name for p in paths.values()}
     ):
-        warnings.warn(f"{path}: not used: {', '.join(unused)}", DataWarning, stacklevel=4)
+        warn(f"{path}: not used: {', '.join(unused)}", DataWarning)
     return paths
 
 
@@ -412,32 +409,25 @@ def _dataset(source: Source, tables: dict[str, Table], arrays: Arrays | None = N
     x = {part: scaling.apply(torch.from_numpy(array)) for part, array in values.items()}
     for part, table in tables.items():
         _warn_of_extremes(table, part, values[part], x[part].numpy(), rows[part])
-    if arrays is None:
-        return Dataset(source.name, {part: Split(x[part]) for part in x}, scaling=scaling, schema=schema)
+    arrays = arrays or Arrays({}, {})
     y = {part: arrays.y["all"][rows[part]] for part in x} if "all" in arrays.y else arrays.y
     splits = {part: Split(x[part], y.get(part)) for part in x}
-    labels = {"classes": arrays.classes, "class_names": arrays.class_names}
-    return Dataset(source.name, splits, scaling=scaling, schema=schema, **labels)  # type: ignore[arg-type]
+    return Dataset(source.name, splits, None, arrays.classes, arrays.class_names, scaling=scaling, schema=schema)
 
 
 def _moments(table: Table, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (D,) of each column, of the cells that are there; 1 for that of a constant one."""
-    some = train[0]
-    if np.isnan(train).any():
-        if (bare := np.isnan(train).all(0)).any():
-            name = table.names[int(bare.argmax())] if table.names else int(bare.argmax()) + 1
-            raise DataError(f"{table.origin}: the column {name} is empty in all rows of the training split: drop it")
-        some = train[(~np.isnan(train)).argmax(0), np.arange(train.shape[1])]
-    of = NAN_AWARE if np.isnan(train).any() else (np.mean, np.std, np.min, np.max)
+    there = ~np.isnan(train)
+    if (bare := ~there.any(0)).any():
+        name = table.names[int(bare.argmax())] if table.names else int(bare.argmax()) + 1
+        raise DataError(f"{table.origin}: the column {name} is empty in all rows of the training split: drop it")
+    some = train[there.argmax(0), np.arange(train.shape[1])]
     with np.errstate(all="ignore"):
         near = train - some  # small numbers, whatever the columns are far from
-        mean, std = some + of[0](near, 0), of[1](near, 0)
+        mean, std = some + np.nanmean(near, 0), np.nanstd(near, 0)
         # By the extremes: of a constant column, mean and std as computed are off by rounding errors.
-        constant = of[2](train, 0) == of[3](train, 0)
+        constant = np.nanmin(train, 0) == np.nanmax(train, 0)
         return np.where(constant, some, mean), np.where(constant, 1.0, std)
-
-
-NAN_AWARE = (np.nanmean, np.nanstd, np.nanmin, np.nanmax)
 
 
 def _in_columns_of(first: Table, table: Table) -> Table:
@@ -485,7 +475,7 @@ def _warn_of_extremes(table: Table, part: str, values: np.ndarray, x: np.ndarray
         row = int(np.abs(values[:, column] - np.median(values[:, column])).argmax())
         said = what.format(abs(float(x[row, column])))
         where = table.place(int(rows[row]), int(column))
-        warnings.warn(f"{table.origin}, {where}: {values[row, column]:.6g} {said}", DataWarning, stacklevel=5)
+        warn(f"{table.origin}, {where}: {values[row, column]:.6g} {said}", DataWarning)
 
 
 def _table(origin: str, array: np.ndarray) -> Table:

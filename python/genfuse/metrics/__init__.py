@@ -20,10 +20,10 @@ from genfuse.metrics._features import classify as classify
 from genfuse.metrics._features import extractor as extractor
 from genfuse.metrics._features import train_features as train_features
 from genfuse.metrics._features import train_missing as train_missing
-from genfuse.metrics._modes import mode_coverage as mode_coverage
+from genfuse.metrics._neighbours import mode_coverage as mode_coverage
 from genfuse.metrics._neighbours import nearest as nearest
 from genfuse.metrics._neighbours import prdc as prdc
-from genfuse.metrics._restoration import restoration as restoration
 from genfuse.metrics._samples import evaluate_samples as evaluate_samples
+from genfuse.metrics._samples import restoration as restoration
 from genfuse.metrics.scores import Samples as Samples
 from genfuse.metrics.scores import select as select

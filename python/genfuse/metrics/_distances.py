@@ -1,6 +1,7 @@
 """Distances between two sets of features, in float64: Fréchet, kernel and sliced Wasserstein."""
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -103,20 +104,15 @@ def kernel_distance(
     def chosen(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
 
-    times = 1 if size == len(x) == len(y) else subsets
-    found = torch.stack([_mmd_squared(chosen(x), chosen(y)) for _ in range(times)])
-    return KernelDistance(found.mean().item(), found.std().item() if times > 1 else None)
-
-
-def _mmd_squared(x: Tensor, y: Tensor) -> Tensor:
-    """Of two sets (N, D) of equal size: the U-statistic, which leaves out the pairs of an example with itself."""
-    n = len(x)
-
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y)))
-    return within / (n * (n - 1)) - 2 * kernel(x, y).mean()
+    found = []
+    for _ in range(1 if size == len(x) == len(y) else subsets):
+        a, b = chosen(x), chosen(y)
+        within = sum(k.sum() - k.trace() for k in (kernel(a, a), kernel(b, b)))  # without an example and itself
+        found.append((within / (size * (size - 1)) - 2 * kernel(a, b).mean()).item())
+    return KernelDistance(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
 
 
 def sliced_wasserstein_distance(

@@ -4,7 +4,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,10 +63,6 @@ def extractor(
     Raises SettingsError for a name that is unknown or has no meaning for the data, for a classifier that is yet to be
     trained, and for a file of weights that is missing or not what is wanted.
     """
-    return replace(_extractor(name, data, device, inception_weights), levels=data.levels)
-
-
-def _extractor(name: str, data: Dataset, device: torch.device | str, inception_weights: str | Path | None) -> Extractor:
     if name not in FEATURES:
         raise SettingsError(f"features must be one of {', '.join(FEATURES)}; got {name!r}")
     if name == "auto":
@@ -81,21 +77,21 @@ def _extractor(name: str, data: Dataset, device: torch.device | str, inception_w
         raise SettingsError(f"features 'columns' are of tables, but the data set {data.name!r} has images: use pixels")
     if inception_weights is not None and name != "inception":
         raise SettingsError(f"a file of inception weights goes with features 'inception', got {name!r}")
-    if name == "columns":
-        if data.columns is not None:
-            about = "the columns as networks see them: normal scores, and one-hot categories and missing cells"
-            return Extractor(name, about, Columns(data.columns).to(device).encode)
-        return Extractor(name, "the columns themselves" + (", standardized" if data.scaling else ""), nn.Flatten())
-    if name == "pixels":
-        return Extractor(name, "raw pixels", nn.Flatten())
-    if name == "random-conv":
+    extract: Callable[[Tensor], Tensor] = nn.Flatten()
+    about = "raw pixels" if name == "pixels" else "the columns themselves" + (", standardized" if data.scaling else "")
+    if name == "columns" and data.columns is not None:
+        about = "the columns as networks see them: normal scores, and one-hot categories and missing cells"
+        extract = Columns(data.columns).to(device).encode
+    elif name == "random-conv":
         about = f"{WIDTH} features of a convolution network with random weights, not trained"
-        return Extractor(name, about, _random_network(data.shape).to(device))
-    if name == "classifier":
+        extract = _random_network(data.shape).to(device)
+    elif name == "classifier":
         network, accuracy = _load_classifier(data)
         about = f"{WIDTH} features of a classifier of {data.name}, held-out accuracy {accuracy:.2%}"
-        return Extractor(name, about, _each_channel(_without_logits(network), data).to(device))
-    return Extractor(name, f"TorchScript module {inception_weights}", _inception(inception_weights, data, device))
+        extract = _each_channel(_without_logits(network).to(device), data)
+    elif name == "inception":
+        about, extract = f"TorchScript module {inception_weights}", _inception(inception_weights, data, device)
+    return Extractor(name, about, extract, data.levels)
 
 
 def classifier_path(data: Dataset) -> Path:
@@ -125,9 +121,9 @@ def train_features(
     Torch's global generators are left as they were. Raises DataError for data without labels of two classes or more,
     and SettingsError if the file exists, unless ``overwrite``.
     """
-    from genfuse.training.progress import Progress
+    from genfuse.training.process import Progress
 
-    data = data.channels or data
+    data = (data.channels or data).to(device)
     if steps < 1 or batch_size < 1:
         raise SettingsError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     if bare := [part for part in ("train", "test") if data.splits[part].y is None]:
@@ -154,14 +150,16 @@ def train_features(
             if not len(order):
                 order, epoch = torch.randperm(count), epoch + 1
             rows, order = order[:batch_size], order[batch_size:]
-            x, y = (part.to(device) for part in data.batch("train", rows) if part is not None)
+            x, y = data.batch("train", rows)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(network(x), y).backward()
+            nn.functional.cross_entropy(network(x), y).backward()  # type: ignore[arg-type]
             optimizer.step()
             schedule.step()
             progress.step(step, epoch)
-        accuracy = _accuracy(network, data, device)
-        _scale(network, data.batch("train", torch.randperm(count)[:2000]).x.to(device))
+        with torch.no_grad():
+            parts = data.batches("test", torch.arange(len(data.splits["test"])).split(BATCH))
+            accuracy = torch.cat([network(x).argmax(1) == y for x, y in parts]).double().mean().item()
+            _scale(network, data.batch("train", torch.randperm(count)[:2000]).x)
     facts = {
         "genfuse": __version__,
         "data": data.name,
@@ -188,15 +186,6 @@ def train_missing(name: str, data: Dataset, device: torch.device | str, say: Cal
         say(f"its held-out accuracy: {train_features(data, device=device)[1]:.2%}")
 
 
-@torch.no_grad()
-def _accuracy(network: nn.Module, data: Dataset, device: torch.device | str) -> float:
-    right = 0
-    for start in range(0, len(data.splits["test"]), BATCH):
-        x, y = (part.to(device) for part in data.batch("test", slice(start, start + BATCH)) if part is not None)
-        right += int((network(x).argmax(1) == y).sum())
-    return right / len(data.splits["test"])
-
-
 def _classifier(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Ends in an MLP, whose last layer makes the logits (N, classes) of the features (N, WIDTH)."""
     if len(shape) == 3:
@@ -209,7 +198,6 @@ def _without_logits(network: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*stages, *list(head.children())[:-1])
 
 
-@torch.no_grad()
 def _scale(network: nn.Sequential, x: Tensor) -> None:
     """Give the features of x a mean square of 1 and leave the logits: without it kernel distances run to thousands."""
     size = _without_logits(network)(x).square().mean().sqrt()
@@ -225,26 +213,16 @@ def _channels(shape: tuple[int, ...]) -> list[int]:
     return [32 * 2**stage for stage in range(min(5, max(1, side.bit_length() - 2)))]
 
 
-class _EachChannel(nn.Module):
-    """A network of one channel at each: (N, C, H, W) -> (N, C * features)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x.flatten(0, 1)[:, None]).view(len(x), -1)
-
-
-def _each_channel(network: nn.Module, data: Dataset) -> nn.Module:
-    return network if data.channels is None else _EachChannel(network)
+def _each_channel(network: nn.Module, data: Dataset) -> Callable[[Tensor], Tensor]:
+    """The network; of stacked data at each channel: (N, C, H, W) -> (N, C * features)."""
+    return network if data.channels is None else lambda x: network(x.flatten(0, 1)[:, None]).view(len(x), -1)
 
 
 @torch.no_grad()
 def classify(x: Tensor, data: Dataset) -> Tensor:
     """The likeliest class (N,) of examples by the classifier that `train_features` made; of stacked data of each of its
     channels, (N, C). Raises SettingsError if there is none."""
-    network = _each_channel(_load_classifier(data)[0], data).to(x.device)
+    network = _each_channel(_load_classifier(data)[0].to(x.device), data)
     classes = (data.channels or data).classes or 0
     found = torch.cat([network(part.float()).unflatten(1, (-1, classes)).argmax(-1) for part in x.split(BATCH)])
     return found if data.channels else found[:, 0]

@@ -14,8 +14,7 @@ from genfuse.errors import DataError, PluginError, SettingsError
 from genfuse.metrics import _distances
 from genfuse.metrics._distances import TooFewSamplesError
 from genfuse.metrics._features import classify
-from genfuse.metrics._modes import mode_coverage
-from genfuse.metrics._neighbours import prdc
+from genfuse.metrics._neighbours import mode_coverage, prdc
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfuse._files import demand, keep_as, read_tensors, write_tensors
+from genfuse._files import demand, keep_as, read_tensors, warn, write_tensors
 from genfuse.errors import RunError, RunWarning
 
 WEIGHTS, STATE = "model.safetensors", "state.safetensors"
@@ -85,11 +84,10 @@ class Checkpoint:
                 found = cls.read(path, older.name)
             except RunError:
                 continue
-            warnings.warn(
+            warn(
                 f"{damage}; going on from {older.name}, the checkpoint before, of step {found.facts['step']}: what was "
                 "trained after that is lost, and is trained again",
                 RunWarning,
-                stacklevel=2,
             )
             return found
         raise damage

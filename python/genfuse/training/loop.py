@@ -4,17 +4,18 @@ import math
 import signal
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from genfuse._files import warn
 from genfuse.data import Batch, Dataset, augmented
 from genfuse.errors import NonFiniteLossError, RunError, TrainingWarning
 from genfuse.models import GenerativeModel, Player
@@ -26,13 +27,13 @@ from genfuse.training.process import (
     NOISE,
     ORDER,
     TEST,
+    Progress,
     deferred_interrupts,
     forked_rng,
     generators,
     keep_freed_memory,
     seed_of,
 )
-from genfuse.training.progress import Progress
 from genfuse.training.run import Recorder, Run, differences, essentials
 
 if TYPE_CHECKING:
@@ -165,17 +166,12 @@ class Loop:
             if self.recorder:
                 with suppress(OSError):  # it is closed already, or there is another error
                     self.recorder.close()
-            if interrupt():  # which an error that came after it does not swallow
-                self._tell_of(interrupt())
-                signal.raise_signal(interrupt())
+            if number := interrupt():  # which an error that came after it does not swallow
+                if self.recorder and number != signal.SIGINT and self.checkpointed is not None:  # or it ends unsaid
+                    said = f"{signal.Signals(number).name}: {self.trainer.out} is saved at step {self.checkpointed}"
+                    print(f"genfuse: {said}", file=sys.stderr, flush=True)
+                signal.raise_signal(number)
                 raise KeyboardInterrupt  # whoever handles the signal otherwise must not take the run for finished
-
-    def _tell_of(self, number: int) -> None:
-        """Say where the run is saved, before a signal ends the process that would end without a word."""
-        if self.recorder and number != signal.SIGINT and self.checkpointed is not None:
-            name = signal.Signals(number).name
-            said = f"genfuse: {name}: {self.trainer.out} is saved at step {self.checkpointed}"
-            print(said, file=sys.stderr, flush=True)
 
     def _train(self, interrupt: Callable[[], int]) -> None:
         trainer, batch_size = self.trainer, self.trainer.batch_size
@@ -210,10 +206,12 @@ class Loop:
                         self._end_lap(seconds)
                         seconds = 0.0
                     ask = interrupt() or self.ended
-                    stop = ask if world == 1 else self._agreed(ask)
-                    if stop or self.step == self.total or self.step % checkpoint_every == 0:
+                    if world > 1:  # that any process got, so that all of them stop at the same step
+                        ask = int(self._reduced(torch.tensor(float(ask), device=self.fabric.device), "max"))
+                    ends = ask or self.step == self.total
+                    if ends or self.step % checkpoint_every == 0:
                         self._save()
-                    if stop or self.step == self.total:
+                    if ends:
                         return
                     self._restart_clock()
 
@@ -317,13 +315,9 @@ class Loop:
         rate = self.seen / seconds
         shown = {}
         for player in self.players:
-            sums: dict[str, list[float]] = defaultdict(list)
-            for _, name, terms in losses:
-                if name == player.name:
-                    for term, value in terms.items():
-                        sums[term].append(value)
-            if sums:
-                means = {term: sum(each) / len(each) for term, each in sums.items()}
+            if own := [terms for _, name, terms in losses if name == player.name]:
+                each = {term: [terms[term] for terms in own if term in terms] for term in dict.fromkeys(chain(*own))}
+                means = {term: sum(values) / len(values) for term, values in each.items()}
                 lr = float(self.optimizers[player.name].param_groups[0]["lr"])
                 self._log("train", {"player": player.name, **means, "lr": lr, "examples_per_second": rate})
                 prefix = f"{player.name} " if len(self.players) > 1 else ""
@@ -338,7 +332,7 @@ class Loop:
             self.warned.add(name)
             self._log("warning", {"player": player, "name": name, "message": message})
             if self.fabric.is_global_zero:
-                warnings.warn(f"step {self.step}: {message}", TrainingWarning, stacklevel=2)
+                warn(f"step {self.step}: {message}", TrainingWarning)
 
     def _keep_samples(self) -> None:
         """Put samples from the same noise each time into the run folder, for a picture of how they came about."""
@@ -437,11 +431,6 @@ class Loop:
     def _epoch(self, step: int) -> int:
         """The epoch, from 1, that an update belongs to."""
         return (step - 1) // self.steps_per_epoch + 1
-
-    def _agreed(self, number: int) -> int:
-        """The interrupt that any process got, so that all of them stop at the same step."""
-        flag = torch.tensor(float(number), device=self.fabric.device)
-        return int(self._reduced(flag, "max"))
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
         """The same from every process."""

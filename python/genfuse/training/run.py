@@ -26,25 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfuse import models, plots, plugins
-from genfuse._files import (
-    demand,
-    intact,
-    named,
-    occupied,
-    read_array,
-    read_json,
-    read_tensors,
-    refuse_links,
-    shown,
-    staging,
-    sweep,
-    sync_folder,
-    tensor_facts,
-    write_json,
-    write_text,
-    writing,
-)
+from genfuse import _files, models, plots, plugins
 from genfuse._version import __version__
 from genfuse.data import Dataset, Scaling, Schema, load_data
 from genfuse.errors import DataError, RunError, RunWarning, SettingsError
@@ -56,16 +38,15 @@ VERSION = 1
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 PICTURES, TENSORBOARD, PROGRESS, EVALUATION = "pictures", "tensorboard", "progress", "evaluation.json"
 
+WHERE = ("out", "resume", "overwrite")  # options of a training that are not of the run
+
 # What a resumed run may have otherwise than the run that it continues: none of these has a say in the weights.
 FREE = {
     "epochs", "steps", "patience", "device", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "pictures"
 }  # fmt: skip
 
 # What a run folder holds that a training or `genfuse evaluate` wrote, and in its folders.
-OURS = re.compile(
-    rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|{re.escape(STATE)}|{BEFORE.pattern}|{re.escape(METRICS)}|"
-    rf"{re.escape(EVALUATION)}"
-)
+OURS = re.compile("|".join([*map(re.escape, (CONFIG, WEIGHTS, STATE, METRICS, EVALUATION)), BEFORE.pattern]))
 OURS_WITHIN = {PICTURES: "*.png", TENSORBOARD: "events.out.tfevents.*", PROGRESS: "[0-9]*.npy"}
 
 # Keys of config.json that are read, and what they must be.
@@ -142,9 +123,14 @@ class Run(History):
         if not (self.path / WEIGHTS).is_file():
             raise RunError(f"the run folder {self.path} is half there: it has {CONFIG}, but no {WEIGHTS}")
         if "sha256" not in self.config:
-            _warn(f"{self.path} is of a genfuse without checksums: that its files are whole cannot be verified")
-        elif not intact(self.config):
-            _warn(f"{self.path / CONFIG} is not as genfuse wrote it: it was changed by hand, or is damaged")
+            _files.warn(
+                f"{self.path} is of a genfuse without checksums: that its files are whole cannot be verified",
+                RunWarning,
+            )
+        elif not _files.intact(self.config):
+            _files.warn(
+                f"{self.path / CONFIG} is not as genfuse wrote it: it was changed by hand, or is damaged", RunWarning
+            )
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -193,17 +179,20 @@ class Run(History):
     @property
     def step(self) -> int:
         """Updates behind the weights."""
-        step: int = demand(tensor_facts(self.path / WEIGHTS), {"step": int}, self.path / WEIGHTS)["step"]
+        step: int = _files.demand(_files.tensor_facts(self.path / WEIGHTS), {"step": int}, self.path / WEIGHTS)["step"]
         return step
 
     def model(self, device: str | torch.device = "cpu") -> GenerativeModel:
         """The trained model in evaluation mode, in float32. Raises PluginError if its plugin is not installed."""
         named, file = self.config["model"], self.path / CONFIG
         cls = models.load(named["name"])
-        weights, facts = read_tensors(self.path / WEIGHTS)
+        weights, facts = _files.read_tensors(self.path / WEIGHTS)
         self._check("model", facts)
         if found := self._differences("training", facts):
-            _warn(f"{self.path / WEIGHTS} was not trained by the settings that {CONFIG} names: {'; '.join(found)}")
+            _files.warn(
+                f"{self.path / WEIGHTS} was not trained by the settings that {CONFIG} names: {'; '.join(found)}",
+                RunWarning,
+            )
         try:
             with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
                 model: GenerativeModel = cls.from_config(configure(cls, cls.current(named["settings"])))
@@ -223,7 +212,7 @@ class Run(History):
     def start(self, model: GenerativeModel) -> list[str]:
         """Give ``model`` the weights of the run, as the start of another training, and return what is other in its
         settings. Raises SettingsError if it is another kind of model, or its weights have other names or shapes."""
-        weights, _ = read_tensors(self.path / WEIGHTS)
+        weights, _ = _files.read_tensors(self.path / WEIGHTS)
         was, named = self.config["model"], model.plugin or plugin_of(type(model))
         now = {"name": named, **json.loads(json.dumps(dataclasses.asdict(model.config)))}
         found = [f"name: was {was['name']!r}, now {named!r}"] if was["name"] != named else differences(
@@ -283,14 +272,14 @@ class Run(History):
         for file in sorted((self.path / PROGRESS).glob("[0-9]*.npy")):
             if re.fullmatch("[0-9]{8,18}", file.stem):
                 try:
-                    found[int(file.stem)] = torch.from_numpy(read_array(file))
+                    found[int(file.stem)] = torch.from_numpy(_files.read_array(file))
                 except Exception as error:  # damaged files raise all kinds of errors
                     raise RunError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
         return dict(sorted(found.items()))
 
     def _check(self, section: str, facts: dict[str, Any] | None = None) -> None:
         """Raise RunError if a section of config.json is not the one that the weights were trained by."""
-        if found := self._differences(section, tensor_facts(self.path / WEIGHTS) if facts is None else facts):
+        if found := self._differences(section, _files.tensor_facts(self.path / WEIGHTS) if facts is None else facts):
             raise RunError(
                 f"{self.path / WEIGHTS} does not fit the {section} that {CONFIG} names, which was edited or is "
                 f"damaged: {'; '.join(found)}"
@@ -300,7 +289,7 @@ class Run(History):
         """What is other in a section of config.json than it was for the weights."""
         if "config" not in facts:  # which is younger than the run
             return []
-        demand(facts, {f"config.{section}": dict[str, Any]}, self.path / WEIGHTS)
+        _files.demand(facts, {f"config.{section}": dict[str, Any]}, self.path / WEIGHTS)
         return differences({section: facts["config"][section]}, {section: essentials(self.config)[section]})
 
 
@@ -450,7 +439,8 @@ def claim(path: Path, resume: bool, overwrite: bool, config: dict[str, Any]) -> 
         _check_same(path, config)
     elif path.exists() and not path.is_dir():
         raise RunError(f"{path} exists and is not a folder")
-    elif occupied(path) and not _half_begun(path):
+    elif _files.occupied(path) and ((path / CONFIG).exists() or not any(path.glob(f".stage.*.new/{CONFIG}"))):
+        # Else it is what a kill leaves in the moment in which a run appears there, or replaces another.
         try:
             read_config(path)
         except RunError as error:
@@ -477,11 +467,10 @@ def _check_same(path: Path, config: dict[str, Any]) -> None:
     around = [f"{key} {was[key]}, now {config[key]}" for key in ("genfuse", "torch", "threads")
               if key in was and was[key] != config[key]]  # fmt: skip
     if around:
-        warnings.warn(
+        _files.warn(
             f"{path} was trained by {'; '.join(around)}: it goes on from the same state, but may round otherwise than "
             "if it had never stopped",
             RunWarning,
-            stacklevel=4,
         )
 
 
@@ -495,7 +484,7 @@ class Recorder:
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._metrics = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        with named(path / TENSORBOARD):
+        with _files.named(path / TENSORBOARD):
             self._tensorboard = SummaryWriter(str(path / TENSORBOARD), purge_step=step + 1)
 
     @classmethod
@@ -505,15 +494,15 @@ class Recorder:
         The new files are written first, so a disk that is full leaves the run before; config.json, without which it is
         no run, goes first and comes last.
         """
-        refuse_links(path, *OURS_WITHIN)
-        sweep(path)
-        with staging(path) as stage:
+        _files.refuse_links(path, *OURS_WITHIN)
+        _files.sweep(path)
+        with _files.staging(path) as stage:
             checkpoint.write(stage)
-            write_json(stage / CONFIG, config, indent=2)
+            _files.write_json(stage / CONFIG, config, indent=2)
             _erase(path)
             for name in (STATE, WEIGHTS, CONFIG):
                 os.replace(stage / name, path / name)
-        sync_folder(path)
+        _files.sync_folder(path)
         return cls(path, checkpoint.facts["step"], keep)
 
     @classmethod
@@ -524,19 +513,19 @@ class Recorder:
             warnings.simplefilter("ignore", RunWarning)  # who asked for the run has had them
             entries = [entry for entry in Run(path).metrics() if entry["step"] <= step]
         for name in ("", *OURS_WITHIN):
-            sweep(path / name)
+            _files.sweep(path / name)
         checkpoint.write(path)  # a kill may have left the weights of the one before beside its state
-        write_text(path / METRICS, "".join(map(_line, entries)))
-        write_json(path / CONFIG, config, indent=2)
+        _files.write_text(path / METRICS, "".join(map(_line, entries)))
+        _files.write_json(path / CONFIG, config, indent=2)
         return cls(path, step, keep)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
-        with named(self.path / METRICS):
+        with _files.named(self.path / METRICS):
             self._metrics.write(_line(entry))
             self._metrics.flush()
         prefix = "/".join(entry[key] for key in ("split", "player") if key in entry)
-        with named(self.path / TENSORBOARD):
+        with _files.named(self.path / TENSORBOARD):
             for key, value in entry.items():
                 if key not in ("step", "epoch", "split", "player"):
                     add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
@@ -545,18 +534,18 @@ class Recorder:
     def keep(self, step: int, samples: Tensor) -> None:
         """Write what the model drew after ``step`` steps; `Run.progress` reads it."""
         (self.path / PROGRESS).mkdir(exist_ok=True)
-        with writing(self.path / PROGRESS / f"{step:08}.npy") as file:
+        with _files.writing(self.path / PROGRESS / f"{step:08}.npy") as file:
             np.save(file, samples.float().cpu().numpy())
         if samples.dim() == 4:
-            with named(self.path / TENSORBOARD):
+            with _files.named(self.path / TENSORBOARD):
                 images = samples if samples.shape[1] == 3 else samples[:, :1]
                 self._tensorboard.add_images("samples", images.float().clamp(0, 1), step)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, once all that was logged up to its step is safe."""
-        with named(self.path / METRICS):
+        with _files.named(self.path / METRICS):
             os.fsync(self._metrics.fileno())
-        with named(self.path / TENSORBOARD):
+        with _files.named(self.path / TENSORBOARD):
             self._tensorboard.flush()
         checkpoint.write(self.path, self._keep_checkpoints)
 
@@ -564,10 +553,10 @@ class Recorder:
         """Close the files; what could not be written is an OSError."""
         threading.excepthook = self._hook
         try:
-            with named(self.path / METRICS):
+            with _files.named(self.path / METRICS):
                 self._metrics.close()
         finally:
-            with named(self.path / TENSORBOARD):
+            with _files.named(self.path / TENSORBOARD):
                 self._tensorboard.close()
 
     def _thread_failed(self, args: Any) -> None:
@@ -581,16 +570,11 @@ def _erase(path: Path) -> None:
     for name in (CONFIG, *sorted(each.name for each in path.iterdir() if OURS.fullmatch(each.name))):
         (path / name).unlink(missing_ok=True)
     for name, pattern in OURS_WITHIN.items():
-        sweep(path / name)
+        _files.sweep(path / name)
         for file in (path / name).glob(pattern):
             file.unlink()
         if (path / name).is_dir() and not any((path / name).iterdir()):
             (path / name).rmdir()
-
-
-def _half_begun(path: Path) -> bool:
-    """Whether a folder is what a kill leaves in the moment in which a run appears there, or replaces another."""
-    return not (path / CONFIG).exists() and any((each / CONFIG).is_file() for each in path.glob(".stage.*.new"))
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -606,7 +590,7 @@ def _entry(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{where}: not JSON: {error or 'nested too deeply'}") from None
     if not isinstance(entry, dict):
-        raise RunError(f"{where}: an object with step, epoch and split is wanted; got {shown(entry)}")
+        raise RunError(f"{where}: an object with step, epoch and split is wanted; got {_files.shown(entry)}")
     crc = entry.pop("crc32", None)
     if crc is not None and crc != f"{zlib.crc32(json.dumps(entry).encode()):08x}":
         raise RunError(f"{where}: its checksum crc32 is not that of the line, which is damaged: remove the line")
@@ -618,12 +602,8 @@ def _entry(line: bytes, where: str) -> dict[str, Any]:
     for key, kind in wanted.items():
         value = entry.get(key)
         if not isinstance(value, kind) or (isinstance(value, int) and value >= 2**63):
-            demand(entry, wanted, where)
+            _files.demand(entry, wanted, where)
     return entry
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RunWarning, stacklevel=3)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -631,11 +611,11 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not path.exists():
         raise RunError(f"there is no run folder {path}")
-    refuse_links(path, *OURS_WITHIN)
+    _files.refuse_links(path, *OURS_WITHIN)
     if not file.is_file():
         raise RunError(f"{path} is not a run folder, or half of one: it has no {CONFIG}")
     try:
-        config = read_json(file)
+        config = _files.read_json(file)
     except ValueError as error:
         raise RunError(f"{file} is not the {CONFIG} of a run: {type(error).__name__}: {error}") from None
     return check_config(config, file)
@@ -644,12 +624,13 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_config(config: Any, file: Path) -> dict[str, Any]:
     """The content of the config.json of a run, if it is that. Raises RunError, which names file and key, if not."""
     where = f"{file} is not the {CONFIG} of a run"
-    version = demand(config, {"version": Any}, where)["version"]
+    version = _files.demand(config, {"version": Any}, where)["version"]
     if version != VERSION:
         raise RunError(
-            f"the run folder {file.parent} is of version {shown(version)}; this genfuse {__version__} reads {VERSION}"
+            f"the run folder {file.parent} is of version {_files.shown(version)}; this genfuse {__version__} reads "
+            f"{VERSION}"
         )
-    demand(config, FORMAT, where)
+    _files.demand(config, FORMAT, where)
     _check_data(config["data"], where)
     _check_training(config["training"], where)
     checked: dict[str, Any] = config
@@ -659,10 +640,10 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
 def _check_data(data: dict[str, Any], where: str) -> None:
     if not 0 <= data["seed"] < 2**63:
         raise RunError(f"{where}: 'data.seed' is {data['seed']}")
-    demand({"data": data}, {f"data.{key}": kind for key, kind in FORMAT_OF_DATA.items() if key in data}, where)
+    _files.demand({"data": data}, {f"data.{key}": kind for key, kind in FORMAT_OF_DATA.items() if key in data}, where)
     for section in ("schema", "condition_schema"):
         if (content := data.get(section)) is not None:
-            demand({"data": data}, {f"data.{section}": dict[str, Any]}, where)
+            _files.demand({"data": data}, {f"data.{section}": dict[str, Any]}, where)
             try:
                 columns = len(Schema.from_json(content).columns)
             except DataError as error:
@@ -673,10 +654,10 @@ def _check_data(data: dict[str, Any], where: str) -> None:
         if (scaling := data.get(section)) is None:
             continue
         named = f"data.{section}"
-        demand({"data": data}, {named: dict[str, Any]}, where)
+        _files.demand({"data": data}, {named: dict[str, Any]}, where)
         if unknown := scaling.keys() - FORMAT_OF_SCALING.keys():
             raise RunError(f"{where}: '{named}' has {', '.join(sorted(unknown))}, which are unknown")
-        demand({"data": data}, {f"{named}.{key}": kind for key, kind in FORMAT_OF_SCALING.items()}, where)
+        _files.demand({"data": data}, {f"{named}.{key}": kind for key, kind in FORMAT_OF_SCALING.items()}, where)
         shape = data["shape"] if section == "scaling" else [len(scaling["mean"])]
         for key in ("mean", "std", "names"):
             column = scaling[key]
@@ -691,7 +672,7 @@ def _check_training(training: dict[str, Any], where: str) -> None:
     for key in training:
         if key not in kinds:
             raise RunError(f"{where}: 'training.{key}' is no option of the training that genfuse {__version__} knows")
-    demand({"training": training}, {f"training.{key}": kinds[key] for key in training}, where)
+    _files.demand({"training": training}, {f"training.{key}": kinds[key] for key in training}, where)
     try:
         Options(**training)
     except SettingsError as error:

@@ -1,19 +1,17 @@
 """`Trainer`: what is checked before a training starts, and whether a run may go on."""
 
 import atexit
-import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from genfuse._files import locked
+from genfuse._files import locked, warn
 from genfuse.data import Dataset, load_data
 from genfuse.errors import DataWarning, RunError, RunWarning, SettingsError, TrainingWarning
 from genfuse.models import GenerativeModel
@@ -67,16 +65,18 @@ class Trainer(Options):
         players = list(model.players())
         if not players or len({player.name for player in players}) < len(players):
             raise SettingsError(f"{type(model).__name__} needs players of different names, got {players}")
+        out = None if self.out is None else Path(self.out)
+        was = run.read_config(out) if out is not None and self.resume and (out / run.CONFIG).is_file() else {}
         if self.keep == "auto":
             usual = self.epochs is None and self.steps is None and data.examples >= FEW and not data.streamed
             by_heart = usual and model.usual_steps * self.batch_size > MANY * data.examples
             held_out = "validation" in data.splits or by_heart
             keep: Any = "best" if len(players) == 1 and held_out else "last"
-            if self.resume and self.out is not None and (Path(self.out) / run.CONFIG).is_file():
-                keep = run.read_config(Path(self.out))["training"].get("keep", "last")
+            if was:
+                keep = was["training"].get("keep", "last")
             return replace(self, keep=keep).fit(model, data, callbacks)
         for doubt in model.doubts(data):
-            warnings.warn(doubt, TrainingWarning, stacklevel=3)
+            warn(doubt, TrainingWarning)
         if self.keeps_best and len(players) > 1:
             names = ", ".join(player.name for player in players)
             option = "keep='best'" if self.patience is None else "patience"
@@ -87,13 +87,12 @@ class Trainer(Options):
             )
         if self.keeps_best and "validation" not in data.splits:
             data = data.with_validation()
-            warnings.warn(
+            warn(
                 f"the data set {data.name!r} has no validation split: {len(data.splits['validation']):,} of its "
                 f"training examples, by chance, are one now, by which the best weights are chosen, and "
                 f"{len(data.splits['train']):,} are trained on; --data.validation says how many (in Python "
                 "load_data(..., validation=0.1)), and --keep last trains on all",
                 DataWarning,
-                stacklevel=2,
             )
         if (self.flip or self.shift) and data.given and not data.task:
             raise SettingsError(
@@ -105,18 +104,15 @@ class Trainer(Options):
             )
         if self.smooth and (len(data.shape) != 1 or data.levels or data.schema):
             raise SettingsError(f"smooth is of tables of real numbers; {data.name!r} is none: leave it out")
-        out = None if self.out is None else Path(self.out)
-        recorded = None
-        if out is not None and self.resume and (out / run.CONFIG).is_file():
-            recorded = run.read_config(out).get("threads")  # a run may be older than that
         with ExitStack() as stack:
-            stack.enter_context(fitting_threads(model, self.batch_size, recorded))
+            stack.enter_context(fitting_threads(model, self.batch_size, was.get("threads")))
             fabric = self._fabric(len(players))
             if self.compile == "cuda-graphs" and fabric.device.type != "cuda":
                 raise SettingsError(f"compile 'cuda-graphs' needs a CUDA device; the training is on {fabric.device}")
             config = None
             if out is not None:
-                config = run.describe(model, data, self._options())
+                options = {key: value for key, value in asdict(self).items() if key not in run.WHERE}
+                config = run.describe(model, data, options)
                 run.claim(out, self.resume, self.overwrite, config)
             fabric.launch()
             if fabric.world_size > 1:
@@ -144,7 +140,7 @@ class Trainer(Options):
         try:
             progress = finished.progress()
         except RunError as error:  # which is no reason to go without the other pictures
-            warnings.warn(f"progress.png is not drawn: {error}", RunWarning, stacklevel=2)
+            warn(f"progress.png is not drawn: {error}", RunWarning)
             progress = {}
         drawn = gallery.draw(finished.path / run.PICTURES, finished.model(device), data, finished.metrics(), progress)
         from PIL import Image
@@ -155,10 +151,6 @@ class Trainer(Options):
                 with Image.open(picture) as opened:
                     pixels = np.asarray(opened.convert("RGB"))
                 board.add_image(f"pictures/{picture.stem}", pixels, finished.step, dataformats="HWC")
-
-    def _options(self) -> dict[str, Any]:
-        options = dataclasses.asdict(self)
-        return {key: value for key, value in options.items() if key not in ("out", "resume", "overwrite")}
 
     def _fabric(self, players: int) -> "Fabric":
         """Device, precision and processes. Raises SettingsError for what this machine does not have."""
