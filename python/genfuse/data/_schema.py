@@ -189,7 +189,8 @@ class Column:
     def about(self) -> str:
         """What its values are, in words."""
         if self.coded:
-            words = ", ".join(self.categories[:6]) + (", ..." if len(self.categories) > 6 else "")
+            quoted = (f'"{word}"' if "," in word or not word else word for word in self.categories[:6])
+            words = ", ".join(quoted) + (", ..." if len(self.categories) > 6 else "")
             return words if self.kind == "boolean" else f"{len(self.categories)}: {words}"
         ends = self.restore(np.array([self.low, self.high]))
         if self.kind == "date":
