@@ -17,7 +17,7 @@ import genfuse
 from genfuse import plugins
 from genfuse.data import Dataset
 from genfuse.errors import GenfuseError
-from genfuse.metrics import evaluate_samples, train_missing
+from genfuse.metrics import evaluate, evaluate_samples, train_missing
 
 DATA = ("mnist", "stacked-mnist")
 STEPS = {  # of all players, for larger images: up to 6 minutes of one core
@@ -28,6 +28,12 @@ STEADY = ("gan", "wgan", "wgan-gp")  # whose learning rate does not fall
 IMAGES, POINTS, COLUMNS = 36, 2000, 3
 SMALL = 16  # sides of images that all models are trained on, for as long as they usually need
 MEASURED = 500  # samples that are compared with as many test examples
+ROWS = 2000  # of a table
+FAR = {"frechet_distance": "Fréchet distance ↓", "precision": "precision ↑", "recall": "recall ↑",
+       "coverage": "coverage ↑"}  # fmt: skip
+FAR_OF_TABLES = {"frechet_distance": "Fréchet distance ↓", "detection_auroc": "told from real (AUROC) ↓",
+                 "marginal_wasserstein": "marginals ↓", "correlation_difference": "correlations ↓"}  # fmt: skip
+DENSITIES = ("log_prob", "iwae_bound_50", "elbo")  # the best there is
 SAMPLES, FOUND = "samples.npy", "quality.json"
 
 
@@ -60,8 +66,11 @@ def train(name: str, data: Dataset, out: Path, steps: int | None) -> dict[str, A
     samples = model.sample(IMAGES if data.is_image else POINTS, generator=torch.Generator().manual_seed(0))
     drawn = time.process_time()
     np.save(out / SAMPLES, samples.numpy())
-    count = min(MEASURED, *(len(data.splits[part]) for part in ("train", "test")))
-    measured = evaluate_samples(model, data, n=count, metrics=["frechet-distance", "precision-recall"])
+    rows = data.scaling is not None
+    count = min(ROWS if rows else MEASURED, *(len(data.splits[part]) for part in ("train", "test")))
+    metrics = ["frechet-distance", *(["detection", "marginals", "correlations"] if rows else ["precision-recall"])]
+    measured = evaluate_samples(model, data, n=count, metrics=metrics)
+    density = evaluate(model, data, limit=MEASURED, splits=("test",))["test"] if rows else {}
     found = {
         "steps": steps or model.usual_steps,
         "training": trained - start,
@@ -70,25 +79,35 @@ def train(name: str, data: Dataset, out: Path, steps: int | None) -> dict[str, A
         "features": measured["about"],
         "samples": measured["samples"],
         "real": measured["real"],
+        **{
+            verb: density[verb]
+            for verb in DENSITIES
+            if verb in density and verb in (*model.likelihoods, "iwae_bound_50")
+        },
     }
     (out / FOUND).write_text(json.dumps(found, indent=1))
     return found
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: time of training and drawing, and how near samples are to data."""
-    columns = {"frechet_distance": "Fréchet distance ↓", "precision": "precision ↑", "recall": "recall ↑",
-               "coverage": "coverage ↑"}  # fmt: skip
-    lines = [f"| | training, CPU s | steps | parameters | a sample, CPU ms | {' | '.join(columns.values())} |",
-             "|---|" + "--:|" * (4 + len(columns))]  # fmt: skip
+    """Markdown: time of training and drawing, how near samples are to data, and of tables the log-likelihood."""
+    real = next(iter(found.values()), {}).get("real", {})
+    rows = "detection_auroc" in real
+    columns = FAR_OF_TABLES if rows else FAR
+    heads = [*columns.values(), *(["log-likelihood, nats ↑"] if rows else [])]
+    lines = [f"| | training, CPU s | steps | parameters | a sample, CPU ms | {' | '.join(heads)} |",
+             "|---|" + "--:|" * (4 + len(heads))]  # fmt: skip
     for name, of in found.items():
         figures = [f"{of['samples'][column]:.3g}" for column in columns]
+        if rows:
+            verb = next((verb for verb in DENSITIES if verb in of), None)
+            figures.append("–" if verb is None else f"{'' if verb == 'log_prob' else '≥ '}{of[verb]:.2f}")
         lines.append(
             f"| `{name}` | {of['training']:.0f} | {of['steps']:,} | {of['parameters']:,} | "
             f"{1000 * of['sampling']:.3g} | {' | '.join(figures)} |"
         )
-    real = next(iter(found.values()), {}).get("real", {})
-    return "\n".join([*lines, f"| real examples | | | | | {' | '.join(f'{real.get(c, 0):.3g}' for c in columns)} |"])
+    reached = [f"{real.get(column, 0):.3g}" for column in columns] + [""] * rows
+    return "\n".join([*lines, f"| real examples | | | | | {' | '.join(reached)} |"])
 
 
 def sheet(data: Dataset, folders: dict[str, Path], captions: dict[str, str], path: Path) -> None:

@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -174,12 +175,34 @@ def test_progress_shows_first_and_last_and_some_between(moments, tmp_path, figur
 def test_tables_are_shown_in_original_units(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, values, *a, **k: drawn.append(values))
-    scaling = Scaling(mean=(100.0,) * 8, std=(10.0,) * 8, names=tuple("abcdefgh"))
-    x, samples = torch.randn(500, 8), torch.randn(500, 8)
+    scaling = Scaling(mean=(100.0,) * 14, std=(10.0,) * 14, names=tuple("abcdefghijklmn"))
+    x, samples = torch.randn(500, 14), torch.randn(500, 14)
     plots.histograms(x, samples, tmp_path / "table.png", scaling)
-    assert len(drawn) == 2 * 6  # the first six columns
+    assert len(drawn) == 2 * 12  # the first twelve columns
     assert drawn[0] == pytest.approx(x[:, 0].double().numpy() * 10 + 100)
     assert drawn[11] == pytest.approx(samples[:, 5].double().numpy() * 10 + 100)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_shows_words_whole_numbers_and_dates(figures, tmp_path):
+    r = np.random.default_rng(0)
+    frame = pd.DataFrame({
+        "plan": r.choice(["basic", "a plan of many words", "$ plus"], 300), "age": r.integers(18, 90, 300),
+        "seen": pd.Timestamp("2021-01-01") + pd.to_timedelta(r.integers(0, 700, 300), "D"), "size": r.normal(size=300),
+        "zip": r.permutation(300) % 20,
+    })  # fmt: skip
+    data = genfuse.load_data(frame, types={"zip": "category"})
+    x = data.splits["train"].x
+    plots.table(x, x, tmp_path / "table.png", data.scaling, data.schema)
+    plan, age, seen, size, code = figures["table.png"].axes
+    assert [text.get_text() for text in plan.get_xticklabels()] == ["$ plus", "a plan of m…", "basic"]
+    assert len(plan.patches) == 2 * 3
+    edges = np.array([patch.get_x() for patch in age.patches])
+    assert np.all(edges % 1 == 0.5), "whole numbers lie within a bin"
+    assert len({round(patch.get_width(), 6) for patch in age.patches}) == 1
+    assert {"2021", "2022"} & {text.get_text()[:4] for text in seen.get_xticklabels()}
+    assert len(size.patches) == 2 * 39
+    assert code.get_xlabel() == "20 categories"
 
 
 @dataclass(frozen=True)

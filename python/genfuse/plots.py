@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 64  # in a grid
 POINTS = 4000  # in a scatter plot or a histogram
-COLUMNS = 6  # of a table
+COLUMNS = 12  # of a table
 GRID = 200  # cells along each side of a density
 PANELS = 8  # of a flow
 TOGETHER = {"real": "real, fake", "fake": "real, fake"}  # loss terms that one panel of the curves compares
@@ -280,28 +280,68 @@ def flow(trajectory: Sequence[Tensor], path: str | Path) -> None:
             axes.set_title("base" if k == 0 else "data space" if k == last else f"after {k} of {last}", fontsize=10)
 
 
-def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None) -> None:
-    """The first columns of a table (N, D), data and samples over each other; in original units with a `Scaling`."""
-    data, drawn = _original_units(x, scaling), _original_units(samples, scaling)
-    count = min(COLUMNS, data.shape[1])
+def table(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None, schema: Any = None) -> None:
+    """Rows (N, D) of the data and samples: two columns of numbers as points, others as histograms."""
+    if x.shape[1] == 2 and (schema is None or schema.real):
+        scatter(x, samples, path, scaling)
+    else:
+        histograms(x, samples, path, scaling, schema)
+
+
+def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None, schema: Any = None) -> None:
+    """The first columns of a table (N, D), data and samples over each other; in original units with a `Scaling`, and
+    with a `Schema` whole numbers in whole bins, categories by their words and dates as dates."""
+    both = _original_units(x, scaling), _original_units(samples, scaling)
+    count = min(COLUMNS, both[0].shape[1])
     names = (scaling and scaling.names) or [f"column {i + 1}" for i in range(count)]
     columns = min(3, count)
     with _figure(path, (3.6 * columns, 2.8 * math.ceil(count / columns))) as figure:
         for i in range(count):
             axes = figure.add_subplot(math.ceil(count / columns), columns, i + 1)
-            shown = [values[:, i][~np.isnan(values[:, i])] for values in (data, drawn)]
-            low, high = np.quantile(shown[0], (0.001, 0.999))
-            bins = np.linspace(low, high if high > low else low + 1, 40)
+            column = schema and schema.columns[i]
+            seconds = 86_400 if column and column.unit == "seconds" else 1  # dates are drawn in days
+            shown = [values[:, i][~np.isnan(values[:, i])] / seconds for values in both]
+            bins = _bins(shown[0], column)
             outside = ((shown[1] < bins[0]) | (shown[1] > bins[-1])).mean()
-            for values, colour, label in zip(shown, (DATA, MODEL), ("data", "samples"), strict=True):
+            for values, whole, colour, label in zip(shown, both, (DATA, MODEL), ("data", "samples"), strict=True):
                 # Per example, so that samples outside the bins lower the histogram and do not sharpen it.
-                weights = np.full(len(values), 1 / len(data if label == "data" else drawn))
-                axes.hist(values, list(bins), weights=weights, color=colour, alpha=0.55, label=label)
+                weights = np.full(len(values), 1 / len(whole))
+                wide = 0.8 if column and column.coded else 1.0
+                axes.hist(values, list(bins), weights=weights, color=colour, alpha=0.55, label=label, rwidth=wide)
             axes.set(title=names[i], yticks=[])
+            if column and column.coded:
+                _words(axes, column.categories)
+            elif column and column.kind == "date":
+                from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+                axes.xaxis.set_major_locator(places := AutoDateLocator(minticks=2, maxticks=7))
+                axes.xaxis.set_major_formatter(ConciseDateFormatter(places))
             if outside >= 0.005:  # of the data it is 0.002
                 axes.set_xlabel(f"{outside:.0%} of the samples lie outside", color=MODEL, fontsize=8)
             if i == 0:
                 axes.legend()
+        if count < both[0].shape[1]:
+            figure.suptitle(f"the first {count} of {both[0].shape[1]} columns", fontsize=9)
+
+
+def _bins(values: np.ndarray, column: Any) -> np.ndarray:
+    """Edges of some 40 bins, of whole numbers around whole ones; of a category one each."""
+    if column and column.coded:
+        return np.arange(len(column.categories) + 1) - 0.5
+    low, high = np.quantile(values, (0.001, 0.999))
+    if column and column.whole and column.unit != "seconds":
+        return np.arange(np.floor(low), high + (step := max(1, math.ceil((high - low) / 40))) + 1, step) - 0.5
+    return np.linspace(low, high if high > low else low + 1, 40)
+
+
+def _words(axes: Any, words: Sequence[str]) -> None:
+    """Name the places 0, 1, ... of an axis by words, as far as there is room."""
+    if len(words) > 12:
+        axes.set(xticks=[], xlabel=f"{len(words)} categories")
+        return
+    short = [word if len(word) <= 12 else f"{word[:11]}\u2026" for word in words]
+    tilted: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len("".join(short)) > 30 else {}
+    axes.set_xticks(range(len(words)), short, **tilted)
 
 
 def inline(file: Path, width: int | None = None) -> str:

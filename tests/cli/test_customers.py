@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from genfuse.cli import main
 
@@ -80,6 +81,80 @@ def test_a_file_of_numbers_alone_is_described(capsys, tmp_path):
     np.savetxt(tmp_path / "a.csv", np.random.default_rng(0).normal(size=(20, 2)), delimiter=",")
     assert main(["data", "describe", str(tmp_path / "a.csv")]) == 0
     assert capsys.readouterr().out.count(" number ") == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("digits", ["train 1,500, test 297 examples of shape (1, 8, 8), 17 levels", "10 classes", "mean 0.305"]),
+        ("toy:moons", ["examples of shape (2,), real-valued", "2 classes"]),
+        ("sprites", ["(1, 32, 32), 2 levels", "factor scale: 4 values, 0.5 to 1"]),
+        ("x.npy", ["npy:x.npy: train 24, test 6 rows", "number"]),
+        ("npy:x.npy", ["npy:x.npy: train 24, test 6 rows", "number"]),
+        ("images:x.npz", ["train 24, test 6 examples of shape (1, 6, 5), 256 levels"]),
+        ("rows", ["csv:rows: train 30, test 30 rows"]),
+    ],
+)
+def test_data_of_every_kind_is_described(capsys, tmp_path, monkeypatch, data, words):
+    monkeypatch.chdir(tmp_path)
+    numbers = np.random.default_rng(0).normal(size=(30, 2))
+    np.save("x.npy", numbers)
+    np.savez("x.npz", np.random.default_rng(0).integers(0, 256, (30, 6, 5), dtype=np.uint8))
+    (tmp_path / "rows").mkdir()
+    for part in ("train", "test"):
+        np.savetxt(tmp_path / "rows" / f"{part}.csv", numbers, delimiter=",")
+    assert main(["data", "describe", data]) == 0
+    said = capsys.readouterr()
+    assert not said.err
+    for word in words:
+        assert word in said.out
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("digtis", "there is no data set 'digtis'.* did you mean digits?"),
+        ("nowhere.csv", "data set 'csv:nowhere.csv': there is no file or folder"),
+        ("", "there is no data set ''"),
+        ("images:", "the path is missing; write images:PATH"),
+        ("toy", "write one of toy:moons"),
+        (".", "the folder . holds no picture"),
+    ],
+)
+def test_data_that_is_not_there_is_an_error_that_says_what_to_write(capsys, tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "describe", data]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_of_pictures_is_described_whatever_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    for i in range(4):
+        Image.fromarray(noise).save(folder / f"{i}.jpg", exif=turn if i == 3 else Image.Exif())
+        Image.fromarray(noise[: 20 + i, :, 0]).save(folder / f"{i}.png")
+    (folder / "00.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    (folder / "notes.txt").write_text("holiday")
+    assert main(["data", "describe", "./photos"]) == 0  # photos alone is a data set of that name
+    assert "photos: 8 pictures" in capsys.readouterr().out
+    assert main(["data", "describe", "images:photos"]) == 0
+    said = capsys.readouterr()
+    assert "photos: 8 pictures" in said.out
+    rows = [line.split() for line in said.out.splitlines()]
+    assert ["L", "PNG", "4", "4", "sizes,", "30", "to", "30", "x", "20", "to", "23"] in rows
+    assert ["RGB", "JPEG", "4", "2", "sizes,", "30", "to", "40", "x", "30", "to", "40"] in rows
+    assert "1 are turned as their EXIF data says, such as photos/3.jpg" in said.out
+    assert said.out.count("photos/00.png") == 1
+    assert "to train on them: the picture photos/" in said.out
+    read = ["--data.size", "8", "--mode", "auto", "--damaged", "skip"]
+    assert main(["data", "describe", "images:photos", *read]) == 0
+    said = capsys.readouterr()
+    assert "train 7, test 1 examples of shape (3, 8, 8), 256 levels" in said.out
+    assert not said.err, "what was said is not said again"
 
 
 def test_a_training_says_what_it_takes_the_columns_for(capsys, customers, tmp_path):

@@ -262,6 +262,25 @@ def test_dates_that_may_be_two_are_asked_about(tmp_path, refused):
     assert str(data.schema.decode(data.splits["train"].x)["day"].max().date()) == "2021-04-03"
 
 
+def test_years_of_two_digits_are_read():
+    frame = pd.DataFrame({"day": [f"{i % 28 + 1:02}/{i % 12 + 1:02}/{i % 5 + 20}" for i in range(200)]})
+    data = load_data(frame)
+    (column,) = data.schema.columns
+    assert (column.kind, column.form) == ("date", "%d/%m/%y")
+    assert data.schema.texts(data.schema.decode(data.splits["test"].x))["day"].isin(frame["day"]).all()
+
+
+def test_whole_numbers_beyond_those_of_float64_are_numbers_with_decimals(refused):
+    frame = pd.DataFrame(
+        {"a": [1e300] * 20, "b": np.random.default_rng(0).normal(size=20) * 1e40, "c": ["x", "y"] * 10}
+    )
+    data = load_data(frame)
+    assert kinds(data) == {"a": "number", "b": "number", "c": "category"}
+    assert data.schema.decode(data.splits["train"].x)["a"].tolist() == [1e300] * 16
+    assert next(iter(data.schema.describe()))[2] == "1e+300 to 1e+300"
+    refused(frame, "some beyond 2^53", types="b=integer")
+
+
 GOOD = "".join(f"{i / 7:.3f},{'red' if i % 3 else 'blue'},{i % 5}\n" for i in range(40))
 
 
@@ -282,6 +301,10 @@ GOOD = "".join(f"{i / 7:.3f},{'red' if i % 3 else 'blue'},{i % 5}\n" for i in ra
         ("a,b\n" + "".join(f"{i % 7}.5,c{i % 1500}\n" for i in range(6000)), "1,500 categories, more than 1,000"),
         ('a,b,c\n' + GOOD + '1,"red\n', "a quote is not closed"),
         ("a,b\n" + f"{2**60 + 1},red\n" * 9, "a whole number beyond 2^53"),
+        ("a,b\n" + "".join(f"{i / 7 if i % 4 == 0 else '-'},red\n" for i in range(200)),
+         "row 3, column 1 (a): expected a number; got '-'; if it is a name and no number, say --data.types a=category; "
+         "if it stands for nothing, leave the cell empty"),
+        ("a,b\n" + "".join(f'"{i + 1},234.50",red\n' for i in range(40)), "write numbers without marks between"),
     ],
 )  # fmt: skip
 def test_a_column_that_is_not_clear_is_refused_with_its_place(tmp_path, refused, text, problem):

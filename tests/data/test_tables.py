@@ -554,3 +554,9 @@ def test_numbers_are_those_that_every_program_reads(tmp_path, refused, cell, mar
 def test_text_in_utf_16_is_told_what_is_wanted(tmp_path, refused):
     (tmp_path / "a.csv").write_text("a,b\n" + "1,2\n" * 9, encoding="utf-16")
     refused(f"csv:{tmp_path}/a.csv", "is no text in UTF-8")
+
+
+def test_other_formats_than_csv_are_said_to_be_so(tmp_path, refused):
+    for name, read in (("a.xlsx", "read_excel"), ("a.parquet", "read_parquet"), ("a.json", "read_json")):
+        (tmp_path / name).write_bytes(b"PK\x03\x04")
+        refused(f"csv:{tmp_path / name}", f"{name} is no text of comma-separated cells by its name", f"pandas.{read}(")

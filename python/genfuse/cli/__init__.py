@@ -19,7 +19,7 @@ genfuse: train, sample and evaluate generative models
 usage: genfuse COMMAND [options]
 
   list [KIND]                what can be trained, on what, and how it is measured
-  data describe FILE         what the columns of a table are taken for
+  data describe DATA         what the columns of a table are taken for, what pictures a folder holds, what data is
   train MODEL --data NAME    train a model and leave a run folder
   sample RUN --out FILE      draw from a trained model: .png, .csv, .npy or .npz
   evaluate RUN               likelihood, bounds, reconstruction error, and samples beside real examples

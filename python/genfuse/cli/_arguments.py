@@ -1,9 +1,10 @@
 """What arguments of several commands mean."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -13,7 +14,7 @@ from genfuse.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
-    from genfuse.data import Schema
+    from genfuse.data import Dataset, Schema
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,68 @@ def show_table(heads: Iterable[object], rows: Iterable[Iterable[object]], of_num
     Console().print(table)
 
 
+def load_told(name: str, said: Sequence[str] = (), **options: Any) -> "Dataset":
+    """`load_data`, with its warnings but for those that hold one of ``said``, and those that `show_columns` prints."""
+    from genfuse.data import load_data
+
+    data = None
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data = load_data(name, **options)
+    finally:
+        said = [*said, *([" is left out: "] if data is not None and data.schema is not None else [])]
+        for each in told:
+            if not any(text in str(each.message) for text in said):
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return data
+
+
 def show_columns(schema: "Schema") -> None:
     """Print what the columns of a table are taken for."""
     show_table(("column", "kind", "values", "missing"), schema.describe(), of_numbers=False)
+
+
+def show_pictures(folder: Path) -> list[str]:
+    """Print how many pictures a folder holds, of which modes and sizes, and those that cannot be read; returns what
+    `load_data` would say again."""
+    from genfuse.data.images import survey
+
+    found = survey(folder)
+    print(plain(f"{folder}: {sum(len(sizes) for sizes in found.sizes.values()):,} pictures"))
+    rows = []
+    for (mode, form), sizes in sorted(found.sizes.items(), key=lambda each: -len(each[1])):
+        widths, heights = zip(*sizes, strict=True)
+        each = f"{len(set(sizes))} sizes, {min(widths)} to {max(widths)} x {min(heights)} to {max(heights)}"
+        rows.append((mode, form, f"{len(sizes):,}", each if len(set(sizes)) > 1 else f"{widths[0]} x {heights[0]}"))
+    show_table(("mode", "format", "pictures", "width x height"), rows, of_numbers=False)
+    for note, paths in found.notes.items():
+        print(plain(f"{len(paths):,} {note}, such as {paths[0]}"))
+    for error in found.unread:
+        print(plain(f"not read: {error}"))
+    return [*found.notes, "of the pictures are left out", "files are not read"]
+
+
+def show_data(data: "Dataset") -> None:
+    """Print splits, shape, classes, factors and values of examples that are no rows of a table with names."""
+    import torch
+
+    splits = ", ".join(f"{part} {len(split):,}" for part, split in data.splits.items())
+    kind = "real-valued" if data.levels is None else f"{data.levels} levels"
+    print(plain(f"{data.name}: {splits} examples of shape {data.shape}, {kind}"))
+    y = data.splits["train"].y
+    if data.classes and y is not None:
+        counts = y.bincount(minlength=data.classes).tolist()
+        names = data.class_names or [*map(str, range(data.classes))]
+        each = ", ".join(f"{name} {count:,}" for name, count in zip(names[:10], counts, strict=False))
+        print(plain(f"{data.classes:,} classes, of training examples: {each}{', ...' if data.classes > 10 else ''}"))
+    for name, values in (data.factors or {}).items():
+        print(plain(f"factor {name}: {len(values)} values, {values[0]:g} to {values[-1]:g}"))
+    x = data.batch("train", slice(10_000)).x
+    if data.levels is None and x.dim() == 2:
+        figures = torch.stack([x.mean(0), x.std(0, correction=0), x.amin(0), x.amax(0)], 1)[:50].tolist()
+        rows = [(str(i), *row) for i, row in enumerate(figures, 1)]
+        show_table(("column", "mean", "std", "least", "most"), rows)
+    else:
+        empty, full = ((x == end).float().mean().item() for end in (x.min(), x.max()))
+        print(f"values {x.min():.4g} ({empty:.1%} of the cells) to {x.max():.4g} ({full:.1%}), mean {x.mean():.4g}")

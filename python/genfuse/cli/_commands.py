@@ -16,7 +16,7 @@ from genfuse.cli._compare import compare
 from genfuse.cli._evaluate import evaluate, train_features
 from genfuse.cli._families import FAMILIES
 from genfuse.cli._sample import sample
-from genfuse.errors import RunError, SettingsError
+from genfuse.errors import GenfuseError, RunError, SettingsError
 
 SLOW = 1.0  # seconds that the import of a plugin takes, beside those of torch and genfuse
 
@@ -132,7 +132,7 @@ def new_plugin(
 
 def data(
     action: Literal["describe"],
-    file: Annotated[Path, arg(metavar="FILE")],
+    name: Annotated[str, arg(metavar="DATA")],
     /,
     *,
     header: Annotated[Literal["auto", "yes", "no"], arg(aliases=["--data.header"])] = "auto",
@@ -141,8 +141,14 @@ def data(
     columns: Annotated[str, arg(metavar="A,B", aliases=["--data.columns"], help_behavior_hint="(default: all)")] = "",
     drop: Annotated[str, arg(metavar="A,B", aliases=["--data.drop"], help_behavior_hint="")] = "",
     types: Annotated[str, arg(metavar="A=KIND", aliases=["--data.types"], help_behavior_hint="")] = "",
+    size: Annotated[str, arg(metavar="H,W", aliases=["--data.size"], help_behavior_hint="")] = "",
+    fit: Annotated[Literal["crop", "pad", "stretch"], arg(aliases=["--data.fit"])] = "crop",
+    mode: Annotated[Literal["", "auto", "L", "RGB"], arg(aliases=["--data.mode"])] = "",
+    damaged: Annotated[Literal["refuse", "skip"], arg(aliases=["--data.damaged"])] = "refuse",
+    data_root: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $GENFUSE_DATA)")] = None,
 ) -> int:
-    """Show what the columns of a CSV file are taken for: numbers, integers, categories, booleans, dates, or left out.
+    """Show what data is taken for: of a table its columns, as numbers, integers, categories, booleans, dates or left
+    out; of a folder of pictures their sizes and modes, and those that are damaged; of all else its shape and values.
 
     `genfuse train` takes the same options as --data.types and so on, to have it otherwise; so does this command.
 
@@ -151,28 +157,43 @@ def data(
 
     Args:
         action: what to do
-        file: CSV file, or folder of train.csv and test.csv
+        name: file, folder, or what --data of the other commands takes: images:FOLDER, digits, toy:moons
         header: yes: the first row is the names of the columns; no: it is an example; auto: if no cell is a number
         delimiter: what stands between cells, such as ; or tab
         decimal: the mark before decimals: . or ,
         columns: columns to read
         drop: columns to leave out
         types: kinds of columns, in place of what is seen: number, integer, category, boolean, date or date:%d/%m/%Y
+        size: a side in pixels that all pictures are made to have, or a height and a width
+        fit: how: crop, pad or stretch
+        mode: what pictures are made to be: L (grey), RGB, or auto: grey if all are
+        damaged: skip: leave out pictures that cannot be read
+        data_root: folder of the data sets that are read from files
     """
-    import warnings
+    from genfuse.cli._arguments import load_told, show_columns, show_data, show_pictures
+    from genfuse.data import kind_of
 
-    from genfuse.cli._arguments import show_columns
-    from genfuse.data import load_data
-
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        options = {"header": header, "delimiter": delimiter, "decimal": decimal, "columns": columns, "drop": drop}
-        found = load_data(f"csv:{str(file).removeprefix('csv:')}", types=types, **options)  # type: ignore[arg-type]
-    for warning in told:
-        if found.schema is None or " is left out: " not in str(warning.message):  # which the table says
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    print(plain(f"{file}: " + ", ".join(f"{part} {len(split):,}" for part, split in found.splits.items()) + " rows"))
-    show_columns(found.described())
+    known = {word for each in plugins.discover("datasets") for word in (each.name, each.distribution)}
+    path = Path(name).expanduser()
+    if name.partition(":")[0] not in known and name and (path.exists() or path.suffix or len(path.parts) > 1):
+        name = f"{kind_of(path)}:{name}"
+    head, _, place = name.partition(":")
+    folder = Path(place).expanduser() if head == "images" and place else None
+    said = show_pictures(folder) if folder is not None and folder.is_dir() else []
+    try:
+        options = {"header": header, "delimiter": delimiter, "decimal": decimal, "columns": columns, "drop": drop,
+                   "types": types, "size": size, "fit": fit, "mode": mode, "damaged": damaged}  # fmt: skip
+        found = load_told(name, said, root=data_root, **options)
+    except GenfuseError as error:
+        if not said:
+            raise
+        print(plain(f"to train on them: {error}"))
+        return 0
+    if found.scaling is None:
+        show_data(found)
+    else:
+        print(plain(f"{name}: " + ", ".join(f"{part} {len(of):,}" for part, of in found.splits.items()) + " rows"))
+        show_columns(found.described())
     return 0
 
 

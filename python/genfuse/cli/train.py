@@ -24,9 +24,9 @@ from tyro.constructors import (
 
 from genfuse import models, plots, plugins
 from genfuse._files import plain, read_json
-from genfuse.cli._arguments import DataOptions, show_columns
+from genfuse.cli._arguments import DataOptions, load_told, show_columns
 from genfuse.cli._yaml import read_yaml
-from genfuse.data import Dataset, load_data
+from genfuse.data import Dataset
 from genfuse.errors import SettingsError, near
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
@@ -101,7 +101,7 @@ def train(args: list[str]) -> int:
 
     trainer = Trainer(**cast(dict, job.training), out=out, resume=bool(given.resume))
     before = max((entry["step"] for entry in Run(out).metrics()), default=0) if given.resume else None
-    data = load_data(job.data, root=job.data_root, **asdict(job.data_options))
+    data = load_told(job.data, root=job.data_root, **asdict(job.data_options))
     if data.schema is not None:
         show_columns(data.schema)
     if given.resume and "columns" in {field.name for field in fields(models.load(name).Config)}:

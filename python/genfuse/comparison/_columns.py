@@ -190,7 +190,7 @@ def draw(model: GenerativeModel | None, data: Dataset, path: Path) -> None:
     if images:
         plots.sample_grid(drawn, path)
     elif len(data.shape) == 1:
-        (plots.scatter if data.shape == (2,) else plots.histograms)(test.x, drawn, path, data.scaling)
+        plots.table(test.x, drawn, path, data.scaling, data.schema)
 
 
 @contextmanager

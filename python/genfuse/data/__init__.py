@@ -9,6 +9,7 @@ from genfuse.data._dataset import Mixture as Mixture
 from genfuse.data._dataset import Source as Source
 from genfuse.data._dataset import Split as Split
 from genfuse.data._dataset import augmented as augmented
+from genfuse.data._dataset import kind_of as kind_of
 from genfuse.data._dataset import load_data as load_data
 from genfuse.data._dataset import resized as resized
 from genfuse.data._schema import Column as Column

@@ -575,6 +575,17 @@ class Source:
         return {"train": order[count // 5 :].sort().values, "test": order[: count // 5].sort().values}
 
 
+def kind_of(path: Path) -> str:
+    """The data set that a file or folder is meant for, as it seems: images, npy, npz or csv."""
+    if path.is_dir():
+        inside = {file.name.lower() for file in path.iterdir()}
+        kinds = {"csv": ("train.csv",), "npy": ("train.npy", "x.npy", "x_train.npy")}
+        return next((kind for kind, names in kinds.items() if inside.intersection(names)), "images")
+    if (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
+        return "images"
+    return {".npy": "npy", ".npz": "npz"}.get(path.suffix.lower(), "csv")
+
+
 def load_data(
     name: Any,
     *,
@@ -641,8 +652,7 @@ def load_data(
         short, _, argument = argument.partition(":")
         head = f"{head}:{short}"
     if given is None and head and not argument and (path := Path(name)).exists():
-        picture = path.is_dir() or (mimetypes.guess_type(name)[0] or "").startswith("image/")
-        kind = "images" if picture else {".npy": "npy", ".npz": "npz"}.get(path.suffix.lower(), "csv")
+        kind = kind_of(path)
         if head not in {plugin.name for plugin in plugins.discover("datasets")}:
             raise PluginError(f"there is no data set {name!r}, but a file or folder: say {kind}:{name}")
         if root is None or path.resolve() != Path(root, name).expanduser().resolve():

@@ -24,8 +24,8 @@ Kind = Literal["number", "integer", "category", "boolean", "date"]
 # Cells, in lower case, that stand for nothing: those of pandas.
 MISSING = {"", "na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "null", "none", "nat", "?"}
 BOOLEANS = [("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y")]
-DAYS = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%d %b %Y", "%d %B %Y",
-        "%b %d, %Y", "%B %d, %Y"]  # fmt: skip
+DAYS = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d/%m/%y", "%m/%d/%y", "%d-%m-%Y", "%m-%d-%Y",
+        "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y"]  # fmt: skip
 TIMES = [" %H:%M:%S", " %H:%M", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p"]
 ISO = ["T%H:%M:%S", "T%H:%M", "T%H:%M:%S.%f"]
 DATES = [*DAYS, *(day + time for time in TIMES for day in DAYS), *(DAYS[0] + time + zone for time in (*ISO, *TIMES[:3])
@@ -35,6 +35,7 @@ FINE = 1000.0  # standard deviation, in ones, beyond which whole numbers are mod
 POINTS = [NormalDist().cdf(z / 4) for z in range(-11, 12)]  # at whose quantiles the knots of a column are
 # A number with marks in it that are not those of the file, or with a unit; a code, whose zeros would be lost; a day.
 MARKED = r"[+-]?(\d{1,3}([.,' ]\d{3})+([.,]\d+)?|\d+[.,]\d+)"
+THOUSANDS = r"[+-]?\d{1,3}([.,' ]\d{3})+[.,]\d+|[+-]?\d{1,3}([' ]\d{3})+"
 UNIT = rf"([$€£¥]|[A-Z]{{3}}) ?({MARKED}|[+-]?\d+)|({MARKED}|[+-]?\d+) ?(%|[$€£¥]|[A-Z]{{3}}|[kM]?[gm]|[cm]m)"
 CODE = r"0\d+"
 DAY = r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
@@ -189,7 +190,8 @@ class Column:
     def about(self) -> str:
         """What its values are, in words."""
         if self.coded:
-            words = ", ".join(self.categories[:6]) + (", ..." if len(self.categories) > 6 else "")
+            quoted = (f'"{word}"' if "," in word or not word else word for word in self.categories[:6])
+            words = ", ".join(quoted) + (", ..." if len(self.categories) > 6 else "")
             return words if self.kind == "boolean" else f"{len(self.categories)}: {words}"
         ends = self.restore(np.array([self.low, self.high]))
         if self.kind == "date":
@@ -413,12 +415,15 @@ def _column(
                 raise refuse(inexact, "a number that float64 holds", f": {TOO_LONG}")
             return found
         marked = there.str.fullmatch(f"{MARKED}|{UNIT}").to_numpy(bool) & odd
-        if kind or odd.mean() <= 0.5 or marked.any():
+        few = odd.mean() <= 0.5 or (there[odd].nunique() == 1 and there[~odd].nunique() > 20)  # a dash, in most rows
+        if kind or few or marked.any():
             hint = f"; if it is a name and no number, say {_typed(name, 'category')}"
-            if odd.mean() <= 0.5 and not marked.any():
+            if few and not marked.any():
                 hint += "; if it stands for nothing, leave the cell empty"
             elif there[odd].str.fullmatch(UNIT).any():
                 hint = f"; write numbers without their unit, or say {_typed(name, 'category')}"
+            elif there[odd].str.fullmatch(THOUSANDS).any():
+                hint = f"; write numbers without marks between thousands, or say {_typed(name, 'category')}"
             if not frame.attrs.get("named", True) and odd[0] and not odd[1:].all():
                 hint = "; if the row holds names, say --data.header yes (in Python header='yes')"
             raise refuse(marked if marked.any() else odd, "a number", hint)
@@ -465,6 +470,10 @@ def _column(
 def _numeric(name: str, values: np.ndarray, missing: bool = False, kind: str = "", asked: bool = True) -> Any:
     """A column of finite numbers, without the missing ones; its name and a reason if it numbers the rows."""
     whole = bool((values == np.round(values)).all())
+    far = bool(np.abs(values).max() > EXACT)
+    if kind == "integer" and far:
+        raise DataError(f"the column {name} is to be of whole numbers, and has some beyond 2^53, which float64 cannot "
+                        f"tell from their neighbours: say {_typed(name, 'number')}")  # fmt: skip
     if kind == "integer" and not whole:
         odd = values[values != np.round(values)][0]
         raise DataError(f"the column {name} is to be of whole numbers, and has {odd:g}: say {_typed(name, 'number')}")
@@ -474,10 +483,10 @@ def _numeric(name: str, values: np.ndarray, missing: bool = False, kind: str = "
         return Column(name, "boolean", ("0", "1"), missing=missing)
     with np.errstate(over="ignore"):
         fine = values.std() <= FINE
-    if whole and kind != "number" and fine:
+    if whole and kind != "number" and fine and not far:
         return Column(name, "integer", missing=missing)
     digits = next((d for d in range(7) if (values.round(d) == values).all()), None)
-    return Column(name, "number", digits=digits, missing=missing)
+    return Column(name, "number", digits=None if far else digits, missing=missing)
 
 
 def numbers_rows(name: str, values: np.ndarray) -> bool:

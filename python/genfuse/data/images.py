@@ -254,6 +254,46 @@ def folder(source: Source) -> Dataset:
     return Dataset(source.name, splits, levels=256, class_names=tuple(names) or None, streamed=stored.streamed)
 
 
+class Survey(NamedTuple):
+    """What a folder of pictures holds."""
+
+    sizes: dict[tuple[str, str], list[tuple[int, int]]]  # width and height of each picture, by mode and format
+    notes: dict[str, list[str]]  # of what is not as a viewer shows it the pictures
+    unread: list[str]  # why a picture cannot be read
+
+
+def survey(root: Path) -> Survey:
+    """Look at all pictures of a folder, whatever they are. Raises DataError if there are none."""
+    from PIL import Image
+
+    paths, others = _files(root)
+    if not paths:
+        raise DataError(f"the folder {root} holds no picture: no {', '.join(SUFFIXES)} in it or its sub-folders")
+    found = Survey({}, {}, [])
+
+    def look(path: Path) -> tuple[tuple[str, str], tuple[int, int], list[str]] | str:
+        try:
+            pixels, notes = _read_picture(path, Reading(None, "crop", "RGB", "skip", "no"), path.stat().st_size, 1)
+        except DataError as error:
+            return str(error).partition(";")[0]
+        with Image.open(path, formats=FORMATS) as picture:
+            turned = ["are turned as their EXIF data says"] if picture.getexif().get(0x0112, 1) != 1 else []
+            return (picture.mode, picture.format or ""), pixels.shape[:0:-1], [*notes, *turned]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, seen in zip(paths, pool.map(look, paths), strict=True):
+            if isinstance(seen, str):
+                found.unread.append(seen)
+                continue
+            kind, size, notes = seen
+            found.sizes.setdefault(kind, []).append(size)
+            for note in notes:
+                found.notes.setdefault(note, []).append(str(path))
+    if others:
+        found.notes["other files are not read"] = [*map(str, others)]
+    return found
+
+
 def photos(source: Source) -> Dataset:
     """Patches (3, 48, 48) of the seven colour photographs that scikit-learn and scikit-image ship, 256 levels, labelled
     by photograph; ``photos:64`` has other sides. Always the same.

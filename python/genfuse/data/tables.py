@@ -125,6 +125,10 @@ class Arrays:
     class_names: tuple[str, ...] | None = None
 
 
+OTHERS = {".xlsx": "read_excel", ".xls": "read_excel", ".ods": "read_excel", ".parquet": "read_parquet",
+          ".feather": "read_feather", ".json": "read_json", ".pkl": "read_pickle"}  # fmt: skip
+
+
 def csv(source: Source) -> Dataset:
     """Rows of text, with or without a header; or a folder of train.csv, test.csv and maybe validation.csv.
 
@@ -134,6 +138,10 @@ def csv(source: Source) -> Dataset:
     reading = Reading(**{key: source.options.get(key, usual) for key, usual in READING.items()})
     said = {key: source.options[key] for key in ("columns", "drop", "types") if source.options.get(key)}
     paths = _paths(source, ".csv")
+    for path in paths.values():
+        if read := OTHERS.get(path.suffix.lower()):
+            raise DataError(f"{path} is no text of comma-separated cells by its name: save it as CSV, or in Python "
+                            f"give load_data what pandas.{read}({path.name!r}) returns")  # fmt: skip
     tables = {} if said else {part: _read_csv(path, reading) for part, path in paths.items()}
     if tables and all(tables.values()):
         return _dataset(source, tables)  # type: ignore[arg-type]

@@ -81,9 +81,7 @@ def draw(
                 plots.rows(images.split(8), names, at("samples.png"))
         elif len(data.shape) == 1:
             samples = model.sample(len(test.x), generator=generator, **_given(labels, len(test.x)))
-            (plots.scatter if data.shape == (2,) else plots.histograms)(
-                test.x, samples, at("samples.png"), data.scaling
-            )
+            plots.table(test.x, samples, at("samples.png"), data.scaling, data.schema)
         # Given a context the density of all data is a mean over contexts, which takes minutes if each takes an ODE.
         if data.shape == (2,) and "log_prob" in model.likelihoods and not data.condition:
             plots.density(partial(_log_prob, model, labels), test.x, samples, at("density.png"), data.scaling)
