@@ -358,6 +358,8 @@ class Coder:
             else:
                 at = mass[flat[part]] + self._uniform(mass[flat[part] + 1] - mass[flat[part]])
             made[part] = np.searchsorted(other, at, "right") - 1
+            if made[part].min() < 0 or made[part].max() > len(other) - 2:
+                raise DataError("a number is on no level")
             first = other[made[part]]
             (self._uniform if y is None else self._many)(other[made[part] + 1] - first, at - first)
         values = torch.from_numpy(made).double().view(given.shape)
