@@ -11,7 +11,21 @@ from PIL import Image
 import genfuse
 from genfuse import ops
 from genfuse.applications import Exact, compress, decompress
-from genfuse.applications._coder import COARSE, CURVES, FINE, GRID, OFF, TOP, distribution, probit
+from genfuse.applications._coder import (
+    COARSE,
+    COARSE_STEP,
+    CURVES,
+    FINE,
+    GRID,
+    OFF,
+    STEP,
+    TOP,
+    Coder,
+    distribution,
+    padding,
+    places,
+    probit,
+)
 from genfuse.cli import main
 from genfuse.errors import DataError, RunError, SettingsError
 
@@ -25,6 +39,7 @@ MODELS = {
     "binary": {"model": "vae", "data": "digits", "binarize": "static", "latent_dim": 4, "hidden": (32,)},
     "idf": {"model": "idf", "data": "digits", "channels": (8,), "steps": 30},
     "realnvp": {"model": "realnvp", "data": "digits", "layers": 3, "hidden": (32,), "steps": 40},
+    "realnvp of halves": {"model": "realnvp", "data": "digits", "linear": False, "hidden": (32,), "steps": 40},
     "realnvp of images": {"model": "realnvp", "data": "digits", "network": "conv", "channels": (8,), "steps": 20},
     "glow": {"model": "glow", "data": "digits", "channels": (8,), "scales": 2, "steps": 20},
     "nsf": {"model": "nsf", "data": "digits", "logit": 0.05, "layers": 2, "hidden": (32,), "steps": 40},
@@ -105,7 +120,8 @@ for i, run in enumerate(sys.argv[3:]):
 
 
 def test_another_processor_thread_count_and_implementation_makes_the_same_bytes(trained, tmp_path):
-    names = ["grey", "mixture", "convolutions", "binary", "idf", "idf of vectors", "realnvp", "glow", "nsf"]
+    names = ["grey", "mixture", "convolutions", "binary", "idf", "idf of vectors", "realnvp", "realnvp of halves",
+             "glow", "nsf"]  # fmt: skip
     runs = [trained(**MODELS[name]) for name in names]
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         compress(run, levels(name, 100), tmp_path / f"{i}.gfz")
@@ -141,15 +157,40 @@ def test_no_value_of_a_curve_on_the_grid_lies_near_the_middle_between_two():
 def test_no_entry_of_a_table_lies_near_the_middle_between_two():
     stats = pytest.importorskip("scipy.stats")
     for name, of in (("logistic", stats.logistic), ("normal", stats.norm)):
-        table = distribution(name)
-        x = (np.arange(len(table)) - len(table) // 2) / FINE
-        upper = x > 0
-        exact = TOP * of.cdf(x)
-        assert np.abs(table - exact)[upper].max() <= 0.5 - 2.0**-20, name
-        assert np.array_equal(table + table[::-1], np.full(len(table), TOP))
+        for top in (TOP, 2**26, 2**32) if name == "logistic" else (TOP,):
+            table = distribution(name, top)
+            x = (np.arange(len(table)) - len(table) // 2) / FINE
+            upper = x > 0
+            exact = top * of.cdf(x)
+            assert np.abs(table - exact)[upper].max() <= 0.5 - 2.0**-20, name
+            assert np.array_equal(table + table[::-1], np.full(len(table), top))
     for bits in (8, 12):
         exact = stats.norm.ppf(np.arange(1, 2 ** (bits + 1)) / 2 ** (bits + 1))
         assert np.abs(probit(bits)[1:-1] - exact).max() * GRID <= 0.5 - 2.0**-24
+
+
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_the_noise_of_a_level_takes_as_many_bits_as_it_has_even_next_to_black(level):
+    coder = Coder(padding(20_000))
+    k, before = torch.full((200, 64), float(level), dtype=torch.float64), coder.stack.num_valid_bits()
+    y = coder.dequantized(256, 1e-6, k)
+    taken = (before - coder.stack.num_valid_bits()) / k.numel()
+    density = 256 * y.sigmoid() * (-y).sigmoid() * coder.step**-1  # of y = logit(v), for v even over a 256th
+    assert abs(taken + density.log2().mean()) < 0.01
+    assert torch.equal(coder.dequantized(256, 1e-6, y=y), k)
+    assert coder.stack.num_valid_bits() == before
+
+
+@pytest.mark.parametrize("step", [COARSE_STEP, STEP])
+@pytest.mark.parametrize("margin", [0, 1e-6, 0.05])
+@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
+def test_levels_fill_the_interval_and_no_more(levels, margin, step):
+    begin, mass, reach = places(levels, margin, step)
+    assert (np.diff(begin) > 0).all()
+    assert mass[0] <= begin[0]
+    assert begin[-1] <= mass[-1]
+    assert len(mass) == 2 * reach + 1
+    assert (np.diff(mass) >= 0).all()
 
 
 def test_sums_are_the_same_in_any_order_and_near_those_of_float64():

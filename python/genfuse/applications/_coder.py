@@ -104,17 +104,17 @@ DIGIT = 16  # symbols that are coded at once
 STEP, COARSE_STEP = 2.0**12, 2.0**6  # what a flow moves are multiples of 1 / STEP; coarse where no bits come back
 PART = 2**12  # and scales are of 1 / PART
 PIECES = 16  # straight lines in each bin of a spline
-WHOLE, FAIR = 2**24, 2**8  # symbols that are evenly distributed; over 2^18 their last one is much more probable
+WHOLE = 2**24  # symbols that are evenly distributed, at most; over 2^18 their last one is much more probable
 BITS, FEW = 12, 8  # of a latent: the prior has 2^bits bins of one mass; fewer where no bits come back
 
 
 @cache
-def distribution(name: str) -> np.ndarray:
-    """round(2^30 F(i / 128)) of the "logistic" distribution for |i / 128| <= 24, of the "normal" one for <= 8."""
+def distribution(name: str, top: int = TOP) -> np.ndarray:
+    """round(top F(i / 128)) of the "logistic" distribution for |i / 128| <= 24, of the "normal" one for <= 8."""
     x = [i / FINE for i in range(1, (24 if name == "logistic" else 8) * int(FINE) + 1)]
-    upper = [TOP / (1 + math.exp(-v)) if name == "logistic" else TOP * math.erfc(-v * 0.5**0.5) / 2 for v in x]
+    upper = [top / (1 + math.exp(-v)) if name == "logistic" else top * math.erfc(-v * 0.5**0.5) / 2 for v in x]
     above = np.array([round(v) for v in upper], np.int64)
-    return np.concatenate([TOP - above[::-1], [TOP // 2], above])
+    return np.concatenate([top - above[::-1], [top // 2], above])
 
 
 @cache
@@ -124,9 +124,9 @@ def probit(bits: int) -> np.ndarray:
     return np.array([-math.inf, *half, 0.0, *(-v for v in reversed(half)), math.inf])
 
 
-def cumulative(name: str, x: np.ndarray) -> np.ndarray:
-    """2^30 F(x), whole numbers, linear between the points of the table."""
-    table = distribution(name)
+def cumulative(name: str, x: np.ndarray, top: int = TOP) -> np.ndarray:
+    """top F(x), whole numbers, linear between the points of the table."""
+    table = distribution(name, top)
     place = np.clip(x * FINE + (len(table) - 1) // 2, 0, len(table) - 1)
     left = np.minimum(place.astype(np.int64), len(table) - 2)
     part, below = ((place - left) * GRID).astype(np.int64), table[left]
@@ -135,13 +135,15 @@ def cumulative(name: str, x: np.ndarray) -> np.ndarray:
 
 @cache
 def places(levels: int, margin: float, step: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """v of [0, 1) in steps of 2^-24: where levels begin, and where logit(v), or with no margin v - 1/2, is on the grid,
-    whole numbers; and how many steps of the grid the first of these is below 0."""
-    reach = int(24 * step if margin else step / 2)
+    """v of [0, 1) in steps so small (2^-32, for ``step`` 2^12) that next to black and white, where logit is steep, they
+    are not much larger than those of the grid: where levels begin, and where logit(v), or with no margin v - 1/2, is on
+    the grid, whole numbers; and how many steps of the grid the first of these is below 0."""
+    whole, reach = int(step) << 20, int(24 * step if margin else step / 2)
     grid = np.arange(-reach, reach + 1) / step
-    mass = cumulative("logistic", grid) // (TOP // WHOLE) if margin else ((grid + 0.5) * WHOLE).astype(np.int64)
-    begin = np.rint((1 - 2 * margin) * np.arange(levels + 1) / levels * (WHOLE // FAIR)).astype(np.int64) * FAIR
-    return begin + round(margin * WHOLE), mass, reach
+    mass = cumulative("logistic", grid, whole) if margin else ((grid + 0.5) * whole).astype(np.int64)
+    shares = np.arange(levels + 1) / levels * math.floor((1 - 2 * margin) * 2**18)  # the last level ends within 0..1
+    begin = np.rint(shares).astype(np.int64) * (whole >> 18)
+    return begin + round(margin * whole), mass, reach
 
 
 def padding(words: int) -> np.ndarray:
@@ -254,13 +256,14 @@ class Coder:
         return found
 
     def _many(self, sizes: np.ndarray, k: np.ndarray | None = None) -> np.ndarray:
-        """`_uniform` of sizes that are multiples of 256, in two digits."""
-        few = np.full(len(sizes), FAIR)
+        """`_uniform` of sizes that are multiples of 4 ``step``, in two digits."""
+        fair = int(self.step) << 2
+        few = np.full(len(sizes), fair)
         if k is None:
-            high = self._uniform(sizes // FAIR)
-            return high * FAIR + self._uniform(few)
-        self._uniform(few, k % FAIR)
-        self._uniform(sizes // FAIR, k // FAIR)
+            high = self._uniform(sizes // fair)
+            return high * fair + self._uniform(few)
+        self._uniform(few, k % fair)
+        self._uniform(sizes // fair, k // fair)
         return k
 
     @property
@@ -355,6 +358,8 @@ class Coder:
             else:
                 at = mass[flat[part]] + self._uniform(mass[flat[part] + 1] - mass[flat[part]])
             made[part] = np.searchsorted(other, at, "right") - 1
+            if made[part].min() < 0 or made[part].max() > len(other) - 2:
+                raise DataError("a number is on no level")
             first = other[made[part]]
             (self._uniform if y is None else self._many)(other[made[part] + 1] - first, at - first)
         values = torch.from_numpy(made).double().view(given.shape)

@@ -93,21 +93,29 @@ def decompress(file: str | Path, out: Any = None, *, run: Run | str | Path | Non
     rest = content[HEAD.size : -SEAL]
     groups, told, stack = rest[:pieces], rest[pieces : pieces + noted], rest[pieces + noted :]
     sealed = hashlib.sha256(content[:-SEAL]).digest()[:SEAL] == content[-SEAL:]
+    damaged = DataError(f"{path} is damaged or was cut short: its checksum is not that of its content")
     if not sealed or len(stack) % 4 or not count or sum(size & 127 for size in groups) != count:
-        raise DataError(f"{path} is damaged or was cut short: its checksum is not that of its content")
+        raise damaged
+    try:
+        notes = json.loads(zlib.decompress(told)) if told else {}
+    except (ValueError, zlib.error):
+        raise damaged from None
     found = _find(run, wanted, path)
     check_unpacked(path, len(content), count * math.prod(found.config["data"]["shape"]))
-    notes = json.loads(zlib.decompress(told)) if told else {}
     exact, coder, parts = _coding(found).double(), Coder(np.frombuffer(stack, "<u4")), []
     to, of, _ = _alphabet(exact)
-    with torch.no_grad(), Exact():
-        for size in reversed(groups):
-            coder.direct = size > 127
-            parts.append(to(exact.code(coder, size & 127)).long())
+    wrong = DataError(f"{path}: what was decoded is not what was compressed, so nothing is written: please report it")
+    try:
+        with torch.no_grad(), Exact():
+            for size in reversed(groups):
+                coder.direct = size > 127
+                parts.append(to(exact.code(coder, size & 127)).long())
+    except DataError:  # numbers that are on no level
+        raise wrong from None
     k = torch.cat(parts[::-1])
     left = coder.stack.get_compressed()
     if _sum(k) != sums or not np.array_equal(left, padding(len(left))):
-        raise DataError(f"{path}: what was decoded is not what was compressed, so nothing is written: please report it")
+        raise wrong
     if hasattr(exact.config, "columns") and exact.config.columns:
         made: Any = found.schema.texts(found.schema.decode(of(k)))  # type: ignore[union-attr]
     else:

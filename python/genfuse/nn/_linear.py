@@ -51,6 +51,9 @@ class Permutation(Movement):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _reorder(y, self.back, self.order), y.new_zeros(len(y))
 
+    def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
+        return x.index_select(1, self.back if inverse else self.order)  # `Exact` knows no operator but PyTorch's own
+
 
 class LULinear(Transform):
     """y = W x + b of vectors (N, D), or of the channels of images (N, C, H, W): Glow's 1x1 convolution.
