@@ -228,6 +228,19 @@ def test_a_module_somebody_listens_to_is_left_to_the_peer():
     assert peer.report().left["AutoregressiveTransform._inverse"] == {"the network has hooks": 1}
 
 
+def test_a_module_whose_forward_was_replaced_is_left_to_the_peer():
+    zuko = pytest.importorskip("zuko", reason="zuko is not installed")
+    from genfuse.integrations import zuko as peer
+
+    flow, x = zuko.flows.NSF(3), torch.randn(4, 3)
+    layer = flow.transform.transforms[0].hyper[0]
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)
+    expected = flow().log_prob(x)
+    with peer.patch():
+        torch.testing.assert_close(flow().log_prob(x), expected)
+
+
 def test_parts_of_one_tensor_are_it_and_others_are_put_together():
     whole = torch.randn(4, 5, 8).requires_grad_() * 1
     parts = whole.split([3, 4, 1], -1)

@@ -42,10 +42,12 @@ def masked_weight(layer: Any) -> Tensor:
 
 
 def check_plain(*modules: nn.Module) -> None:
-    """Leave modules that somebody listens to."""
+    """Leave modules that somebody listens to, or whose forward somebody has replaced."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise Left("the network has hooks")
+        if "forward" in module.__dict__:
+            raise Left("a network of somebody's own")
 
 
 def is_relu(activation: Any) -> bool:
