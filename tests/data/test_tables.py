@@ -8,8 +8,9 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
+import genfuse
 from genfuse.data import load_data
-from genfuse.errors import DataWarning, SettingsError
+from genfuse.errors import DataError, DataWarning, SettingsError
 
 VALUES = np.random.default_rng(0).normal((5, -3, 1e9), (1, 100, 2), size=(50, 3))
 
@@ -560,3 +561,22 @@ def test_other_formats_than_csv_are_said_to_be_so(tmp_path, refused):
     for name, read in (("a.xlsx", "read_excel"), ("a.parquet", "read_parquet"), ("a.json", "read_json")):
         (tmp_path / name).write_bytes(b"PK\x03\x04")
         refused(f"csv:{tmp_path / name}", f"{name} is no text of comma-separated cells by its name", f"pandas.{read}(")
+
+
+def test_arrays_and_tensors_that_do_not_hold_all_their_values_are_refused():
+    values = VALUES.astype(np.float32)
+    tensor = torch.from_numpy(values)
+    masked = np.ma.masked_array(values, values > 1)
+    for given, problem in [
+        (masked, "cells are NaN"),
+        (masked.round().astype(int), "cells are NaN"),
+        (tensor.to_sparse(), "got a torch.sparse_coo one"),
+        (tensor.to("meta"), "got a meta one"),
+    ]:
+        with pytest.raises(DataError, match=problem):
+            load_data(given)
+    model = genfuse.create("nsf", shape=values.shape[1:], levels=None).eval()
+    with pytest.raises(DataError, match="masks some"):
+        model.log_prob(masked)
+    whole = load_data(torch._neg_view(tensor)).splits["train"].x
+    assert torch.equal(whole, load_data(-tensor).splits["train"].x)

@@ -1,5 +1,6 @@
 """Data that is given in Python: DataFrames, arrays, tensors, torch Datasets and DataLoaders."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,12 +51,17 @@ def objects(source: Source) -> Dataset:
 def _array(part: Any, origin: str) -> np.ndarray:
     """An array, a tensor on any device, a DataFrame, or what numpy makes an array of."""
     if isinstance(part, torch.Tensor):
+        if part.layout is not torch.strided or part.is_meta:
+            kind = "meta" if part.is_meta else part.layout
+            raise DataError(f"{origin}: expected a tensor that holds all its values; got a {kind} one")
         part = part.detach().cpu()
-        return (part.float() if part.dtype == torch.bfloat16 else part).numpy()
+        return (part.float() if part.dtype == torch.bfloat16 else part).resolve_conj().resolve_neg().numpy()
     if _is_frame(part):
         if 0 in part.shape:
             raise DataError(f"{origin}: expected rows and columns; got a DataFrame of shape {part.shape}")
         return np.zeros(part.shape)  # it is read by its columns
+    if np.ma.is_masked(part):
+        part = part.astype(np.promote_types(part.dtype, np.float32)).filled(math.nan)
     try:
         array = np.asarray(part)
     except ValueError as error:  # rows of several lengths

@@ -436,6 +436,8 @@ class GenerativeModel(nn.Module):
             return given
         if given.dtype.kind not in "biuf":
             raise DataError(f"an array of real numbers is needed; got one of {given.dtype}")
+        if np.ma.is_masked(given):
+            raise DataError("an array of which all cells are known is needed; got one that masks some: fill them")
         floats = given.dtype.kind == "f" or not (label or self.levels)
         return torch.as_tensor(
             given.copy(), dtype=next(self.parameters()).dtype if floats else None, device=self.device
