@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 from torch._compile import _disable_dynamo
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -211,12 +212,14 @@ for _d in (1, 2, 3):
         _OPERATIONS[f"{_name.title()}Pad{_d}DBackward0"] = _cut(_operator, "self", "padding")
 
 
-def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP]], Depends, list[Node]]:
+def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP, list[Node]]], Depends, list[Node]]:
     """What was computed from x, which ``start`` has made, on the way to ``root``: each operation after those that it
-    takes from, with its vector-Jacobian product; what depends on x; and the operations that are not piecewise linear.
+    takes from, with its vector-Jacobian product, and if it is a Function those that take from it, without which it
+    knows nothing in PyTorch 2.6; what depends on x; and the operations that are not piecewise linear.
     """
     depends: Depends = {start: True, None: False}
-    order: list[tuple[Node, VJP]] = []
+    order: list[tuple[Node, VJP, list[Node]]] = []
+    users: dict[Node, list[Node]] = {}
     obstacles: list[Node] = []
     stack = [root]
     while stack:
@@ -237,16 +240,21 @@ def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP]], Depend
             depends[node] = of_x
             if of_x:
                 vjp, check = _OPERATIONS.get(type(node).__name__, (_as_recorded, _declared))
-                order.append((node, vjp))
+                order.append((node, vjp, users.setdefault(node, [])))
+                for before, _ in node.next_functions:
+                    if isinstance(before, BackwardCFunction):
+                        users.setdefault(before, []).append(node)
                 if check is not None and not check(node, depends):
                     obstacles.append(node)
     return order, depends, obstacles
 
 
-def _pull(gradients: dict[tuple[Node, int], Tensor], order: list[tuple[Node, VJP]], depends: Depends) -> None:
+def _pull(
+    gradients: dict[tuple[Node, int], Tensor], order: list[tuple[Node, VJP, list[Node]]], depends: Depends
+) -> None:
     """Carry the gradients for the last operation back to x. Forget each with all that it has saved when it is done."""
     while order:
-        node, vjp = order.pop()
+        node, vjp, _users = order.pop()
         del depends[node]
         outputs = len(node._input_metadata) if vjp is _as_recorded else 1
         given = [gradients.pop((node, output), None) for output in range(outputs)]
