@@ -213,21 +213,20 @@ def affine_coupling(
     if factor is not None:
         factor = _flat(factor, x, "factor", (moved, *x.shape[2:]) if image else (moved,))
     flat = x if x.dim() == 2 else x.reshape(rows, features * cells)
+    wanted = list(x.shape)
+    wanted[axis] = moved
     if isinstance(params, Tensor):
         interleaved = params.dim() == x.dim() + 1
-        wanted = list(x.shape)
-        wanted[axis] = moved if interleaved else 2 * moved
         if interleaved:
             wanted.append(2)
+        else:
+            wanted[axis] *= 2
         if params.shape != (*wanted,) or params.dtype is not x.dtype or params.device != x.device:
             _op.check_alike(x, "x", params=(params, tuple(wanted)))
         raw = params if params.dim() == 2 else params.reshape(rows, 2 * moved * cells)
         y, logdet = _fused(flat, raw, factor, mask, split * cells, scale, slope, interleaved, by_element, inverse)
     else:
-        wanted = list(x.shape)
-        wanted[axis] = moved
-        names = dict(zip(("params[0]", "params[1]"), ((t, tuple(wanted)) for t in params), strict=True))
-        _op.check_alike(x, "x", **names)
+        _op.check_alike(x, "x", **{f"params[{i}]": (t, tuple(wanted)) for i, t in enumerate(params)})
         first, second = (t if t.dim() == 2 else t.reshape(rows, moved * cells) for t in params)
         if mask is factor is None and not split:
             y, logdet = _pair(flat, first, second, scale, slope, by_element, inverse)

@@ -68,10 +68,6 @@ def _constant(*inputs: int) -> Check:
     return lambda node, depends: not any(depends[node.next_functions[k][0]] for k in inputs)
 
 
-def _only_first(node: Node, depends: Depends) -> bool:
-    return not any(depends[before] for before, _ in node.next_functions[1:])
-
-
 def _not_both(left: int, right: int) -> Check:
     return lambda node, depends: not (depends[node.next_functions[left][0]] and depends[node.next_functions[right][0]])
 
@@ -97,10 +93,6 @@ def _mul(node: Node, depends: Depends, g: Tensor) -> Gradients:
     left = depends[node.next_functions[0][0]]
     products = (g * node._saved_other.conj(), None) if left else (None, g * node._saved_self.conj())
     return _fit(node, depends, *products)
-
-
-def _div(node: Node, depends: Depends, g: Tensor) -> Gradients:
-    return _fit(node, depends, g / node._saved_other.conj(), None)
 
 
 def _transposed(factor: Tensor, made_by: Node) -> Tensor:
@@ -165,10 +157,6 @@ def _cut(vjp: Callable[..., Tensor], *names: str) -> tuple[VJP, None]:
     return of_node, None
 
 
-def _mlp_node(node: Node, depends: Depends, g: Tensor) -> Gradients:
-    return _mlp.input_gradient(node, g), *[None] * (len(node.next_functions) - 1)
-
-
 def _clamp(g: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     return torch.where(x.clamp(low, high) == x, g, 0)
 
@@ -178,7 +166,7 @@ _POOL = "self", "kernel_size", "stride", "padding"
 _OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass `_declared`
     "CopySlices": (_as_recorded, None),  # an operation in place on a view, which it hides
     "MulBackward0": (_mul, _not_both(0, 1)),
-    "DivBackward0": (_div, _constant(1)),
+    "DivBackward0": (lambda node, depends, g: _fit(node, depends, g / node._saved_other.conj(), None), _constant(1)),
     "MmBackward0": (_matmul("_saved_self", "_saved_mat2"), _not_both(0, 1)),
     "BmmBackward0": (_matmul("_saved_self", "_saved_mat2"), _not_both(0, 1)),
     "AddmmBackward0": (_added_matmul("_saved_mat1", "_saved_mat2"), _not_both(1, 2)),
@@ -195,7 +183,10 @@ _OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass 
     "ClampBackward1": _cut(_clamp, "self", "min", "max"),
     "ClampMinBackward0": _cut(_clamp, "self", "min"),
     "ClampMaxBackward0": _cut(lambda g, x, high: _clamp(g, x, None, high), "self", "max"),
-    "_NodeBackward": (_mlp_node, lambda node, depends: _mlp.is_chain(node) and _only_first(node, depends)),
+    "_NodeBackward": (
+        lambda node, depends, g: [_mlp.input_gradient(node, g), *[None] * (len(node.next_functions) - 1)],
+        lambda node, depends: _mlp.is_chain(node) and not any(depends[by] for by, _ in node.next_functions[1:]),
+    ),
     "AbsBackward0": _cut(lambda g, x: g * x.sgn(), "self"),
 }
 for _d in (2, 3):
@@ -554,9 +545,8 @@ def gradient_penalty(
         (), or (N,) for reduction "none".
 
     Raises:
-        ValueError: where examples are missing, or of another shape, dtype or device; where the critic does not return
-            one number per example; and for a setting outside its range.
-        NotImplementedError: in torch.export, which has no gradients within a program.
+        ValueError: where examples are missing, or of another shape, dtype or device, and for a setting outside its
+            range; and what `input_gradient` raises.
     """
     if at not in ("interpolated", "real", "fake"):
         raise ValueError(f'at must be "interpolated", "real" or "fake", got {at!r}')

@@ -130,10 +130,6 @@ def _backward_results(
     return x.new_empty(sum([t.numel() for t, wanted in zip(every, needed, strict=True) if wanted and t is not None]))
 
 
-def _backward_problem(gy: Tensor, hidden: Tensor, *given: Any) -> tuple:
-    return (*_problem(*given[:-1]), gy.contiguous(), hidden.contiguous(), given)
-
-
 def _backward_in_one(*given: Any) -> None:
     """The kernel of the gradients with its results in one tensor, as an operator must have them."""
     *problem, (x, added, _, weights, biases, gates, *_, needed), flat, device, stream = given
@@ -170,7 +166,7 @@ _gradients = _op.fused(
     "Tensor[] biases, Tensor[] gates, float slope, bool residual, bool[] needed) -> Tensor",
     formula=_backward_formula,
     results=_backward_results,
-    problem=_backward_problem,
+    problem=lambda gy, hidden, *given: (*_problem(*given[:-1]), gy.contiguous(), hidden.contiguous(), given),
     native=_CPU,
     takes=_backward_takes,
 )

@@ -161,17 +161,17 @@ def _forward_mode() -> bool:
 
 def _define(
     schema: str,
-    *,
     reference: Callable,
     results: Callable,
-    native: Callable | None,
-    triton: Callable | None,
-    module: Any,
+    problem: Callable,
+    native: Any,
+    triton: Any,
     autograd: Callable,
     check: Callable | None,
-    batched: bool = True,
+    of_gradients: bool = False,
 ) -> Kernel:
-    """Define the torch operator of a schema with a namespace, and register what runs on each device and level."""
+    """Define the torch operator of a schema with a namespace, and register what runs on each device and level: the
+    functions of the module ``native`` of its name, and of ``triton``, forward or backward."""
     namespace, _, rest = schema.partition("::")
     short = rest[: rest.index("(")]
     name = short if namespace == "genfuse" else f"{namespace}::{short}"
@@ -181,12 +181,17 @@ def _define(
     library = _schemas[name] = torch.library.Library(namespace, "FRAGMENT")
     library.define(rest)
     library.impl(short, reference, "CompositeExplicitAutograd")
-    if batched:  # vmap: by the rules of the formula's parts. Without: PyTorch goes through the batch
+    if not of_gradients:  # vmap: by the rules of the formula's parts. Without: PyTorch goes through the batch
         library.impl(short, reference, "FuncTorchBatched")
     torch.library.register_fake(f"{namespace}::{short}", results, lib=library)
     operator = getattr(getattr(torch.ops, namespace), short).default
     library.impl(short, partial(autograd, operator), "Autograd", with_keyset=True)
-    kernel = KERNELS[name] = Kernel(name, operator, reference, native, triton, module, check)
+    compiled, interpreted = getattr(native, short, None), None
+    if triton is not None:
+        module, _, forward = triton.partition(":") if isinstance(triton, str) else (triton, "", "")
+        interpreted = _triton(module, "backward" if of_gradients else forward or "forward", results, problem)
+    compiled = None if compiled is None else _native(compiled, results, problem)
+    kernel = KERNELS[name] = Kernel(name, operator, reference, compiled, interpreted, native, check)
     _register(kernel, _asked)
     return kernel
 
@@ -278,16 +283,6 @@ def fused(
         found = _tuple(gradient(*map(_widen, cotangents), *map(_widen, given)))
         return [found[i].to(given[i].dtype) for i in by]
 
-    def compiled(function: str, made: Callable, before: Callable) -> Callable | None:
-        kernel = getattr(native, function, None)
-        return None if kernel is None else _native(kernel, made, before)
-
-    def interpreted(function: str, made: Callable, before: Callable) -> Callable | None:
-        if triton is None:
-            return None
-        module, _, forward = triton.partition(":") if isinstance(triton, str) else (triton, "", "")
-        return _triton(module, (function == "forward" and forward) or function, made, before)
-
     def autograd(operator: Any, keys: Any, *given: Any) -> Any:
         """The operator above the kernels: what records a graph."""
         if _forward_mode():
@@ -308,16 +303,7 @@ def fused(
             raise ValueError(f"{short}: a tensor has fewer axes than it must have") from None
         _check_takes(short, names, given, wanted)
 
-    forward = _define(
-        schema,
-        check=takes and check,
-        reference=reference,
-        results=results,
-        native=compiled(short, results, problem),
-        triton=interpreted("forward", results, problem),
-        module=native,
-        autograd=autograd,
-    )
+    forward = _define(schema, reference, results, problem, native, triton, autograd, takes and check)
 
     if wrt:
 
@@ -345,16 +331,9 @@ def fused(
         cotangents = ", ".join(f"Tensor g{i}" for i in range(outputs))
         made = "Tensor" if wrt == 1 else f"({', '.join(['Tensor'] * wrt)})"
         backward_kernel = _define(
-            f"{name}_backward({cotangents}, {arguments}) -> {made}",
-            reference=gradient_reference,
-            results=gradient_results,
-            native=compiled(f"{short}_backward", gradient_results, gradient_problem),
-            triton=interpreted("backward", gradient_results, gradient_problem),
-            module=native,
-            autograd=gradient_autograd,
-            check=takes and gradient_check,
-            batched=False,
-        )
+            f"{name}_backward({cotangents}, {arguments}) -> {made}", gradient_reference, gradient_results,
+            gradient_problem, native, triton, gradient_autograd, takes and gradient_check, of_gradients=True,
+        )  # fmt: skip
 
     settings = len(kinds) - tensors
     if lists and backward is None:
@@ -476,12 +455,11 @@ def _check_takes(operator: str, names: Sequence[str], given: Sequence[Any], want
             device = device or t.device
             if t.shape != tuple(shape) or t.dtype is not dtype or t.device != device:
                 which = f"{name}[{i}]" if listed else name
-                must, got = ((tuple(s), d, on) for s, d, on in ((shape, dtype, device), (t.shape, t.dtype, t.device)))
-                raise ValueError(f"{operator}: {which} must be {_kind(*must)}, got {_kind(*got)}")
-
-
-def _kind(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
-    return f"of shape {shape}, {dtype}, on {device}"
+                must, got = (
+                    f"of shape {tuple(s)}, {d}, on {on}"
+                    for s, d, on in ((shape, dtype, device), (t.shape, t.dtype, t.device))
+                )
+                raise ValueError(f"{operator}: {which} must be {must}, got {got}")
 
 
 def storage(t: Tensor) -> torch.dtype:
@@ -666,14 +644,8 @@ def using(implementation: str) -> Iterator[None]:
 def available(device: str) -> list[str]:
     """The implementations that every operator which is written in them at all has on a type of device. Those whose
     compiled kernel is for the CPU alone run their formula elsewhere, and do not count there."""
-    found = {
-        i: [
-            k.find(i, device)[0]
-            for k in KERNELS.values()
-            if getattr(k, i) is not None and not (device == "cuda" and k.cpu_only)
-        ]
-        for i in ("native", "triton", "reference")
-    }
+    there = [kernel for kernel in KERNELS.values() if not (device == "cuda" and kernel.cpu_only)]
+    found = {i: [k.find(i, device)[0] for k in there if getattr(k, i)] for i in ("native", "triton", "reference")}
     return [i for i, functions in found.items() if functions and all(functions)]
 
 

@@ -72,6 +72,14 @@ def normals(seed, first, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
+def eps_of(noise, seed, first, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """The noise of elements [first, first + BLOCK), of each row if there are several: as given, or else `normals`."""
+    if noise is not None:
+        return tl.load(noise + first + tl.arange(0, BLOCK), mask, 0.0).to(tl.float64 if WIDE else tl.float32)
+    return normals(seed, first, BLOCK, ALIGNED, WIDE)
+
+
+@triton.jit
 def _words(seed, counter):
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0

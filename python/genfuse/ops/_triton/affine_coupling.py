@@ -1,5 +1,6 @@
 """Affine coupling: one program a tile of rows."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,22 +141,18 @@ def backward_kernel(
         tl.store(gshift + j.to(tl.int64) * gstep, gt.to(gx.dtype.element_ty), there)
 
 
-def forward(dtype: int, *problem: Any) -> None:
-    _launch(forward_kernel, False, *problem)
-
-
-def backward(dtype: int, *problem: Any) -> None:
-    pair = problem[9] is not None
-    _launch(backward_kernel, True, *problem, *(() if pair else (None,)))
-
-
 def _launch(
-    kernel: Any, split: bool, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor, x_stride: int,
-    theta: Tensor, theta_stride: int, step: int, shift: Tensor | None, shift_stride: int, factor: Tensor | None,
-    mask: Tensor | None, rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
+    kernel: Any, split: bool, dtype: int, kind: int, constant: float, by_element: bool, inverse: bool, x: Tensor,
+    x_stride: int, theta: Tensor, theta_stride: int, step: int, shift: Tensor | None, shift_stride: int,
+    factor: Tensor | None, mask: Tensor | None, rows: int, cols: int, first: int, moved: int, *tensors: Tensor,
 ) -> None:  # fmt: skip
     mask = None if mask is None else mask.view(torch.uint8)
-    sizes = (rows, cols, first, moved)
+    missing = (None,) if split and shift is None else ()  # the shift's own gradient
+    sizes = (*missing, rows, cols, first, moved)
     given = (x, x_stride, theta, theta_stride, step, shift, shift_stride, factor, mask, *tensors, *sizes)
     settings: dict[str, Any] = {"constant": constant, "KIND": kind, "BY_ELEMENT": by_element, "INVERSE": inverse}
     launch_rows(kernel, rows, max(moved, cols - moved), x, *given, split=split, **settings)
+
+
+forward = partial(_launch, forward_kernel, False)
+backward = partial(_launch, backward_kernel, True)

@@ -7,18 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from genfuse.ops._triton._launch import cdiv, launch, launch_rows, rows_of
-from genfuse.ops._triton._noise import normals
+from genfuse.ops._triton._noise import eps_of
 
 BLOCK = 1024
 NOISE, V, VELOCITY = (tl.constexpr(kind) for kind in (1, 2, 3))  # as math.h numbers the targets
-
-
-@triton.jit
-def _eps(noise, key, first, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """The noise of elements [first, first + BLOCK), of each row if there are several."""
-    if noise is not None:
-        return tl.load(noise + first + tl.arange(0, BLOCK), mask, 0.0).to(tl.float64 if WIDE else tl.float32)
-    return normals(key, first, BLOCK, ALIGNED, WIDE)
 
 
 @triton.jit
@@ -32,7 +24,7 @@ def forward_kernel(
     i = first + tl.arange(0, BLOCK)
     mask = i < tl.cast(rows, tl.int64) * cols
     row = i // cols
-    eps = _eps(noise, key, first, mask, BLOCK, 4, WIDE)
+    eps = eps_of(noise, key, first, mask, BLOCK, 4, WIDE)
     x = tl.load(x0 + row * x0_stride + i % cols, mask, 0.0).to(wide)
     a = tl.load(alpha + row, mask, 0.0)
     s = tl.load(sigma + row, mask, 0.0)
@@ -58,7 +50,7 @@ def backward_kernel(
     for start in range(0, cols, BLOCK):
         columns = start + tl.arange(0, BLOCK)[None, :]
         mask = here & (columns < cols)
-        eps = _eps(noise, key, row * cols + start, mask, BLOCK, ALIGNED, WIDE)
+        eps = eps_of(noise, key, row * cols + start, mask, BLOCK, ALIGNED, WIDE)
         x = tl.load(x0 + row * x0_stride + columns, mask, 0.0).to(wide)
         g = tl.load(gx_t + row * cols + columns, mask, 0.0).to(wide)
         of_alpha += g * x

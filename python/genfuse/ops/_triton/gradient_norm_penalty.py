@@ -1,5 +1,6 @@
 """The penalty on the norm of each example's gradient: one program a tile of rows."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,17 +107,13 @@ def forward(
         torch.sum(each, 0, out=penalty).mul_(weight)
 
 
-def backward(dtype: int, *problem: Any) -> None:
-    _launch(backward_kernel, True, *problem)
-
-
-def double_backward(dtype: int, *problem: Any) -> None:
-    _launch(double_backward_kernel, False, *problem)
-
-
 def _launch(
-    kernel: Any, split: bool, gradient: Tensor, stride: int, rows: int, cols: int, target: float, eps: float,
-    weight: float, one_sided: bool, summed: bool, partial: None, gpenalty: Tensor, norm: Tensor, *rest: Any,
+    kernel: Any, split: bool, dtype: int, gradient: Tensor, stride: int, rows: int, cols: int, target: float,
+    eps: float, weight: float, one_sided: bool, summed: bool, pieces: None, gpenalty: Tensor, norm: Tensor, *rest: Any,
 ) -> None:  # fmt: skip
     sizes = {"TARGET": target, "EPS": eps, "ONE_SIDED": one_sided, "MEAN": weight != 1, "SUMMED": summed}
     launch_rows(kernel, rows, cols, norm, gradient, stride, gpenalty, norm, *rest, rows, cols, split=split, **sizes)
+
+
+backward = partial(_launch, backward_kernel, True)
+double_backward = partial(_launch, double_backward_kernel, False)

@@ -1,5 +1,6 @@
 """Rational-quadratic splines: one program a row, a tile of coordinates and their bins at a time."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,16 +228,8 @@ def backward_kernel(
         tl.store(to[:, None] + 2 * BINS + k, gd.to(gparams.dtype.element_ty), keep)
 
 
-def forward(dtype: int, *problem: Any) -> None:
-    _launch(forward_kernel, *problem)
-
-
-def backward(dtype: int, *problem: Any) -> None:
-    _launch(backward_kernel, *problem)
-
-
 def _launch(
-    kernel: Any, x: Tensor, x_stride: int, free: Tensor, free_stride: int, rows: int, cols: int,
+    kernel: Any, dtype: int, x: Tensor, x_stride: int, free: Tensor, free_stride: int, rows: int, cols: int,
     bins: int, tails: int, inverse: bool, min_width: float, min_height: float, min_derivative: float,
     edge: float, damping: float, clip: float, left: float, right: float, bottom: float, top: float,
     table: Tensor | None, boxes: int, *tensors: Tensor,
@@ -249,3 +242,6 @@ def _launch(
     sides = {"left": left, "right": right, "bottom": bottom, "top": top}
     given = (x, x_stride, free, free_stride, *tensors, cols, table, boxes)
     launch(kernel, (rows,), x, *given, **sides, **settings, **sizes, damping=damping, clip=clip, BLOCK=block)
+
+
+forward, backward = partial(_launch, forward_kernel), partial(_launch, backward_kernel)

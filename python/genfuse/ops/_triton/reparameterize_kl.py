@@ -1,6 +1,7 @@
 """Reparameterised sample and its KL divergence: one program a tile of rows."""
 
 import math
+from functools import partial
 from typing import Any
 
 import triton
@@ -8,15 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfuse.ops._triton._launch import launch_rows, rows_of
-from genfuse.ops._triton._noise import normals
-
-
-@triton.jit
-def _eps(noise, seed, first, columns, mask, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """The noise of elements [first, first + BLOCK) of z, of each row."""
-    if noise is not None:
-        return tl.load(noise + first + columns, mask).to(tl.float64 if WIDE else tl.float32)
-    return normals(seed, first, BLOCK, ALIGNED, WIDE)
+from genfuse.ops._triton._noise import eps_of
 
 
 @triton.jit
@@ -37,7 +30,7 @@ def forward_kernel(
         total += 0.5 * (m * m + sigma * sigma - 1.0 - lv)
         for s in range(samples):
             first = (tl.cast(s, tl.int64) * rows + row) * cols + start
-            eps = _eps(noise, key, first, columns, mask, BLOCK, ALIGNED, WIDE)
+            eps = eps_of(noise, key, first, mask, BLOCK, ALIGNED, WIDE)
             tl.store(z + first + columns, (m + sigma * eps).to(z.dtype.element_ty), mask)
     tl.store(kl + row, tl.sum(total, 1, keep_dims=True), here)
 
@@ -58,7 +51,7 @@ def backward_kernel(
         gz_eps_sum = tl.zeros((ROWS, BLOCK), dtype)
         for s in range(samples):
             first = (tl.cast(s, tl.int64) * rows + row) * cols + start
-            eps = _eps(noise, key, first, columns, mask, BLOCK, ALIGNED, WIDE)
+            eps = eps_of(noise, key, first, mask, BLOCK, ALIGNED, WIDE)
             g = tl.load(gz + first + columns, mask, 0.0).to(dtype)
             gz_sum += g
             gz_eps_sum += g * eps
@@ -70,17 +63,14 @@ def backward_kernel(
         tl.store(glogvar + to, (0.5 * (gz_eps_sum * sigma + (gk * sigma) * sigma - gk)).to(gmu.dtype.element_ty), mask)
 
 
-def forward(dtype: int, *problem: Any) -> None:
-    _launch(forward_kernel, False, *problem)
-
-
-def backward(dtype: int, *problem: Any) -> None:
-    _launch(backward_kernel, True, *problem)
-
-
 def _launch(
-    kernel: Any, split: bool, mu: Tensor, mu_stride: int, logvar: Tensor, logvar_stride: int, seed: Tensor | None,
-    noise: Tensor | None, rows: int, cols: int, samples: int, partial: Tensor | None, *tensors: Tensor,
+    kernel: Any, split: bool, dtype: int, mu: Tensor, mu_stride: int, logvar: Tensor, logvar_stride: int,
+    seed: Tensor | None, noise: Tensor | None, rows: int, cols: int, samples: int, pieces: Tensor | None,
+    *tensors: Tensor,
 ) -> None:  # fmt: skip
     given = (mu, mu_stride, logvar, logvar_stride, seed, noise, *tensors, rows, cols, samples)
     launch_rows(kernel, rows, cols, mu, *given, ALIGNED=math.gcd(cols, 4), split=split)
+
+
+forward = partial(_launch, forward_kernel, False)
+backward = partial(_launch, backward_kernel, True)
