@@ -79,14 +79,17 @@ class Columns(nn.Module):
         self.uniforms = (mixtures + 1) * self.scores + self.choices  # that `sample` makes a draw of
 
         def keep(name: str, values: Any, dtype: torch.dtype = torch.float32) -> None:
-            self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
+            made = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+            self.register_buffer(name, made, persistent=False)
 
         most = max((len(columns[i]["knots"]) for i in numeric), default=2)
         curves = [_curve(columns[i]["knots"], columns[i]["scores"], most) for i in numeric]
         keep("numeric", numeric, torch.long)
         x, y = (torch.tensor([c[i] for c in curves], dtype=torch.float64).view(self.scores, most) for i in (0, 1))
-        buffers = {"knots": x[:, 1:-1].contiguous(), "heights": y[:, 1:-1].contiguous(),
-                   "to_scores": _lines(x, y), "to_values": _lines(y, x)}  # fmt: skip
+        keep("knots", x[:, 1:-1].contiguous())
+        keep("heights", y[:, 1:-1].contiguous())
+        keep("to_scores", _lines(x, y))
+        keep("to_values", _lines(y, x))
         keep("centre", [column["mean"] for column in columns], torch.float64)
         keep("spread", [column["std"] for column in columns], torch.float64)
         keep("low", [columns[i]["low"] for i in numeric])
@@ -102,13 +105,11 @@ class Columns(nn.Module):
         keep("place", [k for size in sizes for k in range(size)], torch.long)
         keep("share", [share / total for _, of in blocks for total in [sum(of)] for share in of])
         keep("end", [end / total for _, of in blocks for total in [sum(of)] for end in accumulate(of)])
-        buffers["halfway"] = _probit(self.end - self.share / 2)
+        keep("halfway", _probit(self.end - self.share / 2))
         for name, of in (("code_scale", self.spread), ("code_shift", self.centre)):
-            buffers[name] = torch.where(category, of[self.block_of], 0.0)
-        buffers["most"] = torch.where(category, self.missing - 1, 0)
-        buffers["gone"] = self.missing.minimum(self.last)
-        for name, values in buffers.items():
-            self.register_buffer(name, values, persistent=False)
+            keep(name, torch.where(category, of[self.block_of], 0.0))
+        keep("most", torch.where(category, self.missing - 1, 0))
+        keep("gone", self.missing.minimum(self.last))
         owners = {column: b for b, (column, _) in enumerate(blocks)}
         keep("indicated", [i for i, c in enumerate(numeric) if c in owners], torch.long)
         keep("indicator", [owners[c] for c in numeric if c in owners], torch.long)

@@ -8,14 +8,8 @@ from torch import Tensor, nn
 
 from genfuse import ops
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import (
-    MLPConditioner,
-    ResidualMLP,
-    output_layer,
-    soft_slope,
-    spline_settings,
-    start_spline,
-)
+from genfuse.nn import _conditioners
+from genfuse.nn._conditioners import MLPConditioner, ResidualMLP, output_layer
 from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Transform
 from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
@@ -126,7 +120,7 @@ class AffineCoupling(Coupling):
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         where = self.split if self.mask is None else self.mask
-        slope = soft_slope(self.scale, 2)
+        slope = _conditioners.soft_slope(self.scale, 2)
         if network := self.network(x, context):
             return ops.affine_layer(x, network, self.split, scale=self.scale, slope=slope, inverse=inverse)
         return affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
@@ -173,10 +167,10 @@ class SplineCoupling(Coupling):
     def __init__(
         self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0, damped: bool = False
     ) -> None:
-        settings = spline_settings(bins, bound)
+        settings = _conditioners.spline_settings(bins, bound)
         self.parameters_each = settings.params  # 3 bins - 1
         super().__init__(conditioner, split=split)
-        damping = start_spline(conditioner, settings, damped)
+        damping = _conditioners.start_spline(conditioner, settings, damped)
         self.spline = settings._replace(damping=damping)
         self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": damping}
 

@@ -130,16 +130,6 @@ class _Block(nn.Module):
         return self.attention(self.second(inner).add_(self.skip(h)))
 
 
-class _Halve(nn.Conv2d):
-    """Height and width halved, rounding up."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(h)
-
-
 class UNet(nn.Module):
     """A U-Net as of arXiv 2006.11239, appendix B: residual blocks that see the noise level, on ever smaller images and
     back, where each sees what the way down made of images of its size.
@@ -167,8 +157,9 @@ class UNet(nn.Module):
         passed = [(0, channels[0])]  # scale and width of what the way down leaves for the way up
         for scale, width in enumerate(channels):
             if scale:
-                self.down.append(_Halve(passed[-1][1]))
-                passed.append((scale, passed[-1][1]))
+                before = passed[-1][1]
+                self.down.append(nn.Conv2d(before, before, 3, stride=2, padding=1))  # halves the sides, rounding up
+                passed.append((scale, before))
             for _ in range(blocks):
                 self.down.append(_Block(passed[-1][1], width, embedded, dropout, scale in attention))
                 passed.append((scale, width))
@@ -188,7 +179,7 @@ class UNet(nn.Module):
             x = x.clone(memory_format=torch.channels_last)
         passed = [self.first(x)]
         for layer in self.down:
-            passed.append(layer(passed[-1], embedded))
+            passed.append(layer(passed[-1]) if isinstance(layer, nn.Conv2d) else layer(passed[-1], embedded))
         h = self.middle(passed[-1], embedded)
         for layer in self.up:
             left = passed.pop()

@@ -12,7 +12,6 @@ are made, each twice the one before, up to 8 times the first.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ SLOPE = 0.2  # of leaky ReLUs
 WIDEST = 8  # times the width at the finest resolution
 
 Image = tuple[int, int, int]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class Generator(MLP):
@@ -66,7 +64,13 @@ def dcgan_generator(inputs: int, shape: Image, channels: Sequence[int]) -> Gener
             nn.ReLU(inplace=True),
         ]
     layers.append(nn.ConvTranspose2d(widths[-1], shape[0], 4, stride=2, padding=1))
-    return _small_weights(Generator(*layers, Crop(shape[1:])))
+    network = Generator(*layers, Crop(shape[1:]))
+    for module in network.modules():  # arXiv 1511.06434, section 4
+        if isinstance(module, nn.ConvTranspose2d | nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+    return network
 
 
 def dcgan_critic(shape: Image, channels: Sequence[int], layer_norm: bool = False, context: int = 0) -> nn.Sequential:
@@ -252,13 +256,3 @@ def _widths(channels: Sequence[int], count: int) -> list[int]:
 
 def _start(inputs: int, width: int, base: tuple[int, int]) -> list[nn.Module]:
     return [nn.Linear(inputs, width * math.prod(base)), nn.Unflatten(1, (width, *base))]
-
-
-def _small_weights(network: Network) -> Network:
-    """Weights with standard deviation 0.02 around 0, of batch norm around 1: arXiv 1511.06434, section 4."""
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, 0.0, 0.02)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, 0.02)
-    return network
