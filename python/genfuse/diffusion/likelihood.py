@@ -53,7 +53,7 @@ def log_prob(
     exact = x.shape[1:].numel() <= EXACT if exact is None else exact
     keys = noise_keys(x, generator)
     values = [
-        _flow_log_prob(denoiser, x, sigma_min, sigma_max, prior, None if exact else next(keys), tolerance)
+        _flow_log_prob(denoiser, x, (sigma_min, sigma_max), prior, None if exact else next(keys), tolerance)
         for _ in range(1 if exact else _at_least_one(draws))
     ]
     value, error = _mean_and_error(values)
@@ -87,7 +87,7 @@ def elbo(
     for _ in range(_at_least_one(draws)):
         x_s, eps = noisy(x, s, next(keys))
         log_q = standard_normal_log_prob(eps.flatten(1)) - x.shape[1:].numel() * math.log(s)
-        log_p = _flow_log_prob(denoiser, x_s, s, sigma_max, prior, None if exact else next(keys), tolerance)
+        log_p = _flow_log_prob(denoiser, x_s, (s, sigma_max), prior, None if exact else next(keys), tolerance)
         values.append(log_p + decoder_log_prob(x, denoiser(x_s, s), s, levels) - log_q)
     return _mean_and_error(values)
 
@@ -160,13 +160,7 @@ def decoder_log_prob(x: Tensor, denoised: Tensor, sigma: float, levels: int | No
 
 
 def _flow_log_prob(
-    denoiser: Denoise,
-    x: Tensor,
-    sigma_min: float,
-    sigma_max: float,
-    prior: Prior | None,
-    key: Tensor | None,
-    tolerance: float,
+    denoiser: Denoise, x: Tensor, sigmas: tuple[float, float], prior: Prior | None, key: Tensor | None, tolerance: float
 ) -> Tensor:
     """log p(x; sigma_min), (N,), with the exact trace or Hutchinson's estimate under a key.
 
@@ -178,6 +172,7 @@ def _flow_log_prob(
         return x.new_zeros(0)
     known = x.isfinite().flatten(1).all(1)  # the solver would find no step for the other rows
     x = x.where(known.view(-1, *[1] * (x.dim() - 1)), 0.0)
+    sigma_min, sigma_max = sigmas
     probe = None if key is None else noisy(x, 1.0, key)[1].sign()
 
     def change(log_sigma: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

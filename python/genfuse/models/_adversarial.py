@@ -8,18 +8,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from typing_extensions import Self
 
 from genfuse import nn as blocks
 from genfuse.errors import SettingsError
-from genfuse.models._base import (
-    Batch,
-    GenerativeModel,
-    ModelConfig,
-    Player,
-    between,
-    check_at_least,
-    check_choices,
-)
+from genfuse.models import _base
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
 from genfuse.nn import EMA, Columns
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, scores_and_penalty, transformed
@@ -51,11 +45,11 @@ class AdversarialConfig(ModelConfig):
     blocks: int = 4  # given an image: residual blocks of the generator; the critic is dcgan or resnet, as network says
     adversarial_weight: float = 5e-3  # given an image: of the critic's say, beside squared error; 0: trains no critic
     pac: int = 1  # mlp: examples that the critic sees side by side, by which it notices those that repeat (PacGAN)
+    _positive: ClassVar[tuple[str, ...]] = ("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
-        check_at_least(self, adversarial_weight=0)
+        _base.check_at_least(self, adversarial_weight=0)
         if self.network != "mlp" and (self.pac > 1 or self.columns is not None):
             raise SettingsError(f"network {self.network!r} sees single images: use network 'mlp' for tables or pac")
         check_training(self)
@@ -84,10 +78,10 @@ def check_training(of: Any) -> None:
     """Raise SettingsError unless a model, or its settings, can be trained as its attributes say."""
     if of.n_critic < 1:
         raise SettingsError(f"n_critic must be at least 1 update of the critic per round, got {of.n_critic}")
-    check_at_least(of, ema=0, below=1)
+    _base.check_at_least(of, ema=0, below=1)
     if hasattr(of, "penalty"):
-        check_choices(of, penalty=Penalty)
-        check_at_least(of, penalty_weight=0)
+        _base.check_choices(of, penalty=Penalty)
+        _base.check_at_least(of, penalty_weight=0)
         if of.one_sided and of.penalty != "gradient":
             raise SettingsError(f"one_sided is of penalty 'gradient', got penalty {of.penalty!r}: leave it out")
 
@@ -116,17 +110,12 @@ class AdversarialModel(GenerativeModel):
             if there is an ``embedding``.
         critic: x -> (N, 1) or (N,); critic(x, context) with an ``embedding``. It is shown discrete data as 2x - 1.
         objective: what the two minimise.
-        latent_dim: D.
+        latent_dim, n_critic, ema, penalty_weight, one_sided, bound: as the settings.
         shape: of one example, if it is to be checked.
         levels: of discrete data, whose examples are in [0, 1]; None for real-valued data.
-        n_critic: updates of the critic for one of the generator.
-        ema: samples are of the generator's weights averaged over its updates with this decay; 0: of the last ones.
         penalty: on the norm of the critic's gradient |grad D|: ``gradient`` (|.| - 1)^2 between real and generated
             examples (arXiv 1704.00028), ``r1`` |.|^2 / 2 at real ones (arXiv 1801.04406), ``r1r2`` the same at
             generated ones too (arXiv 2501.05441), or ``none``.
-        penalty_weight: its weight.
-        one_sided: of ``gradient``: only norms above 1 pay.
-        bound: a critic's loss beyond it, above or below 0, is warned of by the trainer.
         pac: examples that the critic sees side by side (arXiv 1712.04086): it is then given (N / pac, pac * cells).
         columns: of a table whose columns are not all numbers: the generator then puts out (N, ``columns.width``), of
             which `genfuse.nn.Columns.activate` makes examples, and the critic sees such.
@@ -176,6 +165,18 @@ class AdversarialModel(GenerativeModel):
         self.averaged_embedding = EMA(embedding, ema) if embedding is not None and ema and learned else None
 
     @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """The model of these settings, with networks of ours."""
+        names = ["latent_dim", "n_critic", "ema", "bound", "pac", *(["adversarial_weight"] if config.given else [])]
+        names += [name for name in ("penalty", "penalty_weight", "one_sided", "clip") if hasattr(config, name)]
+        given = {name: getattr(config, name) for name in names}
+        if hasattr(config, "loss"):
+            given["objective"] = config.loss
+        columns = None if config.columns is None else Columns(config.columns)
+        generator = _generator(config, columns)  # first, by which seeds make the same weights as ever
+        return cls(generator, _critic(config, columns), columns=columns, config=config, **given)
+
+    @classmethod
     def current(cls, settings: dict[str, Any]) -> dict[str, Any]:
         channels = settings.get("channels", (64,))
         return {**settings, "channels": (channels,)} if isinstance(channels, int) else settings
@@ -194,8 +195,7 @@ class AdversarialModel(GenerativeModel):
         """The mean of the player's part of the objective. Terms: `critic_terms`; of the generator its `diversity`,
         or of one that restores images its ``squared_error``, in [-1, 1].
 
-        Raises DataError if x is not (N, *shape), or y not as `context_of` takes it, and SettingsError if the critic
-        does not return one number for each example.
+        Raises SettingsError if the critic does not return one number for each example.
         """
         self.settle()
         if player not in (self.critic_name, "generator"):
@@ -266,7 +266,7 @@ class AdversarialModel(GenerativeModel):
         super().after_step(player)
 
     def latents(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """n draws z ~ N(0, I), (n, D). A seeded generator may be on any device: its own decides the draws."""
+        """n draws z ~ N(0, I), (n, D)."""
         where = self.device if generator is None else generator.device
         z = torch.randn(n, self.latent_dim, device=where, generator=generator)
         return z.to(next(self.parameters()))
@@ -284,8 +284,7 @@ class AdversarialModel(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """n draws, (n, *shape). ``y`` are the labels (n,) or the context (n, C) of a conditional model, or one for all;
-        labels that are left out are drawn."""
+        """n draws, (n, *shape)."""
         self._settle_averages()
         z = self.latents(n, generator=generator)
         return self._decode(z, self.draw_context(n, y, generator, **self._embedding()), generator=generator)
@@ -305,7 +304,7 @@ class AdversarialModel(GenerativeModel):
         An arc, since the samples of a line's middle would be nearer to the origin than almost all that G has seen
         (arXiv 1609.04468). Raises SettingsError for fewer than two steps.
         """
-        return torch.stack([self.decode(each, y) for each in between(a, b, steps, arc=True)])
+        return torch.stack([self.decode(each, y) for each in _base.between(a, b, steps, arc=True)])
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         found = {}
@@ -401,44 +400,22 @@ def diversity(x: Tensor, real: Tensor, most: int = 64) -> Tensor:
     return (near[0] + tiny) / (near[1] + tiny)
 
 
-def options(config: AdversarialConfig) -> dict[str, Any]:
-    """The settings that `AdversarialModel` takes by the same names."""
-    names = ["latent_dim", "n_critic", "ema", "bound", "pac"]
-    if isinstance(config, PenaltyConfig):
-        names += ["penalty", "penalty_weight", "one_sided"]
-    columns = None if config.columns is None else Columns(config.columns)
-    if config.given:
-        names.append("adversarial_weight")
-    return {"config": config, "columns": columns, **{name: getattr(config, name) for name in names}}
-
-
-def networks(config: AdversarialConfig) -> tuple[nn.Module, nn.Module]:
-    """Generator and critic. Raises SettingsError for channels that do not fit the resolutions of the images."""
-    generator = _generator(config)  # first, by which seeds make the same weights as ever
-    return generator, _critic(config)
-
-
-def _cells(config: AdversarialConfig) -> tuple[int, ...]:
-    """The shape of an example as the networks see it."""
-    return config.shape if config.columns is None else (Columns(config.columns).width,)
-
-
-def _generator(config: AdversarialConfig) -> nn.Module:
+def _generator(config: AdversarialConfig, columns: Columns | None) -> nn.Module:
     inputs = config.latent_dim + config.context
     if config.given:
         factor = config.shape[1] // config.given[1]
         return blocks.Restorer(config.given[0], config.shape[0], factor, config.channels[0], config.blocks)
     if config.network == "mlp":
-        return blocks.mlp_generator(inputs, _cells(config), config.hidden)
+        return blocks.mlp_generator(inputs, config.shape if columns is None else (columns.width,), config.hidden)
     channels, height, width = config.shape
     make = blocks.dcgan_generator if config.network == "dcgan" else blocks.resnet_generator
     return make(inputs, (channels, height, width), config.channels)
 
 
-def _critic(config: AdversarialConfig) -> nn.Module:
+def _critic(config: AdversarialConfig, columns: Columns | None) -> nn.Module:
     context = config.given[0] + 1 if config.given else config.context
     if config.network == "mlp" and not config.given:
-        cells = config.pac * (math.prod(_cells(config)) + config.context)
+        cells = config.pac * ((config.dimensions if columns is None else columns.width) + config.context)
         critic = blocks.mlp_critic(cells, config.hidden[::-1], config.layer_norm)
     else:
         channels, height, width = config.shape

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import repeat
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, runtime_checkable
 
 import numpy as np
@@ -56,6 +57,7 @@ class ModelConfig:
     seen_labels: tuple[int, ...] | None = None  # that training examples have, if not all; taken from the data
     condition: int = 0  # numbers that are given with each example: the model is p(x | these); taken from the data
     columns: tuple[dict[str, Any], ...] | None = None  # of tables: for `genfuse.nn.Columns`; taken from the data
+    _positive: ClassVar[tuple[str, ...]] = ()  # of a class: its settings that are above 0 and finite
 
     def __post_init__(self) -> None:
         if not self.shape or any(size < 1 for size in self.shape):
@@ -66,9 +68,9 @@ class ModelConfig:
             raise SettingsError(f"condition must be at least 0 numbers, got {self.condition}")
         if self.conditional and not self.condition and not self.classes:
             raise SettingsError("conditional needs labels, classes of 1 or more, and there are none: leave it out")
-        self.check_choices(
-            **{each.name: each.type for each in dataclasses.fields(self) if get_origin(each.type) is Literal}
-        )
+        literals = {each.name: each.type for each in dataclasses.fields(self) if get_origin(each.type) is Literal}
+        self.check_choices(**literals)
+        self.check_positive(*(name for cls in type(self).__mro__ for name in vars(cls).get("_positive", ())))
 
     def check_positive(self, *names: str) -> None:
         """Raise SettingsError unless these settings, numbers or tuples of them, are above 0 and finite."""
@@ -210,15 +212,18 @@ class GenerativeModel(nn.Module):
     `Reconstructs`, `DrawsLatents`, `HasPosterior` and `HasTrajectory`.
 
     Verbs take numpy's arrays too, and then return arrays. A conditional model is p(x | y). Every verb then takes ``y``:
-    labels (N,), integers, or a context (N, C), floats.
+    labels (N,), integers, or a context (N, C), floats; those that draw also one of them for all, and draw labels that
+    are left out. A seeded generator may be on any device: its own decides the draws.
 
-    Raises SettingsError from `from_config` for settings that no model can be made of.
+    Raises SettingsError from `from_config` for settings that no model can be made of. Verbs raise DataError for x that
+    `checked`, and y that `context_of` refuses.
     """
 
     genfuse_api: ClassVar[int] = plugins.API
     Config: ClassVar[type]
     moved: ClassVar[Mapping[str, str]] = {}  # {how names in the state_dict began in former versions: how they do now}
     loss_unit: ClassVar[str] = "nats per example"  # of what `loss` returns, as pictures name it
+    _of_levels: ClassVar[bool] = False  # whether its likelihood depends on the levels of the data
     usual_steps: int = 4000  # of all players together, that a training takes if nobody says how many
     plugin: str | None = None  # what the user typed to make it
     config: Any  # the settings that it was made of; None if its networks were given
@@ -534,6 +539,8 @@ class GenerativeModel(nn.Module):
         if self.conditional and data.classes is not None and classes is not None and data.classes > classes:
             made_for = f"but the model was made for labels 0..{classes - 1}"
             raise unlike(data, f"has labels up to {data.classes - 1}, {made_for}")
+        if self._of_levels:
+            self.check_levels(data)
 
     def check_levels(self, data: Dataset) -> None:
         """For `check_data` of a model whose likelihood depends on them: raise SettingsError if they are others."""
@@ -676,6 +683,11 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)))
         yield
+
+
+def split(rows: int, *each: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """At most ``rows`` at a time of tensors (N, ...), of which the first is not None."""
+    return zip(*(repeat(None) if tensor is None else tensor.split(rows) for tensor in each), strict=False)
 
 
 def between(a: Tensor, b: Tensor, steps: int, *, arc: bool) -> Tensor:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from genfuse.data import Batch, Dataset
+from genfuse.data import Batch
 from genfuse.diffusion import Denoiser, drop_rows, likelihood, samplers
 from genfuse.errors import SettingsError
-from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, check_at_least, transformed
+from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, check_at_least, split, transformed
 from genfuse.nn import EMA, Columns, DenoisingMLP, Features, OneHot, UNet, in_tiles
 from genfuse.ops import philox
 
@@ -40,10 +40,10 @@ class DiffusionConfig(ModelConfig):
     lr: float = 1e-3  # Adam's learning rate
     ema: float = 0.999  # decay of the moving average of the weights that everything but training uses
     given: tuple[int, ...] | None = None  # (C, h, w) of the image that is given with each; taken from the data
+    _positive: ClassVar[tuple[str, ...]] = ("hidden", "channels", "blocks", "lr")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("hidden", "channels", "blocks", "lr")
         if not self.channels:
             raise SettingsError("channels must hold at least one width, got ()")
         if len(set(self.hidden)) != 1:
@@ -95,6 +95,7 @@ class DiffusionModel(GenerativeModel):
     several kinds as `genfuse.nn.Columns` encodes them. Densities are in nats; of such tables there are none.
     """
 
+    _of_levels = True
     loss_unit: ClassVar[str] = "per cell, without unit"
     moved = {
         "network.": "denoiser.network.",
@@ -177,10 +178,6 @@ class DiffusionModel(GenerativeModel):
     def sigma_schedule(self, steps: int) -> list[float]:
         """The noise levels of a sampler: ``steps`` of them, falling from the largest, and 0."""
         raise NotImplementedError(f"{type(self).__name__} has no noise levels to sample at")
-
-    def check_data(self, data: Dataset) -> None:
-        super().check_data(data)
-        self.check_levels(data)
 
     def players(self) -> list[Player]:
         embedding = [] if self.embedding is None else self.embedding.parameters()
@@ -301,9 +298,7 @@ class DiffusionModel(GenerativeModel):
             return in_tiles(lambda y, x: denoiser(x, sigma, y, guidance=guidance), context, x)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            contexts = [None] * len(x.split(rows)) if context is None else context.split(rows)
-            pairs = zip(x.split(rows), contexts, strict=True)
-            x0 = torch.cat([denoised(part, sigma, c) for part, c in pairs])
+            x0 = torch.cat([denoised(part, sigma, c) for part, c in split(rows, x, context)])
             return x0 if self.levels is None else x0.clamp(-1, 1)
 
         mean, std = self._prior(sigmas[0])

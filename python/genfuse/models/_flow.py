@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import repeat
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from genfuse import nn as blocks
 from genfuse.data import Batch, Dataset
 from genfuse.errors import SettingsError
 from genfuse.flows import Flow, StandardNormal
-from genfuse.models._base import GenerativeModel, ModelConfig, check_at_least, seeded
+from genfuse.models._base import GenerativeModel, ModelConfig, check_at_least, seeded, split
 from genfuse.nn import Columns, OneHot, Transform
 
 Dequantization = Literal["uniform", "variational"]
@@ -97,7 +96,7 @@ class FlowModel(GenerativeModel):
 
     Config: ClassVar[type] = FlowConfig
     flow_class: ClassVar[Callable[..., Flow]]
-    usual_steps = 4000
+    _of_levels = True
     borrows = True
     former: ClassVar[dict[str, Any]] = {}  # settings that runs of former versions lack, as they were then
 
@@ -156,10 +155,6 @@ class FlowModel(GenerativeModel):
             return ("elbo",)
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
 
-    def check_data(self, data: Dataset) -> None:
-        super().check_data(data)
-        self.check_levels(data)
-
     def doubts(self, data: Dataset) -> Iterator[str]:
         cells = math.prod(data.shape)
         if data.is_image and cells > FEW and not any(isinstance(part, nn.Conv2d) for part in self.flow.modules()):
@@ -190,10 +185,11 @@ class FlowModel(GenerativeModel):
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x), exact, (N,) nats. If the data is discrete, x are dequantised values in [0, 1); of a table with
         columns of several kinds it is a lower bound, `elbo`."""
-        if self.columns is not None:
-            return self.elbo(x, y)
+        return self.elbo(x, y) if self.columns is not None else self._log_prob(self.checked(x), y)
+
+    def _log_prob(self, x: Tensor, y: Tensor | None) -> Tensor:
         context = self.context_of(y, len(x))
-        z, logdet = self._to_base(self.checked(x), context)
+        z, logdet = self._to_base(x, context)
         return self.flow.base_log_prob(z, logdet, context)
 
     def _to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -209,15 +205,11 @@ class FlowModel(GenerativeModel):
 
         Raises SettingsError for a model of real-valued data, which has `log_prob`.
         """
-        if self.columns is not None:
-            context = self.context_of(y, len(x))
-            v, log_weight = self.columns.dequantize(self.checked(x), generator)
-            z, logdet = self.flow.transform(v, context)
-            return self.flow.base_log_prob(z, logdet, context) + log_weight
-        if self.dequantize is None:
+        dequantize = self.dequantize if self.columns is None else self.columns.dequantize
+        if dequantize is None:
             raise SettingsError("elbo is for discrete data; the model is of real-valued data: use log_prob")
-        v, log_weight = self.dequantize(self.checked(x), generator)
-        return self.log_prob(v, y) + log_weight
+        v, log_weight = dequantize(self.checked(x), generator)
+        return self._log_prob(v, y) + log_weight
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """-elbo / (D ln 2), (N,): bits that each of the D cells, of ``levels`` levels, costs (arXiv 1511.01844)."""
@@ -290,38 +282,26 @@ class FlowModel(GenerativeModel):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n draws, (n, *shape), of latents with standard deviation ``temperature``; 1 is the model itself.
-
-        ``y`` are the labels of a conditional model, (n,), or contexts (n, C), or one of them for all; labels that are
-        left out are drawn uniformly.
-        """
-        z, context = self._draw(n, y, temperature, generator)
+        """n draws, (n, *shape), of latents with standard deviation ``temperature``; 1 is the model itself."""
+        z, context = self._draw(n, temperature, y, generator)
         rows = max(1, 2**22 // z[0].numel()) if n else 1
-        contexts = repeat(None) if context is None else context.split(rows)
-        return torch.cat([self._decode(*part) for part in zip(z.split(rows), contexts, strict=False)])
+        return torch.cat([self._decode(*part) for part in split(rows, z, context)])
 
     @torch.no_grad()
-    def sample_and_log_prob(
-        self,
-        n: int,
-        *,
-        y: Tensor | Sequence[float] | int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def sample_and_log_prob(self, n: int, *, temperature: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
         """Draws as `sample` makes them, and the log-density of what they were drawn from, (n,) nats, in the same pass.
 
         Raises SettingsError for discrete data, whose log-probability has only bounds: use sample and elbo.
         """
         if self.dequantize is not None or self.columns is not None:
             raise SettingsError("sample_and_log_prob is for real-valued data; of discrete data use sample, then elbo")
-        z, context = self._draw(n, y, temperature, generator)
+        z, context = self._draw(n, temperature, **options)
         x, logdet = self.flow.transform.inverse(z, context)
         scaled = self.flow.base_log_prob(z / temperature, -logdet, context)
         return x, scaled - z[0].numel() * math.log(temperature) if n else scaled
 
     def _draw(
-        self, n: int, y: Tensor | Sequence[float] | int | None, temperature: float, generator: torch.Generator | None
+        self, n: int, temperature: float, y: Any = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Latents, and the context."""
         if not 0 < temperature < math.inf:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from genfuse.diffusion import Denoiser, likelihood, schedules
 from genfuse.errors import SettingsError
-from genfuse.models._base import check_at_least
 from genfuse.models._diffusion import DiffusionConfig, DiffusionModel
 
 Prediction = Literal["noise", "x0", "v"]
@@ -25,7 +24,8 @@ class DDPMConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, timesteps=2)
+        if self.timesteps < 2:
+            raise SettingsError(f"timesteps must be at least 2, got {self.timesteps}")
 
 
 class DDPM(DiffusionModel):
@@ -71,14 +71,7 @@ class DDPM(DiffusionModel):
         return schedules.ddpm(steps, self.schedule, self.timesteps)
 
     def elbo_and_error(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        bound: Literal["variational", "flow"] = "variational",
-        strata: int = 25,
-        generator: torch.Generator | None = None,
-        **options: Any,
+        self, x: Tensor, y: Tensor | None = None, *, bound: str = "variational", **options: Any
     ) -> tuple[Tensor, Tensor]:
         """A lower bound of log p(x), of discrete x log P(x), and the standard error of its estimate, (N,) nats each.
 
@@ -89,18 +82,11 @@ class DDPM(DiffusionModel):
         """
         self._check_density()
         if bound == "flow":
-            return super().elbo_and_error(x, y, generator=generator, **options)
-        if bound != "variational" or options or strata < 1:
+            return super().elbo_and_error(x, y, **options)
+        if bound != "variational" or options.keys() - {"strata", "generator"} or options.get("strata", 1) < 1:
             raise SettingsError(
-                f"bound must be variational, with strata of at least 1, or flow, with its options; got {bound!r}, "
-                f"strata {strata} and {options}"
+                "bound must be variational, with strata of at least 1, or flow, with its options; got "
+                f"{bound!r} and {options}"
             )
-        return likelihood.variational_bound(
-            self._given(y, len(x)),
-            self._inward(x),
-            self.sigmas,
-            levels=self.levels,
-            prior=self._prior(self.sigma_max),
-            strata=strata,
-            generator=generator,
-        )
+        known = {"levels": self.levels, "prior": self._prior(self.sigma_max), **options}
+        return likelihood.variational_bound(self._given(y, len(x)), self._inward(x), self.sigmas, **known)

@@ -39,13 +39,9 @@ class EDMConfig(DiffusionConfig):
 
 
 class EDM(DiffusionModel):
-    """The paper's preconditioning, loss weights, training noise, schedule and sampler (its table 1).
+    """The paper's preconditioning (see `genfuse.diffusion.Denoiser`), loss weights, training noise, schedule and
+    sampler (its table 1).
 
-        D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)
-        c_skip      = sigma_data^2 / (sigma^2 + sigma_data^2)
-        c_out       = -sigma sigma_data / sqrt(sigma^2 + sigma_data^2)
-        c_in        = 1 / sqrt(sigma^2 + sigma_data^2)
-        c_noise     = log(sigma / sigma_data)
         log sigma   ~ N(P_mean, P_std^2)               in training
         loss        = E |D - x0|^2 / c_out^2
 

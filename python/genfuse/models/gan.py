@@ -6,10 +6,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from genfuse.errors import SettingsError
-from genfuse.models._adversarial import AdversarialModel, Penalty, PenaltyConfig, networks, options
+from genfuse.models._adversarial import AdversarialModel, Penalty, PenaltyConfig
 from genfuse.models._adversarial import Objective as Objective
 from genfuse.models._base import adam
 
@@ -113,10 +112,6 @@ class GAN(AdversarialModel):
                 )
             objective = OBJECTIVES[objective]
         super().__init__(generator, critic, objective, **options)
-
-    @classmethod
-    def from_config(cls, config: GANConfig) -> Self:
-        return cls(*networks(config), config.loss, **options(config))  # type: ignore[arg-type]
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """The mean of D for real and generated examples: a probability with the objectives on logits."""

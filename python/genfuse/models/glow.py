@@ -21,10 +21,10 @@ class GlowConfig(NetworkConfig):
     scales: int = 2  # conv: each halves height and width; at its end half of the cells leave, but for the last
     channels: tuple[int, ...] = (32,)  # conv: width of each coupling's network, one number
     hidden: tuple[int, ...] = (256, 256)  # mlp: widths of each coupling's network
+    _positive = ("steps", "scales", "channels", "hidden")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("steps", "scales", "channels", "hidden")
         check_network(self.shape, self.network)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfuse.data import Dataset
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
 from genfuse.nn import Columns, ConvConditioner, ResidualMLP, Squeeze
@@ -29,10 +28,10 @@ class IDFConfig(ModelConfig):
     mixtures: int = 5  # logistic densities of the prior of a cell
     channels: tuple[int, ...] = (32,)  # images: width of each residual block of a network, all the same
     hidden: tuple[int, ...] = (128, 128)  # vectors: width of each residual block of a network, all the same
+    _positive = ("mixtures", "channels", "hidden")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("mixtures", "channels", "hidden")
         if self.levels is None and self.columns is None:
             raise SettingsError("idf is a flow of integers, and the data is of real numbers: use nsf, or another flow")
         if min(self.couplings, self.scales) < 0:
@@ -74,6 +73,7 @@ class IDF(GenerativeModel):
 
     Config = IDFConfig
     usual_steps = 3000
+    _of_levels = True
     sizes: Tensor  # levels of each column, or (1,)
 
     def __init__(self, config: IDFConfig) -> None:
@@ -100,10 +100,6 @@ class IDF(GenerativeModel):
 
     def players(self) -> list[Player]:
         return [Player("model", self.parameters(), adam(3e-3))]
-
-    def check_data(self, data: Dataset) -> None:
-        super().check_data(data)
-        self.check_levels(data)
 
     @property
     def likelihoods(self) -> tuple[str, ...]:

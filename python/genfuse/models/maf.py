@@ -15,10 +15,7 @@ class MAFConfig(NetworkConfig):
     hidden: tuple[int, ...] = (256, 256)  # widths of each MADE's hidden layers
     scale: Scale = "softclip"  # how the log-scales are bounded
     actnorm: bool = True  # normalise activations between layers, where the paper has batch normalisation
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("layers", "hidden")
+    _positive = ("layers", "hidden")
 
 
 class MAF(FlowModel):

@@ -15,10 +15,10 @@ class _SplineConfig(NetworkConfig):
     bins: int = 8  # of each spline
     bound: float = 3.0  # the splines are in [-bound, bound], and the identity outside
     damped: bool = False  # divide raw widths and heights by the square root of the networks' width
+    _positive = ("layers", "bins", "bound", "hidden")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("layers", "bins", "bound")
         if self.bins == 1:
             raise SettingsError("bins must be at least 2: of a spline with one bin nothing is left to learn; got 1")
         if self.bins > 1000:
@@ -38,7 +38,6 @@ class NSFConfig(_SplineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("hidden")
         check_at_least(self, dropout=0, below=1)
 
 
@@ -47,10 +46,6 @@ class NSFARConfig(_SplineConfig):
     """Settings of an autoregressive spline flow, RQ-NSF (AR). Raises SettingsError for values outside their range."""
 
     hidden: tuple[int, ...] = (256, 256)  # widths of each MADE's hidden layers
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("hidden")
 
 
 class NSF(FlowModel):

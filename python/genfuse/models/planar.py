@@ -14,10 +14,7 @@ class PlanarConfig(FlowConfig):
     """Settings of a planar or radial flow. Raises SettingsError for values outside their range."""
 
     layers: int = 32  # each bends space along one direction, or around one point
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("layers")
+    _positive = ("layers",)
 
 
 class PlanarFlow(FlowModel):

@@ -29,10 +29,10 @@ class RealNVPConfig(NetworkConfig):
     interleaved: bool = True  # mlp, images: the halves are the colours of a checkerboard
     scales: int = 2  # conv: how many; between two, height and width are halved and half of the cells leave
     channels: tuple[int, ...] = (64, 64)  # conv: width of each residual block of a coupling's network, all the same
+    _positive = ("layers", "hidden", "scales", "channels")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("layers", "hidden", "scales", "channels")
         check_network(self.shape, self.network)
 
 

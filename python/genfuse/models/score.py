@@ -24,10 +24,10 @@ class ScoreConfig(DiffusionConfig):
     sigmas: int = 200  # noise levels in training, in a geometric sequence
     sigma_min: float = 0.01  # the smallest
     sigma_max: float = 50.0  # the largest; some times the distances between examples
+    _positive = ("sigma_min", "sigma_max")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("sigma_min", "sigma_max")
         check_at_least(self, sigmas=2)
         if self.sigma_min >= self.sigma_max:
             raise SettingsError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")

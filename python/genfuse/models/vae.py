@@ -2,10 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -17,18 +16,8 @@ from typing_extensions import Self
 from genfuse import nn as blocks
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
-from genfuse.models._base import (
-    Batch,
-    GenerativeModel,
-    ModelConfig,
-    Player,
-    adam,
-    between,
-    check_at_least,
-    check_choices,
-    seeded,
-    unlike,
-)
+from genfuse.models import _base
+from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
 from genfuse.nn import Columns, Composite, Transform, WithContext, mlp
 from genfuse.nn.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Gaussian, Likelihood, at_least_float32
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
@@ -47,8 +36,8 @@ DISCRETE = {Bernoulli: "bernoulli", Categorical: "categorical", DiscretizedLogis
 def check_bound(of: Any, flow: bool, prior: bool = False) -> None:
     """Raise SettingsError unless the bound that ``of``, a VAE or its settings, is trained on can be had, with ``flow``
     of a posterior that is a flow, and with ``prior`` of one that is not N(0, I)."""
-    check_at_least(of, latent_dim=1, iwae_samples=1, beta_warmup=0, beta=0, free_bits=0, gamma=0)
-    check_choices(of, objective=Objective)
+    _base.check_at_least(of, latent_dim=1, iwae_samples=1, beta_warmup=0, beta=0, free_bits=0, gamma=0)
+    _base.check_choices(of, objective=Objective)
     if of.objective != "elbo" and (of.iwae_samples > 1 or of.free_bits > 0):
         raise SettingsError(f"objective {of.objective!r} weighs parts of the KL of one draw: leave iwae_samples at 1 "
                             f"and free_bits at 0, got {of.iwae_samples} and {of.free_bits}")  # fmt: skip
@@ -95,14 +84,14 @@ class VAEConfig(ModelConfig):
     posterior_hidden: tuple[int, ...] = (64, 64)  # iaf: widths of each layer's network
     posterior_context: int = 32  # features of x that the encoder hands to that flow
     examples: int | None = None  # of the training split: for tc; taken from the data
+    _positive = ("sigma",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decoder == "auto":
             object.__setattr__(self, "decoder", "gaussian" if self.levels is None else "bernoulli")
         check_bound(self, flow=self.posterior != "gaussian")
-        check_at_least(self, posterior_layers=1, posterior_context=1, mixtures=1)
-        self.check_positive("sigma")
+        _base.check_at_least(self, posterior_layers=1, posterior_context=1, mixtures=1)
         for name in ("hidden", "channels", "posterior_hidden", "discriminator"):
             if any(size < 1 for size in getattr(self, name)):
                 raise SettingsError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
@@ -222,14 +211,9 @@ class VAE(GenerativeModel):
         embedding: makes the context (N, C) of y; its parameters are trained.
         shape: of one example, if it is to be checked; with (C, H, W) samples are means, as pictures of VAEs show them.
         levels: of discrete data, whose examples are then in [0, 1]; None for real-valued data.
-        objective: ``elbo``, ``tc`` or ``factor``; see `loss`.
-        beta: weight of the KL, or with ``tc`` of the total correlation alone.
-        gamma: with ``factor``: weight of the total correlation beside the KL.
+        objective, beta, gamma, beta_warmup, free_bits, iwae_samples: what is minimised: see `loss`, and the settings.
         discriminator: with ``factor``: z (N, D) -> a number for each, (N, 1) or (N,): the logit that it is of q(z).
         examples: with ``tc``: how many the training split has.
-        beta_warmup: updates over which these weights grow from 0.
-        free_bits: nats of KL per latent dimension, in the mean over a batch, that cost nothing to use.
-        iwae_samples: more than 1: train the importance-weighted bound with this many samples.
         config: the settings that it was made of, if it was.
 
     Raises SettingsError for values outside their range, and for a prior of another event shape.
@@ -312,7 +296,7 @@ class VAE(GenerativeModel):
             )
         levels = getattr(self.likelihood, "levels", data.levels)
         if levels != data.levels:
-            raise unlike(data, f"has {data.levels} levels, but the decoder was made for {levels}")
+            raise _base.unlike(data, f"has {data.levels} levels, but the decoder was made for {levels}")
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
         if step < max(500, self.beta_warmup) or self.beta == 0 or not terms.get("kl", math.inf) < COLLAPSED:
@@ -355,8 +339,6 @@ class VAE(GenerativeModel):
         ``total_correlation`` and ``dimension_kl`` add up to the KL. Objective ``factor`` is FactorVAE, arXiv
         1802.05983, equation 2: KL + gamma TC, where TC = E[log D(z) - log(1 - D(z))] by a second player, the
         ``discriminator``, that tells codes z of a batch from those with each dimension permuted across the batch.
-
-        Raises DataError if x is not (N, *shape), or y not as `context_of` takes it.
         """
         self.settle()
         x, context = batch.x, self.context_of(self.y_of(batch), len(batch.x))
@@ -391,19 +373,13 @@ class VAE(GenerativeModel):
         return reconstruction + self.kl_weight() * kl, {name: term.detach() for name, term in terms.items()}
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """q(z | x), of batch shape (N,) and event shape (D,): an `Independent` `Normal`, or a `FlowPosterior`.
-
-        Raises DataError if x is not (N, *shape).
-        """
+        """q(z | x), of batch shape (N,) and event shape (D,): an `Independent` `Normal`, or a `FlowPosterior`."""
         mu, logvar, features = self._encoded(x, self.context_of(y, len(x)))
         gaussian = _gaussian(mu, logvar)
         return gaussian if self.posterior_flow is None else FlowPosterior(gaussian, self.posterior_flow, features)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """z (N, D): the mean of q(z | x), or what the flow makes of the Gaussian's mean if the posterior is a flow.
-
-        Raises DataError if x is not (N, *shape).
-        """
+        """z (N, D): the mean of q(z | x), or what the flow makes of the Gaussian's mean if the posterior is a flow."""
         mu, _, features = self._encoded(x, self.context_of(y, len(x)))
         return mu if self.posterior_flow is None else _through(self.posterior_flow, mu, features)[0]
 
@@ -425,8 +401,7 @@ class VAE(GenerativeModel):
         return self.decode(self.encode(x, y), y)
 
     def latents(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """n draws z ~ p(z), (n, D); of a prior that takes a context p(z | y). A seeded generator may be on any device:
-        its own decides the draws."""
+        """n draws z ~ p(z), (n, D); of a prior that takes a context p(z | y)."""
         return self._latents(n, self.draw_context(n, y, generator) if self._prior_sees_context else None, generator)
 
     @torch.no_grad()
@@ -441,14 +416,13 @@ class VAE(GenerativeModel):
         """(n, *shape): E[x | z] with z ~ p(z), or with ``mean=False`` a draw x ~ p(x | z).
 
         By default the means of images, as pictures of VAEs show them, and draws of all else, where the spread around
-        the mean is part of the density. ``y`` are the labels (n,) or the context (n, C) of a conditional model, or one
-        for all; labels that are left out are drawn. A seeded generator may be on any device: its own decides the draws.
+        the mean is part of the density.
         """
         mean = len(self.shape or ()) == 3 if mean is None else mean
         where = self.device if generator is None else generator.device
         context = self.draw_context(n, y, generator)
         z = self._latents(n, context, generator)
-        parts = _split(self._rows(self.shape), z, context)
+        parts = _base.split(self._rows(self.shape), z, context)
         if mean:
             return torch.cat([self._decode(*part) for part in parts])
         draws = [self.likelihood.sample(self._raw(*part).to(where), generator) for part in parts]
@@ -462,7 +436,7 @@ class VAE(GenerativeModel):
         """
         if a.dim() == len(self.shape or ()):
             return self.interpolate(a[None], b[None], steps, self.for_all(y, 1)).squeeze(1)
-        return self.decode(between(self.encode(a, y), self.encode(b, y), steps, arc=False), y)
+        return self.decode(_base.between(self.encode(a, y), self.encode(b, y), steps, arc=False), y)
 
     def interpolate_latents(self, a: Tensor, b: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
         """E[x | z] from latents a to b, (N, D) each, both ends included: (steps, N, *shape). On arcs if the prior is
@@ -470,11 +444,11 @@ class VAE(GenerativeModel):
 
         Raises SettingsError for fewer than two steps.
         """
-        return self.decode(between(a, b, steps, arc=self.prior is None), y)
+        return self.decode(_base.between(a, b, steps, arc=self.prior is None), y)
 
     def elbo(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """The evidence lower bound of log p(x), (N,) nats: one draw of z, and the KL, exact if the posterior is
-        Gaussian and its KL from the prior is known. Differentiable. Raises DataError if x is not (N, *shape)."""
+        Gaussian and its KL from the prior is known. Differentiable."""
         context = self.context_of(y, len(x))
         z, kl = self._draw(self._encoded(x, context), context, generator)
         return self._log_likelihood(x, z, context) - kl
@@ -493,13 +467,13 @@ class VAE(GenerativeModel):
 
         In expectation it grows with K from the ELBO to log p(x). At most ``chunk`` latents are decoded at a time, by
         default as many as make 2 million decoder outputs; one seed gives one bound, to rounding, whatever the chunk.
-        Raises SettingsError if samples or chunk is below 1, and DataError if x is not (N, *shape).
+        Raises SettingsError if samples or chunk is below 1.
         """
         chunk = self._rows(x.shape[1:]) if chunk is None else chunk
         if samples < 1 or chunk < 1:
             raise SettingsError(f"samples and chunk must be at least 1, got samples={samples} and chunk={chunk}")
         context = self.context_of(y, len(x))
-        encoded = [self._encoded(*part) for part in _split(chunk, x, context)]
+        encoded = [self._encoded(*part) for part in _base.split(chunk, x, context)]
         mu, logvar, features = map(_joined, zip(*encoded, strict=True))
         together = max(1, chunk // max(1, len(x)))
         total = mu.new_full((len(x),), -math.inf)
@@ -507,7 +481,7 @@ class VAE(GenerativeModel):
             # One draw of all examples at a time, so that the noise does not depend on the chunks.
             draws = range(first, min(first + together, samples))
             z = torch.stack([reparameterize_kl(mu, logvar, generator=generator)[0] for _ in draws], 1)  # (N, K, D)
-            parts = _split(chunk, z, x, context, mu, logvar, features)
+            parts = _base.split(chunk, z, x, context, mu, logvar, features)
             log_w = torch.cat([self._log_weight(z.movedim(1, 0), x, each, c) for z, x, c, *each in parts], dim=-1)
             total = torch.logaddexp(total, log_w.logsumexp(0))
         return total - math.log(samples)
@@ -614,7 +588,7 @@ class VAE(GenerativeModel):
             where = self.device if generator is None else generator.device
             z = torch.randn(n, self.latent_dim, device=where, generator=generator)
         else:
-            with seeded(generator):  # since a Distribution draws from the global generators alone
+            with _base.seeded(generator):  # since a Distribution draws from the global generators alone
                 prior = self._prior(context)
                 assert prior is not None
                 z = prior.sample(() if prior.batch_shape else (n,))
@@ -688,11 +662,6 @@ def _demands_context(prior: nn.Module) -> bool:
     return demanded or bool(getattr(prior, "context", 0))
 
 
-def _split(rows: int, *each: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """At most ``rows`` at a time of tensors (N, ...), of which the first is not None."""
-    return zip(*(repeat(None) if tensor is None else tensor.split(rows) for tensor in each), strict=False)
-
-
 def _joined(parts: Sequence[Tensor | None]) -> Any:
-    """The opposite of `_split` for one of its tensors."""
+    """The opposite of `split` for one of its tensors."""
     return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]

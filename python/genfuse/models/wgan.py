@@ -7,18 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from genfuse.errors import SettingsError
-from genfuse.models._adversarial import (
-    AdversarialConfig,
-    AdversarialModel,
-    Objective,
-    Penalty,
-    PenaltyConfig,
-    networks,
-    options,
-)
+from genfuse.models._adversarial import AdversarialConfig, AdversarialModel, Objective, Penalty, PenaltyConfig
 from genfuse.models._base import Batch, adam
 
 
@@ -28,10 +19,7 @@ class WGANConfig(AdversarialConfig):
 
     n_critic: int = 5  # updates of the critic for one of the generator
     clip: float = 0.01  # largest absolute weight of the critic
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("clip")
+    _positive = ("clip",)
 
 
 @dataclass(frozen=True)
@@ -54,12 +42,7 @@ class WGANGPConfig(PenaltyConfig):
         return self.levels is None and len(self.shape) == 1 and self.columns is None
 
 
-def as_it_is(out: Tensor) -> Tensor:
-    """The critic's output itself, (N,) (arXiv 1701.07875, equation 2)."""
-    return out
-
-
-WASSERSTEIN = Objective(torch.neg, as_it_is, torch.neg)
+WASSERSTEIN = Objective(torch.neg, torch.positive, torch.neg)  # arXiv 1701.07875, equation 2
 
 
 class _Wasserstein(AdversarialModel):
@@ -89,10 +72,6 @@ class WGAN(_Wasserstein):
         if not 0 < clip < math.inf:
             raise SettingsError(f"clip must be above 0 and finite, got {clip}")
         self.clip = clip
-
-    @classmethod
-    def from_config(cls, config: WGANConfig) -> Self:
-        return cls(*networks(config), clip=config.clip, **options(config))
 
     def loss(self, batch: Batch, player: str) -> tuple[Tensor, dict[str, Tensor]]:
         if torch.compiler.is_compiling():  # where no step is noticed: see `settle`
@@ -128,7 +107,3 @@ class WGANGP(_Wasserstein):
 
     def __init__(self, generator: nn.Module, critic: nn.Module, **options: Any) -> None:
         super().__init__(generator, critic, WASSERSTEIN, **{"n_critic": 5, "penalty": "gradient", **options})
-
-    @classmethod
-    def from_config(cls, config: WGANGPConfig) -> Self:
-        return cls(*networks(config), **options(config))
