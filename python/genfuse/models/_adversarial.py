@@ -13,7 +13,7 @@ from typing_extensions import Self
 from genfuse import nn as blocks
 from genfuse.errors import SettingsError
 from genfuse.models import _base
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player
+from genfuse.models._base import Batch, GenerativeModel, Given, ModelConfig, Player
 from genfuse.nn import EMA, Columns
 from genfuse.nn.likelihoods import at_least_float32
 from genfuse.ops import gradient_norm_penalty, gradient_penalty, scores_and_gradient, scores_and_penalty, transformed
@@ -283,7 +283,7 @@ class AdversarialModel(GenerativeModel):
         return self._decode(z, self.context_of(y, len(z), **self._embedding()), drawn=u is not None, u=u)
 
     @torch.no_grad()
-    def sample(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, *, y: Given = None, generator: torch.Generator | None = None) -> Tensor:
         """n draws, (n, *shape)."""
         self._settle_averages()
         z = self.latents(n, generator=generator)

@@ -166,6 +166,7 @@ class Codes(Protocol):
     def code(self, coder: Any, n: int, x: Tensor | None = None) -> Tensor: ...
 
 
+Given = Tensor | Sequence[float] | int | None  # y of n examples, or one label or row for all; None: nothing, or drawn
 VERBS = {
     "log_prob", "elbo", "bits_per_dim", "iwae_bound", "anomaly_score", "encode", "decode", "reconstruct", "interpolate",
     "interpolate_latents", "realness", "denoising_error", "score",
@@ -473,11 +474,7 @@ class GenerativeModel(nn.Module):
         return embedded.to(next(self.parameters()).dtype)
 
     def draw_context(
-        self,
-        n: int,
-        y: Tensor | Sequence[float] | int | None,
-        generator: torch.Generator | None,
-        **embedding: nn.Module,
+        self, n: int, y: Given, generator: torch.Generator | None, **embedding: nn.Module
     ) -> Tensor | None:
         """`context_of` y, which may be one label or one row (C,) for all n; `drawn_labels`, uniformly, if it is left
         out. Raises SettingsError if it is left out of a model that takes no labels but a context."""
@@ -487,7 +484,7 @@ class GenerativeModel(nn.Module):
             y = labels[torch.randint(len(labels), (n,), device=where, generator=generator)]
         return self.context_of(self.for_all(y, n), n, **embedding)
 
-    def for_all(self, y: Tensor | Sequence[float] | int | None, n: int) -> Tensor | None:
+    def for_all(self, y: Given, n: int) -> Tensor | None:
         """One label, row (C,) of a context or image (C, h, w) as of n examples, on the model's device; else y."""
         if y is None:
             return None

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from genfuse.data import Batch
 from genfuse.diffusion import Denoiser, drop_rows, likelihood, samplers
 from genfuse.errors import SettingsError
-from genfuse.models._base import GenerativeModel, ModelConfig, Player, adam, check_at_least, split, transformed
+from genfuse.models._base import GenerativeModel, Given, ModelConfig, Player, adam, check_at_least, split, transformed
 from genfuse.nn import EMA, Columns, DenoisingMLP, Features, OneHot, UNet, in_tiles
 from genfuse.ops import philox
 
@@ -250,7 +250,7 @@ class DiffusionModel(GenerativeModel):
         self,
         n: int,
         *,
-        y: Tensor | Sequence[float] | int | None = None,
+        y: Given = None,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float = 1.0,

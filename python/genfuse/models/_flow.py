@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from genfuse import nn as blocks
 from genfuse.data import Batch, Dataset
 from genfuse.errors import SettingsError
 from genfuse.flows import Flow, StandardNormal
-from genfuse.models._base import GenerativeModel, ModelConfig, check_at_least, seeded, split
+from genfuse.models._base import GenerativeModel, Given, ModelConfig, check_at_least, seeded, split
 from genfuse.nn import Columns, OneHot, Transform
 
 Dequantization = Literal["uniform", "variational"]
@@ -275,12 +275,7 @@ class FlowModel(GenerativeModel):
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int,
-        *,
-        y: Tensor | Sequence[float] | int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, n: int, *, y: Given = None, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """n draws, (n, *shape), of latents with standard deviation ``temperature``; 1 is the model itself."""
         z, context = self._draw(n, temperature, y, generator)
@@ -301,7 +296,7 @@ class FlowModel(GenerativeModel):
         return x, scaled - z[0].numel() * math.log(temperature) if n else scaled
 
     def _draw(
-        self, n: int, temperature: float, y: Any = None, generator: torch.Generator | None = None
+        self, n: int, temperature: float, y: Given = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Latents, and the context."""
         if not 0 < temperature < math.inf:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse.errors import SettingsError
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
+from genfuse.models._base import Batch, GenerativeModel, Given, ModelConfig, Player, adam
 from genfuse.nn import Columns, ConvConditioner, ResidualMLP, Squeeze
 from genfuse.nn.likelihoods import log_logistic
 
@@ -125,9 +125,7 @@ class IDF(GenerativeModel):
         return -self.log_prob(x, y) / (self.config.dimensions * math.log(2))
 
     @torch.no_grad()
-    def sample(
-        self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:  # fmt: skip
+    def sample(self, n: int, *, y: Given = None, generator: torch.Generator | None = None) -> Tensor:
         """(n, *shape); values that the couplings lead out of the levels are held to the nearest one."""
         where = self.device if generator is None else generator.device
 
@@ -146,9 +144,7 @@ class IDF(GenerativeModel):
 
         def take(raw: Tensor, unit: Tensor, z: Tensor | None = None) -> Tensor:
             symbols, reach = None if z is None else z + self.reach, self.reach
-            k: Tensor = coder.logistics(
-                *self._mixture(raw, unit), lambda edge: edge - reach - 0.5, 2 * reach, symbols
-            )  # fmt: skip
+            k: Tensor = coder.logistics(*self._mixture(raw, unit), lambda edge: edge - reach - 0.5, 2 * reach, symbols)
             return k - reach
 
         if x is None:

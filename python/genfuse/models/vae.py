@@ -17,7 +17,7 @@ from genfuse import nn as blocks
 from genfuse.data import Dataset
 from genfuse.errors import SettingsError
 from genfuse.models import _base
-from genfuse.models._base import Batch, GenerativeModel, ModelConfig, Player, adam
+from genfuse.models._base import Batch, GenerativeModel, Given, ModelConfig, Player, adam
 from genfuse.nn import Columns, Composite, Transform, WithContext, mlp
 from genfuse.nn.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Gaussian, Likelihood, at_least_float32
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
@@ -400,18 +400,13 @@ class VAE(GenerativeModel):
         """E[x | z] at `encode`'s z, (N, *shape)."""
         return self.decode(self.encode(x, y), y)
 
-    def latents(self, n: int, *, y: Tensor | int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def latents(self, n: int, *, y: Given = None, generator: torch.Generator | None = None) -> Tensor:
         """n draws z ~ p(z), (n, D); of a prior that takes a context p(z | y)."""
         return self._latents(n, self.draw_context(n, y, generator) if self._prior_sees_context else None, generator)
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int,
-        *,
-        y: Tensor | int | None = None,
-        generator: torch.Generator | None = None,
-        mean: bool | None = None,
+        self, n: int, *, y: Given = None, generator: torch.Generator | None = None, mean: bool | None = None
     ) -> Tensor:
         """(n, *shape): E[x | z] with z ~ p(z), or with ``mean=False`` a draw x ~ p(x | z).
 
