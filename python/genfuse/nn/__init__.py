@@ -35,13 +35,13 @@ from genfuse.nn._gan import mlp_critic as mlp_critic
 from genfuse.nn._gan import mlp_generator as mlp_generator
 from genfuse.nn._gan import resnet_critic as resnet_critic
 from genfuse.nn._gan import resnet_generator as resnet_generator
+from genfuse.nn._gan import slerp as slerp
 from genfuse.nn._image import Centre as Centre
 from genfuse.nn._image import Dequantize as Dequantize
 from genfuse.nn._image import Flatten as Flatten
 from genfuse.nn._image import Logit as Logit
 from genfuse.nn._image import MultiscaleSplit as MultiscaleSplit
 from genfuse.nn._image import Squeeze as Squeeze
-from genfuse.nn._latents import slerp as slerp
 from genfuse.nn._linear import ActNorm as ActNorm
 from genfuse.nn._linear import LULinear as LULinear
 from genfuse.nn._linear import Permutation as Permutation

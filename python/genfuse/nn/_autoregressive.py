@@ -13,7 +13,6 @@ from genfuse.errors import SettingsError
 from genfuse.nn._conditioners import Tails, soft_slope, spline_settings
 from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Transform
-from genfuse.ops import Scale, affine_coupling, autoregressive_inverse, rational_quadratic_spline
 
 LIMIT = 5.0  # of what squashed networks see
 
@@ -113,7 +112,7 @@ class MADE(nn.Module):
             biases = [F.pad(ends.flatten(), (many, 0)), biases[0] - LIMIT * first.sum(1), *biases[1:]]
             bounds = ((0, *range(many, many + 2 * features, 2)), *bounds)
         added = None if added is None else added.to(y.dtype)  # under autocast it is of 16 bits
-        return autoregressive_inverse(y, weights, biases, bounds, context=added, residual=self.residual, **settings)
+        return ops.autoregressive_inverse(y, weights, biases, bounds, context=added, residual=self.residual, **settings)
 
     def network(self, x: Tensor, context: Tensor | None = None) -> ops.Network | None:
         """The network as a layer of a flow takes it; None if its layers were changed, or have hooks."""
@@ -182,22 +181,22 @@ class AutoregressiveAffine(Transform):
         hidden: Sequence[int],
         *,
         context: int = 0,
-        scale: Scale = "tanh",
+        scale: ops.Scale = "tanh",
         residual: bool = False,
         squash: bool = False,
     ) -> None:
         super().__init__()
-        if scale not in get_args(Scale):
-            raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}")
+        if scale not in get_args(ops.Scale):
+            raise ValueError(f"scale must be one of {', '.join(get_args(ops.Scale))}, got {scale!r}")
         self.features = features
-        self.scale: Scale = scale
+        self.scale: ops.Scale = scale
         self.made = MADE(features, hidden, 2, context=context, by_feature=False, residual=residual, squash=squash)
         _start_near_zero(self.made)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network, slope = self.made.network(x, context), soft_slope(self.scale, 3)
         if network is None:
-            return affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale, slope=slope)
+            return ops.affine_coupling(x, self.made(x, context).to(x.dtype), 0, scale=self.scale, slope=slope)
         return ops.affine_layer(x, network, scale=self.scale, slope=slope)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -249,7 +248,7 @@ class AutoregressiveSpline(Transform):
         if network is not None:
             return ops.spline_layer(x, network, 0, self.spline)
         params = self.made(x, context).to(x.dtype).unflatten(1, (self.features, self.parameters_each))  # (N, D, P)
-        return rational_quadratic_spline(x, params, **self.settings)
+        return ops.rational_quadratic_spline(x, params, **self.settings)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.made.inverse(y, context, **self.settings)

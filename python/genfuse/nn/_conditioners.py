@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 from genfuse import ops
 from genfuse.errors import SettingsError
 from genfuse.nn._mlp import MLP, fuses, mlp, run_of, untouched
-from genfuse.ops import Scale, SplineSettings, rational_quadratic_spline
 
 Tails = Literal["linear", "none", "circular"]
 START = 1e-3  # largest weight that a last layer starts with, and of plain MLPs, which learn faster so, 10 times as much
@@ -31,7 +30,7 @@ def last_layer(layer: nn.Linear | nn.Conv2d, start: float = START) -> nn.Linear 
     return layer
 
 
-def soft_slope(scale: Scale, largest: float) -> float | None:
+def soft_slope(scale: ops.Scale, largest: float) -> float | None:
     """The least scale of a soft clip whose log-scales end at ``largest``. With the operator's 1e-3, as in zuko, ten
     layers stretch what is far outside by e^69."""
     return math.exp(-largest) if scale == "softclip" else None
@@ -203,17 +202,17 @@ def output_layer(network: nn.Module, multiple: int) -> nn.Linear | nn.Conv2d | N
     return layers[-1]
 
 
-def spline_settings(bins: int, bound: float, tails: Tails = "linear") -> SplineSettings:
+def spline_settings(bins: int, bound: float, tails: Tails = "linear") -> ops.SplineSettings:
     """The settings of splines as flows have them. Raises ValueError for settings that make no spline."""
     if tails not in get_args(Tails):
         raise ValueError(f"tails must be one of {', '.join(get_args(Tails))}, got {tails!r}")
-    settings = SplineSettings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
+    settings = ops.SplineSettings(bins, float(bound), tails, False, 1e-3, 1e-3, 1e-3)
     params = torch.zeros(0, 1, max(0, settings.params))
-    rational_quadratic_spline(torch.zeros(0, 1), params, bins=bins, bound=float(bound), tails=tails)  # refuses them
+    ops.rational_quadratic_spline(torch.zeros(0, 1), params, bins=bins, bound=float(bound), tails=tails)  # refuses them
     return settings
 
 
-def start_spline(network: nn.Module, settings: SplineSettings, damped: bool) -> float:
+def start_spline(network: nn.Module, settings: ops.SplineSettings, damped: bool) -> float:
     """Start a network whose outputs are, coordinate by coordinate, a spline's raw parameters: the biases of its output
     layer make the identity, bins of one size and slopes of 1, and its weights are small.
 

@@ -12,7 +12,6 @@ from genfuse.nn import _conditioners
 from genfuse.nn._conditioners import MLPConditioner, ResidualMLP, output_layer
 from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Transform
-from genfuse.ops import Scale, affine_coupling, rational_quadratic_spline
 
 
 def split_size(features: int) -> int:
@@ -113,17 +112,17 @@ class AffineCoupling(Coupling):
     parameters_each = 2
 
     def __init__(
-        self, conditioner: nn.Module, *, split: int | None = None, mask: Tensor | None = None, scale: Scale = "tanh"
+        self, conditioner: nn.Module, *, split: int | None = None, mask: Tensor | None = None, scale: ops.Scale = "tanh"
     ) -> None:
         super().__init__(conditioner, split=split, mask=mask)
-        self.scale: Scale = scale
+        self.scale: ops.Scale = scale
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         where = self.split if self.mask is None else self.mask
         slope = _conditioners.soft_slope(self.scale, 2)
         if network := self.network(x, context):
             return ops.affine_layer(x, network, self.split, scale=self.scale, slope=slope, inverse=inverse)
-        return affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
+        return ops.affine_coupling(x, self.raw(x, context), where, scale=self.scale, slope=slope, inverse=inverse)
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
         raw, shift = self.raw(x, None).chunk(2, 1)
@@ -179,7 +178,7 @@ class SplineCoupling(Coupling):
             return ops.spline_layer(x, network, self.split, self.spline._replace(inverse=inverse))
         kept, moved = self.halves(x)
         raw = self.raw(x, context).unflatten(1, (moved.shape[1], self.parameters_each)).movedim(2, -1)  # (N, C, ..., P)
-        y, logdet = rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)
+        y, logdet = ops.rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)
         return self.together(kept, y), logdet.flatten(1).sum(1) if x.dim() > 2 else logdet
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:

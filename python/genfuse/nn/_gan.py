@@ -6,7 +6,7 @@ example depends on that example alone, as a gradient penalty needs it.
 
 Images start from some 4 x 4 cells and double; if that makes them larger than ``shape``, generators cut the rim off and
 critics see it as zeros. ``channels`` are widths from the finest resolution to the coarsest; of a single one the others
-are made, each twice the one before, up to 8 times the first.
+are made, each twice the one before, up to 8 times the first. `slerp` leads from one z to another.
 """
 
 import math
@@ -256,3 +256,11 @@ def _widths(channels: Sequence[int], count: int) -> list[int]:
 
 def _start(inputs: int, width: int, base: tuple[int, int]) -> list[nn.Module]:
     return [nn.Linear(inputs, width * math.prod(base)), nn.Unflatten(1, (width, *base))]
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Points (steps, N, D) on the arcs from a to b, (N, D) each, at ``weights`` (steps,) from 0 to 1."""
+    cosine = torch.cosine_similarity(a, b, dim=-1).clamp(-1, 1)
+    angle, t = torch.acos(cosine)[:, None], weights[:, None, None]
+    arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    return torch.where(torch.sin(angle).abs() < 1e-4, torch.lerp(a, b, t), arc)

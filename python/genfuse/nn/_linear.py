@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from genfuse import ops
 from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Movement, Transform
-from genfuse.ops import actnorm, fused, mlp
 
 # Features in another order. The gradient is put in order by a copy too, where PyTorch's would add up.
-_reorder: Callable = fused(
+_reorder: Callable = ops.fused(
     "reorder(Tensor x, Tensor order, Tensor back) -> Tensor",
     formula=lambda x, order, back: x.index_select(1, order),
     results=lambda x, order, back: torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -149,7 +148,7 @@ class LULinear(Transform):
 def _mapped(x: Tensor, weight: Tensor, bias: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
     """W x + b of vectors or of the channels of images, and the log-determinant of each example."""
     if x.dim() == 2:
-        return mlp(x, [weight], [bias]), logdet.expand(len(x))
+        return ops.mlp(x, [weight], [bias]), logdet.expand(len(x))
     if x.is_cpu:  # where a convolution of few channels takes three times as long as these products
         cells = x.flatten(2)  # (N, C, H W)
         y = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), cells).view(x.shape)
@@ -194,13 +193,13 @@ class ActNorm(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.prepare(x)
-        return actnorm(x, self.log_scale, self.shift)
+        return ops.actnorm(x, self.log_scale, self.shift)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training and not self._asked and len(y) and torch.is_grad_enabled():
             self.started.fill_(True)  # data that comes later must not change what was trained
             self._asked = True
-        return actnorm(y, self.log_scale, self.shift, inverse=True)
+        return ops.actnorm(y, self.log_scale, self.shift, inverse=True)
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
         scale, shift = (each.view(-1, *[1] * (x.dim() - 2)) for each in (torch.exp(self.log_scale), self.shift))
