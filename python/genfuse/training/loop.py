@@ -130,8 +130,11 @@ class Loop:
         try:
             if out is not None and self.trainer.resume:
                 self._load(out)
-            if self.step == 0:
-                self._prepare()
+            if self.step == 0 and type(self.model).prepare is not GenerativeModel.prepare:
+                generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, ORDER))
+                order = torch.randperm(len(self.data.splits["train"]), generator=generator).to(self.fabric.device)
+                with torch.no_grad():
+                    self.model.prepare(self.data.batch("train", rows) for rows in order.split(self.trainer.batch_size))
             if out is not None and config is not None:
                 self._open(out, config)
             self._run()
@@ -159,9 +162,8 @@ class Loop:
             if self.recorder:
                 self.recorder.close()
         finally:
-            for weights in self.trained.values():
-                for weight in weights:
-                    weight.requires_grad_(True)
+            for weight in chain(*self.trained.values()):
+                weight.requires_grad_(True)
             self.model.eval()
             if self.recorder:
                 with suppress(OSError):  # it is closed already, or there is another error
@@ -177,7 +179,7 @@ class Loop:
         trainer, batch_size = self.trainer, self.trainer.batch_size
         rank, world = self.fabric.global_rank, self.fabric.world_size
         checkpoint_every = trainer.checkpoint_every or self.lap
-        active = None
+        names, active = [player.name for player in self.players], None
         self._restart_clock()
         self._keep_samples()
         self.ended = self._impatient()  # a run that is resumed
@@ -189,7 +191,9 @@ class Loop:
             chunks = order.to(self.data.splits["train"].x.device).split(batch_size)[first:]
             batches = self.data.batches("train", (chunk[rank::world] if world > 1 else chunk for chunk in chunks))
             for index, batch in zip(chunks, batches, strict=True):
-                player = self._turn()
+                name = self.model.turn(self.step, self.total)
+                turn = self.turns[self.step % len(self.turns)]
+                player = turn if name is None else names.index(self.model.named_player(name))
                 if player != active:
                     self._activate(active := player)
                 self._update(player, batch)
@@ -215,27 +219,11 @@ class Loop:
                         return
                     self._restart_clock()
 
-    def _turn(self) -> int:
-        """Whose update is next: the player that the model names, else each in turn."""
-        name = self.model.turn(self.step, self.total)
-        if name is None:
-            return self.turns[self.step % len(self.turns)]
-        return [player.name for player in self.players].index(self.model.named_player(name))
-
     @cached_property
     def _bandwidth(self) -> Tensor:
         """Standard deviations (D,) of the noise that smooths rows."""
         rows = self.data.splits["train"].x
         return self.trainer.smooth * len(rows) ** (-1 / (rows.shape[1] + 4)) * rows.std(0, correction=0)
-
-    def _prepare(self) -> None:
-        """Show the model the training split before its first step."""
-        if type(self.model).prepare is GenerativeModel.prepare:
-            return
-        generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, ORDER))
-        order = torch.randperm(len(self.data.splits["train"]), generator=generator).to(self.fabric.device)
-        with torch.no_grad():
-            self.model.prepare(self.data.batch("train", index) for index in order.split(self.trainer.batch_size))
 
     def _update(self, player: int, batch: Batch) -> None:
         name = self.players[player].name
@@ -284,9 +272,8 @@ class Loop:
     def _activate(self, player: int) -> None:
         """Gradients for one player alone, if there are several."""
         if len(self.players) > 1:
-            for weights in self.trained.values():
-                for weight in weights:
-                    weight.requires_grad_(False)
+            for weight in chain(*self.trained.values()):
+                weight.requires_grad_(False)
             for weight in self.trained[self.players[player].name]:
                 weight.requires_grad_(True)
 
