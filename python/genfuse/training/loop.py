@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -433,34 +433,24 @@ class Loop:
             found.append(f"weights that are not finite: {', '.join(bad[:3])}" + (", ..." if len(bad) > 3 else ""))
         else:
             layers: list[str] = []
-            hooks = [
-                module.register_forward_hook(
-                    lambda module, inputs, out, name=name: (
-                        layers.append(name) if isinstance(out, Tensor) and not out.isfinite().all() else None
-                    )
-                )
-                for name, module in self.model.named_modules()
-                if name
-            ]
-            try:
-                with forked_rng(self.fabric.device), torch.no_grad():
-                    self._loss(self.data.batch("train", slice(0, self.trainer.batch_size)), player)
-            except Exception:  # it is only asked what else there is to say
-                pass
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            found.append(
-                f"all weights are finite, the layer {layers[0]} is not" if layers else "all weights are finite"
-            )
+
+            def look(name: str, module: Any, inputs: Any, out: Any) -> None:
+                if name and isinstance(out, Tensor) and not out.isfinite().all():
+                    layers.append(name)
+
+            # It is only asked what else there is to say.
+            with ExitStack() as stack, suppress(Exception), forked_rng(self.fabric.device), torch.no_grad():
+                for name, module in self.model.named_modules():
+                    stack.enter_context(module.register_forward_hook(partial(look, name)))
+                self._loss(self.data.batch("train", slice(0, self.trainer.batch_size)), player)
+            found.append("all weights are finite" + (f", the layer {layers[0]} is not" if layers else ""))
         x = self.data.splits["train"].x
         if len(self.data.shape) == 1:
             largest = x.abs().nan_to_num().amax(0)
             column = int(largest.argmax())
-            names = self.data.scaling.names if self.data.scaling else None
-            found.append(
-                f"the largest value, {float(largest[column]):.4g}, is in column {names[column] if names else column}"
-            )
+            named = self.data.scaling.names if self.data.scaling else None
+            where = named[column] if named else column
+            found.append(f"the largest value, {float(largest[column]):.4g}, is in column {where}")
         return "; ".join(found)
 
     def _check_weights(self) -> None:
