@@ -265,9 +265,14 @@ def flow(trajectory: Sequence[Tensor], path: str | Path) -> None:
     A point has the colour of its angle in the base all the way, and is the darker, the further out it was there. Each
     panel has a scale of its own.
     """
+    from matplotlib.colors import hsv_to_rgb
+
     last = len(trajectory) - 1
     chosen = evenly(list(range(last + 1)), PANELS)
-    colours = _by_place(trajectory[0].double().cpu().numpy())
+    base = trajectory[0].double().cpu().numpy()
+    hue = np.arctan2(base[:, 1], base[:, 0]) / (2 * np.pi) % 1
+    rank = np.hypot(*base.T).argsort().argsort() / len(base)
+    colours = hsv_to_rgb(np.stack([hue, 0.35 + 0.6 * rank, 0.95 - 0.35 * rank], 1))
     with _figure(path, (2.3 * len(chosen), 2.6)) as figure:
         for axes, k in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
             points = trajectory[k].double().cpu().numpy()
@@ -404,15 +409,6 @@ def _box(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = points.min(0), points.max(0)
     margin = 0.1 * (high - low) + 1e-9
     return low - margin, high + margin
-
-
-def _by_place(points: np.ndarray) -> np.ndarray:
-    """A colour (N, 3) for each of points (N, 2) around the origin: its angle as the hue, darker further out."""
-    from matplotlib.colors import hsv_to_rgb
-
-    angle = np.arctan2(points[:, 1], points[:, 0]) / (2 * np.pi) % 1
-    rank = np.hypot(*points.T).argsort().argsort() / len(points)
-    return hsv_to_rgb(np.stack([angle, 0.35 + 0.6 * rank, 0.95 - 0.35 * rank], 1))
 
 
 def _without_the_fall(values: list[float]) -> tuple[float | None, float | None]:

@@ -288,7 +288,12 @@ class Schema:
             parsed[:, i], odd = column.parse(frame[column.name], self.decimal)
             if odd.any():
                 row = int(odd.argmax())
-                raise DataError(f"{origin}, {place(frame, row, column.name)}: {_expected(column)}; got "
+                shown = ", ".join(column.categories[:9]) + (", ..." if len(column.categories) > 9 else "")
+                wanted = {"integer": "a whole number", "date": f"a date of the form {column.form}"}
+                expected = f"expected {wanted.get(column.kind, 'a number')}"
+                if column.coded:
+                    expected = f"one of the categories {shown}, which the training data has"
+                raise DataError(f"{origin}, {place(frame, row, column.name)}: {expected}; got "
                                 f"{str(frame[column.name].iloc[row])!r}")  # fmt: skip
             if not column.missing and len(gone_rows := np.flatnonzero(np.isnan(parsed[:, i]))):
                 raise DataError(
@@ -550,14 +555,6 @@ def _days(cells: "pd.Series", form: str, unit: str = "days") -> np.ndarray:
     times = found.dt.tz_localize(None).to_numpy("datetime64[s]")
     seconds = np.where(np.isnat(times), np.nan, (times - EPOCH).astype(float))
     return seconds / (86400 if unit == "days" else 1)
-
-
-def _expected(column: Column) -> str:
-    if column.coded:
-        shown = ", ".join(column.categories[:9]) + (", ..." if len(column.categories) > 9 else "")
-        return f"one of the categories {shown}, which the training data has"
-    wanted = {"integer": "a whole number", "date": f"a date of the form {column.form}"}
-    return f"expected {wanted.get(column.kind, 'a number')}"
 
 
 def _shares(counts: Sequence[int]) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -130,8 +130,11 @@ class Loop:
         try:
             if out is not None and self.trainer.resume:
                 self._load(out)
-            if self.step == 0:
-                self._prepare()
+            if self.step == 0 and type(self.model).prepare is not GenerativeModel.prepare:
+                generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, ORDER))
+                order = torch.randperm(len(self.data.splits["train"]), generator=generator).to(self.fabric.device)
+                with torch.no_grad():
+                    self.model.prepare(self.data.batch("train", rows) for rows in order.split(self.trainer.batch_size))
             if out is not None and config is not None:
                 self._open(out, config)
             self._run()
@@ -159,9 +162,8 @@ class Loop:
             if self.recorder:
                 self.recorder.close()
         finally:
-            for weights in self.trained.values():
-                for weight in weights:
-                    weight.requires_grad_(True)
+            for weight in chain(*self.trained.values()):
+                weight.requires_grad_(True)
             self.model.eval()
             if self.recorder:
                 with suppress(OSError):  # it is closed already, or there is another error
@@ -177,7 +179,7 @@ class Loop:
         trainer, batch_size = self.trainer, self.trainer.batch_size
         rank, world = self.fabric.global_rank, self.fabric.world_size
         checkpoint_every = trainer.checkpoint_every or self.lap
-        active = None
+        names, active = [player.name for player in self.players], None
         self._restart_clock()
         self._keep_samples()
         self.ended = self._impatient()  # a run that is resumed
@@ -189,7 +191,9 @@ class Loop:
             chunks = order.to(self.data.splits["train"].x.device).split(batch_size)[first:]
             batches = self.data.batches("train", (chunk[rank::world] if world > 1 else chunk for chunk in chunks))
             for index, batch in zip(chunks, batches, strict=True):
-                player = self._turn()
+                name = self.model.turn(self.step, self.total)
+                turn = self.turns[self.step % len(self.turns)]
+                player = turn if name is None else names.index(self.model.named_player(name))
                 if player != active:
                     self._activate(active := player)
                 self._update(player, batch)
@@ -215,27 +219,11 @@ class Loop:
                         return
                     self._restart_clock()
 
-    def _turn(self) -> int:
-        """Whose update is next: the player that the model names, else each in turn."""
-        name = self.model.turn(self.step, self.total)
-        if name is None:
-            return self.turns[self.step % len(self.turns)]
-        return [player.name for player in self.players].index(self.model.named_player(name))
-
     @cached_property
     def _bandwidth(self) -> Tensor:
         """Standard deviations (D,) of the noise that smooths rows."""
         rows = self.data.splits["train"].x
         return self.trainer.smooth * len(rows) ** (-1 / (rows.shape[1] + 4)) * rows.std(0, correction=0)
-
-    def _prepare(self) -> None:
-        """Show the model the training split before its first step."""
-        if type(self.model).prepare is GenerativeModel.prepare:
-            return
-        generator = torch.Generator().manual_seed(seed_of(self.trainer.seed, ORDER))
-        order = torch.randperm(len(self.data.splits["train"]), generator=generator).to(self.fabric.device)
-        with torch.no_grad():
-            self.model.prepare(self.data.batch("train", index) for index in order.split(self.trainer.batch_size))
 
     def _update(self, player: int, batch: Batch) -> None:
         name = self.players[player].name
@@ -284,9 +272,8 @@ class Loop:
     def _activate(self, player: int) -> None:
         """Gradients for one player alone, if there are several."""
         if len(self.players) > 1:
-            for weights in self.trained.values():
-                for weight in weights:
-                    weight.requires_grad_(False)
+            for weight in chain(*self.trained.values()):
+                weight.requires_grad_(False)
             for weight in self.trained[self.players[player].name]:
                 weight.requires_grad_(True)
 
@@ -446,34 +433,24 @@ class Loop:
             found.append(f"weights that are not finite: {', '.join(bad[:3])}" + (", ..." if len(bad) > 3 else ""))
         else:
             layers: list[str] = []
-            hooks = [
-                module.register_forward_hook(
-                    lambda module, inputs, out, name=name: (
-                        layers.append(name) if isinstance(out, Tensor) and not out.isfinite().all() else None
-                    )
-                )
-                for name, module in self.model.named_modules()
-                if name
-            ]
-            try:
-                with forked_rng(self.fabric.device), torch.no_grad():
-                    self._loss(self.data.batch("train", slice(0, self.trainer.batch_size)), player)
-            except Exception:  # it is only asked what else there is to say
-                pass
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            found.append(
-                f"all weights are finite, the layer {layers[0]} is not" if layers else "all weights are finite"
-            )
+
+            def look(name: str, module: Any, inputs: Any, out: Any) -> None:
+                if name and isinstance(out, Tensor) and not out.isfinite().all():
+                    layers.append(name)
+
+            # It is only asked what else there is to say.
+            with ExitStack() as stack, suppress(Exception), forked_rng(self.fabric.device), torch.no_grad():
+                for name, module in self.model.named_modules():
+                    stack.enter_context(module.register_forward_hook(partial(look, name)))
+                self._loss(self.data.batch("train", slice(0, self.trainer.batch_size)), player)
+            found.append("all weights are finite" + (f", the layer {layers[0]} is not" if layers else ""))
         x = self.data.splits["train"].x
         if len(self.data.shape) == 1:
             largest = x.abs().nan_to_num().amax(0)
             column = int(largest.argmax())
-            names = self.data.scaling.names if self.data.scaling else None
-            found.append(
-                f"the largest value, {float(largest[column]):.4g}, is in column {names[column] if names else column}"
-            )
+            named = self.data.scaling.names if self.data.scaling else None
+            where = named[column] if named else column
+            found.append(f"the largest value, {float(largest[column]):.4g}, is in column {where}")
         return "; ".join(found)
 
     def _check_weights(self) -> None:

@@ -115,8 +115,9 @@ class Trainer(Options):
                 config = run.describe(model, data, options)
                 run.claim(out, self.resume, self.overwrite, config)
             fabric.launch()
-            if fabric.world_size > 1:
-                atexit.register(_leave_group)
+            if fabric.world_size > 1:  # whose threads abort the process if they are still running when it ends
+                group = torch.distributed
+                atexit.register(lambda: group.is_initialized() and group.destroy_process_group())
             if self.batch_size % fabric.world_size:
                 raise SettingsError(
                     f"batch_size {self.batch_size} cannot be shared equally by {fabric.world_size} processes"
@@ -188,9 +189,3 @@ class Trainer(Options):
             strategy=DDPStrategy(find_unused_parameters=players > 1) if several else "auto",
             precision=self.precision,
         )
-
-
-def _leave_group() -> None:
-    """Join the threads of torch.distributed before the process ends, which aborts where they are still running."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
