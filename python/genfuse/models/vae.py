@@ -22,6 +22,7 @@ from genfuse.nn import (
     Columns,
     Composite,
     ConvDecoder,
+    Near,
     Permutation,
     Planar,
     Radial,
@@ -185,7 +186,9 @@ def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module
         encoder = conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
         decoder = ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
     else:
-        encoder = nn.Sequential(nn.Flatten(), mlp([cells + context, *hidden, outputs]))
+        encoder = nn.Sequential(
+            Near() if config.levels is None else nn.Flatten(), mlp([cells + context, *hidden, outputs])
+        )
         decoder = nn.Sequential(mlp([inputs, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell)))
     if not context:
         return encoder, decoder
