@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from genfuse.cli import main
+from genfuse.errors import DataWarning
+from genfuse.training import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
 QUICK = ["--steps", "60", "--no-pictures", "--device", "cpu", "--model.hidden", "32"]
@@ -271,3 +273,30 @@ def test_rows_of_another_file_are_scored_and_reconstructed(run, customers, tmp_p
     frame.drop(columns="age").to_csv(tmp_path / "new.csv", index=False)
     assert main(["score", str(run), *args]) == 2
     assert "has no column age" in capsys.readouterr().err
+
+
+def test_a_start_from_a_run_of_other_categories_says_which_columns_are_others(capsys, customers, run, tmp_path):
+    pd.read_csv(customers).assign(plan=lambda frame: frame.plan.where(frame.age < 50, "gold")).to_csv(
+        tmp_path / "a.csv", index=False
+    )
+    args = [
+        "train",
+        "--from",
+        str(run),
+        "--data",
+        f"csv:{tmp_path / 'a.csv'}",
+        "--out",
+        str(tmp_path / "r"),
+        "--steps",
+        "1",
+    ]
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert "do not fit this VAE: model columns: number 3 was category of 2 choices, now category of 3 choices" in error
+    assert len(error) < 400
+
+
+def test_a_run_does_not_tell_again_what_its_training_told(run, recwarn):
+    warnings.simplefilter("always")
+    Run(run).data()
+    assert not [each for each in recwarn if issubclass(each.category, DataWarning)]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from genfuse.data import Dataset, Schema, load_data, read_rows
+from genfuse.data import Dataset, Schema, joined, load_data, names_in, read_rows
 from genfuse.errors import DataError, DataWarning, SettingsError
 
 N = 60
@@ -279,6 +279,12 @@ def test_whole_numbers_beyond_those_of_float64_are_numbers_with_decimals(refused
     assert data.schema.decode(data.splits["train"].x)["a"].tolist() == [1e300] * 16
     assert next(iter(data.schema.describe()))[2] == "1e+300 to 1e+300"
     refused(frame, "some beyond 2^53", types="b=integer")
+
+
+def test_names_in_quotes_may_have_commas():
+    assert names_in('a, "b, c",d') == ["a", "b, c", "d"]
+    assert names_in('plan="family, large",age>3, x!="say ""hi"""') == ["plan=family, large", "age>3", 'x!=say "hi"']
+    assert names_in(joined(["a=b, c", "d"])) == ["a=b, c", "d"]
 
 
 GOOD = "".join(f"{i / 7:.3f},{'red' if i % 3 else 'blue'},{i % 5}\n" for i in range(40))

@@ -20,7 +20,7 @@ from genfuse.models import Batch
 from genfuse.models._adversarial import STALLED, STARTED, Objective, diversity
 from genfuse.models._base import configure
 from genfuse.models.gan import GAN, OBJECTIVES
-from genfuse.models.wgan import WGAN, WGANGP
+from genfuse.models.wgan import WGAN, WGANGP, WGANConfig
 from genfuse.nn import OneHot, WithContext, slerp
 from genfuse.training import Trainer
 from genfuse.training.run import differences
@@ -835,6 +835,16 @@ def test_a_generator_that_learns_nothing_is_noticed(digits):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(SettingsError, match=message):
         made("wgan-gp", **settings)
+
+
+def test_weights_of_a_critic_of_vectors_are_clipped_less_and_learn_faster():
+    found = {}
+    for name, shape, levels in (("vectors", (2,), None), ("images", (1, 8, 8), 17)):
+        model = WGAN.from_config(WGANConfig(shape=shape, levels=levels))
+        optimizer = model.optimizer(model.critic.parameters())
+        found[name] = model.clip, optimizer.param_groups[0]["lr"]
+    assert found == {"vectors": (0.1, 1e-3), "images": (0.01, 1e-4)}
+    assert WGAN.from_config(WGANConfig(shape=(2,), clip=0.02)).clip == 0.02
 
 
 def test_clip_and_loss_are_checked():

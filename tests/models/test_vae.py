@@ -5,6 +5,7 @@ import pickle
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn.decomposition
 import torch
@@ -1083,3 +1084,17 @@ def test_runs_of_both_objectives_resume_bit_for_bit(settings, tmp_path):
     resumed, whole = train(tmp_path / "run", 12, resume=True), train(tmp_path / "whole", 12)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert whole["updates"] == (12 if settings["objective"] == "tc" else 6)
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "numbers"])
+def test_a_value_far_out_has_a_low_density_and_not_none(mixed):
+    r = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": r.normal(size=300), "b": r.normal(size=300), "c": r.choice(["x", "y"], 300)})
+    data = genfuse.load_data(frame if mixed else frame[["a", "b"]])
+    model = genfuse.create("vae", data, latent_dim=2)
+    genfuse.Trainer(steps=30).fit(model, data)
+    rows = data.batch("test", slice(4)).x.repeat(4, 1)
+    rows[:, 0] = torch.tensor([0.0, 1e3, 1e6, 1e12]).repeat_interleave(4)
+    bounds = model.iwae_bound(rows, 5).view(4, 4)
+    assert bounds.isfinite().all()
+    assert (bounds.diff(dim=0) < -10).all(), "further out is rarer"

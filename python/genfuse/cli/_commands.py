@@ -132,7 +132,7 @@ def new_plugin(
 
 def data(
     action: Literal["describe"],
-    name: Annotated[str, arg(metavar="DATA")],
+    file: Annotated[str, arg(metavar="DATA")],
     /,
     *,
     header: Annotated[Literal["auto", "yes", "no"], arg(aliases=["--data.header"])] = "auto",
@@ -157,7 +157,7 @@ def data(
 
     Args:
         action: what to do
-        name: file, folder, or what --data of the other commands takes: images:FOLDER, digits, toy:moons
+        file: file, folder, or what --data of the other commands takes: images:FOLDER, digits, toy:moons
         header: yes: the first row is the names of the columns; no: it is an example; auto: if no cell is a number
         delimiter: what stands between cells, such as ; or tab
         decimal: the mark before decimals: . or ,
@@ -174,7 +174,7 @@ def data(
     from genfuse.data import kind_of
 
     known = {word for each in plugins.discover("datasets") for word in (each.name, each.distribution)}
-    path = Path(name).expanduser()
+    name, path = file, Path(file).expanduser()
     if name.partition(":")[0] not in known and name and (path.exists() or path.suffix or len(path.parts) > 1):
         name = f"{kind_of(path)}:{name}"
     head, _, place = name.partition(":")

@@ -563,7 +563,8 @@ def _shares(counts: Sequence[int]) -> tuple[float, ...]:
 
 
 def names_in(text: str) -> list[str]:
-    """The names in "a,b": one that has a comma itself is in quotes."""
+    """The names in "a,b": one that has a comma itself, or what is said of it, as a="b, c", is in quotes."""
+    text = re.sub(r'(^|,)\s*([^",]+[=<>])\s*"((?:[^"]|"")*)"', r'\1"\2\3"', text)
     return [name for row in csv.reader([text], skipinitialspace=True) for name in map(str.strip, row) if name]
 
 

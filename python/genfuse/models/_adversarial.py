@@ -63,6 +63,11 @@ class AdversarialConfig(ModelConfig):
                 f"{self.shape}: use network 'mlp', or larger images"
             )
 
+    @property
+    def vectors(self) -> bool:
+        """Whether examples are vectors of real numbers."""
+        return self.levels is None and len(self.shape) == 1 and self.columns is None
+
 
 @dataclass(frozen=True)
 class PenaltyConfig(AdversarialConfig):

@@ -154,7 +154,9 @@ def _networks(config: VAEConfig, outputs: int, per_cell: int) -> tuple[nn.Module
         encoder = blocks.conv_encoder((channels + context, height, width), config.channels, hidden, outputs)
         decoder = blocks.ConvDecoder(inputs, hidden, config.channels, (channels, height, width), per_cell)
     else:
-        encoder = nn.Sequential(nn.Flatten(), mlp([cells + context, *hidden, outputs]))
+        encoder = nn.Sequential(
+            blocks.Near() if config.levels is None else nn.Flatten(), mlp([cells + context, *hidden, outputs])
+        )
         decoder = nn.Sequential(mlp([inputs, *hidden[::-1], cells * per_cell]), nn.Unflatten(-1, (*shape, per_cell)))
     if not context:
         return encoder, decoder

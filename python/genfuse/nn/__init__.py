@@ -4,6 +4,7 @@ from genfuse.nn._autoregressive import MADE as MADE
 from genfuse.nn._autoregressive import AutoregressiveAffine as AutoregressiveAffine
 from genfuse.nn._autoregressive import AutoregressiveSpline as AutoregressiveSpline
 from genfuse.nn._columns import Columns as Columns
+from genfuse.nn._columns import Near as Near
 from genfuse.nn._conditioners import ConvConditioner as ConvConditioner
 from genfuse.nn._conditioners import MLPConditioner as MLPConditioner
 from genfuse.nn._conditioners import ResidualMLP as ResidualMLP

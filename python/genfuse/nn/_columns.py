@@ -14,7 +14,16 @@ from genfuse.nn.likelihoods import at_least_float32
 
 WIDTH = 1e-3  # of the interval, in scores, over which the density of a number is averaged, so that it is bounded
 BOUND = 4.0  # of the scores that `activate` makes: one row in 16,000 of a Gaussian is beyond
+FAR = 20.0  # standard deviations, beyond which encoders see no difference: the variances that they make stay finite
+APART = 1e-5  # how far apart, as a share of them, two scores must be for the probability between them in float32
 EDGE = 1e-6  # probabilities nearer to 0 or 1 have no score in float32
+
+
+class Near(nn.Flatten):
+    """Examples x as vectors (N, D) of values no further than `FAR` from 0, as an encoder sees them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-FAR, FAR)
 
 
 class Columns(nn.Module):
@@ -122,8 +131,9 @@ class Columns(nn.Module):
     # What networks see.
 
     def forward(self, x: Tensor) -> Tensor:
-        """`encode` of the first D columns of x (N, D + C), and the rest as it is, as an encoder sees it."""
-        return torch.cat([self.encode(x[..., : self.columns]), x[..., self.columns :]], -1)
+        """`encode` of the first D columns of x (N, D + C), and the rest as it is, as an encoder sees it: none further
+        than `FAR` from 0."""
+        return torch.cat([self.encode(x[..., : self.columns]), x[..., self.columns :]], -1).clamp(-FAR, FAR)
 
     def encode(self, x: Tensor, noise: bool = False) -> Tensor:
         """v (N, width) of x (N, D). With ``noise`` integers are spread over their bins, so that v has a density."""
@@ -163,8 +173,9 @@ class Columns(nn.Module):
         """log p(x), (..., N) nats, of raw (..., N, outputs): a density of the numbers that are there and a probability
         of all else. That of a number is of its standardized value."""
         x = at_least_float32(x)
-        low, high, slope = self._edges(x)
-        density = torch.where(low.isnan() | (self.step > 0), 0.0, slope.log() - math.log(WIDTH)).sum(-1)
+        low, high, slope, share = self._edges(x)
+        density = torch.where(low.isnan() | (self.step > 0), 0.0, slope.log() - math.log(WIDTH)) + share.log()
+        density = density.sum(-1)
         chosen = self.start + self._codes(x)
         return ops.mixed_log_prob(raw, low.to(raw.dtype), high.to(raw.dtype), chosen, self.block) + density
 
@@ -307,12 +318,15 @@ class Columns(nn.Module):
         """Scores (N, P) of numbers, and the slope."""
         return _piecewise(x, self.knots, self.to_scores)
 
-    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The scores (N, P) between which a number or integer is, NaN where it is missing, and the slope there."""
+    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The scores (N, P) between which a number or integer is, NaN where it is missing, the slope there, and the
+        share that it has of them: below 1 so far out that floating point could not tell its own edges apart."""
         cells, half = x[..., self.numeric], self.step / 2
         (low, high), (slope, _) = self._score(torch.stack([cells - half, cells + half]))
         spread = torch.where(self.step == 0, WIDTH / 2, 0.0)
-        return low - spread, high + spread, slope
+        low, high, gap = low - spread, high + spread, 2 * spread + slope * self.step
+        more = (low.abs() * APART - gap).clamp(min=0) / 2
+        return low - more, high + more, slope, torch.where(more > 0, gap / (gap + 2 * more), 1.0)
 
     def _parts(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits, locations and log-scales (..., P, K) of all mixtures, and the logits (..., S) of all choices."""

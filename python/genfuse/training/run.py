@@ -29,7 +29,7 @@ from torch import Tensor
 from genfuse import _files, models, plots, plugins
 from genfuse._version import __version__
 from genfuse.data import Dataset, Scaling, Schema, load_data
-from genfuse.errors import DataError, RunError, RunWarning, SettingsError
+from genfuse.errors import DataError, DataWarning, RunError, RunWarning, SettingsError
 from genfuse.models import GenerativeModel, configure
 from genfuse.training.checkpoint import BEFORE, STATE, WEIGHTS, Checkpoint, before
 from genfuse.training.options import Options
@@ -232,17 +232,21 @@ class Run(History):
         """The data set that the run was trained on, from where it was then, or from ``root``.
 
         ``name`` is for data that has moved: "csv:NEW/PATH", or what was given in place of a name. Raises DataError if
-        it is not found, RunError, which says what is other in it, if it has changed.
+        it is not found, RunError, which says what is other in it, if it has changed. Only of what has moved are there
+        warnings: the training has told of the rest.
         """
         was = self.config["data"]
         try:
-            data = load_data(
-                was["name"] if name is None else name,
-                root=root or home(was),
-                binarize=was["binarize"],
-                seed=was["seed"],
-                **was.get("options", {}),
-            )
+            with warnings.catch_warnings():
+                if name is None:
+                    warnings.simplefilter("ignore", DataWarning)
+                data = load_data(
+                    was["name"] if name is None else name,
+                    root=root or home(was),
+                    binarize=was["binarize"],
+                    seed=was["seed"],
+                    **was.get("options", {}),
+                )
         except DataError as error:
             if name is not None:
                 raise
@@ -404,9 +408,25 @@ def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) 
             )
         for key in sorted(was_all.keys() | now_all.keys()):
             was, now = (of.get(key, defaults.get(key)) for of in (was_all, now_all))
-            if was != now:
+            if was != now and key == "columns" and was and now:
+                found.append(f"{section} columns: {_of_columns(was, now)}")
+            elif was != now:
                 found.append(f"{section} {key}: was {was!r}, now {now!r}")
     return found
+
+
+def _of_columns(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """What is other in the columns of a table, as `genfuse.data.Schema.specs` has them."""
+
+    def kinds(columns: list[dict[str, Any]]) -> list[str]:
+        return [f"{of['kind']} of {len(of['shares'])} choices" if of["shares"] else of["kind"] for of in columns]
+
+    if len(was) != len(now):
+        return f"were {len(was)}, and are now {len(now)}"
+    each = [
+        f"number {i} was {a}, now {b}" for i, (a, b) in enumerate(zip(kinds(was), kinds(now), strict=True), 1) if a != b
+    ]
+    return "; ".join(each) or "their means, spreads or quantiles are others"
 
 
 def plugin_of(cls: type) -> str:
