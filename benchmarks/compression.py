@@ -27,10 +27,13 @@ TRAININGS = {
         "vae": "vae --steps 6000 --lr 2e-3 --schedule cosine --model.decoder discretized-logistic --model.mixtures 3 "
         "--model.latent-dim 32",
         "idf": "idf --steps 3000 --batch-size 64 --schedule cosine",
+        "realnvp": "realnvp --steps 6000 --schedule cosine",
     },
     "digits": {
         "vae": "vae --steps 3000 --schedule cosine --model.decoder discretized-logistic --model.latent-dim 10",
         "idf": "idf --steps 800 --schedule cosine",
+        "realnvp": "realnvp --steps 500 --schedule cosine",
+        "nsf": "nsf --steps 500 --schedule cosine --model.logit 0.05",
     },
 }
 PUBLISHED = {"binarized-mnist": 0.19, "mnist": 1.41}  # BB-ANS, arXiv 1901.04866, table 2: all 10,000 images
@@ -78,6 +81,7 @@ def others(x: np.ndarray, levels: int) -> dict[str, tuple[float, float | None]]:
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", action="append", choices=list(TRAININGS), help="only this one (may be repeated)")
+    parser.add_argument("--model", action="append", help="only this one (may be repeated)")
     parser.add_argument("--runs", type=Path, default=Path("runs/compression"), help="where runs are, or are trained to")
     parser.add_argument("--images", type=int, default=1000, help="test images, at most")
 
@@ -93,6 +97,8 @@ def run(args: Namespace) -> None:
             print(f"| BB-ANS, as published | {PUBLISHED[data]} | |")
         notes = []
         for name, command in TRAININGS[data].items():
+            if args.model and name not in args.model:
+                continue
             if not (folder := args.runs / f"{name}-{data}").exists():
                 main(["train", *command.split(), "--data", data, "--out", str(folder)])
             file, start = args.runs / f"{name}-{data}.gfz", time.process_time()

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from genfuse.applications._coder import (
     places,
     probit,
 )
+from genfuse.applications._compress import HEAD, SEAL
 from genfuse.cli import main
 from genfuse.errors import DataError, RunError, SettingsError
 
@@ -264,12 +266,14 @@ def test_a_folder_of_pictures_comes_back_under_its_names(trained, tmp_path, caps
         (levels("grey", 2) * 15, r"example 0, cell \(0, 0, 2\): \d+ is none of the 17 levels"),
         (levels("grey", 2) / 16, "expected whole numbers, the levels of examples; got float64"),
         (levels("grey", 2)[:, :, :5], r"shape \(1, 5, 8\), and the model of .* takes \(1, 8, 8\)"),
+        (levels("grey", 0), r"expected images, .*; got \(0, 1, 8, 8\)"),
         ("digits.npy", "there is no file or folder digits.npy"),
     ],
 )
-def test_examples_that_are_not_of_the_model_are_refused(array, error, trained, tmp_path):
+@pytest.mark.parametrize("name", ["grey", "realnvp"])
+def test_examples_that_are_not_of_the_model_are_refused(name, array, error, trained, tmp_path):
     with pytest.raises(DataError, match=error):
-        compress(trained(**GREY), array, tmp_path / "x.gfz")
+        compress(trained(**MODELS[name]), array, tmp_path / "x.gfz")
     assert not list(tmp_path.iterdir())
 
 
@@ -291,8 +295,9 @@ def test_models_that_do_not_compress_say_why(settings, error, trained, tmp_path)
         compress(run, "digits", tmp_path / "x.gfz")
 
 
-def test_a_damaged_foreign_or_other_file_is_refused_and_nothing_written(trained, tmp_path, monkeypatch):
-    run, other = trained(**GREY), trained(**MODELS["categorical"])
+@pytest.mark.parametrize("name", ["grey", "idf", "realnvp of halves", "glow", "nsf"])
+def test_a_damaged_foreign_or_other_file_is_refused_and_nothing_written(name, trained, tmp_path, monkeypatch):
+    run, other = trained(**MODELS[name]), trained(**MODELS["categorical"])
     file, out = tmp_path / "x.gfz", tmp_path / "out.npy"
     compress(run, levels("grey", 20), file)
     whole = file.read_bytes()
@@ -303,6 +308,11 @@ def test_a_damaged_foreign_or_other_file_is_refused_and_nothing_written(trained,
     for content in damaged:
         file.write_bytes(content)
         with pytest.raises(DataError, match=r"damaged or was cut short|is no file of|is of version"):
+            decompress(file, out, run=run)
+    for place in draw.integers(HEAD.size, len(whole) - SEAL, 20):  # changed, and sealed again
+        content = whole[:place] + bytes([whole[place] ^ 1 << int(draw.integers(8))]) + whole[place + 1 : -SEAL]
+        file.write_bytes(content + hashlib.sha256(content).digest()[:SEAL])
+        with pytest.raises(DataError, match=r"damaged or was cut short|is not what was compressed"):
             decompress(file, out, run=run)
     file.write_bytes(whole)
     with pytest.raises(RunError, match="compressed by another model"):

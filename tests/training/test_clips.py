@@ -7,6 +7,7 @@ from PIL import Image
 
 import genfuse
 from genfuse.cli import main
+from genfuse.cli.train import _summary
 from genfuse.data import Dataset, Split
 from genfuse.errors import SettingsError
 from genfuse.plots import animation
@@ -24,6 +25,7 @@ def test_a_diffusion_model_learns_clips_and_their_pictures_are_frames_in_a_row(c
     run = trainer.fit(model, clips)
     assert run.model().sample(2, steps=2).shape == (2, 4, 1, 8, 12)
     assert (run.path / "pictures" / "samples.png").is_file()
+    assert any("--n 16 --out clip.gif" in line for line in _summary(run))  # what to do next
     for kind in ("gif", "mp4", "png", "npy"):
         if kind == "mp4":
             pytest.importorskip("imageio_ffmpeg")

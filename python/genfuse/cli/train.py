@@ -296,6 +296,6 @@ def _summary(run: Run) -> Iterator[str]:
     for picture in sorted((run.path / "pictures").glob("*.png")):
         yield f"picture: {picture}"
     path = shlex.quote(str(run.path))
-    image = len(run.config["data"]["shape"]) == 3
-    out = "--n 64 --out samples.png" if image else "--n 1000 --out rows.csv"
+    kinds = {1: "--n 1000 --out rows.csv", 3: "--n 64 --out samples.png", 4: "--n 16 --out clip.gif"}
+    out = kinds.get(len(run.config["data"]["shape"]), "--n 64 --out samples.npy")
     yield f"next: genfuse sample {path} {out}\n      genfuse evaluate {path}"
