@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import genfuse
 from genfuse import ops
@@ -83,6 +83,28 @@ def test_layers_whose_hooks_make_their_weights_are_trained_and_sampled(name, set
     for layer in layers:
         prune.remove(layer, "weight")
     torch.testing.assert_close(pruned, model.log_prob(x))
+
+
+@pytest.mark.parametrize(("name", "settings"), FLOWS)
+def test_layers_whose_weights_are_parametrized_use_what_these_make(name, settings):
+    model, layers = flow_of_vectors(name, **settings)
+    other, x = copy.deepcopy(model), torch.randn(6, 5).double()
+    others = [layer for layer in other.modules() if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for layer, plain in zip(layers, others, strict=True):
+            parametrizations.weight_norm(layer)
+            layer.parametrizations.weight.original0 *= 1.5
+            plain.weight *= 1.5
+    torch.testing.assert_close(model.log_prob(x), other.log_prob(x))
+    torch.testing.assert_close(model.decode(model.encode(x)), x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_last_layer_of_another_kind_is_called():
+    conditioner, x = MLPConditioner(2, 4), torch.randn(6, 4)
+    coupling = AffineCoupling(conditioner, split=2)
+    expected = coupling(x)
+    conditioner.last = nn.Sequential(conditioner.last, nn.Identity())
+    torch.testing.assert_close(coupling(x), expected)
 
 
 def test_layers_with_a_forward_of_their_own_are_called():

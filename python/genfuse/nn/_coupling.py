@@ -86,7 +86,8 @@ class Coupling(Transform):
             return None
         if not any(untouched(conditioner, kind) for kind in (MLPConditioner, ResidualMLP)):
             return None
-        if conditioner.last.out_features != self.parameters_each * (x.shape[1] - abs(self.split)):
+        moved = x.shape[1] - abs(self.split)
+        if getattr(conditioner.last, "out_features", None) != self.parameters_each * moved:
             return None
         network: ops.Network | None = conditioner.network(context)
         return network
