@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -543,25 +543,26 @@ class VAE(GenerativeModel):
         z, kl = reparameterize_kl(mu, logvar, generator=generator)
         if self.posterior_flow is None and self.prior is None:
             return z, kl
-        if self.posterior_flow is None and (prior := self._prior(context)) is not None:
+        prior = self._prior(context)
+        if self.posterior_flow is None and prior is not None:
             with suppress(NotImplementedError):
                 return z, kl_divergence(_gaussian(mu, logvar), prior)
-        return self._moved(z, encoded, context)
+        return self._moved(z, encoded, prior)
 
-    def _moved(self, z: Tensor, encoded: Encoded, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _moved(self, z: Tensor, encoded: Encoded, prior: Distribution | None) -> tuple[Tensor, Tensor]:
         """Draws (..., N, D) of the Gaussian as the flow moves them, if there is one: z, and log q(z | x) - log p(z)."""
         mu, logvar, features = encoded
-        eps, logdet = (z - mu) * torch.exp(-logvar / 2), cast(Any, 0.0)
+        eps = (z - mu) * torch.exp(-logvar / 2)
+        logdet: Any = 0.0
         if self.posterior_flow is not None:
             z, logdet = _through(self.posterior_flow, z, features)
-        prior = self._prior(context)
         if prior is None:  # the constants of both normal densities cancel
             return z, 0.5 * (z.square() - eps.square() - logvar).sum(-1) - logdet
         return z, standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1) - logdet - prior.log_prob(z)
 
     def _log_weight(self, z: Tensor, x: Tensor, encoded: Encoded, context: Tensor | None) -> Tensor:
         """log p(x, z) / q(z | x), (..., N), for draws z (..., N, D) of the Gaussian, which the flow moves."""
-        z, log_ratio = self._moved(z, encoded, context)
+        z, log_ratio = self._moved(z, encoded, self._prior(context))
         return self._log_likelihood(x, z, context) - log_ratio
 
     def _prior(self, context: Tensor | None) -> Distribution | None:

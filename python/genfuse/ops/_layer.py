@@ -164,8 +164,11 @@ def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, 
     parameters = (*network.weights, *network.biases, *network.gates)
     quick = (
         not _op.compiling()
-        and _mlp._by_kernel(x, network.weights)
-        and all(k.chosen["cpu"] is k.native for k in _KERNELS[how[0]])
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and settings[0] <= _mlp.MOST_LAYERS
+        and all(k.chosen["cpu"] is k.native is not None for k in (_mlp._KERNEL, *_KERNELS[how[0]]))
+        and not torch.is_autocast_enabled("cpu")
         and _op.plain((x, *others, *parameters))
     )
     if quick:
