@@ -42,7 +42,8 @@ def formula(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tenso
     logits, mu, log_scale = logistic_mixture(numbers, columns)  # (L, N, P, K)
     there = ~low.isnan()
     low, high = torch.where(there, low, -0.5)[..., None], torch.where(there, high, 0.5)[..., None]
-    low, high = low.clamp(-FAR, FAR), high.clamp(-FAR, FAR)
+    far = min(FAR, torch.finfo(low.dtype).max)
+    low, high = low.clamp(-far, far), high.clamp(-far, far)
     precision = torch.exp(-log_scale)
     each = log_logistic((high - mu) * precision, (low - mu) * precision, (high - low) * precision)
     of_numbers = torch.where(there, (each + logits.log_softmax(-1)).logsumexp(-1), 0.0)
