@@ -78,8 +78,9 @@ def reader(tmp_path, monkeypatch):
     _write_images(tmp_path / "data")
     few = functools.partial(train_features, steps=2)  # of the classifier that a comparison wants
     monkeypatch.setattr("genfuse.metrics._features.train_features", few)
-    # Which draws thousands of samples of each model.
+    # Which draw thousands of samples of each model.
     monkeypatch.setattr("genfuse.comparison._columns._sampling_seconds", lambda model, data: 1.0)
+    monkeypatch.setattr("genfuse.comparison._columns.PATHS", 2)
     yield Reader(tmp_path, monkeypatch)
     plugins.discover.cache_clear()
     for name, module in list(sys.modules.items()):
