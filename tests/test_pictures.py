@@ -73,6 +73,13 @@ def test_latent_spaces_of_any_size_and_number_of_labels(dimensions, classes, tmp
     assert len(colours) > 10
 
 
+def test_a_single_point_has_a_place_among_latents(tmp_path):
+    plots.latent_space(torch.randn(1, 5), None, tmp_path / "latent.png")
+    points, shares = plots.principal_components(np.ones((1, 5)))
+    assert points.shape == (1, 2)
+    assert shares.tolist() == [0, 0]
+
+
 def test_the_names_of_classes_are_in_the_legend_and_on_sheets(figures, tmp_path):
     labels = torch.arange(30) % 3
     plots.latent_space(torch.randn(30, 2), labels, tmp_path / "latent.png", "points", ("cat", "dog", "emu"))

@@ -176,7 +176,8 @@ def latent_space(
 def principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two principal components of points (N, D), (N, 2), and each one's share of the variance, (2,)."""
     centred = points - points.mean(0)
-    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=len(points) < 2)
+    singular = np.append(singular, 0.0)  # of a single point there is but one
     shares = singular**2 / max((singular**2).sum(), np.finfo(float).tiny)
     return centred @ axes[:2].T, shares[:2]
 

@@ -2,10 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import genfuse
 from genfuse.applications import encode, examples, interpolate, reconstruct
-from genfuse.errors import SettingsError
+from genfuse.errors import DataError, SettingsError
 
 pytestmark = pytest.mark.filterwarnings("ignore::genfuse.errors.DataWarning")
 
@@ -46,3 +47,19 @@ def test_what_a_model_lacks_is_named(trained, odd):
 def test_a_run_is_used_in_another_process_in_three_lines(trained, odd):
     run = genfuse.Run(trained("nsf", hidden=32).path)
     assert encode(examples(run, odd)).shape == (60, 3)
+
+
+def test_a_grey_picture_is_read_as_a_run_in_colour_reads_it(tmp_path):
+    r = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(r.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    grey = tmp_path / "9.png"
+    Image.fromarray(r.integers(0, 256, (9, 9), dtype=np.uint8)).save(grey)
+    (tmp_path / "cut.png").write_bytes(grey.read_bytes()[:60])
+    data = genfuse.load_data(f"images:{tmp_path}", size=8, mode="auto", damaged="skip")
+    run = genfuse.Trainer(steps=1, out=tmp_path / "run").fit(genfuse.create("vae", data, hidden=8, network="mlp"), data)
+    assert examples(run, grey).batch.x.shape == (1, 3, 8, 8)
+    with pytest.raises(
+        DataError, match=r"none of the 1 pictures in .*cut\.png can be read: the picture .* cannot be read: "
+    ):
+        examples(run, tmp_path / "cut.png")

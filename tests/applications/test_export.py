@@ -75,6 +75,19 @@ def test_a_diffusion_model_exports_its_sampler(trained, tmp_path, monkeypatch):
     assert run_program(file, z) == pytest.approx(wanted, rel=1e-4, abs=1e-2)
 
 
+def test_the_path_of_ddpm_is_exported(trained):
+    class Sampler(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = trained("ddpm", steps=2, hidden=(8,)).model()
+
+        def forward(self, z):
+            return self.model.trajectory(z, steps=2)[-1]
+
+    z, sampler = torch.randn(4, 3), Sampler()
+    assert torch.equal(torch.export.export(sampler, (z,), strict=True).module()(z), sampler(z))
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     r, n = np.random.default_rng(0), 300

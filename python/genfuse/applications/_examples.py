@@ -91,6 +91,8 @@ def examples(
         options = {key: value for key, value in was.get("options", {}).items() if key in READING_OF_IMAGES}
         if not str(name).startswith("images:") or str(name).endswith((".npy", ".npz")):
             options = {}
+        if options.get("mode") == "auto":  # as it was found of all pictures; a single one may be grey
+            options["mode"] = "RGB" if was["shape"][0] == 3 else "L"
         data = load_data(name, root=root or home(was), seed=was["seed"], hold_out=False, **options)
     if data.shape != shape:
         raise _misshaped(run, data)

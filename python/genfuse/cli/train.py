@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from genfuse._files import plain, read_json
 from genfuse.cli._arguments import DataOptions, load_told, show_columns
 from genfuse.cli._yaml import read_yaml
 from genfuse.data import Dataset
-from genfuse.errors import SettingsError, near
+from genfuse.errors import DataWarning, SettingsError, near
 from genfuse.models import FACTS
 from genfuse.training import Run, Trainer
 from genfuse.training.run import check_config, describe_data, differences_of_data, home
@@ -101,7 +102,10 @@ def train(args: list[str]) -> int:
 
     trainer = Trainer(**cast(dict, job.training), out=out, resume=bool(given.resume))
     before = max((entry["step"] for entry in Run(out).metrics()), default=0) if given.resume else None
-    data = load_told(job.data, root=job.data_root, **asdict(job.data_options))
+    with warnings.catch_warnings():
+        if given.resume:  # told before
+            warnings.simplefilter("ignore", DataWarning)
+        data = load_told(job.data, root=job.data_root, **asdict(job.data_options))
     if data.schema is not None:
         show_columns(data.schema)
     if given.resume and "columns" in {field.name for field in fields(models.load(name).Config)}:

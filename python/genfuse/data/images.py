@@ -489,9 +489,10 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
             told.setdefault(note, []).append(str(path))
         return pixels
 
-    first = next((pixels for path in paths if (pixels := read(path, told={})) is not None), None)
+    lost: dict[str, list[str]] = {}
+    first = next((pixels for path in paths if (pixels := read(path, told=lost)) is not None), None)
     if first is None:
-        raise DataError(f"none of the {len(paths)} pictures in {root} can be read, such as {paths[0]}")
+        raise DataError(f"none of the {len(paths)} pictures in {root} can be read: {next(iter(lost.values()))[0]}")
     if reading.mode == "auto":
         in_colour = reading._replace(mode="RGB", damaged="skip")
         coloured = (pixels is not None and not _grey(pixels) for pixels in (read(p, in_colour, {}) for p in paths))

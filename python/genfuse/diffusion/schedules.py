@@ -35,6 +35,7 @@ def flow_matching(n: int, t_min: float = 1e-3) -> list[float]:
     return [t / (1 - t) for t in times] + [0.0]
 
 
+@torch.compiler.assume_constant_result  # for torch.export, which cannot make a list of a tensor
 def ddpm(n: int, betas: Betas = "linear", timesteps: int = 1000) -> list[float]:
     """n of DDPM's noise levels sigma_t = sqrt((1 - alpha bar_t) / alpha bar_t), t = T .. 1, evenly spaced in t.
 

@@ -130,7 +130,7 @@ def restorations(given: Tensor, made: Tensor, truth: Tensor, path: str | Path) -
 
 def _decoded(model: Any, points: Tensor, labels: Tensor | None, at: Callable[[str], Path]) -> None:
     """What lies along the latent dimensions that vary most, and, if there are two, all over their plane."""
-    spread, middle = points.std(0), points.mean(0)
+    spread, middle = points.std(0, correction=int(len(points) > 1)), points.mean(0)
     chosen = spread.argsort(descending=True)[:ROWS].sort().values
     z = points[0].repeat(len(chosen), STEPS, 1)
     steps = torch.linspace(-2.5, 2.5, STEPS, device=points.device)
