@@ -12,15 +12,17 @@ INSTALLED := $(VENV)/.installed
 # machine alone, are compiled while the rest is fetched.
 RUNS := $(VENV)/.runs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Where torch is, and whether it is for CUDA: found, not imported, which takes seconds each time.
+WHERE := import importlib.util as u, os, runpy; torch = os.path.dirname(u.find_spec('torch').origin)
 $(RUNS): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	@test -e $(INSTALLED) || echo "installing genfuse into $(VENV), which takes a minute or so: fetches packages, and compiles kernels meanwhile"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
+	@$(BIN)/python -c "$(WHERE)" 2>/dev/null || $(PYTHON) -c "$(WHERE); print(os.path.dirname(torch))" \
 		> $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch-of-python.pth 2>/dev/null || true
-	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	@$(BIN)/python -c "$(WHERE)" 2>/dev/null || $(PIP) install "$(TORCH)"
 	@sed -n '/^dependencies = \[/,/^\]/s/^  "\(.*\)",.*/\1/p' pyproject.toml > $(VENV)/needed.txt
 	@test -e $(INSTALLED) || { \
-		cuda=$$($(BIN)/python -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')"); \
+		cuda=$$($(BIN)/python -c "$(WHERE); print('AUTO' if runpy.run_path(torch + '/version.py')['cuda'] else 'OFF')"); \
 		rm -rf $(VENV)/wheel; GENFUSE_CUDA=$$cuda GENFUSE_SIMD=THIS $(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel . & kernels=$$!; \
 		$(PIP) install --no-compile --requirement $(VENV)/needed.txt && echo "compiling the rest of the kernels" && \
 		wait $$kernels && $(PIP) install --quiet --no-deps --force-reinstall $(VENV)/wheel/genfuse-*.whl; }
