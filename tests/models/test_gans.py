@@ -19,7 +19,7 @@ from genfuse.metrics import evaluate_samples
 from genfuse.models import Batch
 from genfuse.models._adversarial import STALLED, STARTED, Objective, diversity
 from genfuse.models._base import configure
-from genfuse.models.gan import GAN, OBJECTIVES
+from genfuse.models.gan import GAN, OBJECTIVES, GANConfig
 from genfuse.models.wgan import WGAN, WGANGP, WGANConfig
 from genfuse.nn import OneHot, WithContext, slerp
 from genfuse.training import Trainer
@@ -266,7 +266,7 @@ def trained_critic(name, real, fake, steps, lr, penalty_weight=None, **settings)
 
 def test_a_trained_discriminator_is_p_over_p_plus_q():
     p, q = Normal(0.0, 1.0), Normal(1.5, 0.6)
-    model = trained_critic("gan", lambda z: z, lambda z: 1.5 + 0.6 * z, 1500, 3e-3)
+    model = trained_critic("gan", lambda z: z, lambda z: 1.5 + 0.6 * z, 1500, 3e-3, loss="non-saturating")
     x = torch.linspace(-3, 3, 200)[:, None]
     densities = p.log_prob(x).exp(), q.log_prob(x).exp()
     D = model.critic(x).sigmoid()
@@ -276,7 +276,7 @@ def test_a_trained_discriminator_is_p_over_p_plus_q():
 
 
 def test_where_model_and_data_agree_the_value_is_minus_log_4_and_d_one_half():
-    model = trained_critic("gan", lambda z: z, lambda z: z, 800, 3e-3)
+    model = trained_critic("gan", lambda z: z, lambda z: z, 800, 3e-3, loss="non-saturating")
     torch.manual_seed(9)
     with torch.no_grad():
         loss, terms = model.loss(Batch(torch.randn(20_000, 1)), "discriminator")
@@ -845,6 +845,20 @@ def test_weights_of_a_critic_of_vectors_are_clipped_less_and_learn_faster():
         found[name] = model.clip, optimizer.param_groups[0]["lr"]
     assert found == {"vectors": (0.1, 1e-3), "images": (0.01, 1e-4)}
     assert WGAN.from_config(WGANConfig(shape=(2,), clip=0.02)).clip == 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"shape": (2,)}, ("relativistic", "r1r2")),
+        ({"shape": (1, 8, 8), "levels": 17}, ("relativistic", "r1r2")),
+        ({"shape": (4, 2)}, ("non-saturating", "none")),
+        ({"shape": (2,), "loss": "hinge"}, ("hinge", "none")),
+    ],
+)
+def test_the_usual_objective_is_r3gans_for_images_and_vectors(settings, found):
+    config = GANConfig(**settings)
+    assert (config.loss, config.penalty) == found
 
 
 def test_clip_and_loss_are_checked():

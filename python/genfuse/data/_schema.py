@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -95,9 +95,11 @@ class Column:
     missing: bool = False  # whether cells are
     mean: float = 0.0  # of the training split: numbers in original units, categories by their codes
     std: float = 1.0
-    knots: tuple[float, ...] = ()  # of numbers, integers and dates: quantiles, standardized
-    scores: tuple[float, ...] = ()  # and those of N(0, 1)
-    shares: tuple[float, ...] = ()  # how often each category is; of numbers: is there, or missing
+    knots: tuple[float, ...] = field(default=(), repr=False)  # of numbers, integers and dates: quantiles, standardized
+    scores: tuple[float, ...] = field(default=(), repr=False)  # and those of N(0, 1)
+    shares: tuple[float, ...] = field(
+        default=(), repr=False
+    )  # how often each category is; of numbers: is there, or missing
 
     @property
     def coded(self) -> bool:

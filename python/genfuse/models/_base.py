@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import repeat
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, runtime_checkable
@@ -56,7 +56,8 @@ class ModelConfig:
     conditional: bool = False  # model p(x | label) in place of p(x)
     seen_labels: tuple[int, ...] | None = None  # that training examples have, if not all; taken from the data
     condition: int = 0  # numbers that are given with each example: the model is p(x | these); taken from the data
-    columns: tuple[dict[str, Any], ...] | None = None  # of tables: for `genfuse.nn.Columns`; taken from the data
+    # of tables: for `genfuse.nn.Columns`; taken from the data
+    columns: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
     _positive: ClassVar[tuple[str, ...]] = ()  # of a class: its settings that are above 0 and finite
 
     def __post_init__(self) -> None:
