@@ -850,10 +850,10 @@ def test_weights_of_a_critic_of_vectors_are_clipped_less_and_learn_faster():
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"shape": (2,)}, ("relativistic", "r1r2")),
+        ({"shape": (2,), "levels": None}, ("relativistic", "r1r2")),
         ({"shape": (1, 8, 8), "levels": 17}, ("relativistic", "r1r2")),
-        ({"shape": (4, 2)}, ("non-saturating", "none")),
-        ({"shape": (2,), "loss": "hinge"}, ("hinge", "none")),
+        ({"shape": (4, 2), "levels": None}, ("non-saturating", "none")),
+        ({"shape": (2,), "levels": None, "loss": "hinge"}, ("hinge", "none")),
     ],
 )
 def test_the_usual_objective_is_r3gans_for_images_and_vectors(settings, found):
