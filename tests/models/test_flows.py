@@ -705,10 +705,18 @@ def test_what_a_flow_is_not_made_for_is_told_before_it_is_trained(tmp_path):
     for name in ("planar", "radial"):
         with pytest.warns(TrainingWarning, match=f"a {name} flow is made for a few dimensions"):
             few.fit(genfuse.create(name, digits), digits)
+        columns = genfuse.load_data(np.random.default_rng(0).normal(size=(50, 6)))
+        with pytest.warns(
+            TrainingWarning, match=f"a {name} flow is made for a few dimensions.* has 6, so nsf will fit"
+        ):
+            few.fit(genfuse.create(name, columns), columns)
     large = genfuse.load_data(np.random.default_rng(0).integers(0, 256, (200, 20, 20), dtype=np.uint8))
     for name in ("realnvp", "maf"):
         with pytest.warns(TrainingWarning, match=f"networks of this {name} see the 400 cells of a picture as a vector"):
             few.fit(genfuse.create(name, large, layers=1, hidden=(8,)), large)
+    larger = genfuse.load_data(np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8))
+    with pytest.warns(TrainingWarning, match="a glow of pictures of 784 cells takes hours to draw whole ones"):
+        few.fit(genfuse.create("glow", larger, steps=1, channels=(8,)), larger)
     rows = np.random.default_rng(0).normal(size=(500, 3))
     rows[:50, 1] = 0.5
     np.savetxt(tmp_path / "a.csv", rows, delimiter=",", header="a,b,c", comments="")

@@ -20,7 +20,7 @@ from genfuse.nn import Columns, OneHot, Transform
 Dequantization = Literal["uniform", "variational"]
 
 
-FEW = 256  # cells of a picture that dense networks learn to draw
+FEW, MANY = 256, 512  # cells of a picture that dense networks learn to draw, and convolutional ones in little time
 REPEATED = 0.05  # of the examples, that one value may have in a column of real numbers
 
 
@@ -156,12 +156,18 @@ class FlowModel(GenerativeModel):
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
 
     def doubts(self, data: Dataset) -> Iterator[str]:
-        cells = math.prod(data.shape)
-        if data.is_image and cells > FEW and not any(isinstance(part, nn.Conv2d) for part in self.flow.modules()):
+        cells, name = math.prod(data.shape), self.plugin or "flow"
+        if data.is_image and any(isinstance(part, nn.Conv2d) for part in self.flow.modules()):
+            if cells > MANY:
+                yield (
+                    f"a {name} of pictures of {cells} cells takes hours to draw whole ones: after the usual "
+                    f"{self.usual_steps:,} steps they are strokes. For samples to look at use gan or edm, or give it "
+                    "many times as many --steps; its densities and codes are of use before"
+                )
+        elif data.is_image and cells > FEW:
             yield (
-                f"the networks of this {self.plugin or 'flow'} see the {cells} cells of a picture as a vector: its "
-                "densities and codes are of use, but what it draws are clouds of dots. For samples to look at use gan "
-                "or edm; of flows glow, or realnvp with --model.network conv"
+                f"the networks of this {name} see the {cells} cells of a picture as a vector: its densities and codes "
+                "are of use, but what it draws are clouds of dots. For samples to look at use gan or edm"
             )
         if self.levels is not None or self.columns is not None or len(data.shape) > 1:
             return

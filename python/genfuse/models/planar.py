@@ -8,6 +8,8 @@ from genfuse import flows
 from genfuse.data import Dataset
 from genfuse.models._flow import FlowConfig, FlowModel
 
+FEW = 3  # dimensions
+
 
 @dataclass(frozen=True)
 class PlanarConfig(FlowConfig):
@@ -26,11 +28,11 @@ class PlanarFlow(FlowModel):
     def doubts(self, data: Dataset) -> Iterator[str]:
         if not data.is_image:
             yield from super().doubts(data)
-        else:
+        if (dimensions := math.prod(data.shape)) > FEW:
             yield (
                 f"a {self.plugin or 'planar'} flow is made for a few dimensions: each layer bends space along one "
-                f"direction, and {data.name!r} has {math.prod(data.shape)}, so samples will be noise; glow is made "
-                "for images"
+                f"direction, or around one point, and {data.name!r} has {dimensions}, so "
+                + ("samples will be noise; gan and edm draw pictures" if data.is_image else "nsf will fit better")
             )
 
 
