@@ -23,6 +23,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,7 +235,8 @@ def read_run(folder: Path, more: Any) -> None:
     trainer = Trainer.resuming(run)
     from genfuse.training import run as module
 
-    config = module.describe(model, data, trainer._options())
+    options = {key: value for key, value in asdict(trainer).items() if key not in module.WHERE}
+    config = module.describe(model, data, options)
     with locked(folder):
         module.claim(folder, True, False, config)
     loop = Loop(trainer, fabric, model, list(model.players()), data)
