@@ -45,8 +45,9 @@ demo: $(RUNS)  ## train a VAE, on MNIST if it is there, and leave pictures of wh
 	$(BIN)/genfuse sample runs/demo --n 100 --out runs/demo/samples.png --overwrite
 	@echo && echo "Look at runs/demo/pictures: samples.png, traversal.png, reconstructions.png, latent.png"
 
+# Threads that wait sleep, as other tests run beside them; sources are compiled once for the many processes.
 test: $(INSTALLED)  ## every test that takes seconds, or those of TESTS="tests/ops tests/nn"
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow" -n $(JOBS) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(TESTS) -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
