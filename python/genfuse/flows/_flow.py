@@ -140,7 +140,9 @@ class Flow(nn.Module):
         if self.context is not None and (self.context == 0 or embedded.shape[-1:] != (self.context,)):
             embedding = "" if self.embedding is None else " from its embedding"
             raise ValueError(f"context: this flow was made for {wanted}, got {tuple(embedded.shape)}{embedding}")
-        return embedded.to(next((p.dtype for p in self.parameters()), embedded.dtype))
+        for weight in self.parameters():  # `next` with a default is not compiled by PyTorch 2.6
+            return embedded.to(weight.dtype)
+        return embedded
 
     def base_of(self, embedded: Tensor | None) -> Distribution:
         """p(z | context) for an embedded context (N, C) or None, of batch shape (N,) or ()."""

@@ -430,7 +430,9 @@ class GenerativeModel(nn.Module):
             wanted = ", ".join(map(str, self.shape))
             raise DataError(f"x must be (N, {wanted}), as the setting `shape` says; got {tuple(x.shape)}")
         check_range(x, self.levels, always=not self.training)
-        if not self.training and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        if self.training or torch.compiler.is_compiling() or not x.is_floating_point():
+            return x
+        if not torch.is_autocast_enabled(x.device.type):
             dtype = next((weight.dtype for weight in self.parameters()), x.dtype)
             if x.dtype is not dtype:
                 raise DataError(f"x must be {dtype}, as the model's weights are; got {x.dtype}: give it x.to({dtype})")

@@ -32,6 +32,8 @@ class MADE(nn.Module):
     squash in a residual network.
     """
 
+    counts: Tensor
+
     def __init__(
         self,
         features: int,
@@ -119,7 +121,7 @@ class MADE(nn.Module):
         if not all(untouched(layer, _MaskedLinear) for layer in self.layers):
             return None
         weights: list[Any] = [layer.weight for layer in self.layers] if x.is_cpu else self.weights()
-        counts = self.get_buffer("counts") if x.is_cpu else None  # the CPU's kernel leaves out what is masked
+        counts = self.counts if x.is_cpu else None  # the CPU's kernel leaves out what is masked
         added, limit = self.project(context), LIMIT if self.squash else None
         added = None if added is None else added.to(x.dtype)  # under autocast it is of 16 bits
         return ops.Network(weights, self.biases(), self.residual, added, counts=counts, limit=limit)

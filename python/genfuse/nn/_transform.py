@@ -110,8 +110,8 @@ class Composite(Transform):
         """`forward` with all activations kept for the backward pass."""
         logdets, layers, i = [], list(self.transforms), 0
         while i < len(layers):
-            joined = getattr(layers[i + 1], "joined", None) if i + 1 < len(layers) else None
-            both = joined(layers[i], x) if joined else None
+            after = layers[i + 1] if i + 1 < len(layers) else None
+            both = after.joined(layers[i], x) if isinstance(after, Transform) else None  # type: ignore[arg-type]
             x, logdet = both or layers[i](x, context)
             logdets.append(logdet)
             i += 2 if both else 1

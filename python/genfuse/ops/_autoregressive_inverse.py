@@ -394,7 +394,7 @@ def autoregressive_inverse(
         return x.to(y.dtype), logdet
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]]
     shapes = {f"weights[{i}]": (w, (widths[i + 1], widths[i])) for i, w in enumerate(weights)}
-    shapes |= {f"biases[{i}]": (b, (widths[i + 1],)) for i, b in enumerate(biases)}
+    shapes.update({f"biases[{i}]": (b, (widths[i + 1],)) for i, b in enumerate(biases)})
     if context is not None:
         shapes["context"] = (context, (n, widths[1]))
     if factor is not None:

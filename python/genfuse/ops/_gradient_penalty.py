@@ -203,14 +203,15 @@ for _d in (1, 2, 3):
         _OPERATIONS[f"{_name.title()}Pad{_d}DBackward0"] = _cut(_operator, "self", "padding")
 
 
-def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP, list[Node]]], Depends, list[Node]]:
-    """What was computed from x, which ``start`` has made, on the way to ``root``: each operation after those that it
-    takes from, with its vector-Jacobian product, and if it is a Function those that take from it, without which it
-    knows nothing in PyTorch 2.6; what depends on x; and the operations that are not piecewise linear.
+def _operations(out: Tensor, start: Node) -> tuple[list[tuple[Node, VJP, list]], Depends, list[Node]]:
+    """What was computed from x, which ``start`` has made, on the way to ``out``: each operation after those that it
+    takes from, with its vector-Jacobian product, and if it is a Function what takes from it, without which it knows
+    nothing in PyTorch 2.6; what depends on x; and the operations that are not piecewise linear.
     """
+    root: Any = out.grad_fn
     depends: Depends = {start: True, None: False}
-    order: list[tuple[Node, VJP, list[Node]]] = []
-    users: dict[Node, list[Node]] = {}
+    order: list[tuple[Node, VJP, list]] = []
+    users: dict[Node, list] = {root: [out]}
     obstacles: list[Node] = []
     stack = [root]
     while stack:
@@ -240,9 +241,7 @@ def _operations(root: Node, start: Node) -> tuple[list[tuple[Node, VJP, list[Nod
     return order, depends, obstacles
 
 
-def _pull(
-    gradients: dict[tuple[Node, int], Tensor], order: list[tuple[Node, VJP, list[Node]]], depends: Depends
-) -> None:
+def _pull(gradients: dict[tuple[Node, int], Tensor], order: list[tuple[Node, VJP, list]], depends: Depends) -> None:
     """Carry the gradients for the last operation back to x. Forget each with all that it has saved when it is done."""
     while order:
         node, vjp, _users = order.pop()
@@ -351,7 +350,7 @@ def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool, 
     if out.grad_fn is None:
         raise ValueError("critic must depend on x, got an output without gradients")
     ones, last = torch.ones_like(out), (out.grad_fn, out.output_nr)
-    order, depends, obstacles = _operations(out.grad_fn, start)
+    order, depends, obstacles = _operations(out, start)
     if obstacles:
         _note(critic, obstacles, calls)
         return out, torch.autograd.grad(out, x, ones, create_graph=True)[0]

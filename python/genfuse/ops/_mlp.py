@@ -447,9 +447,9 @@ def _check_layers(
         inputs, outputs = widths[i], widths[i + 1]
         fits = w.shape == (outputs, inputs) and b.shape == (outputs,) and w.dtype is dtype is b.dtype
         if not fits or w.device != device or b.device != device:
-            shapes |= {f"weights[{i}]": (w, (outputs, inputs)), f"biases[{i}]": (b, (outputs,))}
-    shapes |= {} if added is None else {"added": (added, hidden)}
-    shapes |= {f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)}
-    shapes |= {} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)}
+            shapes.update({f"weights[{i}]": (w, (outputs, inputs)), f"biases[{i}]": (b, (outputs,))})
+    shapes.update({} if added is None else {"added": (added, hidden)})
+    shapes.update({f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)})
+    shapes.update({} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)})
     if shapes:
         _op.check_alike(x, "x", **shapes)
