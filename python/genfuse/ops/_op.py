@@ -38,7 +38,8 @@ try:
 except ImportError:  # PyTorch 2.6
 
     def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
-        return any(isinstance(each, Tensor) and each.requires_grad for each in args)
+        of_lists = (any_requires_grad(*each) for each in args if isinstance(each, list | tuple))
+        return any(isinstance(each, Tensor) and each.requires_grad for each in args) or any(of_lists)
 
 
 _C: Any  # the compiled module, or None
