@@ -97,9 +97,8 @@ class Column:
     std: float = 1.0
     knots: tuple[float, ...] = field(default=(), repr=False)  # of numbers, integers and dates: quantiles, standardized
     scores: tuple[float, ...] = field(default=(), repr=False)  # and those of N(0, 1)
-    shares: tuple[float, ...] = field(
-        default=(), repr=False
-    )  # how often each category is; of numbers: is there, or missing
+    # how often each category is; of numbers: is there, or missing
+    shares: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def coded(self) -> bool:
