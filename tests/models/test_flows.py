@@ -442,10 +442,10 @@ OFFERED = {
     ],
     "iaf": [{}, {"scale": "sigmoid"}, {"squash": False}],
     "nsf": [
-        {}, {"damped": True}, {"squash": False}, {"bins": 2}, {"bins": 32}, {"bound": 1.0}, {"bound": 6.0},
-        {"dropout": 0.5}, {"reversible": True},
+        {}, {"damped": 1.0}, {"damped": 0.0}, {"squash": False}, {"bins": 2}, {"bins": 32}, {"bound": 1.0},
+        {"bound": 6.0}, {"dropout": 0.5}, {"reversible": True},
     ],
-    "nsf-ar": [{}, {"damped": True}, {"squash": False}, {"bins": 2}, {"bins": 32}, {"bound": 1.0}, {"bound": 6.0}],
+    "nsf-ar": [{}, {"damped": 1.0}, {"squash": False}, {"bins": 2}, {"bins": 32}, {"bound": 1.0}, {"bound": 6.0}],
     "glow": [{}, {"coupling": "additive"}, {"squash": False}, {"steps": 2}, {"reversible": True}],
     "planar": [{}], "radial": [{}],
 }  # fmt: skip
@@ -497,16 +497,33 @@ def test_no_row_explodes_however_far_outside(name):
 
 
 def test_what_flows_learn_with_by_default():
-    for name in ("nsf", "nsf-ar"):
-        assert {"damped": False, "squash": True}.items() <= asdict(genfuse.create(name).config).items()
+    for name, damped in (("nsf", 0.5), ("nsf-ar", 0)):
+        assert {"damped": damped, "squash": True}.items() <= asdict(genfuse.create(name).config).items()
     for name in ("realnvp", "maf", "iaf"):
         assert {"scale": "softclip", "squash": True}.items() <= asdict(genfuse.create(name).config).items()
     first = genfuse.create("realnvp", shape=(4,), levels=None).flow.transform.transforms[:3]
     assert [type(layer) for layer in first] == [ActNorm, LULinear, AffineCoupling]
-    damping = [
-        layer.settings["damping"] for layer in genfuse.create("nsf-ar").flow.modules() if hasattr(layer, "settings")
-    ]
-    assert set(damping) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("nsf", {}, 64**-0.25), ("nsf", {"damped": 0}, 1), ("nsf", {"damped": False}, 1),  # as former runs have it
+        ("nsf", {"damped": True}, 64**-0.5), ("nsf-ar", {}, 1), ("nsf-ar", {"damped": 0.5}, 64**-0.25),
+    ],
+)  # fmt: skip
+def test_raw_widths_and_heights_are_divided_by_a_power_of_the_networks_width(name, settings, expected):
+    flow = genfuse.create(name, shape=(4,), hidden=(64,), **settings).flow
+    assert {layer.settings["damping"] for layer in flow.modules() if hasattr(layer, "settings")} == {expected}
+
+
+@pytest.mark.parametrize("damped", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("name", ["nsf", "nsf-ar"])
+def test_bins_are_damped_by_no_more_than_the_root_of_the_width(name, damped):
+    with pytest.raises(SettingsError, match=r"damped must be in \[0, 1\], got"):
+        genfuse.create(name, shape=(4,), damped=damped)
+    with pytest.raises(ValueError, match=r"damped must be in \[0, 1\], got"):
+        {"nsf": flows.NSF, "nsf-ar": flows.NSFAR}[name](4, damped=damped)
 
 
 # Whole runs.

@@ -62,7 +62,8 @@ class NSF(_ReadyMade):
         transforms: how many couplings.
         bins: of each spline.
         bound: the splines are in [-bound, bound], in the units of x, and the identity outside.
-        damped: whether raw widths and heights are divided by the square root of the network's width, as in nflows.
+        damped: how slowly bins move, in [0, 1]: raw widths and heights are divided by the network's width to the power
+            ``damped`` / 2. nflows has 1; at 0.5 tables of few rows are overfitted less than at 0.
         hidden: width of each residual block of the couplings' networks, all the same.
         dropout: share of the units that each block drops while it is trained.
         squash: whether networks see features squashed, as in `genfuse.nn.MLPConditioner`, so that a row far outside of
@@ -82,7 +83,7 @@ class NSF(_ReadyMade):
         transforms: int = 5,
         bins: int = 8,
         bound: float = 3.0,
-        damped: bool = False,
+        damped: float = 0.5,
         hidden: Sequence[int] = (128, 128),
         dropout: float = 0.0,
         squash: bool = True,
@@ -124,7 +125,7 @@ class NSFAR(_ReadyMade):
         transforms: int = 5,
         bins: int = 8,
         bound: float = 3.0,
-        damped: bool = False,
+        damped: float = 0.0,
         hidden: Sequence[int] = (256, 256),
         squash: bool = True,
         **options: Unpack[Options],

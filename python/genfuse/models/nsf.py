@@ -14,7 +14,7 @@ class _SplineConfig(NetworkConfig):
     layers: int = 5  # splines; before each, and after the last, there is a linear layer
     bins: int = 8  # of each spline
     bound: float = 3.0  # the splines are in [-bound, bound], and the identity outside
-    damped: bool = False  # divide raw widths and heights by the square root of the networks' width
+    damped: float = 0.0  # how slowly bins move: raw widths and heights are divided by the networks' width^(damped / 2)
     _positive = ("layers", "bins", "bound", "hidden")
 
     def __post_init__(self) -> None:
@@ -23,6 +23,8 @@ class _SplineConfig(NetworkConfig):
             raise SettingsError("bins must be at least 2: of a spline with one bin nothing is left to learn; got 1")
         if self.bins > 1000:
             raise SettingsError(f"bins must be at most 1000, as each takes at least 1/1000 of the box; got {self.bins}")
+        if not 0 <= self.damped <= 1:
+            raise SettingsError(f"damped must be in [0, 1], got {self.damped}")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -34,6 +36,7 @@ class NSFConfig(_SplineConfig):
     """Settings of a coupling spline flow, RQ-NSF (C). Raises SettingsError for values outside their range."""
 
     hidden: tuple[int, ...] = (128, 128)  # width of each residual block of a coupling's network, all the same
+    damped: float = 0.5  # at 0 tables of few rows are overfitted sooner
     dropout: float = 0.0  # in each block
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from genfuse import ops
 from genfuse.errors import SettingsError
-from genfuse.nn._conditioners import Tails, soft_slope, spline_settings
+from genfuse.nn._conditioners import Tails, damping_of, soft_slope, spline_settings
 from genfuse.nn._mlp import untouched
 from genfuse.nn._transform import Transform
 
@@ -217,6 +217,7 @@ class AutoregressiveSpline(Transform):
         bins: of each spline.
         bound: each maps [-bound, bound] to itself, in the units of x.
         tails: what is outside: "linear" (the identity), "circular" or "none", as in `rational_quadratic_spline`.
+        damped: as in `SplineCoupling`.
     """
 
     def __init__(
@@ -228,7 +229,7 @@ class AutoregressiveSpline(Transform):
         bins: int = 8,
         bound: float = 3.0,
         tails: Tails = "linear",
-        damped: bool = False,
+        damped: float = 0.0,
         residual: bool = False,
         squash: bool = False,
     ) -> None:
@@ -238,7 +239,7 @@ class AutoregressiveSpline(Transform):
         if tails == "none":
             self.domain = self.codomain = constraints.interval(-float(bound), float(bound))
         self.made = MADE(features, hidden, settings.params, context=context, residual=residual, squash=squash)
-        damping = self.made.weights()[-1].shape[1] ** -0.5 if damped else 1.0
+        damping = damping_of(self.made.weights()[-1].shape[1], damped)
         self.spline = settings._replace(damping=damping)
         self.settings: dict[str, Any] = {"bins": bins, "bound": settings.bound, "tails": tails, "damping": damping}
         _start_near_zero(self.made)

@@ -212,21 +212,29 @@ def spline_settings(bins: int, bound: float, tails: Tails = "linear") -> ops.Spl
     return settings
 
 
-def start_spline(network: nn.Module, settings: ops.SplineSettings, damped: bool) -> float:
+def damping_of(width: int, damped: float) -> float:
+    """The factor of raw widths and heights that a layer makes of ``width`` inputs: 1 if ``damped`` is 0, one over the
+    square root of the width, as in the paper's code, if it is 1. Raises ValueError unless it is in [0, 1]."""
+    if not 0 <= damped <= 1:
+        raise ValueError(f"damped must be in [0, 1], got {damped}")
+    return float(width ** (-damped / 2))
+
+
+def start_spline(network: nn.Module, settings: ops.SplineSettings, damped: float) -> float:
     """Start a network whose outputs are, coordinate by coordinate, a spline's raw parameters: the biases of its output
     layer make the identity, bins of one size and slopes of 1, and its weights are small.
 
-    Returns the damping of raw widths and heights: if they are ``damped``, by the square root of the layer's inputs; 1
-    otherwise, or if there is no such layer, and the network stays as it is.
+    Returns the damping of raw widths and heights, `damping_of` the layer's inputs; 1 if there is no such layer, and the
+    network stays as it is.
     """
     last = output_layer(network, settings.params)
+    damping = damping_of(1 if last is None else last.weight[0].numel(), damped)
     if last is None:
-        return 1.0
-    damping: float = last.weight[0].numel() ** -0.5
+        return damping
     with torch.no_grad():
-        if not damped and not isinstance(network, MLPConditioner | ResidualMLP | ConvConditioner):
-            last.weight.mul_(damping)  # of ours they are small already
+        if not isinstance(network, MLPConditioner | ResidualMLP | ConvConditioner):
+            last.weight.mul_(last.weight[0].numel() ** -0.5 / damping)  # of ours they are small already
         bias = last.bias.view(-1, settings.params)  # type: ignore[union-attr]
         bias[:, : 2 * settings.bins] = 0
         bias[:, 2 * settings.bins :] = settings.unit_derivative
-    return damping if damped else 1.0
+    return damping

@@ -160,12 +160,12 @@ class SplineCoupling(Coupling):
 
     The conditioner makes 3 ``bins`` - 1 raw parameters per moved feature, those of a feature beside each other. Outside
     [-bound, bound] the spline is the identity. The last linear or convolutional layer of the conditioner, if its size
-    fits, starts near the identity; a conditioner without one stays as it is. If ``damped``, raw widths and heights are
-    divided by the square root of that layer's inputs, as in the paper's code: bins then move slowly.
+    fits, starts near the identity; a conditioner without one stays as it is. Raw widths and heights are divided by
+    that layer's inputs to the power ``damped`` / 2, in [0, 1]: at 1, as in the paper's code, bins move slowly.
     """
 
     def __init__(
-        self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0, damped: bool = False
+        self, conditioner: nn.Module, *, split: int, bins: int = 8, bound: float = 3.0, damped: float = 0.0
     ) -> None:
         settings = _conditioners.spline_settings(bins, bound)
         self.parameters_each = settings.params  # 3 bins - 1
