@@ -63,7 +63,7 @@ class NSF(_ReadyMade):
         bins: of each spline.
         bound: the splines are in [-bound, bound], in the units of x, and the identity outside.
         damped: how slowly bins move, in [0, 1]: raw widths and heights are divided by the network's width to the power
-            ``damped`` / 2. nflows has 1; at 0.5 tables of few rows are overfitted less than at 0.
+            ``damped`` / 2. nflows has 1; at 0.25 tables of few rows are overfitted less than at 0.
         hidden: width of each residual block of the couplings' networks, all the same.
         dropout: share of the units that each block drops while it is trained.
         squash: whether networks see features squashed, as in `genfuse.nn.MLPConditioner`, so that a row far outside of
@@ -83,7 +83,7 @@ class NSF(_ReadyMade):
         transforms: int = 5,
         bins: int = 8,
         bound: float = 3.0,
-        damped: float = 0.5,
+        damped: float = 0.25,
         hidden: Sequence[int] = (128, 128),
         dropout: float = 0.0,
         squash: bool = True,

@@ -36,7 +36,7 @@ class NSFConfig(_SplineConfig):
     """Settings of a coupling spline flow, RQ-NSF (C). Raises SettingsError for values outside their range."""
 
     hidden: tuple[int, ...] = (128, 128)  # width of each residual block of a coupling's network, all the same
-    damped: float = 0.5  # at 0 tables of few rows are overfitted sooner
+    damped: float = 0.25  # at 0 tables of few rows are overfitted sooner
     dropout: float = 0.0  # in each block
 
     def __post_init__(self) -> None:
