@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributions import (
     AffineTransform,
     Categorical,
-    Gamma,
     Independent,
+    Laplace,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
@@ -331,7 +331,7 @@ BASES = {
         Independent(Normal(torch.tensor([[0.0, 1.0, -1.0], [2.0, -0.5, 0.3]]), torch.ones(2, 3)), 1),
     ),
     "transformed": TransformedDistribution(
-        Independent(Gamma(torch.full((3,), 2.0), torch.ones(3)), 1),
+        Independent(Laplace(torch.full((3,), 2.0), torch.ones(3)), 1),
         [AffineTransform(torch.tensor([0.3, -0.2, 0.5]), torch.ones(3))],
     ),
     "composed": TransformedDistribution(

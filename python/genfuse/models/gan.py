@@ -100,7 +100,9 @@ class GAN(AdversarialModel):
 
     Config = GANConfig
     critic_name = "discriminator"
-    optimizer = staticmethod(adam(2e-4, betas=(0.5, 0.999)))
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return adam(2e-4, betas=(0.5, 0.999))(parameters)
 
     def __init__(
         self, generator: nn.Module, critic: nn.Module, objective: Loss | Objective = "non-saturating", **options: Any

@@ -6,7 +6,7 @@ last layer of each starts near 0, so that a flow starts near the identity.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -119,9 +119,7 @@ class ResidualMLP(nn.Module):
         layers = [self.first, *(layer for block in blocks for layer in block), self.last]
         if (self.dropout and self.training) or not all(map(fuses, layers)):
             return None
-        made = _network(layers, self.squash, context)
-        gates = [] if context is None else [torch.sigmoid(gate(made.context)) for gate in self.gates]
-        return made._replace(residual=True, gates=gates)
+        return _network(layers, self.squash, context, self.gates, residual=True)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if network := self.network(context):
@@ -136,10 +134,13 @@ class ResidualMLP(nn.Module):
         return self.last(h)
 
 
-def _network(layers: Sequence[Any], squash: bool, context: Tensor | None) -> ops.Network:
+def _network(
+    layers: Sequence[Any], squash: bool, context: Tensor | None, gates: Iterable[nn.Module] = (), residual: bool = False
+) -> ops.Network:
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     context = None if context is None else context.to(weights[0].dtype)
-    return ops.Network(weights, biases, context=context, limit=0.0 if squash else None)
+    made = [] if context is None else [torch.sigmoid(gate(context)) for gate in gates]
+    return ops.Network(weights, biases, residual, gates=made, context=context, limit=0.0 if squash else None)
 
 
 def _seen(x: Tensor, squash: bool, context: Tensor | None) -> Tensor:

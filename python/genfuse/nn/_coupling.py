@@ -172,11 +172,12 @@ class SplineCoupling(Coupling):
         super().__init__(conditioner, split=split)
         damping = _conditioners.start_spline(conditioner, settings, damped)
         self.spline = settings._replace(damping=damping)
+        self.inverse_spline = self.spline._replace(inverse=True)  # here, as PyTorch 2.6 does not compile `_replace`
         self.settings: dict[str, Any] = {"bins": bins, "bound": bound, "damping": damping}
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if network := self.network(x, context):
-            return ops.spline_layer(x, network, self.split, self.spline._replace(inverse=inverse))
+            return ops.spline_layer(x, network, self.split, self.inverse_spline if inverse else self.spline)
         kept, moved = self.halves(x)
         raw = self.raw(x, context).unflatten(1, (moved.shape[1], self.parameters_each)).movedim(2, -1)  # (N, C, ..., P)
         y, logdet = ops.rational_quadratic_spline(moved, raw, inverse=inverse, **self.settings)

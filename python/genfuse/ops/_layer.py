@@ -203,6 +203,6 @@ def spline_layer(x: Tensor, network: Network, split: int, settings: _spline.Sett
     """`rational_quadratic_spline` of x (N, D) in the same way; ``settings`` are not of tails "none"."""
     moved = None if not split else slice(split, None) if split > 0 else slice(split)
     shown = slice(split or None) if split >= 0 else slice(split, None)
-    arguments = partial(_splined, settings=settings.arguments)
+    arguments = partial(_splined, settings=_spline._arguments(settings))
     how = "rational_quadratic_spline", arguments, shown, moved, network.limit
-    return _layer(how, x, network, settings.params)
+    return _layer(how, x, network, _spline._count(settings.bins, settings.tails))
