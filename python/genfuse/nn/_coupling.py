@@ -68,7 +68,7 @@ class Coupling(Transform):
     def raw(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The conditioner's output, of x's type, which autocast may have narrowed."""
         if self.mask is not None:
-            sizes = zip(self.mask.shape[::-1], x.shape[:0:-1], strict=False)
+            sizes = zip(self.mask.shape, x.shape[x.dim() - self.mask.dim() :], strict=False)
             if self.mask.dim() >= x.dim() or any(size not in (1, of_x) for size, of_x in sizes):
                 raise ValueError(f"mask of shape {tuple(self.mask.shape)} does not go with x of {tuple(x.shape)}")
         kept = self.halves(x)[0] if self.mask is None else x * self.mask
