@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from test_mlp import eager as mlp_eager
 from test_operators import ODD
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -284,6 +285,14 @@ def _batched_cotangents(function, tensors):
     )
 
 
+def _zero_cotangents(function, tensors):
+    """Zeros that have no memory, as forward mode makes them."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = [o for o in pytree.tree_leaves(function(*leaves)) if o.requires_grad]
+    zeros = [torch._efficientzerotensor(o.shape, dtype=o.dtype) for o in outputs]
+    return torch.autograd.grad(outputs, leaves, zeros, allow_unused=True, materialize_grads=True)
+
+
 def _dual(function, tensors):
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, (t + 1).cos()) for t in tensors]
@@ -335,6 +344,7 @@ TRANSFORMS = {
     "gradient of vmap": lambda f, t: grad(_loss(vmap(f)), _every(t))(*_stacked(t)),
     "autograd": _autograd,
     "is_grads_batched": _batched_cotangents,
+    "zero cotangents": _zero_cotangents,
     "functional.jacobian": lambda f, t: torch.autograd.functional.jacobian(f, t, vectorize=True),
     "functional.jacobian, forward": lambda f, t: torch.autograd.functional.jacobian(
         f, t, vectorize=True, strategy="forward-mode"
@@ -533,6 +543,36 @@ def test_a_transform_without_vmap_draws_as_a_plain_call_does(name):
     torch.manual_seed(3)
     transformed, _ = jvp(DRAWN[name], (x,), (x,))
     assert_close(transformed, plain)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_make_fx_traces_what_draws_as_it_draws(name, mode):
+    x = _normal(4, 8)
+    graph = make_fx(DRAWN[name], tracing_mode=mode)(x)
+    torch.manual_seed(3)
+    plain = DRAWN[name](0.9 * x)
+    torch.manual_seed(3)
+    assert_close(graph(0.9 * x), plain)
+    assert not torch.equal(graph(x), graph(x))
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["default", "given"])
+def test_what_draws_takes_fake_tensors(generator):
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(_normal(4, 8))
+        assert isinstance(ops.bernoulli(fake, generator=generator), FakeTensor)
+        assert isinstance(ops.diffuse(fake, 0.0, 1.0, generator=generator)[1], FakeTensor)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("tails", ["none", ("none", "linear", "circular")], ids=["none", "of each"])
+def test_make_fx_and_meta_take_splines_that_look_at_their_arguments(tails, mode):
+    x, params = _normal(2, 3, scale=0.3), _normal(2, 3, 10)
+    spline = partial(ops.rational_quadratic_spline, bins=3, bound=2.0, tails=tails)
+    graph = make_fx(lambda *t: spline(*t), tracing_mode=mode)(x, params)
+    assert_close(graph(0.9 * x, params), spline(0.9 * x, params))
+    assert spline(x.to("meta"), params.to("meta"))[1].shape == (2,)
 
 
 def test_an_operator_whose_results_are_drawn_is_traced_with_its_noise():

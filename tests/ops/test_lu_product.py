@@ -140,11 +140,15 @@ def test_arguments_that_do_not_fit_are_named():
         ((triangles[:, :3], log_diagonal, signs, back, order), "triangles must be square"),
         ((triangles, log_diagonal.float(), signs, back, order), "log_diagonal must have"),
         ((triangles, log_diagonal, signs[:2], back, order), "signs must have shape"),
+        ((triangles, log_diagonal.long(), signs, back, order), "log_diagonal must have triangles's dtype"),
         ((triangles, log_diagonal, signs, back.int(), order), "back must have"),
         ((triangles, log_diagonal, signs, back, order.double()), "int64"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.lu_product(*given)
+    for given in ((triangles[:1], log_diagonal, signs), (triangles, log_diagonal, signs[:1])):  # which would broadcast
+        with pytest.raises(ValueError, match="must have shape"):
+            ops.lu_factors(*given)
     with pytest.raises(ValueError, match="back"):
         torch.ops.genfuse.lu_product(triangles, log_diagonal, signs, back[:2], order)
 

@@ -138,3 +138,7 @@ def test_arguments_that_do_not_fit_are_named():
     }.items():
         with pytest.raises(ValueError, match=message):
             ops.mixed_log_prob(*given)
+    with pytest.raises(ValueError, match=r"raw must be \(..., 3 K P\) for columns P = 4, got \(8, 30\)"):
+        ops.logistic_mixture(torch.zeros(8, 30), 4)
+    with pytest.raises(ValueError, match=r"block must have shape \(5,\), got \(4,\)"):
+        ops.block_log_softmax(torch.zeros(8, 5), block[:4], 2)

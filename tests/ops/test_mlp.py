@@ -213,6 +213,12 @@ def test_modes_see_pytorchs_operators_and_profilers_the_kernels():
         ({"x": torch.zeros(6, 4)}, r"weights\[0\] must have shape \(8, 4\)"),
         ({"added": torch.zeros(6, 9)}, "added must have shape"),
         ({"counts": torch.zeros(3, dtype=torch.int64)}, "counts must have shape"),
+        ({"x": torch.zeros(())}, "x must have at least one axis"),
+        ({"x": torch.zeros(6, 3).half()}, r"weights\[0\] must have x's dtype torch.float16"),
+        ({"x": torch.zeros(6, 3).int()}, "x must be float32, .* got torch.int32"),
+        ({"x": torch.zeros(6, 3, device="meta")}, r"weights\[0\] must be on x's device meta"),
+        ({"x": torch.zeros(2, 3, 3), "added": torch.zeros(3, 2, 8)}, r"added must have shape \(2, 3, 8\)"),
+        ({"weights": [torch.zeros(8, 3), torch.zeros(())]}, r"weights must be .* each, got \(8, 3\), \(\)"),
         ({"gates": [torch.zeros(6, 8)]}, "gates must be one for each residual block, got 1"),
         ({"residual": True, "weights": [torch.zeros(8, 3), torch.zeros(8, 8), torch.zeros(2, 8)],
           "biases": [torch.zeros(8), torch.zeros(8), torch.zeros(2)]}, "pairs of widths"),
@@ -339,6 +345,8 @@ def test_odd_critics_and_examples_have_the_scores_and_penalty_of_two_calls(imple
             ops.scores_and_penalty(type(critic)(*critic[:-1], wrong.double()), real, fake)
     with pytest.raises(ValueError, match="one number per example"):
         ops.scores_and_penalty(type(critic)(*critic[1:]), real[:, None], fake[:, None])  # which are not flattened
+    for each in (critic, nn.Sequential(*critic)):  # of no examples
+        assert [o.shape for o in ops.scores_and_penalty(each, real[:0], fake[:0])] == [(0, 1), (0, 1), ()]
     with pytest.raises(ValueError, match=r"fake must have shape \(9, 6\), got \(4, 6\)"):
         ops.scores_and_penalty(critic, real, fake[:4])
     with pytest.raises(ValueError, match="weights\\[0\\]"):
@@ -418,6 +426,24 @@ def test_a_network_that_does_not_fit_a_layer_is_refused(change, message):
         ops.affine_layer(torch.zeros(3, 4), network._replace(**change), 2)
     with pytest.raises(ValueError, match=r"x must be \(N, D\)"):
         ops.affine_layer(torch.zeros(3, 4, 1), network, 2)
+
+
+@pytest.mark.parametrize("split", [4, -4, 5, -1000])
+def test_a_split_that_leaves_nothing_to_move_is_refused(split):
+    settings = ops.SplineSettings(8, 3.0, "linear", False, 1e-3, 1e-3, 1e-3)
+    for each, layer in ((2, ops.affine_layer), (23, partial(ops.spline_layer, settings=settings))):
+        network = ops.Network([torch.zeros(4 * each, 4)], [torch.zeros(4 * each)])
+        with pytest.raises(ValueError, match=f"split must be above -4 and below 4, .* got {split}"):
+            layer(torch.zeros(3, 4), network, split)
+
+
+@pytest.mark.parametrize("outputs", [1, 6])
+def test_under_autocast_a_layer_may_have_another_dtype_but_no_other_size(outputs):
+    x = torch.zeros(3, 4).bfloat16()
+    with torch.autocast("cpu"):
+        ops.affine_layer(x, ops.Network([torch.zeros(4, 2)], [torch.zeros(4)]), 2)
+        with pytest.raises(ValueError, match=r"weights\[0\] must have shape \(4, 2\)"):
+            ops.affine_layer(x, ops.Network([torch.zeros(outputs, 2)], [torch.zeros(outputs)]), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

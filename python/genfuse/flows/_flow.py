@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, co
 from genfuse.nn import Composite
 from genfuse.nn import Transform as FlowTransform
 from genfuse.ops import standard_normal_log_prob
+from genfuse.ops._op import has_values
 
 
 class StandardNormal(nn.Module):
@@ -197,8 +198,8 @@ class FlowDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # Constraints can check neither nothing nor what is compiled.
-        if self._validate_args and value.numel() and not torch.compiler.is_compiling():
+        # Constraints can check neither nothing nor what is traced.
+        if self._validate_args and value.numel() and has_values(value):
             self._validate_sample(value)
         lead = value.shape[: value.dim() - len(self.event_shape)]
         shape = torch.broadcast_shapes(lead, self.batch_shape)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse.errors import DataError, SettingsError
-from genfuse.ops import transformed
+from genfuse.ops._op import has_values
 
 
 class OneHot(nn.Module):
@@ -24,8 +24,7 @@ class OneHot(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         if y.dim() != 1 or y.dtype.is_floating_point:
             raise DataError(f"labels y must be integers (N,), one for each example; got {y.dtype} {tuple(y.shape)}")
-        looked_at = y.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
-        if len(y) and looked_at and not 0 <= y.min() <= y.max() < self.classes:
+        if len(y) and y.is_cpu and has_values(y) and not 0 <= y.min() <= y.max() < self.classes:
             raise DataError(f"labels y must be in 0..{self.classes - 1}; got {int(y.min())}..{int(y.max())}")
         return F.one_hot(y.long(), self.classes).float()
 

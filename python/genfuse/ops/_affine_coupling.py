@@ -198,6 +198,8 @@ def affine_coupling(
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
     """
     mask, split = (mask_or_split, 0) if isinstance(mask_or_split, Tensor) else (None, mask_or_split)
+    if split.__class__ in (bool, float):
+        raise ValueError(f"mask_or_split must be an int or a bool tensor, got {split}")
     image = x.dim() == 4
     axis = 1 if image else -1
     if not x.dim() or x.dtype not in _op.DTYPES:
@@ -226,6 +228,8 @@ def affine_coupling(
         raw = params if params.dim() == 2 else params.reshape(rows, 2 * moved * cells)
         y, logdet = _fused(flat, raw, factor, mask, split * cells, scale, slope, interleaved, by_element, inverse)
     else:
+        if len(params) != 2:
+            raise ValueError(f"params must be a tensor, or a tuple of log-scales and shifts, got {len(params)} tensors")
         _op.check_alike(x, "x", **{f"params[{i}]": (t, tuple(wanted)) for i, t in enumerate(params)})
         first, second = (t if t.dim() == 2 else t.reshape(rows, moved * cells) for t in params)
         if mask is factor is None and not split:

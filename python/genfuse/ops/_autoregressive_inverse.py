@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torch.autograd, not torch.func
 from torch.nn import functional as F
 
 from genfuse.ops import _affine_coupling, _op
@@ -286,7 +285,7 @@ def _backward(
     outputs: tuple[Tensor, Tensor],
 ) -> Sequence[Tensor | None]:  # fmt: skip
     gx, glogdet = (torch.zeros_like(o) if g is None else g for g, o in zip(cotangents, outputs, strict=True))
-    stands_for_others = _op.transformed() or is_batched(gx) or is_batched(glogdet)
+    stands_for_others = _op.transformed() or _op.without_memory(gx, glogdet)
     if not (torch.is_grad_enabled() or stands_for_others) and y.shape[1]:
         with torch.autocast(y.device.type, enabled=False):
             return gradients(needed, gx, glogdet, y, outputs[0], context, factor, weights, biases, bounds, *settings)

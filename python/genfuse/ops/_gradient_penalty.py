@@ -487,11 +487,12 @@ def scores_and_penalty(
         if found is not None:
             out, gradient = found
             penalty = gradient_norm_penalty(gradient.view_as(real), target=target, one_sided=one_sided)
-            return *out.split(len(real)), penalty
+            of_real, of_fake = out.chunk(2)  # two, of no examples as well
+            return of_real, of_fake, penalty
     both = () if context is None else (torch.cat([context, context]),)
-    out = _scores(critic, torch.cat([real, fake]), *both)
+    of_real, of_fake = _scores(critic, torch.cat([real, fake]), *both).chunk(2)
     settings: dict[str, Any] = {"target": target, "one_sided": one_sided, "generator": generator}
-    return *out.split(len(real)), gradient_penalty(critic, real, fake, context, **settings)
+    return of_real, of_fake, gradient_penalty(critic, real, fake, context, **settings)
 
 
 def _input_gradient(

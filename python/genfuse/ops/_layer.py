@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor as is_batched
 
 from genfuse.ops import _affine_coupling, _mlp, _op
 from genfuse.ops import _rational_quadratic_spline as _spline
@@ -97,7 +96,7 @@ class _Layer(torch.autograd.Function):
         every = (x, context, added, *parameters)
         wanted = [*needed[:3], *needed[4:]]
         plain = _op.plain((gy, glogdet, *saved))
-        if torch.is_grad_enabled() or is_batched(gy) or is_batched(glogdet) or not plain:
+        if torch.is_grad_enabled() or _op.without_memory(gy, glogdet) or not plain:
             again = partial(_composed, ctx.how, ctx.settings, counts)
             found = _op.needed_gradients(again, (gy, glogdet), every, wanted)
             return None, None, *found[:3], None, *found[3:]
@@ -147,18 +146,20 @@ def _check(how: tuple, x: Tensor, network: Network, each: int) -> None:
     if len(weights) == 0 or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
     (rows, columns), (_, _, shown, _, _) = x.shape, how
+    if abs(split := shown.stop or shown.start or 0) >= columns and split:
+        raise ValueError(f"split must be above -{columns} and below {columns}, x's number of features, got {split}")
     seen = len(range(columns)[shown])
     moved = columns if seen == columns else columns - seen
     of_context: dict[str, Any] = {} if context is None else {"context": (context, (rows, context.shape[-1]))}
     inputs = seen + (0 if context is None else context.shape[-1])
-    widths, others = [inputs, *(b.shape[0] for b in biases[:-1]), moved * each], (network.added, network.counts)
+    hidden = _mlp._widths(weights)[1:-1]
+    widths, others = [inputs, *hidden, moved * each], (network.added, network.counts)
     _mlp._check_layers(x, widths, *others, weights, biases, network.gates, **of_context)
-    _mlp._check_blocks(_mlp._widths(weights), len(network.gates), network.residual)
+    _mlp._check_blocks(widths, len(network.gates), network.residual)
 
 
 def _layer(how: tuple, x: Tensor, network: Network, each: int) -> tuple[Tensor, Tensor]:
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which lets parts have other dtypes
-        _check(how, x, network, each)
+    _check(how, x, network, each)
     settings = len(network.weights), 0.0, network.residual
     others = network.context, network.added, network.counts
     parameters = (*network.weights, *network.biases, *network.gates)

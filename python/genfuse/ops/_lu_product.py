@@ -8,6 +8,8 @@ from genfuse.ops import _op
 
 def lu_factors(triangles: Tensor, log_diagonal: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     """L, without its diagonal of ones, and U, (D, D) each, of the arguments of `lu_product`."""
+    rows, columns = triangles.shape[:1], triangles.shape[1:]  # one size, if it is square
+    _op.check_alike(triangles, "triangles", log_diagonal=(log_diagonal, rows), signs=(signs, columns))
     return triangles.tril(-1), triangles.triu(1) + torch.diag(signs * log_diagonal.exp())
 
 
@@ -134,8 +136,8 @@ def _checked(triangles: Tensor, numbers: dict[str, Tensor], back: Tensor, order:
         fits = fits and t.shape == (size,) and t.device == triangles.device
         fits = fits and t.dtype is (torch.int64 if t is back or t is order else dtype)
     if not fits:
-        every = numbers | {"back": back, "order": order}
-        _op.check_alike(triangles, "triangles", **{name: (t, (size,), torch.int64) for name, t in every.items()})
+        indices = {name: (t, (size,), torch.int64) for name, t in (("back", back), ("order", order))}
+        _op.check_alike(triangles, "triangles", **{name: (t, (size,)) for name, t in numbers.items()}, **indices)
         raise ValueError(
             "triangles must be square, and back and order int64; got "
             f"{tuple(triangles.shape)}, {back.dtype} and {order.dtype}"

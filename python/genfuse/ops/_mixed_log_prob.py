@@ -22,12 +22,15 @@ def logistic_mixture(raw: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]
 
     Log-scales are 7 tanh((r - 1) / 7), held smoothly within +-7.
     """
+    if not raw.dim() or raw.shape[-1] % (3 * columns or 1):
+        raise ValueError(f"raw must be (..., 3 K P) for columns P = {columns}, got {tuple(raw.shape)}")
     logits, mu, log_scale = raw.unflatten(-1, (columns, raw.shape[-1] // max(columns, 1))).chunk(3, -1)
     return logits, mu, LIMIT * torch.tanh((log_scale - START) / LIMIT)
 
 
 def block_log_softmax(logits: Tensor, block: Tensor, blocks: int) -> Tensor:
     """Log-probabilities (..., S) of choices, normalised over each block: ``block`` (S,) is the block of each choice."""
+    _op.check_alike(logits, "logits", block=(block, logits.shape[-1:], torch.int64))
     top = logits.new_full((*logits.shape[:-1], blocks), -math.inf)
     top = top.scatter_reduce(-1, block.expand_as(logits), logits.detach(), "amax")
     each = block.expand_as(logits)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor as is_batched  # by torch.autograd, not torch.func
 from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
@@ -58,7 +57,11 @@ def formula(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _widths(weights: Sequence[Tensor]) -> list[int]:
-    return [weights[0].shape[1], *(w.shape[0] for w in weights)]
+    try:
+        return [weights[0].shape[1], *(w.shape[0] for w in weights)]
+    except IndexError:
+        shapes = ", ".join(str(tuple(w.shape)) for w in weights)
+        raise ValueError(f"weights must be (outputs, inputs) each, got {shapes}") from None
 
 
 def _results(
@@ -176,7 +179,7 @@ def _backward(needed: Sequence[bool], cotangents: Sequence[Tensor], *given: Any,
     x, added, _, weights, biases, gates, *_ = given
     every = (x, added, *weights, *biases, *gates)
     needed, gy = needed[: 1 + len(every)], cotangents[0]
-    if torch.is_grad_enabled() or _op.transformed() or is_batched(gy):
+    if torch.is_grad_enabled() or _op.transformed() or _op.without_memory(gy):
         return _differentiated(needed, gy, *given)
     wanted = [*needed[:2], *needed[3:]]
     parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
@@ -219,7 +222,7 @@ class _Node(torch.autograd.Function):
         x, added, counts, hidden, *parameters = saved = ctx.saved_tensors
         given = _nested(ctx.settings, x, added, counts, parameters)
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or is_batched(gy) or not _op.plain((gy, *saved)):
+        if torch.is_grad_enabled() or _op.without_memory(gy) or not _op.plain((gy, *saved)):
             return None, *_backward(needed, (gy,), *given, outputs=(None, hidden))
         found: list[Tensor | None] = [
             _op.like(t) if wanted else None
@@ -251,7 +254,7 @@ class _Chain(torch.autograd.Function):
         weights, needed = parameters[: len(parameters) // 2], ctx.needs_input_grad[1:]
         wanted = [needed[0], *needed[3 : 3 + len(weights)]]
         rest = (None,) * len(weights)
-        if torch.is_grad_enabled() or is_batched(ggx) or not _op.plain((ggx, *saved)):
+        if torch.is_grad_enabled() or _op.without_memory(ggx) or not _op.plain((ggx, *saved)):
             again = lambda gy, *weights: _chain(gy, hidden, weights, ctx.slope)  # noqa: E731
             found = _op.needed_gradients(again, (ggx,), (gy, *weights), wanted)
         else:
@@ -305,7 +308,7 @@ class _Critic(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor, ggx: Tensor) -> tuple:
         x, epsilon, hidden, kept, *parameters = saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or is_batched(gy) or is_batched(ggx) or not _op.plain((gy, ggx, *saved)):
+        if torch.is_grad_enabled() or _op.without_memory(gy, ggx) or not _op.plain((gy, ggx, *saved)):
             n = len(parameters) // 2
             again = lambda *every: critic_formula(x, epsilon, every[:n], every[n:], ctx.slope)  # noqa: E731
             return None, None, None, *_op.needed_gradients(again, (gy, ggx), parameters, needed)
@@ -407,15 +410,17 @@ def mlp(
     if len(weights) == 0 or len(weights) != len(biases):  # a compiler cannot trace the truth of a tuple
         raise ValueError(f"weights and biases must be of as many layers, at least 1; got {len(weights)}, {len(biases)}")
     if x.dim() != 2:
+        hidden = (*x.shape[:-1], _widths(weights)[1])
+        others = {"added": added, **{f"gates[{i}]": g for i, g in enumerate(gates)}}
+        _op.check_alike(x, "x", **{name: (t, hidden) for name, t in others.items() if t is not None})
         flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, added, *gates)]
         settings = {"slope": slope, "residual": residual, "counts": counts}
         y = mlp(flat[0], weights, biases, added=flat[1], gates=flat[2:], **settings)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], y.shape[-1])
     given = (x, added, counts, weights, biases, gates, slope, residual)
-    if not _by_kernel(x, weights):
-        _check_blocks(_widths(weights), len(gates), residual)
-        return _network(*given)[0]
     _check(*given)
+    if not _by_kernel(x, weights):
+        return _network(*given)[0]
     tensors = x, added, counts, *weights, *biases, *gates
     if not _op.compiling() and _op.plain(tensors, or_profiled=True):
         try:
@@ -441,7 +446,8 @@ def _check_layers(
     x: Tensor, widths: Sequence[int], added: Tensor | None, counts: Tensor | None, weights: Sequence[Tensor],
     biases: Sequence[Tensor], gates: Sequence[Tensor], **others: tuple,
 ) -> None:  # fmt: skip
-    """Raise a ValueError that names the first tensor which layers of these widths cannot take."""
+    """Raise a ValueError that names the first tensor which layers of these widths cannot take. Under autocast they may
+    have other dtypes than x."""
     shapes, hidden, (dtype, device) = others, (x.shape[0], widths[1]), (x.dtype, x.device)
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         inputs, outputs = widths[i], widths[i + 1]
@@ -451,5 +457,7 @@ def _check_layers(
     shapes.update({} if added is None else {"added": (added, hidden)})
     shapes.update({f"gates[{i}]": (g, hidden) for i, g in enumerate(gates)})
     shapes.update({} if counts is None else {"counts": (counts, (sum(widths[1:]),), torch.int64)})
-    if shapes:
+    if shapes and not x.is_meta and torch.is_autocast_enabled(device.type):
+        shapes = {name: (t, shape, *also, t.dtype) for name, (t, shape, *also) in shapes.items()}
+    if shapes or dtype not in _op.DTYPES:
         _op.check_alike(x, "x", **shapes)

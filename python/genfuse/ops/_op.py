@@ -153,6 +153,18 @@ def transformed() -> bool:
     return functorch_is_active() or forward_ad._current_level >= 0
 
 
+def without_memory(*tensors: Tensor) -> bool:
+    """Whether a gradient is one that no kernel can read: batched by torch.autograd, or zeros that are not stored."""
+    return any(is_legacy_batched(t) or t._is_zerotensor() for t in tensors)
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Whether the values of these tensors can be looked at: they are not traced, and stand for no others."""
+    if torch.compiler.is_compiling() or any(t.is_meta for t in tensors):
+        return False
+    return plain([t.resolve_neg() for t in tensors], or_profiled=True)
+
+
 def _forward_mode() -> bool:
     """Whether tangents may come with the arguments: PyTorch's own forward mode, or torch.func's on this level."""
     return forward_ad._current_level >= 0 or (

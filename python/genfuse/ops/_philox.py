@@ -14,11 +14,15 @@ _LOWEST = -(2**63)  # of int64; random_ draws from here up to the highest
 
 def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
-    synchronisation. Under torch.compile it is the same draw; Inductor's own generator would give another. Under vmap
-    it follows vmap's ``randomness``."""
-    if is_compiling() and generator is None:
+    synchronisation. Under torch.compile, tracers and modes it is the same draw, by an operator that they keep;
+    Inductor's own generator would give another. Under vmap it follows vmap's ``randomness``."""
+    if generator is None and (is_compiling() or (_op.modes._is_in_torch_dispatch_mode and not _op.transformed())):
         return torch.ops.genfuse.seed(like)
-    if _op.transformed():
+    return _draw(like, generator, by_operator=_op.modes._is_in_torch_dispatch_mode or _op.transformed())
+
+
+def _draw(like: Tensor, generator: torch.Generator | None = None, by_operator: bool = False) -> Tensor:
+    if by_operator:
         highest = -_LOWEST - 1
         drawn = torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
         return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
@@ -33,7 +37,7 @@ def takes(seed: Tensor | None, given: Tensor | None, shape: tuple, dtype: torch.
     return ((), torch.int64), (shape, dtype)
 
 
-_op.define_random("seed(Tensor like) -> Tensor", seed, fake=lambda like: like.new_empty((), dtype=torch.int64))
+_op.define_random("seed(Tensor like) -> Tensor", _draw, fake=lambda like: like.new_empty((), dtype=torch.int64))
 
 
 def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

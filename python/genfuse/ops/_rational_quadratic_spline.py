@@ -364,7 +364,7 @@ def check_settings(s: Settings) -> None:
 
 def check_inside(x: Tensor, name: str, s: Settings, table: Tensor | None = None) -> None:
     """Raise a ValueError where there is no outside, and x is there."""
-    if s.tails not in ("none", "mixed") or torch.compiler.is_compiling() or _op.transformed():
+    if s.tails not in ("none", "mixed") or not _op.has_values(x, *(() if table is None else (table,))):
         return
     box = _box(x, table, s)
     low, high = box[2:4] if s.inverse else box[:2]
@@ -435,8 +435,8 @@ def rational_quadratic_spline(
 
     Raises:
         ValueError: for arguments whose shapes, dtypes, devices or sizes do not go together; and, with tails "none", for
-            an x outside the box. That check waits for the device, once a call; under torch.compile and torch.func it is
-            left out, and such an x gives NaN.
+            an x outside the box. That check waits for the device, once a call; under torch.compile, torch.func, tracers
+            and modes it is left out, and such an x gives NaN.
     """
     if (bound is None) == (box is None):
         raise ValueError("one of bound and box must be given, not both")
@@ -493,7 +493,7 @@ def _table(x: Tensor, bound: Side | None, box: Sequence[Side] | None, tails: str
         sides = [-b, b, -b, b]
     else:
         sides = [column(side, name) for side, name in zip(box, ("left", "right", "bottom", "top"), strict=True)]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not _op.transformed():
+    if x.is_cpu and _op.has_values(*sides):
         left, right, bottom, top = (side.detach() for side in sides)
         if not bool(((left < right) & (bottom < top) & (right - left + top - bottom).isfinite()).all()):
             what = "bound must be positive and finite" if box is None else "box must be finite, left of right"
