@@ -113,3 +113,11 @@ def test_a_model_without_the_verb_is_named(people):
     assert np.isfinite(AnomalyDetector("gan", **SMALL).fit(people).score_samples(people)).all()
     vae = Transformer("vae", settings={"hidden": 8, "latent_dim": 1, "decoder": "gaussian"}, steps=5, random_state=0)
     assert vae.fit_transform(people).shape == (600, 1)
+
+
+def test_bins_of_a_detector_are_damped_only_where_nothing_else_smooths():
+    rows = np.random.default_rng(0).normal(size=(60, 3))
+    for expected, options in ((0, {}), (0.25, {"smooth": 0}), (1, {"settings": {"damped": 1.0}})):
+        found = AnomalyDetector("nsf", steps=1, random_state=0, **options).fit(rows)
+        assert found.model_.config.damped == expected
+    AnomalyDetector("vae", steps=1).fit(rows)

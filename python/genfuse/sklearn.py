@@ -16,6 +16,7 @@ from genfuse.data import load_data, named
 from genfuse.errors import SettingsError
 from genfuse.metrics import undisturbed
 from genfuse.models import Decodes, Encodes, create
+from genfuse.plugins import load
 from genfuse.training import Trainer
 from genfuse.training.trainer import FEW
 
@@ -64,12 +65,13 @@ class _Estimator(BaseEstimator):
         rows = self._checked(X, reset=True)
         self._seed = int(check_random_state(self.random_state).randint(2**31))
         data = load_data(rows, hold_out=False, seed=self._seed)
+        settings, smooth = dict(self.settings or {}), getattr(self, "smooth", 0.0) if data.schema is None else 0.0
+        if smooth and hasattr(getattr(load("models", self.model), "Config", None), "damped"):
+            settings.setdefault("damped", 0.0)  # the noise holds bins back; damped too, they find fewer anomalies
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
-            model = create(self.model, data, **(self.settings or {}))
-        options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr}
-        if data.schema is None:
-            options["smooth"] = getattr(self, "smooth", 0.0)
+            model = create(self.model, data, **settings)
+        options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "smooth": smooth}
         if self.validation_fraction and data.examples >= FEW and len(list(model.players())) == 1:
             data = data.with_validation(self.validation_fraction)  # by which the trainer keeps the best weights
         Trainer(**options, device=self.device, seed=self._seed, pictures=False).fit(model, data)
@@ -152,8 +154,9 @@ class AnomalyDetector(OutlierMixin, _Estimator):
     """What is unlike the rows that were fitted, by `genfuse.applications.scores`.
 
     Args, beside those of all: ``contamination``, the share of the fitted rows that is called odd, in (0, 0.5];
-    ``method``, of the scores; and ``smooth``, of the `Trainer`, used if all columns are real numbers. ``offset_`` is
-    the score at which that share begins.
+    ``method``, of the scores; and ``smooth``, of the `Trainer`, used if all columns are real numbers: then ``damped``
+    is 0, if the model has this setting and ``settings`` do not say more. ``offset_`` is the score at which that share
+    begins.
     """
 
     def __init__(
