@@ -97,7 +97,7 @@ def test_tables_of_integers_and_categories_come_back(model, trained, visits, tmp
     rows = pd.read_csv(visits)
     for change, error in {
         "extra": "has the columns extra, which the model",
-        "age": "example 3, column age: the value is none of the 72 levels",
+        "age": r"example 3, column age: 200, which is not in 18\.\.89, is none of the 72 levels",
         "plan": "row 3.*plan.*one of the categories",
     }.items():
         odd = rows.assign(**{change: rows.get(change, pd.Series(1, rows.index)).astype(object)})
@@ -109,6 +109,21 @@ def test_tables_of_integers_and_categories_come_back(model, trained, visits, tmp
     with pytest.raises(SettingsError, match=r"must end in \.csv"):
         decompress(tmp_path / "v.gfz", tmp_path / "again.npy", run=run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.csv", "v.gfz"]
+
+
+def test_columns_without_levels_are_named(trained, visits, tmp_path):
+    rows = pd.read_csv(visits)
+    path = tmp_path / "mixed.csv"
+    rows.assign(income=rows.age * 1.01, spent=rows.age * 2.02).to_csv(path, index=False)
+    with pytest.raises(SettingsError, match="column income, spent of the table has no levels"):
+        genfuse.create("idf", f"csv:{path}")
+    with pytest.raises(SettingsError, match="column income, spent of the table has no levels"):
+        compress(trained("vae", f"csv:{path}", steps=2, hidden=(4,)), path, tmp_path / "x.gfz")
+
+
+def test_a_limit_below_one_is_refused(trained, tmp_path):
+    with pytest.raises(SettingsError, match="must be a whole number above 0, or None; got -1"):
+        compress(trained(**MODELS["grey"]), levels("grey"), tmp_path / "x.gfz", limit=-1)
 
 
 CODE = """

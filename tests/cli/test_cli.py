@@ -300,6 +300,14 @@ def test_a_reader_that_leaves_early_meets_no_traceback():
 # train
 
 
+def test_help_of_train_breaks_lines_where_the_terminal_ends_alone(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["train", "vae", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "auto: the best of a model with one player" in out
+    assert "n^(-1/(D + 4)) standard deviations" in out
+
+
 def test_train_help_lists_the_models(capsys):
     assert main(["train", "--help"]) == 0
     assert re.search(r"models:\n variational autoencoders\n  vae ", capsys.readouterr().out)

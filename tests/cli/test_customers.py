@@ -292,7 +292,7 @@ def test_a_start_from_a_run_of_other_categories_says_which_columns_are_others(ca
     ]
     assert main(args) == 2
     error = capsys.readouterr().err
-    assert "do not fit this VAE: model columns: number 3 was category of 2 choices, now category of 3 choices" in error
+    assert "do not fit this VAE: model columns: plan was category of 2 choices, now category of 3 choices" in error
     assert len(error) < 400
 
 

@@ -23,6 +23,7 @@ from genfuse.errors import DataError, GenfuseError, RunError, SettingsError
 from genfuse.metrics import undisturbed
 from genfuse.models import Codes
 from genfuse.nn import Columns
+from genfuse.nn._columns import NoLevelsError
 from genfuse.training import Run
 from genfuse.training.run import home
 
@@ -56,6 +57,10 @@ def compress(
     columns: nothing is rounded, cropped or left out.
     """
     run = run if isinstance(run, Run) else Run(run)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise SettingsError(
+            f"limit, the most examples to compress, must be a whole number above 0, or None; got {limit!r}"
+        )
     model = _coding(run)
     k, notes = _read(run, model, file, split, root, limit)
     x, exact = _alphabet(model)[1](k), copy.deepcopy(model).double()
@@ -161,6 +166,10 @@ def _coding(run: Run) -> Any:
     if not isinstance(model, Codes):
         raise SettingsError(f"a {type(model).__name__} does not compress: a vae of discrete data, idf, and the "
                             "flows realnvp, glow and nsf of images do")  # fmt: skip
+    try:
+        _alphabet(model)
+    except NoLevelsError as error:
+        raise NoLevelsError(error.places, run.schema.names if run.schema else ()) from None
     return model
 
 
@@ -267,9 +276,11 @@ def _read(
         )
     if bool((odd_cells := (k < 0) | (k >= sizes)).any()):
         row, *cell = odd_cells.nonzero()[0].tolist()
-        value = int(k[row][tuple(cell)])
-        where = f"column {columns[cell[0]]}: the value" if columns else f"cell {tuple(cell)}: {value}"
-        levels = int(sizes.expand(shape)[tuple(cell)])
+        value, levels = int(k[row][tuple(cell)]), int(sizes.expand(shape)[tuple(cell)])
+        where = f"cell {tuple(cell)}: {value}"
+        if columns and run.schema:  # which are integers: other categories are refused before
+            low = int(run.schema.columns[cell[0]].low)
+            where = f"column {columns[cell[0]]}: {low + value}, which is not in {low}..{low + levels - 1},"
         raise DataError(
             f"{origin}, example {row}, {where} is none of the {levels} levels that the training data of {run.path} had"
             + ("; binarized data is needed" if levels == 2 and not columns else "")

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -19,10 +20,15 @@ from genfuse._files import replacing
 from genfuse.data import Schema
 from genfuse.errors import SettingsError
 from genfuse.models import Decodes, Encodes, GenerativeModel, HasTrajectory
-from genfuse.nn import Features
+from genfuse.models._diffusion import DiffusionModel
+from genfuse.nn import Features, LULinear
 from genfuse.training import Run
 
 EXAMPLES = 3  # that a verb is traced with; a program takes any number of them
+LOOPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    13,
+)  # whether ONNX takes them: if not, it has each step
 
 
 class _Program(nn.Module):
@@ -36,6 +42,9 @@ class _Program(nn.Module):
     def __init__(self, model: Any, verb: str, scaling: Any, schema: Schema | None) -> None:
         super().__init__()
         self.model, self.verb, self.scaled = model, verb, scaling is not None
+        for layer in model.modules():
+            if isinstance(layer, LULinear):
+                layer._solve()
         if scaling is not None:
             self.register_buffer("mean", torch.tensor(scaling.mean, dtype=torch.float64))
             self.register_buffer("std", torch.tensor(scaling.std, dtype=torch.float64))
@@ -47,7 +56,8 @@ class _Program(nn.Module):
         if self.scaled and inward:
             x = ((x - self.mean) / self.std).float()
         if self.verb == "trajectory":
-            out = self.model.trajectory(x, *given)[-1]
+            looped = LOOPS and type(self.model).trajectory is DiffusionModel.trajectory
+            out = self.model._looped(x, *given) if looped else self.model.trajectory(x, *given)[-1]
         elif self.verb == "draw":
             out = self.model.decode(x, *given[1:], u=given[0])
         else:
@@ -110,15 +120,19 @@ def export(
             + _why(model, missing[0])
         )
     files: list[Path] = []
-    programs: dict[str, torch.export.ExportedProgram] = {}
+    programs: dict[str, Path] = {}
     for verb in verbs or has:
         of = verb
         if verb == "sample":
             draws = getattr(model, "uniforms", 0)
             of = "draw" if draws else "decode" if isinstance(model, Decodes) else "trajectory"
-        programs[of] = programs.get(of) or _exported(run, model, of)
         file = out.with_name(f"{out.stem}-{verb}{out.suffix}")
-        _write(programs[of], file, ["x", *["u"] * (of == "draw"), *["y"] * model.conditional])
+        if of in programs:
+            with replacing(file) as beside:
+                shutil.copyfile(programs[of], beside)
+        else:
+            _write(_exported(run, model, of), file, ["x", *["u"] * (of == "draw"), *["y"] * model.conditional])
+        programs[of] = file
         say(f"written: {file}")
         files.append(file)
     if (schema := run.schema) is not None:
@@ -165,19 +179,6 @@ def _exported(run: Run, model: GenerativeModel, verb: str) -> torch.export.Expor
         return exported.run_decompositions({**torch.export.default_decompositions(), **ops.decompositions(), **OURS})
 
 
-def _solved(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Tensor:
-    """`torch.linalg.solve_triangular`, which ONNX does not have, by substitution."""
-    if not left:
-        return _solved(a.mT, b.mT, upper=not upper, unitriangular=unitriangular).mT
-    n, x = a.shape[-1], b[..., :0, :]
-    for i in reversed(range(n)) if upper else range(n):
-        known = slice(i + 1, n) if upper else slice(0, i)
-        row = b[..., i : i + 1, :] - a[..., i : i + 1, known] @ x
-        row = row if unitriangular else row / a[..., i : i + 1, i : i + 1]
-        x = torch.cat([row, x] if upper else [x, row], -2)
-    return x
-
-
 def _searched(knots: Tensor, x: Tensor, **_: Any) -> Tensor:
     """`torch.searchsorted`, which ONNX does not have, by comparing all."""
     return (knots[..., None, :] < x[..., None]).sum(-1)
@@ -190,7 +191,6 @@ def _added(total: Tensor, dim: int, index: Tensor, source: Tensor, **_: Any) -> 
 
 
 OURS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.aten.linalg_solve_triangular.default: _solved,
     torch.ops.aten.searchsorted.Tensor: _searched,
     torch.ops.aten.index_add.default: _added,
 }

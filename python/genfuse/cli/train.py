@@ -7,8 +7,9 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -54,8 +55,7 @@ class Job(Generic[Config]):
     start: Annotated[Path | None, arg(name="from", metavar="RUN", help_behavior_hint="")] = None
     """Run to begin with the weights of, and its model's settings: a new run, on the same data or other."""
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """YAML or JSON file of these options, as {data: digits, epochs: 5, model: {latent-dim: 8}};
-    the command line wins over it."""
+    """YAML or JSON file of these options, as {data: digits, model: {latent-dim: 8}}; the command line wins over it."""
     training: Annotated[Trainer, arg(name="")]
     data_options: Annotated[DataOptions, arg(name="data")]
     model: Config
@@ -162,7 +162,8 @@ def parse(model: str, args: list[str]) -> Job:
         spec = ConstructorRegistry.get_struct_spec(info)  # asks this rule again, which passes
         left_out[info.type] = names
         assert isinstance(spec, StructConstructorSpec)
-        return replace(spec, instantiate=dict, fields=tuple(f for f in spec.fields if f.name not in names))
+        kept = (replace(f, helptext=partial(_in_one_line, f.helptext)) for f in spec.fields if f.name not in names)
+        return replace(spec, instantiate=dict, fields=tuple(kept))
 
     @registry.primitive_rule
     def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
@@ -195,6 +196,11 @@ def parse(model: str, args: list[str]) -> Job:
     description = f"Train the {plugins.find('models', model)}.\n\nexample:\n  {example}"
     with registry:
         return tyro.cli(cast(Any, Job)[config_class], prog=f"genfuse train {model}", description=description, args=args)
+
+
+def _in_one_line(told: str | Callable[[], str | None] | None) -> str:
+    """What a field says, without the ends of the source's lines, which tyro keeps."""
+    return " ".join(((told() if callable(told) else told) or "").split())
 
 
 def _read(file: Path) -> dict[str, Any]:

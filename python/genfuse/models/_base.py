@@ -24,6 +24,7 @@ from genfuse import plugins
 from genfuse.data import Batch, Dataset, load_data
 from genfuse.errors import DataError, SettingsError, near
 from genfuse.nn import Features, Images, OneHot, Together, slerp
+from genfuse.nn._columns import NoLevelsError
 
 
 @dataclass
@@ -729,8 +730,11 @@ def create(name: str, data: Any = None, **settings: Any) -> GenerativeModel:
 
     >>> model = genfuse.create("vae", genfuse.load_data("digits"), latent_dim=8)
     """
-    cls = load(name)
-    model: GenerativeModel = cls.from_config(configure(cls, settings, None if data is None else load_data(data)))
+    cls, data = load(name), None if data is None else load_data(data)
+    try:
+        model: GenerativeModel = cls.from_config(configure(cls, settings, data))
+    except NoLevelsError as error:
+        raise NoLevelsError(error.places, data.schema.names if data and data.schema else ()) from None
     model.plugin = name
     return model
 

@@ -328,6 +328,22 @@ class DiffusionModel(GenerativeModel):
         path = samplers.ddim.steps(self._given(y, len(z)), x, sigmas)
         return [z, *(self._outward(x / math.hypot(1, sigma)) for x, sigma in zip(path, sigmas[1:], strict=True))]
 
+    def _looped(self, z: Tensor, y: Tensor | None = None, steps: int = 20) -> Tensor:
+        """The last of `trajectory`, by a loop that a program of `torch.export` holds one step of."""
+        from torch._higher_order_ops import scan
+
+        levels, denoiser = self._sigmas(steps), self._given(y, len(z))
+        mean, std = self._prior(levels[0])
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+
+        def step(x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+            sigma, ratio = at.to(x.dtype)
+            return torch.lerp(denoiser(x, sigma.expand(len(x))), x, ratio), x.new_zeros(())
+
+        x = mean + std * z.view(-1, *self.mean.shape)
+        x, _ = scan(step, x, torch.stack([sigmas[:-1], sigmas[1:] / sigmas[:-1]], 1))
+        return self._outward(x)
+
     # Likelihoods.
 
     @property

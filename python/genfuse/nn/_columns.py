@@ -19,6 +19,17 @@ APART = 1e-5  # how far apart, as a share of them, two scores must be for the pr
 EDGE = 1e-6  # probabilities nearer to 0 or 1 have no score in float32
 
 
+class NoLevelsError(SettingsError):
+    """Columns of a table, by their places, are real numbers, where levels are needed."""
+
+    def __init__(self, places: Sequence[int], names: Sequence[str] = ()) -> None:
+        self.places = places
+        shown = ", ".join(names[i] if names else str(i + 1) for i in places)
+        super().__init__(
+            f"column {shown} of the table has no levels: integers without empty cells, categories and booleans do"
+        )
+
+
 class Near(nn.Flatten):
     """Examples x as vectors (N, D) of values no further than `FAR` from 0, as an encoder sees them."""
 
@@ -205,10 +216,7 @@ class Columns(nn.Module):
         """How many levels each column has, (D,): integers from the least to the largest of the training split, or
         categories. Raises SettingsError for columns of real numbers, or of integers of which some are missing."""
         if odd := {*self.numeric[self.step == 0].tolist(), *self.numeric[self.indicated].tolist()}:
-            raise SettingsError(
-                f"column {', '.join(str(i + 1) for i in sorted(odd))} of the table has no levels: integers without "
-                "empty cells, categories and booleans do"
-            )
+            raise NoLevelsError(sorted(odd))
         found = torch.zeros(self.columns, dtype=torch.long, device=self.low.device)
         found[self.numeric] = (self._whole(self.high) - self._whole(self.low)).long() + 1
         found[self.block_of] = self.last + 1

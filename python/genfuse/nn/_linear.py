@@ -68,6 +68,7 @@ class LULinear(Transform):
     order: Tensor
     back: Tensor
     signs: Tensor
+    _inverted: Tensor | None = None  # W^-1 in advance, of weights that change no more
 
     def __init__(
         self, features: int, start: Literal["permutation", "rotation"] = "permutation", *, first: int = 0
@@ -94,6 +95,14 @@ class LULinear(Transform):
         """L, without its diagonal of ones, and U, (D, D) each."""
         return ops.lu_factors(self.triangles, self.log_diagonal, self.signs)
 
+    @torch.no_grad()
+    def _solve(self) -> None:
+        """Keep W^-1, so that `inverse` is a product, for programs that have no solver."""
+        lower, upper = (factor.double() for factor in self.factors())
+        half = torch.linalg.solve_triangular(lower, torch.eye(self.features).to(lower), upper=False, unitriangular=True)
+        inverse = torch.linalg.solve_triangular(upper, half, upper=True)
+        self._inverted = inverse.index_select(0, self.back).to(self.bias.dtype)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # rounded, W has another inverse
             with torch.autocast(x.device.type, enabled=False):
@@ -116,6 +125,9 @@ class LULinear(Transform):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         columns = y.movedim(1, 0).flatten(1) - self.bias[:, None]
+        if self._inverted is not None:
+            made = self._inverted @ columns
+            return made.view(len(made), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
         wide = torch.promote_types(columns.dtype, torch.float32)  # there are no solvers of 16 bits
         lower, upper = (factor.to(wide) for factor in self.factors())
         solved = torch.linalg.solve_triangular(lower, columns.to(wide), upper=False, unitriangular=True)

@@ -19,6 +19,7 @@ import threading
 import typing
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ class Run(History):
         was, named = self.config["model"], model.plugin or plugin_of(type(model))
         now = {"name": named, **json.loads(json.dumps(dataclasses.asdict(model.config)))}
         found = [f"name: was {was['name']!r}, now {named!r}"] if was["name"] != named else differences(
-            {"model": {"name": named, **was["settings"]}}, {"model": now})  # fmt: skip
+            {"model": {"name": named, **was["settings"]}, "data": self.config["data"]}, {"model": now})  # fmt: skip
         try:
             if was["name"] != named:
                 raise RuntimeError(f"{named} is no {was['name']}")
@@ -409,13 +410,14 @@ def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) 
         for key in sorted(was_all.keys() | now_all.keys()):
             was, now = (of.get(key, defaults.get(key)) for of in (was_all, now_all))
             if was != now and key == "columns" and was and now:
-                found.append(f"{section} columns: {_of_columns(was, now)}")
+                names = ((old.get("data") or {}).get("scaling") or {}).get("names") or range(1, len(was) + 1)
+                found.append(f"{section} columns: {_of_columns(was, now, names)}")
             elif was != now:
                 found.append(f"{section} {key}: was {was!r}, now {now!r}")
     return found
 
 
-def _of_columns(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+def _of_columns(was: list[dict[str, Any]], now: list[dict[str, Any]], names: Iterable[Any]) -> str:
     """What is other in the columns of a table, as `genfuse.data.Schema.specs` has them."""
 
     def kinds(columns: list[dict[str, Any]]) -> list[str]:
@@ -423,9 +425,7 @@ def _of_columns(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
 
     if len(was) != len(now):
         return f"were {len(was)}, and are now {len(now)}"
-    each = [
-        f"number {i} was {a}, now {b}" for i, (a, b) in enumerate(zip(kinds(was), kinds(now), strict=True), 1) if a != b
-    ]
+    each = [f"{name} was {a}, now {b}" for name, a, b in zip(names, kinds(was), kinds(now), strict=True) if a != b]
     return "; ".join(each) or "their means, spreads or quantiles are others"
 
 
