@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.torch_version import TorchVersion
 
 from genfuse import ops
 from genfuse._files import replacing
@@ -25,10 +26,7 @@ from genfuse.nn import Features, LULinear
 from genfuse.training import Run
 
 EXAMPLES = 3  # that a verb is traced with; a program takes any number of them
-LOOPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (
-    2,
-    13,
-)  # whether ONNX takes them: if not, it has each step
+LOOPS = TorchVersion(torch.__version__) >= "2.13"  # of which ONNX takes a loop; it has each step otherwise
 
 
 class _Program(nn.Module):

@@ -99,7 +99,7 @@ class LULinear(Transform):
     def _solve(self) -> None:
         """Keep W^-1, so that `inverse` is a product, for programs that have no solver."""
         lower, upper = (factor.double() for factor in self.factors())
-        half = torch.linalg.solve_triangular(lower, torch.eye(self.features).to(lower), upper=False, unitriangular=True)
+        half = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False, unitriangular=True)
         inverse = torch.linalg.solve_triangular(upper, half, upper=True)
         self._inverted = inverse.index_select(0, self.back).to(self.bias.dtype)
 
