@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -177,6 +178,30 @@ def test_zero_rows(kind):
         assert y.shape == (0, *function(x)[0].shape[1:])
         assert logdet.shape == (0,)
         (y.sum() + logdet.sum()).backward()
+
+
+class OneWay(torch.nn.Module):
+    """A layer's forward, or its inverse, as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.inverse = getattr(function, "__self__", function), function.__class__ is MethodType
+
+    def forward(self, x, context=None):
+        return (self.layer.inverse if self.inverse else self.layer)(x, context)
+
+
+@every_layer
+def test_exported_or_traced_a_layer_takes_batches_of_any_size(kind):
+    for function, *given in both_ways(kind, 4, 3):
+        given = tuple(given)
+        sizes = tuple({0: torch.export.Dim("n")} for _ in given)
+        with torch.no_grad():
+            exported = torch.export.export(OneWay(function), given, dynamic_shapes=sizes).module()
+            traced = torch.jit.trace(OneWay(function), given, check_trace=False)
+            for one in (tuple(t[:1] for t in given), tuple(torch.cat([t, t, t]) for t in given)):
+                for made in (exported, traced):
+                    torch.testing.assert_close(made(*one), function(*one), rtol=0, atol=1e-10)
 
 
 @every_layer

@@ -246,7 +246,7 @@ class Columns(nn.Module):
         """Put examples x on a coder's stack, or take them if x is None; of raw as `log_prob`."""
         logits, mu, log_scale, choices = self._parts(raw)
         precision, sizes, given = torch.exp(-log_scale), self.sizes, None if x is None else self.levels(x)
-        k = raw.new_zeros(len(raw), self.columns)
+        k = raw.new_zeros(raw.shape[0], self.columns)
         counts = torch.arange(max(sizes), device=raw.device)[:, None]
         ends = (counts - 0.5 + self._whole(self.low) - self.centre[self.numeric]) / self.spread[self.numeric]
         between = self._score(ends)[0].numpy()  # the scores at the lower edge of each level, (levels, P)

@@ -142,7 +142,7 @@ class AdditiveCoupling(Coupling):
     """y = x + t, which keeps volume (NICE, arXiv 1410.8516): the conditioner makes one shift per moved feature."""
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        return self._moved(x, self.raw(x, context), inverse), x.new_zeros(len(x))
+        return self._moved(x, self.raw(x, context), inverse), x.new_zeros(x.shape[0])
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
         return self._moved(x, coder.on_grid(self.raw(x, None)), inverse)

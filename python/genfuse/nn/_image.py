@@ -41,10 +41,10 @@ class Flatten(Movement):
         self.shape = shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x.flatten(1), x.new_zeros(len(x))
+        return x.flatten(1), x.new_zeros(x.shape[0])
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y.unflatten(1, self.shape), y.new_zeros(len(y))
+        return y.unflatten(1, self.shape), y.new_zeros(y.shape[0])
 
     def forward_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
         return (math.prod(self.shape),)
@@ -126,10 +126,10 @@ class Centre(Transform):
     """y = x - 1/2 of each coordinate x."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x - 0.5, x.new_zeros(len(x))
+        return x - 0.5, x.new_zeros(x.shape[0])
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y + 0.5, y.new_zeros(len(y))
+        return y + 0.5, y.new_zeros(y.shape[0])
 
 
 class Dequantize(nn.Module):
@@ -146,7 +146,7 @@ class Dequantize(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """v, and what is to be added to its log-density: E[log p(v) + this] <= log P(x), (N,) nats."""
         k = (x * (self.levels - 1)).round()
-        log_weight = x.new_full((len(x),), -math.log(self.levels) * x[0].numel() if len(x) else 0.0)
+        log_weight = x.new_full((x.shape[0],), -math.log(self.levels) * x.shape[1:].numel())
         if self.noise is None:
             u = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         else:

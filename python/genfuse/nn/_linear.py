@@ -45,10 +45,10 @@ class Permutation(Movement):
         return cls(torch.randperm(features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _reorder(x, self.order, self.back), x.new_zeros(len(x))
+        return _reorder(x, self.order, self.back), x.new_zeros(x.shape[0])
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _reorder(y, self.back, self.order), y.new_zeros(len(y))
+        return _reorder(y, self.back, self.order), y.new_zeros(y.shape[0])
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
         return x.index_select(1, self.back if inverse else self.order)  # `Exact` knows no operator but PyTorch's own
@@ -132,7 +132,7 @@ class LULinear(Transform):
         lower, upper = (factor.to(wide) for factor in self.factors())
         solved = torch.linalg.solve_triangular(lower, columns.to(wide), upper=False, unitriangular=True)
         solved = torch.linalg.solve_triangular(upper, solved, upper=True).index_select(0, self.back).to(columns.dtype)
-        return solved.view(len(solved), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
+        return solved.view(solved.shape[0], y.shape[0], *y.shape[2:]).movedim(0, 1), -self._logdet(y)
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
         """W as L, the diagonal of U, and U with ones on its diagonal: only the diagonal changes volume."""
@@ -154,19 +154,19 @@ class LULinear(Transform):
         return flat.view(rows.shape).movedim(-1, 1)
 
     def _logdet(self, x: Tensor) -> Tensor:
-        return (math.prod(x.shape[2:]) * self.log_diagonal.sum()).expand(len(x))
+        return (math.prod(x.shape[2:]) * self.log_diagonal.sum()).expand(x.shape[0])
 
 
 def _mapped(x: Tensor, weight: Tensor, bias: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
     """W x + b of vectors or of the channels of images, and the log-determinant of each example."""
     if x.dim() == 2:
-        return ops.mlp(x, [weight], [bias]), logdet.expand(len(x))
+        return ops.mlp(x, [weight], [bias]), logdet.expand(x.shape[0])
     if x.is_cpu:  # where a convolution of few channels takes three times as long as these products
         cells = x.flatten(2)  # (N, C, H W)
-        y = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), cells).view(x.shape)
+        y = torch.baddbmm(bias[:, None], weight.expand(x.shape[0], -1, -1), cells).view(x.shape)
     else:
         y = F.conv2d(x, weight[:, :, None, None], bias)
-    return y, (math.prod(x.shape[2:]) * logdet).expand(len(x))
+    return y, (math.prod(x.shape[2:]) * logdet).expand(x.shape[0])
 
 
 def _solved(coder: Any, y: Tensor, triangle: Tensor, order: range) -> Tensor:
@@ -198,7 +198,7 @@ class ActNorm(Transform):
 
     def prepare(self, x: Tensor) -> None:
         """Start by a first batch, before anything is made of it."""
-        if self.training and not self._asked and len(x):
+        if self.training and not self._asked and x.shape[0]:
             if not self.started:
                 self._start(x.detach())
             self._asked = True
@@ -208,7 +208,7 @@ class ActNorm(Transform):
         return ops.actnorm(x, self.log_scale, self.shift)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.training and not self._asked and len(y) and torch.is_grad_enabled():
+        if self.training and not self._asked and y.shape[0] and torch.is_grad_enabled():
             self.started.fill_(True)  # data that comes later must not change what was trained
             self._asked = True
         return ops.actnorm(y, self.log_scale, self.shift, inverse=True)

@@ -142,7 +142,7 @@ class Composite(Transform):
 
 def _total(logdets: list[Tensor], x: Tensor) -> Tensor:
     """Their sum, (N,), in one operation."""
-    return torch.stack(logdets).sum(0) if logdets else x.new_zeros(len(x))
+    return torch.stack(logdets).sum(0) if logdets else x.new_zeros(x.shape[0])
 
 
 class _Reversible(torch.autograd.Function):

@@ -222,7 +222,7 @@ def affine_coupling(
         if interleaved:
             wanted.append(2)
         else:
-            wanted[axis] *= 2
+            wanted[axis] = 2 * moved  # not in place: for torch.jit.trace, sizes are tensors
         if params.shape != (*wanted,) or params.dtype is not x.dtype or params.device != x.device:
             _op.check_alike(x, "x", params=(params, tuple(wanted)))
         raw = params if params.dim() == 2 else params.reshape(rows, 2 * moved * cells)

@@ -48,5 +48,5 @@ def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
     if not alike or logits.dtype not in _op.DTYPES or not logits.dim():
         _op.check_alike(logits, "logits", x=(x, tuple(logits.shape)))
     if logits.dim() != 2:
-        logits, x = (t.reshape(len(logits), logits.shape[1:].numel()) for t in (logits, x))
+        logits, x = (t.reshape(logits.shape[0], logits.shape[1:].numel()) for t in (logits, x))
     return _fused(logits, x)

@@ -324,7 +324,7 @@ def _scores(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
                 f"{tuple(y[0].shape)}"
             ) from None
         raise
-    n, shape = len(x), tuple(out.shape)
+    n, shape = x.shape[0], tuple(out.shape)
     if shape not in ((n,), (n, 1)):
         raise ValueError(f"critic must return one number per example, ({n},) or ({n}, 1), got shape {shape}")
     return out
@@ -480,7 +480,7 @@ def scores_and_penalty(
     if layers is not None and not torch.compiler.is_compiling():
 
         def draw() -> Tensor:
-            ones = real.new_ones(len(real), 1)
+            ones = real.new_ones(real.shape[0], 1)
             return interpolate(ones, torch.zeros_like(ones), generator)[:, 0]
 
         found = _mlp.critic(torch.cat([real.flatten(1), fake.flatten(1)]), draw, *layers)
@@ -501,7 +501,7 @@ def _input_gradient(
     """``ours`` is an x that nobody else reads, so that the critic may overwrite it. Scores may be None unless kept."""
     _op.check_alike(x, "x")
     if context is not None and context.shape[:1] != x.shape[:1]:
-        raise ValueError(f"context must have a row for each of the {len(x)} examples, got {tuple(context.shape)}")
+        raise ValueError(f"context must have a row for each of the {x.shape[0]} examples, got {tuple(context.shape)}")
     critic, labels = getattr(critic, "_orig_mod", critic), () if context is None else (context,)
     if getattr(torch.compiler, "is_exporting", bool)():  # which PyTorch 2.6 does not tell
         raise NotImplementedError(

@@ -91,7 +91,7 @@ class _Layer(torch.autograd.Function):
         x, context, added, counts, seen, params, hidden, *parameters = saved = ctx.saved_tensors
         transform, arguments, shown, moved, limit = ctx.how
         gy = torch.zeros_like(x) if gy is None else gy
-        glogdet = x.new_zeros(len(x)) if glogdet is None else glogdet
+        glogdet = x.new_zeros(x.shape[0]) if glogdet is None else glogdet
         needed = ctx.needs_input_grad[2:]
         every = (x, context, added, *parameters)
         wanted = [*needed[:3], *needed[4:]]

@@ -51,7 +51,7 @@ def formula(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tenso
     each = log_logistic((high - mu) * precision, (low - mu) * precision, (high - low) * precision)
     of_numbers = torch.where(there, (each + logits.log_softmax(-1)).logsumexp(-1), 0.0)
     of_choices = block_log_softmax(choices, block, blocks)
-    return of_numbers.sum(-1) + of_choices.gather(-1, chosen.expand(len(raw), -1, -1)).sum(-1)  # (L, N)
+    return of_numbers.sum(-1) + of_choices.gather(-1, chosen.expand(raw.shape[0], -1, -1)).sum(-1)  # (L, N)
 
 
 def _problem(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tensor) -> tuple:
@@ -121,7 +121,7 @@ def mixed_log_prob(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block
         raise ValueError(f"raw, low, chosen and block must be (..., N, 3 K P + S), (N, P), (N, B) and (S,); got {got}")
     n, columns, choices = *low.shape, len(block)
     for name, t in (("chosen", chosen), ("block", block)):
-        if t.dtype is not torch.int64 or t.device != raw.device or (name == "chosen" and len(t) != n):
+        if t.dtype is not torch.int64 or t.device != raw.device or (name == "chosen" and t.shape[0] != n):
             raise ValueError(
                 f"{name} must be int64 on raw's device {raw.device}, of {n} examples if it is chosen; got {t.dtype} on "
                 f"{t.device}, of shape {tuple(t.shape)}"

@@ -265,7 +265,7 @@ class _Chain(torch.autograd.Function):
 
 
 def _chain(gy: Tensor, hidden: Tensor, weights: Sequence[Tensor], slope: float) -> Tensor:
-    values = hidden.split([len(gy) * len(w) for w in weights[:-1]])
+    values = hidden.split([gy.shape[0] * len(w) for w in weights[:-1]])
     g = gy @ weights[-1]
     for w, value in zip(reversed(weights[:-1]), reversed(values), strict=True):
         g = torch.where(value.view_as(g) <= 0, g * slope, g) @ w
@@ -322,7 +322,7 @@ def critic_formula(
     x: Tensor, epsilon: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], slope: float
 ) -> tuple[Tensor, Tensor]:
     """Scores (2N, 1) of x (2N, D), and the gradient (N, D) at points between row i and row N + i."""
-    n, kept = len(epsilon), []
+    n, kept = epsilon.shape[0], []
     real, fake = F.linear(x, weights[0], biases[0]).split(n)  # (N, H)
     h = torch.cat([real, fake, _interpolate.formula(real, fake, None, epsilon)])
     for w, b in zip(weights[1:], biases[1:], strict=True):
