@@ -440,6 +440,10 @@ def rational_quadratic_spline(
     """
     if (bound is None) == (box is None):
         raise ValueError("one of bound and box must be given, not both")
+    if box is not None and not (isinstance(box, (tuple, list)) and len(box) == 4):
+        raise ValueError(f"box must be four sides: left, right, bottom and top; got {box!r}")
+    if not isinstance(tails, (str, tuple, list)):
+        raise ValueError(f"tails must be one of {', '.join(PUBLIC)}, or a sequence of these; got {tails!r}")
     if slope is not None and not 0 < slope < 1:
         raise ValueError(f"slope must be between 0 and 1, got {slope}")
     default = 1e-3 if slope is None else 0.0
