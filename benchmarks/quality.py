@@ -22,7 +22,7 @@ from genfuse.metrics import evaluate, evaluate_samples, train_missing
 DATA = ("mnist", "stacked-mnist")
 STEPS = {  # of all players, for larger images: up to 6 minutes of one core
     "vae": 6000, "gan": 24_000, "wgan": 24_000, "wgan-gp": 24_000, "realnvp": 6000, "glow": 2000,
-    "ddpm": 1500, "edm": 1500, "score": 1500, "flow-matching": 1500,
+    "ddpm": 1500, "edm": 1500, "score": 1500, "flow-matching": 1500, "idf": 1200,
 }  # fmt: skip
 STEADY = ("gan", "wgan", "wgan-gp")  # whose learning rate does not fall
 IMAGES, POINTS, COLUMNS = 36, 2000, 3

@@ -734,6 +734,8 @@ def test_what_a_flow_is_not_made_for_is_told_before_it_is_trained(tmp_path):
     larger = genfuse.load_data(np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8))
     with pytest.warns(TrainingWarning, match="a glow of pictures of 784 cells takes hours to draw whole ones"):
         few.fit(genfuse.create("glow", larger, steps=1, channels=(8,)), larger)
+    with pytest.warns(TrainingWarning, match="an idf is made to compress: what it draws of pictures of 784 cells"):
+        few.fit(genfuse.create("idf", larger, channels=(8,)), larger)
     rows = np.random.default_rng(0).normal(size=(500, 3))
     rows[:50, 1] = 0.5
     np.savetxt(tmp_path / "a.csv", rows, delimiter=",", header="a,b,c", comments="")

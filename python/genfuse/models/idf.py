@@ -1,7 +1,7 @@
 """The integer discrete flow (arXiv 1905.07376): an invertible map of integers, with an exact P(x) of discrete data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfuse.data import Dataset
 from genfuse.errors import SettingsError
 from genfuse.models._base import Batch, GenerativeModel, Given, ModelConfig, Player, adam
+from genfuse.models._flow import MANY
 from genfuse.nn import Columns, ConvConditioner, ResidualMLP, Squeeze
 from genfuse.nn.likelihoods import log_logistic
 
@@ -104,6 +106,13 @@ class IDF(GenerativeModel):
     @property
     def likelihoods(self) -> tuple[str, ...]:
         return ("log_prob", "bits_per_dim")
+
+    def doubts(self, data: Dataset) -> Iterator[str]:
+        if data.is_image and math.prod(data.shape) > MANY:
+            yield (
+                f"an {self.plugin or 'idf'} is made to compress: what it draws of pictures of {math.prod(data.shape)} "
+                "cells are pieces of strokes. For samples to look at use gan or edm"
+            )
 
     def loss(self, batch: Batch, player: str = "model") -> tuple[Tensor, dict[str, Tensor]]:
         """-log P(x), in the mean over the batch."""
