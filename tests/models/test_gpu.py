@@ -67,7 +67,7 @@ def test_an_operator_can_be_captured_in_a_cuda_graph(operator):
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "genfuse":
+            if func.namespace == "genfuse" and func._schema.name != "genfuse::seed":
                 calls.append((func._schema.name.partition("::")[2], args))
             return func(*args, **(kwargs or {}))
 
