@@ -198,7 +198,7 @@ def affine_coupling(
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
     """
     mask, split = (mask_or_split, 0) if isinstance(mask_or_split, Tensor) else (None, mask_or_split)
-    if split.__class__ in (bool, float):
+    if isinstance(split, (bool, float)):
         raise ValueError(f"mask_or_split must be an int or a bool tensor, got {split}")
     image = x.dim() == 4
     axis = 1 if image else -1
