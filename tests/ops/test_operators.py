@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
     size = (size[0], min(size[1], operator.widest))
     ours = operator.error(size, dtype, device)
     eager = operator.error(size, dtype, device, eager=True)
-    if ours > 2 * eager:  # which is small by chance, on this machine, where rounding errors grow a hundredfold
+    if ours > 2 * eager:  # which may be small by chance, where rounding errors grow a hundredfold
         near = Near(**{field.name: getattr(operator, field.name) for field in fields(operator)})
         eager = max(eager, *(near.error(size, dtype, device, eager=True) for _ in range(8)))
     # Triton's interpreter cuts float32 down to bfloat16 where hardware rounds: one unit in place of half of one.

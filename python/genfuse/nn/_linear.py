@@ -98,10 +98,18 @@ class LULinear(Transform):
     @torch.no_grad()
     def _solve(self) -> None:
         """Keep W^-1, so that `inverse` is a product, for programs that have no solver."""
-        lower, upper = (factor.double() for factor in self.factors())
-        half = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False, unitriangular=True)
-        inverse = torch.linalg.solve_triangular(upper, half, upper=True)
-        self._inverted = inverse.index_select(0, self.back).to(self.bias.dtype)
+        self._inverted = None
+        every = torch.eye(len(self.bias), dtype=torch.float64, device=self.bias.device)
+        self._inverted = self._undone(every).to(self.bias.dtype)
+
+    def _undone(self, columns: Tensor) -> Tensor:
+        """W^-1 of columns (D, N)."""
+        if self._inverted is not None:
+            return self._inverted @ columns
+        wide = torch.promote_types(columns.dtype, torch.float32)  # there are no solvers of 16 bits
+        lower, upper = (factor.to(wide) for factor in self.factors())
+        half = torch.linalg.solve_triangular(lower, columns.to(wide), upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, half, upper=True).index_select(0, self.back).to(columns.dtype)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # rounded, W has another inverse
@@ -125,13 +133,7 @@ class LULinear(Transform):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         columns = y.movedim(1, 0).flatten(1) - self.bias[:, None]
-        if self._inverted is not None:
-            made = self._inverted @ columns
-            return made.view(len(made), len(y), *y.shape[2:]).movedim(0, 1), -self._logdet(y)
-        wide = torch.promote_types(columns.dtype, torch.float32)  # there are no solvers of 16 bits
-        lower, upper = (factor.to(wide) for factor in self.factors())
-        solved = torch.linalg.solve_triangular(lower, columns.to(wide), upper=False, unitriangular=True)
-        solved = torch.linalg.solve_triangular(upper, solved, upper=True).index_select(0, self.back).to(columns.dtype)
+        solved = self._undone(columns)
         return solved.view(solved.shape[0], y.shape[0], *y.shape[2:]).movedim(0, 1), -self._logdet(y)
 
     def code(self, coder: Any, x: Tensor, inverse: bool = False) -> Tensor:
