@@ -222,11 +222,12 @@ class Coupling(nn.Module):
 
     def __init__(
         self, network: nn.Module, kept: int, *, last: bool = False, scale: str = "tanh", bins: int = 0,
-        squash: bool = True,
+        squash: bool = True, damping: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.network = network
         self.kept, self.last, self.scale, self.bins, self.squash = kept, last, scale, bins, squash
+        self.damping = damping  # of raw widths and heights
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         kept, moved = (x[:, -self.kept :], x[:, : -self.kept]) if self.last else x.tensor_split([self.kept], 1)
@@ -236,7 +237,8 @@ class Coupling(nn.Module):
         else:
             raw = self.network(seen if context is None else torch.cat([seen, context], -1))
         if self.bins:
-            y, logdet = _spline(moved, raw.unflatten(1, (moved.shape[1], -1)), bins=self.bins, bound=3.0)
+            sizes, slopes = raw.unflatten(1, (moved.shape[1], -1)).tensor_split([2 * self.bins], 2)
+            y, logdet = _spline(moved, torch.cat([sizes * self.damping, slopes], 2), bins=self.bins, bound=3.0)
         else:
             s, t = raw.chunk(2, 1)
             s = torch.tanh(s) if self.scale == "tanh" else _softclip(s, 2)
@@ -292,7 +294,7 @@ def nsf(features: int, hidden: tuple[int, ...] = (128, 128), context: int = 0, l
     kept, made = features // 2, []
     for _ in range(layers):
         network = ResidualNet(kept, 23 * (features - kept), hidden, context)
-        made += [LULinear(features), Coupling(network, kept, bins=8)]
+        made += [LULinear(features), Coupling(network, kept, bins=8, damping=hidden[-1] ** (-0.25 / 2))]
     return Flow([*made, LULinear(features)], context)
 
 

@@ -4,7 +4,7 @@ The command line prints the message of these, without a traceback, and exits wit
 where, what was got, and what to do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -21,6 +21,17 @@ class GenfuseError(ValueError):
 
 class SettingsError(GenfuseError):
     """A setting of a model, of the training or of the command is not usable."""
+
+
+class NoLevelsError(SettingsError):
+    """Columns of a table, by their places, are real numbers, where levels are needed."""
+
+    def __init__(self, places: Sequence[int], names: Sequence[str] = ()) -> None:
+        self.places = places
+        shown = ", ".join(names[i] if names else str(i + 1) for i in places)
+        super().__init__(
+            f"column {shown} of the table has no levels: integers without empty cells, categories and booleans do"
+        )
 
 
 class DataError(GenfuseError):

@@ -19,11 +19,10 @@ from genfuse.applications._coder import BITS, FEW, Coder, Exact, padding
 from genfuse.applications._examples import examples
 from genfuse.data import load_data
 from genfuse.data.images import SUFFIXES
-from genfuse.errors import DataError, GenfuseError, RunError, SettingsError
+from genfuse.errors import DataError, GenfuseError, NoLevelsError, RunError, SettingsError
 from genfuse.metrics import undisturbed
 from genfuse.models import Codes
 from genfuse.nn import Columns
-from genfuse.nn._columns import NoLevelsError
 from genfuse.training import Run
 from genfuse.training.run import home
 

@@ -20,8 +20,7 @@ from genfuse import ops
 from genfuse._files import replacing
 from genfuse.data import Schema
 from genfuse.errors import SettingsError
-from genfuse.models import Decodes, Encodes, GenerativeModel, HasTrajectory
-from genfuse.models._diffusion import DiffusionModel
+from genfuse.models import Decodes, DiffusionModel, Encodes, GenerativeModel, HasTrajectory
 from genfuse.nn import Features, LULinear
 from genfuse.training import Run
 
@@ -55,7 +54,7 @@ class _Program(nn.Module):
             x = ((x - self.mean) / self.std).float()
         if self.verb == "trajectory":
             looped = LOOPS and type(self.model).trajectory is DiffusionModel.trajectory
-            out = self.model._looped(x, *given) if looped else self.model.trajectory(x, *given)[-1]
+            out = self.model.trajectory_end(x, *given) if looped else self.model.trajectory(x, *given)[-1]
         elif self.verb == "draw":
             out = self.model.decode(x, *given[1:], u=given[0])
         else:

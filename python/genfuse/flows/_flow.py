@@ -10,8 +10,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, co
 
 from genfuse.nn import Composite
 from genfuse.nn import Transform as FlowTransform
-from genfuse.ops import standard_normal_log_prob
-from genfuse.ops._op import has_values
+from genfuse.ops import has_values, standard_normal_log_prob
 
 
 class StandardNormal(nn.Module):

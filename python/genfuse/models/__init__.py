@@ -19,5 +19,7 @@ from genfuse.models._base import create as create
 from genfuse.models._base import load as load
 from genfuse.models._base import sample_in_parts as sample_in_parts
 from genfuse.models._base import unfit as unfit
+from genfuse.models._diffusion import DiffusionConfig as DiffusionConfig
+from genfuse.models._diffusion import DiffusionModel as DiffusionModel
 from genfuse.models._flow import FlowConfig as FlowConfig
 from genfuse.models._flow import FlowModel as FlowModel

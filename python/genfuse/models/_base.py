@@ -22,9 +22,8 @@ from typing_extensions import Self
 
 from genfuse import plugins
 from genfuse.data import Batch, Dataset, load_data
-from genfuse.errors import DataError, SettingsError, near
+from genfuse.errors import DataError, NoLevelsError, SettingsError, near
 from genfuse.nn import Features, Images, OneHot, Together, slerp
-from genfuse.nn._columns import NoLevelsError
 
 
 @dataclass

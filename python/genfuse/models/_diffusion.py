@@ -328,7 +328,7 @@ class DiffusionModel(GenerativeModel):
         path = samplers.ddim.steps(self._given(y, len(z)), x, sigmas)
         return [z, *(self._outward(x / math.hypot(1, sigma)) for x, sigma in zip(path, sigmas[1:], strict=True))]
 
-    def _looped(self, z: Tensor, y: Tensor | None = None, steps: int = 20) -> Tensor:
+    def trajectory_end(self, z: Tensor, y: Tensor | None = None, steps: int = 20) -> Tensor:
         """The last of `trajectory`, by a loop that a program of `torch.export` holds one step of."""
         from torch._higher_order_ops import scan
 

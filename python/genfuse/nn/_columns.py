@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genfuse import ops
-from genfuse.errors import SettingsError
+from genfuse.errors import NoLevelsError
 from genfuse.nn.likelihoods import at_least_float32
 
 WIDTH = 1e-3  # of the interval, in scores, over which the density of a number is averaged, so that it is bounded
@@ -17,17 +17,6 @@ BOUND = 4.0  # of the scores that `activate` makes: one row in 16,000 of a Gauss
 FAR = 20.0  # standard deviations, beyond which encoders see no difference: the variances that they make stay finite
 APART = 1e-5  # how far apart, as a share of them, two scores must be for the probability between them in float32
 EDGE = 1e-6  # probabilities nearer to 0 or 1 have no score in float32
-
-
-class NoLevelsError(SettingsError):
-    """Columns of a table, by their places, are real numbers, where levels are needed."""
-
-    def __init__(self, places: Sequence[int], names: Sequence[str] = ()) -> None:
-        self.places = places
-        shown = ", ".join(names[i] if names else str(i + 1) for i in places)
-        super().__init__(
-            f"column {shown} of the table has no levels: integers without empty cells, categories and booleans do"
-        )
 
 
 class Near(nn.Flatten):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfuse.errors import DataError, SettingsError
-from genfuse.ops._op import has_values
+from genfuse.ops import has_values
 
 
 class OneHot(nn.Module):

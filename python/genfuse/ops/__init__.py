@@ -30,6 +30,7 @@ from genfuse.ops._op import available as available
 from genfuse.ops._op import build_info as build_info
 from genfuse.ops._op import decompositions as decompositions
 from genfuse.ops._op import fused as fused
+from genfuse.ops._op import has_values as has_values
 from genfuse.ops._op import implementations as implementations
 from genfuse.ops._op import include as include
 from genfuse.ops._op import transformed as transformed
