@@ -284,6 +284,22 @@ print(time.process_time() - start, *(set(extras.split()) & set(sys.modules)))
     assert min(float(seconds) for seconds, *_ in said) <= 0.05
 
 
+def test_help_of_a_model_imports_no_compiler():
+    code = """
+import sys
+from genfuse.cli import main
+main(["train", "ddpm", "--help"])
+print(*({"torch._dynamo", "triton", "sympy", "matplotlib", "lightning_fabric"} & set(sys.modules)), file=sys.stderr)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"
+
+
+def test_a_training_ends_without_a_list_of_what_triton_leaks(tmp_path):
+    pytest.importorskip("triton")
+    done = command("train", "vae", "--data", "toy:moons", "--steps", "1", "--out", tmp_path / "run")
+    assert "leaked" not in done.stdout + done.stderr
+
+
 def test_a_reader_that_leaves_early_meets_no_traceback():
     # A pipe whose reading end is closed: what `genfuse list | head -0` leaves.
     read, write = os.pipe()

@@ -1,5 +1,6 @@
 """The command ``genfuse``."""
 
+import atexit
 import gc
 import os
 import sys
@@ -97,6 +98,11 @@ def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _unfreeze() -> None:
+    if "triton" in sys.modules:  # which would list what it takes for leaks when Python ends
+        gc.unfreeze()
+
+
 def _dispatch(args: list[str]) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
@@ -122,6 +128,7 @@ def _dispatch(args: list[str]) -> int:
         if first:
             gc.freeze()
             gc.enable()
+            atexit.register(_unfreeze)
         return train(rest)
 
     from genfuse.cli._commands import COMMANDS

@@ -35,7 +35,6 @@ def flow_matching(n: int, t_min: float = 1e-3) -> list[float]:
     return [t / (1 - t) for t in times] + [0.0]
 
 
-@torch.compiler.assume_constant_result  # for torch.export, which cannot make a list of a tensor
 def ddpm(n: int, betas: Betas = "linear", timesteps: int = 1000) -> list[float]:
     """n of DDPM's noise levels sigma_t = sqrt((1 - alpha bar_t) / alpha bar_t), t = T .. 1, evenly spaced in t.
 
@@ -47,6 +46,11 @@ def ddpm(n: int, betas: Betas = "linear", timesteps: int = 1000) -> list[float]:
     squares = alphas_cumprod(betas, timesteps)
     sigmas = ((1 - squares) / squares).sqrt()  # (T,), rising
     return [*sigmas[torch.linspace(timesteps - 1, 0, n).round().long()].tolist(), 0.0]
+
+
+# For torch.export, which cannot make a list of a tensor. torch.compiler.assume_constant_result does the same, but
+# imports all of the compiler here, for seconds.
+ddpm._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def alphas_cumprod(betas: Betas = "linear", timesteps: int = 1000) -> Tensor:
