@@ -7,7 +7,7 @@ import torch
 import genfuse
 from genfuse.data import Dataset, load_data
 from genfuse.errors import SettingsError
-from genfuse.models import GenerativeModel
+from genfuse.models import GenerativeModel, configure, load
 from genfuse.training import Run
 
 SMALL = {
@@ -154,3 +154,8 @@ def test_examples_that_a_critic_sees_together_are_those_of_a_batch(data):
         batch = data.batch("train", torch.arange(n))
         for player in ("critic", "generator"):
             assert model.loss(batch, player)[0].isfinite()
+
+
+def test_the_usual_gan_of_a_table_is_r3gans(data):
+    config = configure(load("gan"), {}, data)
+    assert (config.loss, config.penalty) == ("relativistic", "r1r2")

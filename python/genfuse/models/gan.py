@@ -69,14 +69,14 @@ class GANConfig(PenaltyConfig):
     """Settings of a GAN. Raises SettingsError for values outside their range."""
 
     # minimax: the value function for both; hinge and least-squares: on D without sigmoid; relativistic: on differences;
-    # auto: relativistic for images and vectors of real numbers, non-saturating for all else, as mixed tables
+    # auto: relativistic for images, vectors and tables, non-saturating for real numbers of other shapes
     loss: Literal["auto", Loss] = "auto"
     # as of wgan-gp; r1r2: r1, and the same at generated examples; auto: r1r2 where auto made the loss relativistic
     penalty: Literal["auto", Penalty] = "auto"  # type: ignore[assignment]
     penalty_weight: float = 1.0  # lambda; r1, r1r2: gamma
 
     def __post_init__(self) -> None:
-        r3gan = self.loss == "auto" and (self.levels is not None or self.vectors)  # arXiv 2501.05441
+        r3gan = self.loss == "auto" and (self.levels is not None or len(self.shape) == 1)  # arXiv 2501.05441
         if self.penalty == "auto":
             object.__setattr__(self, "penalty", "r1r2" if r3gan else "none")
         if self.loss == "auto":
