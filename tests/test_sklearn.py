@@ -121,3 +121,10 @@ def test_bins_of_a_detector_are_damped_only_where_nothing_else_smooths():
         found = AnomalyDetector("nsf", steps=1, random_state=0, **options).fit(rows)
         assert found.model_.config.damped == expected
     AnomalyDetector("vae", steps=1).fit(rows)
+
+
+@pytest.mark.parametrize(("smooth", "decoder"), [(0.5, "gaussian"), (0.0, "mixture")])
+def test_what_smooths_rows_has_a_gaussian_decoder(smooth, decoder):
+    detector = AnomalyDetector("vae", smooth=smooth, steps=2, random_state=0)
+    detector.fit(np.random.default_rng(0).normal(size=(60, 3)))
+    assert detector.model_.config.decoder == decoder

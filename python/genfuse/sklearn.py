@@ -15,8 +15,8 @@ from genfuse.applications import find_method, scores
 from genfuse.data import load_data, named
 from genfuse.errors import SettingsError
 from genfuse.metrics import undisturbed
-from genfuse.models import Decodes, Encodes, create
-from genfuse.plugins import load
+from genfuse.models import Decodes, Encodes, create, load
+from genfuse.models.vae import VAE
 from genfuse.training import Trainer
 from genfuse.training.trainer import FEW
 
@@ -66,8 +66,12 @@ class _Estimator(BaseEstimator):
         self._seed = int(check_random_state(self.random_state).randint(2**31))
         data = load_data(rows, hold_out=False, seed=self._seed)
         settings, smooth = dict(self.settings or {}), getattr(self, "smooth", 0.0) if data.schema is None else 0.0
-        if smooth and hasattr(getattr(load("models", self.model), "Config", None), "damped"):
-            settings.setdefault("damped", 0.0)  # the noise holds bins back; damped too, they find fewer anomalies
+        if smooth:  # the noise holds bins back; damped too, or by mixtures, models find fewer anomalies
+            made_by = load(self.model)
+            if hasattr(made_by.Config, "damped"):
+                settings.setdefault("damped", 0.0)
+            if issubclass(made_by, VAE):
+                settings.setdefault("decoder", "gaussian")
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
             model = create(self.model, data, **settings)
@@ -155,7 +159,7 @@ class AnomalyDetector(OutlierMixin, _Estimator):
 
     Args, beside those of all: ``contamination``, the share of the fitted rows that is called odd, in (0, 0.5];
     ``method``, of the scores; and ``smooth``, of the `Trainer`, used if all columns are real numbers: then ``damped``
-    is 0, if the model has this setting and ``settings`` do not say more. ``offset_`` is the score at which that share
+    is 0 and a VAE's ``decoder`` gaussian, unless ``settings`` say more. ``offset_`` is the score at which that share
     begins.
     """
 

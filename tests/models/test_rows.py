@@ -159,3 +159,68 @@ def test_examples_that_a_critic_sees_together_are_those_of_a_batch(data):
 def test_the_usual_gan_of_a_table_is_r3gans(data):
     config = configure(load("gan"), {}, data)
     assert (config.loss, config.penalty) == ("relativistic", "r1r2")
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Dataset:
+    """A spike, a heavy tail that follows from it, and a column of one value."""
+    r = np.random.default_rng(0)
+    spike = r.normal(size=2000) * r.choice([1, 0.001], 2000)
+    return load_data(np.stack([spike, np.exp(2 * spike + 0.1 * r.normal(size=2000)), np.full(2000, 3.0)], 1))
+
+
+def test_a_vae_of_numbers_alone_has_a_mixture_of_each_and_beats_a_gaussian(numbers):
+    bounds, x = [], numbers.splits["test"].x
+    for decoder in ("auto", "gaussian"):
+        model = trained("vae", numbers, steps=300, decoder=decoder)
+        assert model.config.decoder == ("mixture" if decoder == "auto" else "gaussian")
+        drawn = model.sample(100, generator=torch.Generator().manual_seed(0))
+        assert drawn.isfinite().all()
+        bounds.append(model.elbo(x).mean())
+    assert (drawn[:, 2] != 0).any()  # a Gaussian of a column of one value
+    assert bounds[0] > bounds[1] + 1
+
+
+@pytest.mark.parametrize("name", ["gan", "wgan", "wgan-gp"])
+def test_adversarial_models_see_scores_of_numbers_alone(name, numbers):
+    model = trained(name, numbers)
+    drawn = model.sample(50)
+    x = numbers.splits["train"].x
+    assert (drawn >= x.amin(0)).all()
+    assert (drawn <= x.amax(0)).all()
+    assert (drawn[:, 2] == 0).all()
+    assert genfuse.create(name, numbers, columns=None).sample(1).shape == (1, 3)
+
+
+def test_a_model_of_numbers_alone_takes_other_tables_of_them(numbers, data):
+    other = load_data(np.random.default_rng(1).normal(size=(100, 3)))
+    model = genfuse.create("vae", numbers)
+    model.check_data(other)
+    with pytest.raises(SettingsError, match="the model was made for numbers alone"):
+        genfuse.create("vae", load_data(np.random.default_rng(1).normal(size=(100, 4)))).check_data(data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "decoder"),
+    [
+        ({}, "mixture"),
+        ({"decoder": "mixture"}, "mixture"),
+        ({"decoder": "gaussian"}, "gaussian"),
+        ({"variance": "per-cell"}, "gaussian"),
+        ({"sigma": 0.5}, "gaussian"),
+        ({"columns": None}, "gaussian"),
+    ],
+)
+def test_the_decoder_of_a_table_of_numbers_is_as_settings_say(settings, decoder, numbers):
+    config = configure(load("vae"), settings, numbers)
+    assert config.decoder == decoder
+    assert (config.columns is None) == (decoder == "gaussian")
+
+
+def test_a_decoder_of_tables_is_refused_without_one():
+    with pytest.raises(SettingsError, match="decoder 'mixture' is of tables"):
+        configure(load("vae"), {"shape": (2,), "levels": None, "decoder": "mixture"})
+
+
+def test_settings_of_former_runs_of_tables_of_several_kinds_keep_their_meaning(data):
+    assert configure(load("vae"), {"decoder": "gaussian"}, data).columns is not None

@@ -46,6 +46,7 @@ class AdversarialConfig(ModelConfig):
     adversarial_weight: float = 5e-3  # given an image: of the critic's say, beside squared error; 0: trains no critic
     pac: int = 1  # mlp: examples that the critic sees side by side, by which it notices those that repeat (PacGAN)
     _positive: ClassVar[tuple[str, ...]] = ("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
+    scored = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +66,8 @@ class AdversarialConfig(ModelConfig):
 
     @property
     def vectors(self) -> bool:
-        """Whether examples are vectors of real numbers."""
-        return self.levels is None and len(self.shape) == 1 and self.columns is None
+        """Whether examples are vectors of real numbers, or rows of a table."""
+        return self.levels is None and len(self.shape) == 1
 
 
 @dataclass(frozen=True)

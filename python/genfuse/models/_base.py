@@ -59,6 +59,7 @@ class ModelConfig:
     # of tables: for `genfuse.nn.Columns`; taken from the data
     columns: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
     _positive: ClassVar[tuple[str, ...]] = ()  # of a class: its settings that are above 0 and finite
+    scored: ClassVar[bool] = False  # of a class: whether ``columns`` are taken from tables of numbers alone too
 
     def __post_init__(self) -> None:
         if not self.shape or any(size < 1 for size in self.shape):
@@ -94,6 +95,11 @@ class ModelConfig:
     def context(self) -> int:
         """Features of the context that networks are given: a label as a one-hot vector, or the condition."""
         return self.condition or (self.classes or 0 if self.conditional else 0)
+
+
+def numbers_alone(columns: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether columns of a table are numbers without end, or of one value, and no cell is missing."""
+    return all(not c["missing"] and (c["kind"] == "number" or len(c["shares"]) == 1) for c in columns or ())
 
 
 def check_choices(of: Any, **choices: Any) -> None:
@@ -526,8 +532,9 @@ class GenerativeModel(nn.Module):
                 f"example (--data.task), and the model {takes}"
             )
         columns = getattr(self.config, "columns", None)
-        if columns != data.columns and not (columns is None and data.plain):
-            kinds = "numbers alone" if columns is None else "other columns"
+        numbers = numbers_alone(columns)
+        if columns != data.columns and not (numbers and data.plain):
+            kinds = "numbers alone" if numbers else "other columns"
             made_for = f"has columns of several kinds, or cells missing, and the model was made for {kinds}"
             raise unlike(data, made_for, "; models without `columns` take tables of numbers alone")
         if self.conditional and (bare := [part for part, split in data.splits.items() if split.y is None]):
@@ -652,7 +659,10 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
             )
     given = dict(settings)
     if data is not None:
-        given = {**{name: getattr(data, name) for name in FACTS if name in known}, **given}
+        facts = {name: getattr(data, name) for name in FACTS if name in known}
+        if getattr(cls.Config, "scored", False) and data.plain and data.scaling is not None:
+            facts["columns"] = data.described().specs()
+        given = {**facts, **given}
     for name, value in given.items():
         if isinstance(value, list):  # JSON has no tuples
             given[name] = value = tuple(value)

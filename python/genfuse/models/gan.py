@@ -76,7 +76,7 @@ class GANConfig(PenaltyConfig):
     penalty_weight: float = 1.0  # lambda; r1, r1r2: gamma
 
     def __post_init__(self) -> None:
-        r3gan = self.loss == "auto" and (self.levels is not None or len(self.shape) == 1)  # arXiv 2501.05441
+        r3gan = self.loss == "auto" and (self.levels is not None or self.vectors)  # arXiv 2501.05441
         if self.penalty == "auto":
             object.__setattr__(self, "penalty", "r1r2" if r3gan else "none")
         if self.loss == "auto":

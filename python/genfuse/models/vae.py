@@ -23,7 +23,7 @@ from genfuse.nn.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, 
 from genfuse.ops import kl_per_dimension, reparameterize_kl, standard_normal_log_prob
 
 Network = Literal["mlp", "conv"]
-Decoder = Literal["auto", "bernoulli", "gaussian", "categorical", "discretized-logistic"]
+Decoder = Literal["auto", "bernoulli", "gaussian", "mixture", "categorical", "discretized-logistic"]
 Variance = Literal["fixed", "shared", "per-cell"]
 Posterior = Literal["gaussian", "planar", "radial", "iaf"]
 Objective = Literal["elbo", "tc", "factor"]
@@ -68,7 +68,9 @@ class VAEConfig(ModelConfig):
     network: Network = "mlp"  # conv takes images and puts convolutions before the dense layers
     hidden: tuple[int, ...] = (256, 256)  # widths of the encoder's dense layers; the decoder has them in reverse
     channels: tuple[int, ...] = (32, 64)  # conv: widths of the encoder's stages, each of which halves the image
-    decoder: Decoder = "auto"  # p(x | z) of a cell; auto: gaussian for real-valued data, else bernoulli
+    # p(x | z) of a cell; auto: mixture for tables, unless sigma or variance are given, gaussian for other real-valued
+    # data, else bernoulli
+    decoder: Decoder = "auto"
     mixtures: int = 1  # discretized-logistic: logistic densities of a cell
     sigma: float = 1.0  # gaussian: standard deviation; where it is learned, its start
     variance: Variance = "shared"  # gaussian: sigma^2, one learned number, or an output
@@ -85,11 +87,22 @@ class VAEConfig(ModelConfig):
     posterior_context: int = 32  # features of x that the encoder hands to that flow
     examples: int | None = None  # of the training split: for tc; taken from the data
     _positive = ("sigma",)
+    scored = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        numbers = _base.numbers_alone(self.columns)
         if self.decoder == "auto":
-            object.__setattr__(self, "decoder", "gaussian" if self.levels is None else "bernoulli")
+            asked = self.columns is None or (numbers and (self.sigma, self.variance) != (1.0, "shared"))
+            of_numbers = "gaussian" if asked else "mixture"
+            object.__setattr__(self, "decoder", of_numbers if self.levels is None else "bernoulli")
+        elif self.decoder == "gaussian" and not numbers:  # as former runs of tables of several kinds have it
+            object.__setattr__(self, "decoder", "mixture")
+        if self.decoder == "mixture" and self.columns is None:
+            raise SettingsError(f"decoder 'mixture' is of tables, whose columns are taken from the data; got shape "
+                                f"{self.shape} without: use decoder 'gaussian'")  # fmt: skip
+        if self.decoder != "mixture":
+            object.__setattr__(self, "columns", None)
         check_bound(self, flow=self.posterior != "gaussian")
         _base.check_at_least(self, posterior_layers=1, posterior_context=1, mixtures=1)
         for name in ("hidden", "channels", "posterior_hidden", "discriminator"):

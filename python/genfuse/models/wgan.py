@@ -17,7 +17,7 @@ class WGANConfig(AdversarialConfig):
     """Settings of a WGAN. Raises SettingsError for values outside their range."""
 
     n_critic: int = 5  # updates of the critic for one of the generator
-    # largest absolute weight of the critic; None: 0.01, or 0.1 for vectors of real numbers, for which 0.01 is too blunt
+    # largest absolute weight of the critic; None: 0.01, or 0.1 for vectors and tables, for which 0.01 is too blunt
     clip: float | None = None
     _positive = ("clip",)
 
@@ -33,7 +33,7 @@ class WGANGPConfig(PenaltyConfig):
 
     n_critic: int = 5  # updates of the critic for one of the generator
     penalty: Penalty = "gradient"  # on |grad D|: (|.| - 1)^2 between real and generated examples; r1: |.|^2 / 2 at real
-    # lambda; r1, r1r2: gamma; None: 10, or 1 for vectors of real numbers, whose critic 10 holds flat for too long
+    # lambda; r1, r1r2: gamma; None: 10, or 1 for vectors and tables, whose critic 10 holds flat for too long
     penalty_weight: float | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
