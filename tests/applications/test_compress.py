@@ -80,7 +80,8 @@ def test_what_is_compressed_comes_back_at_the_price_of_the_models_bound(name, tr
     # Two examples' draws of z aside, of which the bound has others: 1% of 300 small images. Flows pay bits to start.
     flow = MODELS[name]["model"] in ("realnvp", "glow", "nsf")
     assert abs((found.message - flow * found.initial / x.size) / found.bound - 1) < 0.01
-    assert found.bits_per_dim - found.message < 8 * (200 if flow else 100) / x.size
+    # Head, groups, notes, and what of the last word is empty: up to 4 bytes, by chance.
+    assert found.bits_per_dim - found.message < 8 * (200 if flow else 105) / x.size
     assert found.initial == (0 if "idf" in name else 32 * (found.initial // 32))
     assert "idf" in name or 32 <= found.initial <= (1024 if flow else 96)
 

@@ -274,14 +274,14 @@ gc.disable()  # a collection of PyTorch's objects takes longer, and comes when i
 start = time.process_time()
 import genfuse.ops
 extras = "sklearn matplotlib lightning_fabric PIL tensorboard rich tyro yaml typeguard safetensors scipy triton"
-print(time.process_time() - start, *(set(extras.split()) & set(sys.modules)))
+print(time.process_time() / start - 1, *(set(extras.split()) & set(sys.modules)))
 """
     # The first compiles the sources, which takes longer than to run them; the others read what it has written.
     cached = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     of = [sys.executable, "-c", code]
     said = [subprocess.run(of, env=cached, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
     assert said[0][1:] == []
-    assert min(float(seconds) for seconds, *_ in said) <= 0.05
+    assert min(float(share) for share, *_ in said) <= 0.04  # of PyTorch's own time, which is 1.6 to 2.9% by version
 
 
 def test_help_of_a_model_imports_no_compiler():

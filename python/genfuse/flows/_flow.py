@@ -198,7 +198,7 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         # Constraints can check neither nothing nor what is traced.
-        if self._validate_args and value.numel() and has_values(value):
+        if self._validate_args and has_values(value) and value.numel():
             self._validate_sample(value)
         lead = value.shape[: value.dim() - len(self.event_shape)]
         shape = torch.broadcast_shapes(lead, self.batch_shape)

@@ -24,7 +24,7 @@ class OneHot(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         if y.dim() != 1 or y.dtype.is_floating_point:
             raise DataError(f"labels y must be integers (N,), one for each example; got {y.dtype} {tuple(y.shape)}")
-        if y.shape[0] and y.is_cpu and has_values(y) and not 0 <= y.min() <= y.max() < self.classes:
+        if y.is_cpu and has_values(y) and y.shape[0] and not 0 <= y.min() <= y.max() < self.classes:
             raise DataError(f"labels y must be in 0..{self.classes - 1}; got {int(y.min())}..{int(y.max())}")
         return F.one_hot(y.long(), self.classes).float()
 

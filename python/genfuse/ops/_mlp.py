@@ -26,7 +26,8 @@ def _network(
     if counts is not None:
         seen = counts.split([len(w) for w in weights])
         weights = [
-            w * (torch.arange(w.shape[1], device=w.device) < n[:, None]) for w, n in zip(weights, seen, strict=True)
+            w * (torch.arange(w.shape[1], device=w.device) < n[:, None]).to(w.dtype)  # which 2.6's ONNX asks for
+            for w, n in zip(weights, seen, strict=True)
         ]
     layers = list(zip(weights, biases, strict=True))
     kept: list[Tensor] = []
