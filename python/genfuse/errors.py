@@ -24,7 +24,7 @@ class SettingsError(GenfuseError):
 
 
 class NoLevelsError(SettingsError):
-    """Columns of a table, by their places, are real numbers, where levels are needed."""
+    """Columns of a table, by their ``places`` from 0 and ``names``, are real numbers, where levels are needed."""
 
     def __init__(self, places: Sequence[int], names: Sequence[str] = ()) -> None:
         self.places = places

@@ -46,7 +46,7 @@ class AdversarialConfig(ModelConfig):
     adversarial_weight: float = 5e-3  # given an image: of the critic's say, beside squared error; 0: trains no critic
     pac: int = 1  # mlp: examples that the critic sees side by side, by which it notices those that repeat (PacGAN)
     _positive: ClassVar[tuple[str, ...]] = ("latent_dim", "hidden", "channels", "bound", "pac", "blocks")
-    scored = True
+    normal_scores = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,7 +59,7 @@ class ModelConfig:
     # of tables: for `genfuse.nn.Columns`; taken from the data
     columns: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
     _positive: ClassVar[tuple[str, ...]] = ()  # of a class: its settings that are above 0 and finite
-    scored: ClassVar[bool] = False  # of a class: whether ``columns`` are taken from tables of numbers alone too
+    normal_scores: ClassVar[bool] = False  # of a class: whether it sees tables of numbers alone by ``columns`` too
 
     def __post_init__(self) -> None:
         if not self.shape or any(size < 1 for size in self.shape):
@@ -661,7 +661,7 @@ def configure(cls: type[GenerativeModel], settings: dict[str, Any], data: Datase
     given = dict(settings)
     if data is not None:
         facts = {name: getattr(data, name) for name in FACTS if name in known}
-        if getattr(cls.Config, "scored", False) and data.plain and data.scaling is not None:
+        if getattr(cls.Config, "normal_scores", False) and data.plain and data.scaling is not None:
             facts["columns"] = data.described().specs()
         given = {**facts, **given}
     for name, value in given.items():

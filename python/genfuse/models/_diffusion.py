@@ -329,7 +329,8 @@ class DiffusionModel(GenerativeModel):
         return [z, *(self._outward(x / math.hypot(1, sigma)) for x, sigma in zip(path, sigmas[1:], strict=True))]
 
     def trajectory_end(self, z: Tensor, y: Tensor | None = None, steps: int = 20) -> Tensor:
-        """The last of `trajectory`, by a loop that a program of `torch.export` holds one step of."""
+        """The last of `trajectory`, examples (N, *shape) of latents z (N, D), by a loop of which a program of
+        `torch.export` holds one step."""
         from torch._higher_order_ops import scan
 
         levels, denoiser = self._sigmas(steps), self._given(y, len(z))

@@ -87,7 +87,7 @@ class VAEConfig(ModelConfig):
     posterior_context: int = 32  # features of x that the encoder hands to that flow
     examples: int | None = None  # of the training split: for tc; taken from the data
     _positive = ("sigma",)
-    scored = True
+    normal_scores = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,7 +51,8 @@ class _Wasserstein(AdversarialModel):
     usual_steps = 12000
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """``wasserstein``, the critic's estimate of the distance (of discrete data x, of 2x - 1), and its means."""
+        """``wasserstein``, the critic's estimate of the distance (of discrete data x, of 2x - 1; of tables,
+        of their normal scores and one-hot categories), and its means."""
         terms = super().critic_terms(real, fake)
         return {"wasserstein": terms["real"] - terms["fake"], **terms}
 
@@ -67,7 +68,7 @@ class WGAN(_Wasserstein):
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         """RMSprop at twice the paper's rate, at which many samples are blobs still after the usual steps; at twenty
-        times it for vectors of real numbers."""
+        times it for vectors of real numbers and tables."""
         return torch.optim.RMSprop(parameters, lr=1e-3 if getattr(self.config, "vectors", False) else 1e-4)
 
     def __init__(self, generator: nn.Module, critic: nn.Module, *, clip: float = 0.01, **options: Any) -> None:
@@ -105,7 +106,7 @@ class WGANGP(_Wasserstein):
     Config = WGANGPConfig
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        """Adam as in the paper; for vectors of real numbers at five times its rate, at which samples are one blob."""
+        """Adam at the paper's rate, at which samples of vectors are one blob: at five times it for these and tables."""
         return adam(5e-4 if getattr(self.config, "vectors", False) else 1e-4, betas=(0.0, 0.9))(parameters)
 
     def __init__(self, generator: nn.Module, critic: nn.Module, **options: Any) -> None:
