@@ -48,10 +48,21 @@ def test_reconstructions_stand_under_their_originals(tmp_path):
     originals[3] = 1
     plots.reconstructions(originals, 1 - originals, tmp_path / "pairs.png")
     picture = opened(tmp_path / "pairs.png")[..., 0]
-    labels = picture.shape[1] * 1.2 / (1.2 + 8 * 0.8)
-    x = round(labels + (picture.shape[1] - labels) * 3.5 / 8)
+    cells = 8 * 86 + 2  # 28 x 28 pixels are shown as 84 x 84, and a line
+    x = round(picture.shape[1] - cells * 4.5 / 8)
     first, second, _, _ = (picture[round(picture.shape[0] * (i + 0.5) / 4), x] for i in range(4))
     assert (first, second) == (255, 0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (30, 48), (64, 64), (100, 140)])
+def test_pixels_beside_text_are_blocks_of_one_size(tmp_path, size):
+    images = torch.randint(0, 256, (6, 3, *size), generator=torch.Generator().manual_seed(0)) / 255
+    plots.rows(images.split(3), ["first", "second"], tmp_path / "rows.png")
+    plots.sample_grid(images, tmp_path / "grid.png", 3)
+    grid = opened(tmp_path / "grid.png")
+    shown = opened(tmp_path / "rows.png")[..., :3]
+    scale = shown.shape[0] // grid.shape[0]
+    assert (shown[:, -scale * grid.shape[1] :] == grid.repeat(scale, 0).repeat(scale, 1)).all()
 
 
 def test_principal_components_are_those_of_scikit_learn():

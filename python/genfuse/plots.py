@@ -30,6 +30,8 @@ GRID = 200  # cells along each side of a density
 PANELS = 8  # of a flow
 TOGETHER = {"real": "real, fake", "fake": "real, fake"}  # loss terms that one panel of the curves compares
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
+BESIDE_TEXT = 120  # pixels that an image is about as wide as in a figure, if it is not larger
+DPI = 150
 DATA, MODEL = "#3b6ea5", "#d1495b"
 SPLITS = {"train": DATA, "validation": "#e09f3e", "test": MODEL}  # in curves
 CONTEXT: Any = {  # for every figure
@@ -41,7 +43,7 @@ CONTEXT: Any = {  # for every figure
     "legend.frameon": False,
     "text.parse_math": False,  # a column may be called $a
     "font.size": 10,
-    "figure.dpi": 150,
+    "figure.dpi": DPI,
     "svg.hashsalt": "genfuse",  # the same picture is the same file
 }
 
@@ -95,8 +97,8 @@ def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> No
     grid = _tiled(np.concatenate([_filled(row, columns) for row in each]), columns)
     from matplotlib.transforms import blended_transform_factory
 
-    width, height = columns * 0.8, columns * 0.8 * grid.shape[0] / grid.shape[1]  # inches
-    label = 1.2 / 14 * min(max(4, *map(len, names)), 30)
+    width, height = _inches(grid, columns)
+    label = math.ceil(13 * min(max(4, *map(len, names)), 30)) / DPI
     with _figure(path, (label + width, height), layout=None) as figure:
         left = label / (label + width)
         axes = _axes_of(grid, figure, (left, 0, 1 - left, 1))
@@ -123,9 +125,10 @@ def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
     """Samples (N, C, H, W) in the first column, each beside the K training images (N, K, C, H, W) nearest to it."""
     columns = nearest.shape[1] + 1
     grid = _tiled(_pixels(torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)), columns)
-    width = columns * 0.8
-    with _figure(path, (width, 0.35 + width * grid.shape[0] / grid.shape[1]), layout=None) as figure:
-        top = 1 - 0.35 / figure.get_figheight()
+    width, height = _inches(grid, columns)
+    title = 52 / DPI
+    with _figure(path, (width, title + height), layout=None) as figure:
+        top = 1 - title / figure.get_figheight()
         axes = _axes_of(grid, figure, (0, 0, 1, top))
         axes.axvline(grid.shape[1] / columns, color=MODEL, lw=2)
         for x, text in ((0.5, "sample"), (1.1, "nearest training images")):
@@ -457,6 +460,12 @@ def _tiled(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
     grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, channels)
     return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=40)
+
+
+def _inches(grid: np.ndarray, columns: int) -> tuple[float, float]:
+    """Width and height at which a figure shows a grid of images so that all pixels are equally large blocks."""
+    scale = max(1, round(BESIDE_TEXT / (grid.shape[1] / columns))) / DPI
+    return grid.shape[1] * scale, grid.shape[0] * scale
 
 
 def _axes_of(grid: np.ndarray, figure: "Figure", place: tuple[float, float, float, float]) -> "Axes":
