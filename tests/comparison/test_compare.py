@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +54,12 @@ class Picky(VAE):
 @pytest.fixture(scope="module", autouse=True)
 def _quick_classifiers():
     """What samples are compared by need not be accurate here."""
+
+    def quick(data, **options):
+        return train_features(data, **{**options, "steps": 100})
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genfuse.metrics._features.train_features", partial(train_features, steps=100))
+        patch.setattr("genfuse.metrics._features.train_features", quick)
         yield
 
 
@@ -476,6 +479,9 @@ def test_runs_that_exist_are_compared_and_left_alone(tmp_path, capsys):
     assert before == {path: path.read_bytes() for run in runs for path in run.rglob("*") if path.is_file()}
     result = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [row["label"] for row in result["rows"]] == list(map(str, runs))
+    assert [row["settings"] for row in result["rows"]] == [
+        {"hidden": [16], "latent_dim": dim, "decoder": "gaussian"} for dim in (2, 3)
+    ], "neither what is usual nor what the data says"
     assert all(row["bound"] == "iwae_bound_50" and "bits_per_dim" not in row["mean"] for row in result["rows"])
     assert (tmp_path / "c" / "pictures" / "real.svg").is_file()
     assert "a run, which is trained already: leave out --seeds" in fails(capsys, "compare", runs[0], "--seeds", "2")
@@ -547,10 +553,21 @@ def test_the_page_holds_everything_and_loads_nothing(compared):
     players = [len(run["losses"]) for row in result["rows"] for run in row["runs"]]
     assert page.count("<polyline") == sum(players) >= 2 * (1 + 2 + 1)
     assert all(
-        f">{measure.about}<" in html.unescape(page) for measure in COLUMNS if measure.key in row(result, "flow")["mean"]
+        (f">{measure.about}<" in html.unescape(page)) is (measure.key != "kernel_distance")
+        for measure in COLUMNS
+        if measure.key in row(result, "flow")["mean"]
     )
     assert "not &lt;these&gt; examples" in page
     assert '<meta name="viewport" content="width=device-width' in page
+
+
+def test_models_of_few_pictures_are_compared_by_the_kernel_distance(data, tmp_path):
+    few = Dataset("few", {part: data.splits[part].some(slice(40)) for part in ("train", "test")}, levels=data.levels)
+    result = genfuse.compare(["vae"], few, out=tmp_path / "c", budget="128examples", seeds=1, settings=SMALL)
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert "Fréchet distance ↓" not in page
+    assert f"kernel distance {row(result, 'vae')['mean']['kernel_distance']:.3g}" in page
+    assert "failed: " not in page, "a model without a Fréchet distance was called failed"
 
 
 def test_the_page_shows_warnings_beside_runs_that_are_yet_to_be_trained(compared):

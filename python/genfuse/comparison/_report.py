@@ -78,6 +78,8 @@ def table(result: dict[str, Any]) -> Table:
     """The columns for which any row has a value, and what they show."""
     rows = result["rows"]
     columns = [m for m in measures(result) if any(m.key in row["mean"] for row in rows)]
+    if columns and columns[0].key == COLUMNS[0].key:  # the Fréchet distance
+        columns = [m for m in columns if m.key != COLUMNS[1].key]
     for text in TEXTS:  # each before the figures of its group
         at = next((i for i, m in enumerate(columns) if m.group == text.group), len(columns))
         columns.insert(at, text)
@@ -170,7 +172,8 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
                 if (lines := [run["losses"][player] for run in row["runs"] if run.get("losses", {}).get(player)])
             ],  # SVG points, one line a run, and the scale
             "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
-            "distance": cells.get(COLUMNS[0].key, Cell("")).text,
+            "distance": whole.columns[0].title + " " + cells[whole.columns[0].key].text,
+            "measured": any("figures" in run for run in row["runs"]),
         }
         for row, (_, cells) in zip(result["rows"], whole.rows, strict=True)
     ]
@@ -229,8 +232,8 @@ def _chart(lines: list[Any]) -> dict[str, Any]:
     ]
     return {
         "lines": [" ".join(f"{x(step)},{y(loss)}" for step, loss in line) for line in lines],
-        "low": f"{low:.3g}",
-        "high": f"{high:.3g}",
+        "low": f"{float(f'{low:.3g}'):,.10g}",
+        "high": f"{float(f'{high:.3g}'):,.10g}",
         "last": f"{last:,}",
         "x": ticks[0],
         "y": ticks[1],
