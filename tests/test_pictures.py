@@ -24,7 +24,7 @@ def opened(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (7, 2, 4), (64, 8, 8)])
+@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (7, 2, 4), (40, 5, 8), (64, 8, 8)])
 def test_a_grid_shows_every_image_enlarged_in_blocks(n, rows, columns, tmp_path):
     images = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
     plots.sample_grid(images, tmp_path / "grid.png")
@@ -35,6 +35,8 @@ def test_a_grid_shows_every_image_enlarged_in_blocks(n, rows, columns, tmp_path)
         top, left = (line + where * (64 + line) for where in divmod(i, columns))
         shown = grid[top : top + 64, left : left + 64].reshape(8, 8, 8, 8)
         assert (shown == (images[i, 0] * 255).round().numpy()[:, None, :, None]).all()
+    if n < rows * columns:
+        assert set(np.unique(grid[-64:, -64:])) == {plots.LINE}, "no image there, not a black one"
 
 
 def test_colours_stay_and_values_outside_the_range_are_clamped(tmp_path):

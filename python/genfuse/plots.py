@@ -29,6 +29,7 @@ COLUMNS = 12  # of a table
 GRID = 200  # cells along each side of a density
 PANELS = 8  # of a flow
 TOGETHER = {"real": "real, fake", "fake": "real, fake"}  # loss terms that one panel of the curves compares
+LINE = 40  # brightness of the lines between images
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
 BESIDE_TEXT = 120  # pixels that an image is about as wide as in a figure, if it is not larger
 DPI = 150
@@ -49,7 +50,7 @@ CONTEXT: Any = {  # for every figure
 
 
 def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
-    """Images (N, C, H, W) in a grid, as square as it gets by default; small ones enlarged, each pixel a block."""
+    """Images (N, C, H, W) in a grid, by default about square; small ones enlarged, each pixel a block."""
     _save(_tiled(_pixels(images), columns), path)
 
 
@@ -91,7 +92,7 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) 
 
 
 def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> None:
-    """Rows of images (N, C, H, W), each with its name before it; a shorter one is filled up with black."""
+    """Rows of images (N, C, H, W), each with its name before it; a shorter one is filled up."""
     each = [_pixels(row) for row in images]
     columns = max(map(len, each))
     grid = _tiled(np.concatenate([_filled(row, columns) for row in each]), columns)
@@ -444,22 +445,23 @@ def _save(pixels: np.ndarray, path: str | Path) -> None:
 
 
 def _filled(images: np.ndarray, columns: int) -> np.ndarray:
-    """Black images added until the last row is full."""
-    return np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)))
+    """Places that are no images added until the last row is full: of the lines' colour, as black may be one."""
+    return np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)), constant_values=LINE)
 
 
 def _tiled(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """(N, H, W, C) as one image of rows of ``columns``, enlarged to be seen, with dark lines between."""
-    columns = columns or math.ceil(len(images) / math.isqrt(len(images)))
+    square = math.ceil(len(images) / math.isqrt(len(images)))
+    columns = columns or min(square, square + 1, key=lambda count: -len(images) % count)
     images = _filled(images, columns)
     tall, wide, channels = images.shape[1:]
     scale = max(1, math.ceil(CELL / min(tall, wide)))
     images = images.repeat(scale, 1).repeat(scale, 2)
     line = max(1, min(tall, wide) * scale // 32)
-    images = np.pad(images, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=40)
+    images = np.pad(images, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=LINE)
     rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
     grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, channels)
-    return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=40)
+    return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=LINE)
 
 
 def _inches(grid: np.ndarray, columns: int) -> tuple[float, float]:
