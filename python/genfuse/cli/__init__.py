@@ -122,7 +122,11 @@ def _dispatch(args: list[str]) -> int:
         if first:
             gc.freeze()
             gc.enable()
-        return train(rest)
+        try:
+            return train(rest)
+        finally:
+            if "triton" in sys.modules:  # nanobind, which Triton is bound by, calls leaked at exit what is frozen then
+                gc.unfreeze()
 
     from genfuse.cli._commands import COMMANDS
 
