@@ -139,7 +139,8 @@ def show_pictures(folder: Path) -> tuple[list[str], dict[str, str]]:
         print(plain(f"not read: {error}"))
     sizes = {size for each in found.sizes.values() for size in each}
     modes = {mode for mode, _ in found.sizes}
-    needs = {"size": "64" if len(sizes) > 1 else "", "mode": "" if len(modes) == 1 and modes <= {"L", "RGB"} else "auto",
+    plain_modes = len(modes) == 1 and modes <= {"L", "RGB"}
+    needs = {"size": "64" if len(sizes) > 1 else "", "mode": "" if plain_modes else "auto",
              "damaged": "skip" if found.unread else ""}  # fmt: skip
     return [*(note.partition(" ")[2] for note in found.notes), "left out, such as", "not read ("], needs
 
