@@ -20,6 +20,7 @@ from genfuse._files import locked, plain
 from genfuse.cli import main
 from genfuse.comparison import Budget, Comparison, compare_runs, markdown, show
 from genfuse.comparison._columns import COLUMNS, training_seconds
+from genfuse.comparison._report import about
 from genfuse.data import Dataset, Split
 from genfuse.errors import PluginError, RunError, SettingsError
 from genfuse.metrics import train_features
@@ -652,6 +653,15 @@ def test_the_best_of_each_column_is_marked(page, compared):
         (seen,) = (labels for title, labels in best.items() if title.startswith(head))
         assert seen == {label for label, value in values.items() if value == pick(values.values())}
     assert not [title for title in best if title.startswith(("parameters", "runs"))]  # of which no direction is better
+    assert not [title for title in best if title.startswith("warnings")], "where all are equal none is the best"
+
+
+def test_what_was_compared_names_no_more_classes_than_one_reads():
+    named = [f"bird {i}" for i in range(30)]
+    options = {"budget": None, "data": {"name": "birds", "class_names": named}, "about": "pixels"}
+    line = about({"options": options, "machine": {"genfuse": "1", "torch": "2", "device": "cpu", "threads": 1}})
+    assert line.startswith("Data: birds (classes: 0 bird 0, 1 bird 1, ")
+    assert "19 bird 19 and 10 more); existing runs" in line
 
 
 def test_a_click_on_a_group_folds_its_columns_and_a_second_one_unfolds_them(page):

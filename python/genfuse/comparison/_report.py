@@ -113,10 +113,11 @@ def about(result: dict[str, Any], shown: Callable[[str], str] = str) -> str:
         trained = f"{budget['seconds']:g} seconds of updates each"
     elif budget:
         trained = f"{budget['examples']:,} examples each"
-    names = options["data"].get("class_names")
-    classes = f" (classes: {', '.join(f'{i} {name}' for i, name in enumerate(names))})" if names else ""
+    names = [f"{i} {name}" for i, name in enumerate(options["data"].get("class_names") or ())]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    classes = " " + shown(f"(classes: {', '.join(names[:20])}{more})") if names else ""
     return (
-        f"Data: {shown(options['data']['name'])}{shown(classes)}; {trained}. Features: {shown(options['about'])}. "
+        f"Data: {shown(options['data']['name'])}{classes}; {trained}. Features: {shown(options['about'])}. "
         f"genfuse {machine['genfuse']}, torch {machine['torch']}, {shown(machine['device'])}, "
         f"threads: {machine['threads']}."
     )
@@ -246,11 +247,11 @@ def _parts(whole: Table) -> list[Table]:
 
 
 def _best(whole: Table) -> set[tuple[str, float]]:
-    """The key of each column of which one direction is better, with its best value, if several rows have one."""
+    """The key of each column of which one direction is better, with its best value, if rows have different ones."""
     found = set()
     for column in whole.columns:
         values = [value for row in whole.rows if (value := row.cells[column.key].value) is not None]
-        if column.better and len(values) > 1:
+        if column.better and len(set(values)) > 1:
             found.add((column.key, min(values) if column.better == "lower" else max(values)))
     return found
 
