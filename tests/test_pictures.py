@@ -127,12 +127,33 @@ def test_the_same_vector_picture_is_the_same_file(tmp_path):
     assert plots.inline(tmp_path / "a.svg").startswith('<img src="data:image/svg+xml;base64,')
 
 
+def test_a_data_set_in_a_notebook_shows_all_its_classes(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "sample_grid", lambda x, path: (shown.append(x), path.touch()))
+    y = torch.arange(320) // 80
+    x = (60 * y).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).to(torch.uint8)
+    Dataset("sorted", {"train": Split(x, y), "test": Split(x, y)}, levels=256)._repr_html_()
+    assert (255 * shown[0].mean((1, 2, 3))).round().unique(return_counts=True)[1].tolist() == [8, 8, 8, 8]
+
+
+def test_runs_and_histories_fit_into_a_notebook(tmp_path):
+    data = genfuse.load_data("digits")
+    run = genfuse.Trainer(steps=2, out=tmp_path / "run").fit(genfuse.create("vae", data, hidden=(8,)), data)
+    shown = run._repr_html_()
+    assert "max-width:min(100%, 420px)" in shown
+    assert "max-width:min(100%, 900px)" in shown, "three curves beside each other in 420 pixels cannot be read"
+    history = genfuse.Trainer(steps=2).fit(genfuse.create("vae", data, hidden=(8,)), data)
+    assert "max-width:100%" in history._repr_html_()
+
+
 def test_data_sets_and_models_show_themselves_in_notebooks():
     data = genfuse.load_data("digits")
     assert "data:image/png" in data._repr_html_()
     assert data._repr_html_().startswith("<p>&lt;Dataset &#x27;digits&#x27;: train 1500")
     points = genfuse.load_data("toy:moons")
     assert points._repr_html_().count("<tr") == 6
+    rows = genfuse.load_data(pd.DataFrame({"a": range(50), "b": ["x", "y"] * 25}))
+    assert "knots" not in genfuse.create("vae", rows, hidden=(8,))._repr_html_(), "what a column is takes a page"
     model = genfuse.create("vae", data, latent_dim=3)
     assert "vae: " in model._repr_html_()
     assert "<td>latent_dim</td><td>3</td>" in model._repr_html_()

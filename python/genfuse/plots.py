@@ -355,11 +355,11 @@ def _words(axes: Any, words: Sequence[str]) -> None:
 
 
 def inline(file: Path, width: int | None = None) -> str:
-    """A picture as HTML that holds it, at most as many CSS pixels wide."""
+    """A picture as HTML that holds it, at most as many CSS pixels wide, and no wider than where it stands."""
     kind = {".svg": "svg+xml"}.get(file.suffix, file.suffix[1:])
-    style = "" if width is None else f' style="max-width:{width}px"'
+    most = "100%" if width is None else f"min(100%, {width}px)"
     content = base64.b64encode(file.read_bytes()).decode()
-    return f'<img src="data:image/{kind};base64,{content}" alt="{file.stem}"{style}>'
+    return f'<img src="data:image/{kind};base64,{content}" alt="{file.stem}" style="max-width:{most}">'
 
 
 def as_html(draw: Callable[..., None], *args: Any, suffix: str = "svg") -> str:
