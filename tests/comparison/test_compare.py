@@ -20,7 +20,7 @@ from genfuse._files import locked, plain
 from genfuse.cli import main
 from genfuse.comparison import Budget, Comparison, compare_runs, markdown, show
 from genfuse.comparison._columns import COLUMNS, training_seconds
-from genfuse.comparison._report import about
+from genfuse.comparison._report import Cell, Row, Table, _best, about
 from genfuse.data import Dataset, Split
 from genfuse.errors import PluginError, RunError, SettingsError
 from genfuse.metrics import train_features
@@ -564,7 +564,7 @@ def test_the_page_holds_everything_and_loads_nothing(compared):
 
 def test_models_of_few_pictures_are_compared_by_the_kernel_distance(data, tmp_path):
     few = Dataset("few", {part: data.splits[part].some(slice(40)) for part in ("train", "test")}, levels=data.levels)
-    result = genfuse.compare(["vae"], few, out=tmp_path / "c", budget="128examples", seeds=1, settings=SMALL)
+    result = genfuse.compare(["vae"], few, out=tmp_path / "c", budget="128examples", seeds=1, limit=9)
     page = (tmp_path / "c" / "report.html").read_text()
     assert "Fréchet distance ↓" not in page
     assert f"kernel distance {row(result, 'vae')['mean']['kernel_distance']:.3g}" in page
@@ -653,7 +653,12 @@ def test_the_best_of_each_column_is_marked(page, compared):
         (seen,) = (labels for title, labels in best.items() if title.startswith(head))
         assert seen == {label for label, value in values.items() if value == pick(values.values())}
     assert not [title for title in best if title.startswith(("parameters", "runs"))]  # of which no direction is better
-    assert not [title for title in best if title.startswith("warnings")], "where all are equal none is the best"
+
+
+def test_where_all_rows_are_equal_none_is_the_best():
+    for values, best in (((2.0, 2.0), set()), ((2.0, 1.0), {(COLUMNS[0].key, 1.0)})):
+        rows = [Row(f"model {value}", {COLUMNS[0].key: Cell(str(value), value)}) for value in values]
+        assert _best(Table([COLUMNS[0]], rows, rows[0])) == best
 
 
 def test_what_was_compared_names_no_more_classes_than_one_reads():

@@ -137,10 +137,10 @@ def show_pictures(folder: Path) -> tuple[list[str], dict[str, str]]:
         print(plain(f"{so_many(paths, what, note)}, such as {paths[0]}"))
     for error in found.unread:
         print(plain(f"not read: {error}"))
-    sizes = {size for each in found.sizes.values() for size in each}
+    several = len({size for each in found.sizes.values() for size in each}) > 1
     modes = {mode for mode, _ in found.sizes}
     plain_modes = len(modes) == 1 and modes <= {"L", "RGB"}
-    needs = {"size": "64" if len(sizes) > 1 else "", "mode": "" if plain_modes else "auto",
+    needs = {"size": "64" if several else "", "mode": "" if plain_modes else "auto",
              "damaged": "skip" if found.unread else ""}  # fmt: skip
     return [*(note.partition(" ")[2] for note in found.notes), "left out, such as", "not read ("], needs
 

@@ -498,7 +498,8 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
     lost: dict[str, list[str]] = {}
     first = next((pixels for path in paths if (pixels := read(path, told=lost)) is not None), None)
     if first is None:
-        raise DataError(f"none of the {len(paths)} pictures in {root} can be read: {next(iter(lost.values()))[0]}")
+        why = next(iter(lost.values()))[0]
+        raise DataError(why if len(paths) == 1 else f"none of the {len(paths)} pictures in {root} can be read: {why}")
     if reading.mode == "auto":
         in_colour = reading._replace(mode="RGB", damaged="skip")
         coloured = (pixels is not None and not _grey(pixels) for pixels in (read(p, in_colour, {}) for p in paths))
