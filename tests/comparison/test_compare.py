@@ -20,7 +20,7 @@ from genfuse._files import locked, plain
 from genfuse.cli import main
 from genfuse.comparison import Budget, Comparison, compare_runs, markdown, show
 from genfuse.comparison._columns import COLUMNS, training_seconds
-from genfuse.comparison._report import Cell, Row, Table, _best, about
+from genfuse.comparison._report import Cell, Row, Table, _best, _together, about
 from genfuse.data import Dataset, Split
 from genfuse.errors import PluginError, RunError, SettingsError
 from genfuse.metrics import train_features
@@ -653,6 +653,17 @@ def test_the_best_of_each_column_is_marked(page, compared):
         (seen,) = (labels for title, labels in best.items() if title.startswith(head))
         assert seen == {label for label, value in values.items() if value == pick(values.values())}
     assert not [title for title in best if title.startswith(("parameters", "runs"))]  # of which no direction is better
+
+
+def test_a_loss_that_was_looked_at_once_is_no_line():
+    rows = [
+        {"label": name, "runs": [{"losses": {"model": [[step, 2.0 / step] for step in range(1, 1 + count)]}}]}
+        for name, count in (("short", 1), ("long", 5), ("longer", 9))
+    ]
+    together = _together(rows)
+    assert together is not None
+    assert together["names"] == ["long", "longer"]
+    assert _together(rows[:2]) is None
 
 
 def test_where_all_rows_are_equal_none_is_the_best():

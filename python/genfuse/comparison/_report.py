@@ -170,7 +170,7 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
             "curves": [
                 {"player": player, **_chart(lines)}
                 for player in dict.fromkeys(player for run in row["runs"] for player in run.get("losses", ()))
-                if (lines := [run["losses"][player] for run in row["runs"] if run.get("losses", {}).get(player)])
+                if (lines := [line for run in row["runs"] if len(line := run.get("losses", {}).get(player, ())) > 1])
             ],  # SVG points, one line a run, and the scale
             "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
             "distance": whole.columns[0].title + " " + cells[whole.columns[0].key].text,
@@ -206,7 +206,7 @@ def _together(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     lines = {}
     for row in rows:
         losses: dict[str, Any] = next((run["losses"] for run in row["runs"] if run.get("losses")), {})
-        if len(losses) == 1 and (line := next(iter(losses.values()))):
+        if len(losses) == 1 and len(line := next(iter(losses.values()))) > 1:  # one point is no line
             lines[row["label"]] = line
     return {"names": list(lines), **_chart(list(lines.values()))} if len(lines) > 1 else None
 
