@@ -24,7 +24,7 @@ def opened(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (7, 2, 4), (64, 8, 8)])
+@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (7, 2, 4), (40, 5, 8), (64, 8, 8)])
 def test_a_grid_shows_every_image_enlarged_in_blocks(n, rows, columns, tmp_path):
     images = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
     plots.sample_grid(images, tmp_path / "grid.png")
@@ -35,6 +35,8 @@ def test_a_grid_shows_every_image_enlarged_in_blocks(n, rows, columns, tmp_path)
         top, left = (line + where * (64 + line) for where in divmod(i, columns))
         shown = grid[top : top + 64, left : left + 64].reshape(8, 8, 8, 8)
         assert (shown == (images[i, 0] * 255).round().numpy()[:, None, :, None]).all()
+    if n < rows * columns:
+        assert set(np.unique(grid[-64:, -64:])) == {plots.LINE}, "no image there, not a black one"
 
 
 def test_colours_stay_and_values_outside_the_range_are_clamped(tmp_path):
@@ -48,10 +50,21 @@ def test_reconstructions_stand_under_their_originals(tmp_path):
     originals[3] = 1
     plots.reconstructions(originals, 1 - originals, tmp_path / "pairs.png")
     picture = opened(tmp_path / "pairs.png")[..., 0]
-    labels = picture.shape[1] * 1.2 / (1.2 + 8 * 0.8)
-    x = round(labels + (picture.shape[1] - labels) * 3.5 / 8)
+    cells = 8 * 86 + 2  # 28 x 28 pixels are shown as 84 x 84, and a line
+    x = round(picture.shape[1] - cells * 4.5 / 8)
     first, second, _, _ = (picture[round(picture.shape[0] * (i + 0.5) / 4), x] for i in range(4))
     assert (first, second) == (255, 0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (30, 48), (64, 64), (100, 140)])
+def test_pixels_beside_text_are_blocks_of_one_size(tmp_path, size):
+    images = torch.randint(0, 256, (6, 3, *size), generator=torch.Generator().manual_seed(0)) / 255
+    plots.rows(images.split(3), ["first", "second"], tmp_path / "rows.png")
+    plots.sample_grid(images, tmp_path / "grid.png", 3)
+    grid = opened(tmp_path / "grid.png")
+    shown = opened(tmp_path / "rows.png")[..., :3]
+    scale = shown.shape[0] // grid.shape[0]
+    assert (shown[:, -scale * grid.shape[1] :] == grid.repeat(scale, 0).repeat(scale, 1)).all()
 
 
 def test_principal_components_are_those_of_scikit_learn():
@@ -114,12 +127,33 @@ def test_the_same_vector_picture_is_the_same_file(tmp_path):
     assert plots.inline(tmp_path / "a.svg").startswith('<img src="data:image/svg+xml;base64,')
 
 
+def test_a_data_set_in_a_notebook_shows_all_its_classes(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "sample_grid", lambda x, path: (shown.append(x), path.touch()))
+    y = torch.arange(320) // 80
+    x = (60 * y).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).to(torch.uint8)
+    Dataset("sorted", {"train": Split(x, y), "test": Split(x, y)}, levels=256)._repr_html_()
+    assert (255 * shown[0].mean((1, 2, 3))).round().unique(return_counts=True)[1].tolist() == [8, 8, 8, 8]
+
+
+def test_runs_and_histories_fit_into_a_notebook(tmp_path):
+    data = genfuse.load_data("digits")
+    run = genfuse.Trainer(steps=2, out=tmp_path / "run").fit(genfuse.create("vae", data, hidden=(8,)), data)
+    shown = run._repr_html_()
+    assert "max-width:min(100%, 420px)" in shown
+    assert "max-width:min(100%, 900px)" in shown, "three curves beside each other in 420 pixels cannot be read"
+    history = genfuse.Trainer(steps=2).fit(genfuse.create("vae", data, hidden=(8,)), data)
+    assert "max-width:100%" in history._repr_html_()
+
+
 def test_data_sets_and_models_show_themselves_in_notebooks():
     data = genfuse.load_data("digits")
     assert "data:image/png" in data._repr_html_()
     assert data._repr_html_().startswith("<p>&lt;Dataset &#x27;digits&#x27;: train 1500")
     points = genfuse.load_data("toy:moons")
     assert points._repr_html_().count("<tr") == 6
+    rows = genfuse.load_data(pd.DataFrame({"a": range(50), "b": ["x", "y"] * 25}))
+    assert "knots" not in genfuse.create("vae", rows, hidden=(8,))._repr_html_(), "what a column is takes a page"
     model = genfuse.create("vae", data, latent_dim=3)
     assert "vae: " in model._repr_html_()
     assert "<td>latent_dim</td><td>3</td>" in model._repr_html_()

@@ -29,7 +29,10 @@ COLUMNS = 12  # of a table
 GRID = 200  # cells along each side of a density
 PANELS = 8  # of a flow
 TOGETHER = {"real": "real, fake", "fake": "real, fake"}  # loss terms that one panel of the curves compares
+LINE = 40  # brightness of the lines between images
 CELL = 64  # pixels that the shorter side of a small image is enlarged to
+BESIDE_TEXT = 120  # pixels that an image is about as wide as in a figure, if it is not larger
+DPI = 150
 DATA, MODEL = "#3b6ea5", "#d1495b"
 SPLITS = {"train": DATA, "validation": "#e09f3e", "test": MODEL}  # in curves
 CONTEXT: Any = {  # for every figure
@@ -41,13 +44,13 @@ CONTEXT: Any = {  # for every figure
     "legend.frameon": False,
     "text.parse_math": False,  # a column may be called $a
     "font.size": 10,
-    "figure.dpi": 150,
+    "figure.dpi": DPI,
     "svg.hashsalt": "genfuse",  # the same picture is the same file
 }
 
 
 def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
-    """Images (N, C, H, W) in a grid, as square as it gets by default; small ones enlarged, each pixel a block."""
+    """Images (N, C, H, W) in a grid, by default about square; small ones enlarged, each pixel a block."""
     _save(_tiled(_pixels(images), columns), path)
 
 
@@ -89,14 +92,14 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) 
 
 
 def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> None:
-    """Rows of images (N, C, H, W), each with its name before it; a shorter one is filled up with black."""
+    """Rows of images (N, C, H, W), each with its name before it; a shorter one is filled up."""
     each = [_pixels(row) for row in images]
     columns = max(map(len, each))
     grid = _tiled(np.concatenate([_filled(row, columns) for row in each]), columns)
     from matplotlib.transforms import blended_transform_factory
 
-    width, height = columns * 0.8, columns * 0.8 * grid.shape[0] / grid.shape[1]  # inches
-    label = 1.2 / 14 * min(max(4, *map(len, names)), 30)
+    width, height = _inches(grid, columns)
+    label = math.ceil(13 * min(max(4, *map(len, names)), 30)) / DPI
     with _figure(path, (label + width, height), layout=None) as figure:
         left = label / (label + width)
         axes = _axes_of(grid, figure, (left, 0, 1 - left, 1))
@@ -123,9 +126,10 @@ def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
     """Samples (N, C, H, W) in the first column, each beside the K training images (N, K, C, H, W) nearest to it."""
     columns = nearest.shape[1] + 1
     grid = _tiled(_pixels(torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)), columns)
-    width = columns * 0.8
-    with _figure(path, (width, 0.35 + width * grid.shape[0] / grid.shape[1]), layout=None) as figure:
-        top = 1 - 0.35 / figure.get_figheight()
+    width, height = _inches(grid, columns)
+    title = 52 / DPI
+    with _figure(path, (width, title + height), layout=None) as figure:
+        top = 1 - title / figure.get_figheight()
         axes = _axes_of(grid, figure, (0, 0, 1, top))
         axes.axvline(grid.shape[1] / columns, color=MODEL, lw=2)
         for x, text in ((0.5, "sample"), (1.1, "nearest training images")):
@@ -351,11 +355,11 @@ def _words(axes: Any, words: Sequence[str]) -> None:
 
 
 def inline(file: Path, width: int | None = None) -> str:
-    """A picture as HTML that holds it, at most as many CSS pixels wide."""
+    """A picture as HTML that holds it, at most as many CSS pixels wide, and no wider than where it stands."""
     kind = {".svg": "svg+xml"}.get(file.suffix, file.suffix[1:])
-    style = "" if width is None else f' style="max-width:{width}px"'
+    most = "100%" if width is None else f"min(100%, {width}px)"
     content = base64.b64encode(file.read_bytes()).decode()
-    return f'<img src="data:image/{kind};base64,{content}" alt="{file.stem}"{style}>'
+    return f'<img src="data:image/{kind};base64,{content}" alt="{file.stem}" style="max-width:{most}">'
 
 
 def as_html(draw: Callable[..., None], *args: Any, suffix: str = "svg") -> str:
@@ -441,22 +445,29 @@ def _save(pixels: np.ndarray, path: str | Path) -> None:
 
 
 def _filled(images: np.ndarray, columns: int) -> np.ndarray:
-    """Black images added until the last row is full."""
-    return np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)))
+    """Places that are no images added until the last row is full: of the lines' colour, as black may be one."""
+    return np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)), constant_values=LINE)
 
 
 def _tiled(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """(N, H, W, C) as one image of rows of ``columns``, enlarged to be seen, with dark lines between."""
-    columns = columns or math.ceil(len(images) / math.isqrt(len(images)))
+    square = math.ceil(len(images) / math.isqrt(len(images)))
+    columns = columns or min(square, square + 1, key=lambda count: -len(images) % count)
     images = _filled(images, columns)
     tall, wide, channels = images.shape[1:]
     scale = max(1, math.ceil(CELL / min(tall, wide)))
     images = images.repeat(scale, 1).repeat(scale, 2)
     line = max(1, min(tall, wide) * scale // 32)
-    images = np.pad(images, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=40)
+    images = np.pad(images, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=LINE)
     rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
     grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, channels)
-    return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=40)
+    return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=LINE)
+
+
+def _inches(grid: np.ndarray, columns: int) -> tuple[float, float]:
+    """Width and height at which a figure shows a grid of images so that all pixels are equally large blocks."""
+    scale = max(1, round(BESIDE_TEXT / (grid.shape[1] / columns))) / DPI
+    return grid.shape[1] * scale, grid.shape[0] * scale
 
 
 def _axes_of(grid: np.ndarray, figure: "Figure", place: tuple[float, float, float, float]) -> "Axes":

@@ -59,7 +59,5 @@ def test_a_grey_picture_is_read_as_a_run_in_colour_reads_it(tmp_path):
     data = genfuse.load_data(f"images:{tmp_path}", size=8, mode="auto", damaged="skip")
     run = genfuse.Trainer(steps=1, out=tmp_path / "run").fit(genfuse.create("vae", data, hidden=8, network="mlp"), data)
     assert examples(run, grey).batch.x.shape == (1, 3, 8, 8)
-    with pytest.raises(
-        DataError, match=r"none of the 1 pictures in .*cut\.png can be read: the picture .* cannot be read: "
-    ):
+    with pytest.raises(DataError, match=r"^the picture .*cut\.png cannot be read: "):
         examples(run, tmp_path / "cut.png")

@@ -150,7 +150,7 @@ def test_pictures_of_any_size_and_mode_become_as_much_larger(runs, tmp_path, cap
     assert sizes == {"a.png": (28, 18), "b.png": (10, 14), "c.png": (12, 12)}
     said = capsys.readouterr()
     assert "b.png: 5x7 to 10x14, read as grey from mode RGB" in said.out
-    assert "are transparent in part, and are read as on white" in said.err
+    assert "is transparent in part, and is read as on white" in said.err
     command = ["upscale", run, str(folder / "a.png"), "--out", str(tmp_path / "big.png")]
     assert main(command) == 0
     assert main(command) == 2

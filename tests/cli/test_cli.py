@@ -1099,6 +1099,16 @@ def test_samples_of_a_class_are_asked_for_by_its_name(capsys, folders, tmp_path,
     assert "--label must be one of 1, 2, 10; got 0" in said  # and not class 1, whose label is 0
 
 
+def test_codes_are_drawn_with_the_names_of_classes(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr("genfuse.plots.latent_space", lambda z, y, path, title, names: drawn.append((len(z), names)))
+    train = ["train", "vae", "--data", f"images:{folders}", "--out", "run", "--steps", "1", "--no-pictures"]
+    assert main([*train, "--device", "cpu", "--model.hidden", "8"]) == 0
+    assert main(["encode", "run", str(folders), "--out", "codes.png"]) == 0
+    assert drawn == [(60, ("1", "2", "10"))]
+
+
 def test_a_run_remembers_how_its_table_is_read(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = np.random.default_rng(0).normal(size=(60, 2))

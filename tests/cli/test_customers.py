@@ -149,9 +149,14 @@ def test_a_folder_of_pictures_is_described_whatever_they_are(capsys, tmp_path, m
     rows = [line.split() for line in said.out.splitlines()]
     assert ["L", "PNG", "4", "4", "sizes,", "30", "to", "30", "x", "20", "to", "23"] in rows
     assert ["RGB", "JPEG", "4", "2", "sizes,", "30", "to", "40", "x", "30", "to", "40"] in rows
-    assert "1 are turned as their EXIF data says, such as photos/3.jpg" in said.out
+    assert "1 of the pictures is turned as EXIF data says, such as photos/3.jpg" in said.out
+    assert "1 other file is not read, such as photos/notes.txt" in said.out
     assert said.out.count("photos/00.png") == 1
-    assert "to train on them: the picture photos/" in said.out
+    assert said.out.endswith("to train on them: --data.size 64 --data.mode auto --data.damaged skip\n"), "all at once"
+    assert main(["train", "vae", "--data", "images:photos", "--out", "run"]) == 2
+    assert "`genfuse data describe images:photos` says what all of them need" in capsys.readouterr().err
+    assert main(["data", "describe", "images:photos", "--size", "8"]) == 0
+    assert capsys.readouterr().out.endswith("to train on them: --data.mode auto --data.damaged skip\n")
     read = ["--data.size", "8", "--mode", "auto", "--damaged", "skip"]
     assert main(["data", "describe", "images:photos", *read]) == 0
     said = capsys.readouterr()

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from genfuse._files import locked, plain
 from genfuse.cli import main
 from genfuse.comparison import Budget, Comparison, compare_runs, markdown, show
 from genfuse.comparison._columns import COLUMNS, training_seconds
+from genfuse.comparison._report import Cell, Row, Table, _best, _together, about
 from genfuse.data import Dataset, Split
 from genfuse.errors import PluginError, RunError, SettingsError
 from genfuse.metrics import train_features
@@ -55,8 +55,12 @@ class Picky(VAE):
 @pytest.fixture(scope="module", autouse=True)
 def _quick_classifiers():
     """What samples are compared by need not be accurate here."""
+
+    def quick(data, **options):
+        return train_features(data, **{**options, "steps": 100})
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genfuse.metrics._features.train_features", partial(train_features, steps=100))
+        patch.setattr("genfuse.metrics._features.train_features", quick)
         yield
 
 
@@ -476,6 +480,9 @@ def test_runs_that_exist_are_compared_and_left_alone(tmp_path, capsys):
     assert before == {path: path.read_bytes() for run in runs for path in run.rglob("*") if path.is_file()}
     result = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [row["label"] for row in result["rows"]] == list(map(str, runs))
+    assert [row["settings"] for row in result["rows"]] == [
+        {"hidden": [16], "latent_dim": dim, "decoder": "gaussian"} for dim in (2, 3)
+    ], "neither what is usual nor what the data says"
     assert all(row["bound"] == "iwae_bound_50" and "bits_per_dim" not in row["mean"] for row in result["rows"])
     assert (tmp_path / "c" / "pictures" / "real.svg").is_file()
     assert "a run, which is trained already: leave out --seeds" in fails(capsys, "compare", runs[0], "--seeds", "2")
@@ -547,10 +554,21 @@ def test_the_page_holds_everything_and_loads_nothing(compared):
     players = [len(run["losses"]) for row in result["rows"] for run in row["runs"]]
     assert page.count("<polyline") == sum(players) >= 2 * (1 + 2 + 1)
     assert all(
-        f">{measure.about}<" in html.unescape(page) for measure in COLUMNS if measure.key in row(result, "flow")["mean"]
+        (f">{measure.about}<" in html.unescape(page)) is (measure.key != "kernel_distance")
+        for measure in COLUMNS
+        if measure.key in row(result, "flow")["mean"]
     )
     assert "not &lt;these&gt; examples" in page
     assert '<meta name="viewport" content="width=device-width' in page
+
+
+def test_models_of_few_pictures_are_compared_by_the_kernel_distance(data, tmp_path):
+    few = Dataset("few", {part: data.splits[part].some(slice(40)) for part in ("train", "test")}, levels=data.levels)
+    result = genfuse.compare(["vae"], few, out=tmp_path / "c", budget="128examples", seeds=1, limit=9)
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert "Fréchet distance ↓" not in page
+    assert f"kernel distance {row(result, 'vae')['mean']['kernel_distance']:.3g}" in page
+    assert "failed: " not in page, "a model without a Fréchet distance was called failed"
 
 
 def test_the_page_shows_warnings_beside_runs_that_are_yet_to_be_trained(compared):
@@ -635,6 +653,31 @@ def test_the_best_of_each_column_is_marked(page, compared):
         (seen,) = (labels for title, labels in best.items() if title.startswith(head))
         assert seen == {label for label, value in values.items() if value == pick(values.values())}
     assert not [title for title in best if title.startswith(("parameters", "runs"))]  # of which no direction is better
+
+
+def test_a_loss_that_was_looked_at_once_is_no_line():
+    rows = [
+        {"label": name, "runs": [{"losses": {"model": [[step, 2.0 / step] for step in range(1, 1 + count)]}}]}
+        for name, count in (("short", 1), ("long", 5), ("longer", 9))
+    ]
+    together = _together(rows)
+    assert together is not None
+    assert together["names"] == ["long", "longer"]
+    assert _together(rows[:2]) is None
+
+
+def test_where_all_rows_are_equal_none_is_the_best():
+    for values, best in (((2.0, 2.0), set()), ((2.0, 1.0), {(COLUMNS[0].key, 1.0)})):
+        rows = [Row(f"model {value}", {COLUMNS[0].key: Cell(str(value), value)}) for value in values]
+        assert _best(Table([COLUMNS[0]], rows, rows[0])) == best
+
+
+def test_what_was_compared_names_no_more_classes_than_one_reads():
+    named = [f"bird {i}" for i in range(30)]
+    options = {"budget": None, "data": {"name": "birds", "class_names": named}, "about": "pixels"}
+    line = about({"options": options, "machine": {"genfuse": "1", "torch": "2", "device": "cpu", "threads": 1}})
+    assert line.startswith("Data: birds (classes: 0 bird 0, 1 bird 1, ")
+    assert "19 bird 19 and 10 more); existing runs" in line
 
 
 def test_a_click_on_a_group_folds_its_columns_and_a_second_one_unfolds_them(page):

@@ -293,7 +293,7 @@ def test_folders_of_splits_that_can_be_read_in_two_ways_are_refused(tmp_path, re
 def test_pictures_beside_train_and_test_are_told_to_be_left_out(tmp_path):
     for part in ("train", "test", "unlabeled"):
         picture(tmp_path / part / "0.png")
-    with pytest.warns(DataWarning, match=r"1 files are not read \(1 .png\).*nothing at all is read from .*unlabeled"):
+    with pytest.warns(DataWarning, match=r"1 file is not read \(1 .png\).*nothing at all is read from .*unlabeled"):
         data = load_data(f"images:{tmp_path}")
     assert sum(map(len, data.splits.values())) == 2
 
@@ -412,11 +412,12 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
         Image.new("L", (6, 4)).save(tmp_path / "fox" / f"{i}.gif")
     (tmp_path / "cat" / "notes.txt").write_text("x")
     (tmp_path / ".DS_Store").write_text("x")
+    (tmp_path / "read me").write_text("x")
     with pytest.warns(DataWarning) as said:
         load_data(f"images:{tmp_path}")
     first, one = (str(warning.message) for warning in said)
-    assert "4 files are not read (3 .gif, 1 .txt), such as" in first
-    assert f"nothing at all is read from {tmp_path}/fox" in first
+    assert "5 files are not read (3 .gif, 1 .txt, 1 no suffix), such as" in first
+    assert first.endswith(f"nothing at all is read from {tmp_path}/fox"), "the pictures lie in folders beside `read me`"
     assert "all pictures have one label, 'cat'" in one
 
 
@@ -548,7 +549,7 @@ def test_colour_profiles_are_applied(tmp_path):
     assert np.array_equal(x.permute(1, 2, 0).numpy(), np.asarray(original))
     for profile in (lab.tobytes(), b"nothing of the kind"):
         original.save(tmp_path / "0.png", icc_profile=profile)
-        with pytest.warns(DataWarning, match=r"1 of the pictures have a colour profile that cannot be applied.*0\.png"):
+        with pytest.warns(DataWarning, match=r"1 of the pictures has a colour profile that cannot be applied.*0\.png"):
             load_data(f"images:{tmp_path}")
     # sRGB's profile under another name, with red and green changed for each other
     raw = bytearray(srgb.tobytes().replace(b"s\0R\0G\0B", b"r\0G\0R\0B").replace(b"sRGB", b"rGRB"))

@@ -7,7 +7,7 @@ from torch import nn
 
 from genfuse.data import Dataset, Split, load_data
 from genfuse.errors import DataError, SettingsError
-from genfuse.metrics import classifier_path, extractor, train_features
+from genfuse.metrics import classifier_path, extractor, train_features, train_missing
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +113,19 @@ def test_a_classifier_needs_labels_of_two_classes():
         train_features(images((1, 4, 4), torch.zeros(40, dtype=torch.int64)))
     with pytest.raises(SettingsError, match="steps and batch_size must be at least 1"):
         train_features(images((1, 4, 4)), steps=0)
+
+
+@pytest.mark.parametrize(("count", "asked"), [(100, {"steps": 200}), (200, {"steps": 400}), (1200, {})])
+def test_the_classifier_of_few_pictures_passes_over_them_no_more_than_200_times(monkeypatch, count, asked):
+    def train(data, device, **options):
+        assert options == asked
+        return None, 0.5
+
+    monkeypatch.setattr("genfuse.metrics._features.train_features", train)
+    split = Split(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), torch.arange(count) % 2)
+    told: list[str] = []
+    train_missing("auto", Dataset("few", {"train": split, "test": split}, levels=256), "cpu", told.append)
+    assert told[1] == "its held-out accuracy: 50.00%"
 
 
 class Detector(nn.Module):

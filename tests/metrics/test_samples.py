@@ -222,6 +222,7 @@ def test_too_few_samples_are_an_error_where_asked_for_and_left_out_where_there_a
         evaluate_samples(model, digits, n=0)
     few = Dataset("few", {part: Split(split.x[:5]) for part, split in digits.splits.items()}, levels=17)
     found = evaluate_samples(model, few)
+    assert evaluate_samples(model, few, n=5) == found, "who asks for all that there are can ask for no more"
     assert found["n"] == 5
     assert found["samples"].keys() == found["real"].keys() == {
         "kernel_distance", "sliced_wasserstein", "nearest_training"

@@ -1,6 +1,7 @@
 """``genfuse score``, ``encode``, ``upscale``, ``compress``, ``export`` and others: what trained models are for."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -100,7 +101,9 @@ def encode(
     frame = pd.DataFrame(z.numpy(), columns=[f"z{i + 1}" for i in range(z.shape[1])])
     if files := found.data.splits[found.split].files:
         frame.insert(0, "file", files)
-    return to(frame=frame, array=z.numpy(), picture=lambda: plots.latent_space(z, y, out, "the examples, encoded"))
+    names = found.data.class_names
+    draw = partial(plots.latent_space, z, y, out, "the examples, encoded", names)
+    return to(frame=frame, array=z.numpy(), picture=draw)
 
 
 def reconstruct(

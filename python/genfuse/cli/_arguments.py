@@ -119,10 +119,10 @@ def show_columns(schema: "Schema") -> None:
     show_table(("column", "kind", "values", "missing"), schema.describe(), of_numbers=False)
 
 
-def show_pictures(folder: Path) -> list[str]:
+def show_pictures(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Print how many pictures a folder holds, of which modes and sizes, and those that cannot be read; returns what
-    `load_data` would say again."""
-    from genfuse.data.images import survey
+    `load_data` would say again, and the options that it needs."""
+    from genfuse.data.images import so_many, survey
 
     found = survey(folder)
     print(plain(f"{folder}: {sum(len(sizes) for sizes in found.sizes.values()):,} pictures"))
@@ -133,10 +133,16 @@ def show_pictures(folder: Path) -> list[str]:
         rows.append((mode, form, f"{len(sizes):,}", each if len(set(sizes)) > 1 else f"{widths[0]} x {heights[0]}"))
     show_table(("mode", "format", "pictures", "width x height"), rows, of_numbers=False)
     for note, paths in found.notes.items():
-        print(plain(f"{len(paths):,} {note}, such as {paths[0]}"))
+        what = "other files" if note == "are not read" else "of the pictures"
+        print(plain(f"{so_many(paths, what, note)}, such as {paths[0]}"))
     for error in found.unread:
         print(plain(f"not read: {error}"))
-    return [*found.notes, "of the pictures are left out", "files are not read"]
+    several = len({size for each in found.sizes.values() for size in each}) > 1
+    modes = {mode for mode, _ in found.sizes}
+    plain_modes = len(modes) == 1 and modes <= {"L", "RGB"}
+    needs = {"size": "64" if several else "", "mode": "" if plain_modes else "auto",
+             "damaged": "skip" if found.unread else ""}  # fmt: skip
+    return [*(note.partition(" ")[2] for note in found.notes), "left out, such as", "not read ("], needs
 
 
 def show_data(data: "Dataset") -> None:

@@ -179,7 +179,7 @@ def data(
         name = f"{kind_of(path)}:{name}"
     head, _, place = name.partition(":")
     folder = Path(place).expanduser() if head == "images" and place else None
-    said = show_pictures(folder) if folder is not None and folder.is_dir() else []
+    said, needs = show_pictures(folder) if folder is not None and folder.is_dir() else ([], {})
     try:
         options = {"header": header, "delimiter": delimiter, "decimal": decimal, "columns": columns, "drop": drop,
                    "types": types, "size": size, "fit": fit, "mode": mode, "damaged": damaged}  # fmt: skip
@@ -187,7 +187,9 @@ def data(
     except GenfuseError as error:
         if not said:
             raise
-        print(plain(f"to train on them: {error}"))
+        given = {"size": size, "mode": mode, "damaged": damaged.removeprefix("refuse")}
+        lacking = [f"--data.{key} {value}" for key, value in needs.items() if value and not given[key]]
+        print(plain(f"to train on them: {' '.join(lacking) or error}"))
         return 0
     if found.scaling is None:
         show_data(found)

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from genfuse.comparison._columns import draw, measure, peak_memory, training_sec
 from genfuse.data import Dataset
 from genfuse.errors import GenfuseError, NonFiniteLossError, PluginError, RunError, SettingsError, TrainingWarning
 from genfuse.metrics import extractor, train_missing
-from genfuse.models import configure, create, load
+from genfuse.models import FACTS, configure, create, load
 from genfuse.training import Run, Trainer
 from genfuse.training.run import FREE, WHERE, describe_data
 
@@ -175,8 +175,17 @@ def compare_runs(
     for path, run in by_path.items():
         model = run.config["model"]
         place = {"seed": run.config["training"]["seed"], "path": os.path.relpath(run.path, out)}
-        plan.append((_store.Entry(path, model["name"], model["settings"]), [place]))
+        plan.append((_store.Entry(path, model["name"], _chosen(model)), [place]))
     return _compared(out, plan, open_run, (), data, device, options, say, features, n, limit, inception_weights)
+
+
+def _chosen(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run's model that are neither usual nor the data's."""
+    usual: dict[str, Any] = {}
+    with suppress(GenfuseError):  # a plugin that is not there any more: its row will say so
+        known = [of for of in fields(load(model["name"]).Config) if of.default is not MISSING]
+        usual = json.loads(json.dumps({of.name: of.default for of in known}))
+    return {k: value for k, value in model["settings"].items() if k not in FACTS and (k, value) not in usual.items()}
 
 
 def _compared(
@@ -220,6 +229,7 @@ def _compared(
         )
         pictures, suffix = out / _store.PICTURES, "png" if data.is_image else "svg"
         draw(None, data, pictures / f"real.{suffix}")
+        told: set[str] = set()
         for entry, runs in plan:
             row, picture = rows[entry.label], pictures / f"{_store.folder_of(entry.label)}.{suffix}"
             for number, place in enumerate(runs):
@@ -238,7 +248,9 @@ def _compared(
                     run["figures"] = {**figures, "peak_memory": run.pop("peak_memory", None)}
                     run["left_out"] = samples["left_out"]
                     for reason in samples["left_out"].values():
-                        say(f"not measured: {reason}")
+                        if reason not in told:
+                            say(f"not measured: {reason}")
+                        told.add(reason)
                     for key in ("real", "plugins"):  # what was measured before stays
                         result[key] = {**samples[key], **result.get(key, {})}
                 _store.log_of(out / run["path"] if resumed else Path(entry.label), run)

@@ -78,6 +78,8 @@ def table(result: dict[str, Any]) -> Table:
     """The columns for which any row has a value, and what they show."""
     rows = result["rows"]
     columns = [m for m in measures(result) if any(m.key in row["mean"] for row in rows)]
+    if columns and columns[0].key == COLUMNS[0].key:  # the Fréchet distance
+        columns = [m for m in columns if m.key != COLUMNS[1].key]
     for text in TEXTS:  # each before the figures of its group
         at = next((i for i, m in enumerate(columns) if m.group == text.group), len(columns))
         columns.insert(at, text)
@@ -111,10 +113,11 @@ def about(result: dict[str, Any], shown: Callable[[str], str] = str) -> str:
         trained = f"{budget['seconds']:g} seconds of updates each"
     elif budget:
         trained = f"{budget['examples']:,} examples each"
-    names = options["data"].get("class_names")
-    classes = f" (classes: {', '.join(f'{i} {name}' for i, name in enumerate(names))})" if names else ""
+    names = [f"{i} {name}" for i, name in enumerate(options["data"].get("class_names") or ())]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    classes = " " + shown(f"(classes: {', '.join(names[:20])}{more})") if names else ""
     return (
-        f"Data: {shown(options['data']['name'])}{shown(classes)}; {trained}. Features: {shown(options['about'])}. "
+        f"Data: {shown(options['data']['name'])}{classes}; {trained}. Features: {shown(options['about'])}. "
         f"genfuse {machine['genfuse']}, torch {machine['torch']}, {shown(machine['device'])}, "
         f"threads: {machine['threads']}."
     )
@@ -167,10 +170,11 @@ def html(result: dict[str, Any], pictures: Path, folder: Callable[[str], str]) -
             "curves": [
                 {"player": player, **_chart(lines)}
                 for player in dict.fromkeys(player for run in row["runs"] for player in run.get("losses", ()))
-                if (lines := [run["losses"][player] for run in row["runs"] if run.get("losses", {}).get(player)])
+                if (lines := [line for run in row["runs"] if len(line := run.get("losses", {}).get(player, ())) > 1])
             ],  # SVG points, one line a run, and the scale
             "links": [(run["seed"], quote(f"{run['path']}/")) for run in row["runs"] if run.get("path")],
-            "distance": cells.get(COLUMNS[0].key, Cell("")).text,
+            "distance": whole.columns[0].title + " " + cells[whole.columns[0].key].text,
+            "measured": any("figures" in run for run in row["runs"]),
         }
         for row, (_, cells) in zip(result["rows"], whole.rows, strict=True)
     ]
@@ -202,7 +206,7 @@ def _together(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     lines = {}
     for row in rows:
         losses: dict[str, Any] = next((run["losses"] for run in row["runs"] if run.get("losses")), {})
-        if len(losses) == 1 and (line := next(iter(losses.values()))):
+        if len(losses) == 1 and len(line := next(iter(losses.values()))) > 1:  # one point is no line
             lines[row["label"]] = line
     return {"names": list(lines), **_chart(list(lines.values()))} if len(lines) > 1 else None
 
@@ -229,8 +233,8 @@ def _chart(lines: list[Any]) -> dict[str, Any]:
     ]
     return {
         "lines": [" ".join(f"{x(step)},{y(loss)}" for step, loss in line) for line in lines],
-        "low": f"{low:.3g}",
-        "high": f"{high:.3g}",
+        "low": f"{float(f'{low:.3g}'):,.10g}",
+        "high": f"{float(f'{high:.3g}'):,.10g}",
         "last": f"{last:,}",
         "x": ticks[0],
         "y": ticks[1],
@@ -243,11 +247,11 @@ def _parts(whole: Table) -> list[Table]:
 
 
 def _best(whole: Table) -> set[tuple[str, float]]:
-    """The key of each column of which one direction is better, with its best value, if several rows have one."""
+    """The key of each column of which one direction is better, with its best value, if rows have different ones."""
     found = set()
     for column in whole.columns:
         values = [value for row in whole.rows if (value := row.cells[column.key].value) is not None]
-        if column.better and len(values) > 1:
+        if column.better and len(set(values)) > 1:
             found.add((column.key, min(values) if column.better == "lower" else max(values)))
     return found
 

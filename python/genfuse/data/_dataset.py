@@ -203,15 +203,17 @@ class Dataset:
         return f"<Dataset {self.name!r}: {sizes}; shape {self.shape}, {values}, classes {self.classes}>"
 
     def _repr_html_(self) -> str:
-        """For notebooks: `repr`, and the first examples as pictures or rows in original units."""
+        """For notebooks: `repr`, and examples: pictures from all over the training split, which may be in the order of
+        its labels, or the first rows, in original units."""
         import pandas as pd
 
-        x = self.batch("train", slice(0, 32)).x
+        over = torch.linspace(0, self.examples - 1, min(32, self.examples)).round().long()
+        x = self.batch("train", over.to(self.splits["train"].x.device) if self.is_image else slice(0, 5)).x
         if self.is_image:
             shown = plots.as_html(plots.sample_grid, x, suffix="png")
         elif len(self.shape) == 1:
             schema = Schema.of_scaling(self.scaling) if self.scaling and self.schema is None else self.schema
-            rows = pd.DataFrame(x[:5].numpy(force=True)) if schema is None else schema.decode(x[:5])
+            rows = pd.DataFrame(x.numpy(force=True)) if schema is None else schema.decode(x)
             shown = rows.iloc[:, :20].to_html(index=False, float_format="{:.6g}".format)
         else:
             shown = ""

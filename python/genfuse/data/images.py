@@ -9,7 +9,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -223,7 +223,11 @@ def folder(source: Source) -> Dataset:
         held = {"train": range(len(whole)), "test": ()} if few else source.hold_out(len(whole), "pictures")
         some = {part: [whole[i] for i in of] for part, of in held.items()}
         pictures = {"train": some["train"], **dict(rest), **({} if source.whole else {"test": some["test"]})}
-    stored = _read_pictures(root, [path for paths in pictures.values() for path in paths], Reading.of(source))
+    try:
+        stored = _read_pictures(root, [path for paths in pictures.values() for path in paths], Reading.of(source))
+    except DataError as error:  # of the first picture; others may need more
+        hint = f"; `genfuse data describe {source.name}` says what all of them need" if "--data." in str(error) else ""
+        raise DataError(f"{error}{hint}") from error
     if pictures.get("test") == []:  # what is wrong with the pictures themselves is told before
         source.hold_out(len(pictures["train"]), "pictures")
     number = {name: i for i, name in enumerate(["", *names], -1)}  # -1: without a label
@@ -238,11 +242,12 @@ def folder(source: Source) -> Dataset:
     splits.setdefault("test", splits["train"])  # where nothing is to be held out
     if others:
         suffixes = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
-        read = {path.parent for paths in pictures.values() for path in paths}
+        read = {above for paths in pictures.values() for path in paths for above in path.parents}
         bare = sorted({str(path.parent) for path in others if path.parent not in read})
         warn(
-            f"{root}: {len(others)} files are not read ({', '.join(f'{n} {suffix}' for suffix, n in suffixes)}), such "
-            f"as {others[0]}" + (f"; nothing at all is read from {', '.join(bare[:5])}" if bare else ""),
+            f"{root}: {so_many(others, 'files', 'are not read')} "
+            f"({', '.join(f'{n} {suffix}' for suffix, n in suffixes)}), such as {others[0]}"
+            + (f"; nothing at all is read from {', '.join(bare[:5])}" if bare else ""),
             DataWarning,
         )
     if len(names) == 1:
@@ -277,7 +282,7 @@ def survey(root: Path) -> Survey:
         except DataError as error:
             return str(error).partition(";")[0]
         with Image.open(path, formats=FORMATS) as picture:
-            turned = ["are turned as their EXIF data says"] if picture.getexif().get(0x0112, 1) != 1 else []
+            turned = ["are turned as EXIF data says"] if picture.getexif().get(0x0112, 1) != 1 else []
             return (picture.mode, picture.format or ""), pixels.shape[:0:-1], [*notes, *turned]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -290,7 +295,7 @@ def survey(root: Path) -> Survey:
             for note in notes:
                 found.notes.setdefault(note, []).append(str(path))
     if others:
-        found.notes["other files are not read"] = [*map(str, others)]
+        found.notes["are not read"] = [*map(str, others)]
     return found
 
 
@@ -466,6 +471,7 @@ class Pictures(NamedTuple):
 
 
 COLOURED = "coloured"
+ONE = {"are": "is", "have": "has", "files": "file"}
 
 
 class DamagedError(DataError):
@@ -492,7 +498,8 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
     lost: dict[str, list[str]] = {}
     first = next((pixels for path in paths if (pixels := read(path, told=lost)) is not None), None)
     if first is None:
-        raise DataError(f"none of the {len(paths)} pictures in {root} can be read: {next(iter(lost.values()))[0]}")
+        why = next(iter(lost.values()))[0]
+        raise DataError(why if len(paths) == 1 else f"none of the {len(paths)} pictures in {root} can be read: {why}")
     if reading.mode == "auto":
         in_colour = reading._replace(mode="RGB", damaged="skip")
         coloured = (pixels is not None and not _grey(pixels) for pixels in (read(p, in_colour, {}) for p in paths))
@@ -550,8 +557,15 @@ def _read_pictures(root: Path, paths: list[Path], reading: Reading) -> Pictures:
         told["are RGB, but grey: --data.mode auto reads them as L, with a third of the numbers"] = [*map(str, paths)]
     for note, where in told.items():
         named = ", ".join(sorted(where)[:3])  # in no order yet, as threads found them
-        warn(f"{root}: {len(where)} of the pictures {note}, such as {named}", DataWarning)
+        warn(f"{root}: {so_many(where, 'of the pictures', note)}, such as {named}", DataWarning)
     return found
+
+
+def so_many(found: Sized, what: str, note: str) -> str:
+    """As "2 files are not read", or "1 of the pictures is left out"."""
+    if len(found) == 1:
+        what, note = (" ".join(ONE.get(word, word) for word in words.split(" ")) for words in (what, note))
+    return f"{len(found):,} {what} {note}"
 
 
 def _grey(pixels: np.ndarray) -> bool:

@@ -49,7 +49,7 @@ def evaluate_samples(
     say what was compared, and ``plugins`` what the figures are that metrics of other packages made.
 
     By default ``n`` is as many as both splits have, 10,000 at most; a metric that needs more is then missing, as is one
-    of another package that fails, and ``left_out`` says why. A given ``n`` that is too small for any metric is a
+    of another package that fails, and ``left_out`` says why. A given ``n`` below that, too small for any metric, is a
     TooFewSamplesError that says how many are needed. A conditional model is given labels as they occur in the training
     split. With ``picture``, samples of images are drawn into that file beside their nearest training examples. The same
     seed gives the same numbers; torch's global generators and the model's mode are left as they were.
@@ -84,7 +84,7 @@ def evaluate_samples(
         real = Samples(examples("train", train), held_out, its_features, reference, data, seed)
         floor = compute(chosen, real)
         few = [str(error) for error in floor.failed.values() if isinstance(error, TooFewSamplesError)]
-        if n is not None and few:  # before anything is drawn, which may take long
+        if n is not None and n < most and few:  # before anything is drawn, which may take long
             raise TooFewSamplesError("; ".join(few))
 
         labels = data.splits["train"].y if model.conditional else None

@@ -578,6 +578,7 @@ class GenerativeModel(nn.Module):
         rows = "".join(
             f"<tr><td>{field.name}</td><td>{html.escape(str(getattr(self.config, field.name)))}</td></tr>"
             for field in (dataclasses.fields(self.config) if dataclasses.is_dataclass(self.config) else ())
+            if field.repr
         )
         return f"<p>{html.escape(head)}</p><table>{rows}</table>"
 

@@ -138,8 +138,9 @@ class Run(History):
 
     def _repr_html_(self) -> str:
         model, data = (html.escape(str(self.config[key]["name"])) for key in ("model", "data"))
-        pictures = [self.path / PICTURES / f"{name}.png" for name in ("samples", "curves")]
-        shown = "".join(plots.inline(file, 420) for file in pictures if file.is_file())
+        widths = {"samples": 420 if len(self.config["data"]["shape"]) == 3 else 900, "curves": 900}
+        pictures = {self.path / PICTURES / f"{name}.png": width for name, width in widths.items()}
+        shown = "".join(f"<p>{plots.inline(file, width)}</p>" for file, width in pictures.items() if file.is_file())
         return f"<p>{html.escape(repr(self))}: {model} on {data}, {self.step:,} steps</p>{shown}"
 
     @property
