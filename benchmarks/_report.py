@@ -180,7 +180,7 @@ def report(records: list[Json], page: str = "") -> str:
     former: dict[str, str] = {}
     for section in page.split("\n## ")[1:]:
         title = section.partition("\n")[0]
-        former[title] = former.get(title, "") + f"## {section}"
+        former[title] = former.get(title, "") + f"## {section.rstrip()}\n\n"
     sections: dict[str, str] = {}
     for record in sorted(records, key=lambda record: record["command"] != "steps"):
         title, text = _section(record)

@@ -173,6 +173,13 @@ def test_the_report_is_made_from_records_alone_and_is_always_the_same(tmp_path):
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
         f"{OP}_cpu_float32_{mode}.png" for mode in ("backward", "both", "forward")
     ]
+    main(["report", str(record), str(record), "--out", str(pages[0])])  # two parts of one section
+    twice = pages[0].read_text()
+    other = tmp_path / "other.json"
+    other.write_text(record.read_text().replace('"dtype": "float32"', '"dtype": "float64"'))
+    main(["report", str(other), "--out", str(pages[0])])
+    assert pages[0].read_text().startswith(twice.rstrip())  # a section that no record is of stays as it is
+    assert "\n\n## ops, cpu, float64\n" in pages[0].read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 0}'])

@@ -195,8 +195,12 @@ def shortened(args, folder):
     if command == "compare" and "--data" in rest:
         models, options = rest[: rest.index("--data")], rest[rest.index("--data") :]
         names = {label or name: name for label, _, name in (model.rpartition("=") for model in models)}
-        small = [f"{label}.{s}={v}" for label, name in names.items() for s, v in small_settings(name).items()]
+        small = {label: small_settings(name) for label, name in names.items()}  # every one is a model
         given = options[options.index("--set") + 1 :] if "--set" in options else []
+        # Two train, and those that are given settings: the commands of a page name the same ones again and again.
+        kept = {*list(names)[:2], *(setting.partition(".")[0] for setting in given)}
+        models = [model for label, model in zip(names, models, strict=True) if label in kept]
+        small = [f"{label}.{s}={v}" for label in names if label in kept for s, v in small[label].items()]
         few = ["--budget", "200examples", "--seeds", "1", "--n", "70", "--limit", "4"]
         # Into a folder of its own, as one folder has one set of options.
         return [command, *models, *options, *few, "--out", folder, "--set", *small, *given]

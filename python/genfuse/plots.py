@@ -327,7 +327,7 @@ def histograms(x: Tensor, samples: Tensor, path: str | Path, scaling: Any = None
                 axes.xaxis.set_major_locator(places := AutoDateLocator(minticks=2, maxticks=7))
                 axes.xaxis.set_major_formatter(ConciseDateFormatter(places))
             if outside >= 0.005:  # of the data it is 0.002
-                axes.set_xlabel(f"{outside:.0%} of the samples lie outside", color=MODEL, fontsize=8)
+                axes.set_xlabel(f"{outside:.1%} of the samples lie outside", color=MODEL, fontsize=8)
             if i == 0:
                 axes.legend()
         if count < both[0].shape[1]:

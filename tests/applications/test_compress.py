@@ -315,7 +315,7 @@ def test_models_that_do_not_compress_say_why(settings, error, trained, tmp_path)
 def test_a_damaged_foreign_or_other_file_is_refused_and_nothing_written(name, trained, tmp_path, monkeypatch):
     run, other = trained(**MODELS[name]), trained(**MODELS["categorical"])
     file, out = tmp_path / "x.gfz", tmp_path / "out.npy"
-    compress(run, levels("grey", 20), file)
+    compress(run, levels("grey", 8), file)
     whole = file.read_bytes()
     draw = np.random.default_rng(0)
     damaged = [whole[:size] for size in (0, 3, 30, 60, len(whole) // 2, len(whole) - 1)] + [whole + b"\0"]
@@ -325,7 +325,7 @@ def test_a_damaged_foreign_or_other_file_is_refused_and_nothing_written(name, tr
         file.write_bytes(content)
         with pytest.raises(DataError, match=r"damaged or was cut short|is no file of|is of version"):
             decompress(file, out, run=run)
-    for place in draw.integers(HEAD.size, len(whole) - SEAL, 20):  # changed, and sealed again
+    for place in draw.integers(HEAD.size, len(whole) - SEAL, 8):  # changed, and sealed again
         content = whole[:place] + bytes([whole[place] ^ 1 << int(draw.integers(8))]) + whole[place + 1 : -SEAL]
         file.write_bytes(content + hashlib.sha256(content).digest()[:SEAL])
         with pytest.raises(DataError, match=r"damaged or was cut short|is not what was compressed"):

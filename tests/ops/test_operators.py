@@ -71,6 +71,8 @@ class Near(Operator):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, size, dtype, device, implementation):
     size = (size[0], min(size[1], operator.widest))
+    if implementation == "triton" and device == "cpu" and "spline" in operator.name:
+        size = (min(size[0], 8), size[1])  # a program each, of a hundred milliseconds in the interpreter
     ours = operator.error(size, dtype, device)
     eager = operator.error(size, dtype, device, eager=True)
     if ours > 2 * eager:  # which may be small by chance, where rounding errors grow a hundredfold

@@ -120,7 +120,7 @@ def train(args: list[str]) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out, job.data_root)) from None
     if isinstance(run, Run) and os.environ.get("RANK", "0") == "0":
-        for line in _summary(run):
+        for line in _summary(run, before or 0):
             print(plain(line))
         if before and before == max(entry["step"] for entry in run.metrics()):
             print("nothing was to be done: the run had ended; to train on, ask for more, by --epochs or --steps")
@@ -288,8 +288,9 @@ def _how_to_continue(out: Path, data_root: Path | None) -> str:
     return f"; saved in {out}; to continue: {shlex.join(['genfuse', 'train', '--resume', str(out), *root])}"
 
 
-def _summary(run: Run) -> Iterator[str]:
-    """Where the run lies, the last of its metrics, its pictures, and what to do next."""
+def _summary(run: Run, before: int) -> Iterator[str]:
+    """Where the run lies, the last of its metrics, its pictures, and what to do next; and what was warned of up to step
+    ``before``, where it went on: of the rest it has just told."""
     metrics = run.metrics()
     last = {(each["split"], each["player"]): each for each in metrics if each["split"] in plots.SPLITS}
     end = max(last.values(), key=lambda entry: entry["step"], default={"epoch": 0, "step": run.step})
@@ -298,7 +299,7 @@ def _summary(run: Run) -> Iterator[str]:
         numbers = ", ".join(f"{key} {value:.5g}" for key, value in entry.items() if isinstance(value, float))
         yield f"{split}: {player}: {numbers}"
     for entry in metrics:
-        if entry["split"] == "warning":
+        if entry["split"] == "warning" and entry["step"] <= before:
             yield f"warning: step {entry['step']}: {entry['message']}"
     if validated := [entry for entry in metrics if entry["split"] == "validation"]:
         best = min(validated, key=lambda entry: entry["loss"])
