@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -305,3 +306,25 @@ def test_the_commands_threads_wait_passively_unless_the_user_says_otherwise(give
     environment = {key: value for key, value in os.environ.items() if key not in ours} | given
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == said
+
+
+# memory
+
+FAULTS = """
+import resource, torch
+from genfuse.training.process import keep_freed_memory
+keep_freed_memory()
+def fill():
+    torch.ones(2**24)  # 64 MB, in 16,384 pages
+fill(), fill()  # the second one begins elsewhere
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left as they are")
+def test_large_temporaries_are_written_where_the_last_step_had_them():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000

@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
     """Keep glibc from giving the memory of each step's temporaries, up to 2 GiB, back to the system, to be faulted in
     and filled with zeros again: every block of over 32 MB, and what is free at the end of its heap.
 
-    On the CPU this is some 5% of a small model's step, and a third of one of large images.
+    On the CPU this is some 5% of a small model's step, and 15% and 40% of a VAE's of images of 64 and 128 pixels.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
