@@ -73,6 +73,7 @@ def animation(clips: Tensor, path: str | Path, rate: int = 8, columns: int | Non
             first.save(file, save_all=True, append_images=others, duration=1000 // rate, loop=0)
             return
         try:
+            import imageio_ffmpeg  # noqa: F401  (imageio alone would take another writer)
             from imageio import v3
         except ModuleNotFoundError:
             raise SettingsError("a .mp4 needs imageio and imageio-ffmpeg: pip install 'genfuse[video]'") from None
@@ -84,9 +85,13 @@ def animation(clips: Tensor, path: str | Path, rate: int = 8, columns: int | Non
 
 
 def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path) -> None:
-    """Rows of originals (N, C, H, W), each over the row of their reconstructions."""
-    columns = min(8, len(originals))
-    pairs = zip(originals.split(columns), reconstructed.split(columns), strict=True)
+    """Rows of originals (N, C, H, W), each over the row of their reconstructions; of clips (N, T, C, H, W), a clip's
+    frames are a row."""
+    if originals.dim() == 5:
+        pairs = zip(originals, reconstructed, strict=True)
+    else:
+        columns = min(8, len(originals))
+        pairs = zip(originals.split(columns), reconstructed.split(columns), strict=True)
     images = [row for pair in pairs for row in pair]
     rows(images, ["original", "reconstruction"] * (len(images) // 2), path)
 

@@ -734,7 +734,7 @@ def test_a_single_image_is_not_taken_for_many(tmp_path, refused):
 
 def test_a_table_of_images_is_refused_with_what_to_write(tmp_path, refused):
     np.save(tmp_path / "x.npy", SHADES)
-    refused(f"npy:{tmp_path}/x.npy", "images are read by images:PATH")
+    refused(f"npy:{tmp_path}/x.npy", "images and clips are read by images:PATH")
 
 
 def test_stacked_mnist_is_three_digits_as_colours_and_their_labels_as_one_number(root: Path):

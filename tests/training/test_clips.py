@@ -1,5 +1,7 @@
 """Clips: what is drawn of them, and models that take none."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 import genfuse
 from genfuse.cli import main
 from genfuse.cli.train import _summary
-from genfuse.data import Dataset, Split
+from genfuse.data import Dataset, Split, augmented
 from genfuse.errors import SettingsError
 from genfuse.plots import animation
 
@@ -54,3 +56,47 @@ def test_models_that_take_no_clips_refuse_them(clips, tmp_path, capsys):
     run.fit(genfuse.create("edm", digits, channels=(8,)), digits)
     assert main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "a.gif")]) == 2
     assert "a .gif shows clips (T, C, H, W), but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_clips_of_ones_own_go_from_a_file_to_pictures(channels, last, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 256, (20, 4, channels, 8, 12), dtype=np.uint8)
+    np.save("clips.npy", frames.transpose(0, 1, 3, 4, 2) if last else frames)
+    data = genfuse.load_data("images:clips.npy")
+    assert data.shape == (4, channels, 8, 12)
+    assert len(data.splits["train"]) == 16
+    assert torch.equal(data.splits["test"].x, genfuse.load_data(frames).splits["test"].x)
+    small = ["--steps", "2", "--batch-size", "4", "--flip", "--shift", "2"]
+    assert main(["train", "vae", "--data", "images:clips.npy", "--out", "run", *small]) == 0
+    for picture in ("samples", "reconstructions"):
+        assert (tmp_path / f"run/pictures/{picture}.png").is_file()
+    assert main(["reconstruct", "run", "images:clips.npy", "--out", "pairs.png"]) == 0
+    assert main(["interpolate", "run", "images:clips.npy", "--pairs", "2", "--steps", "3", "--out", "between.png"]) == 0
+    with Image.open("pairs.png") as pairs, Image.open("between.png") as between:
+        assert pairs.height > 4 * pairs.width  # 40 rows of four frames and a name
+        assert between.width < between.height < 1.2 * between.width  # 6 rows of four frames
+    assert main(["score", "run", "images:clips.npy", "--out", "odd.csv"]) == 0
+    assert len((tmp_path / "odd.csv").read_text().splitlines()) == 21
+    capsys.readouterr()
+    assert main(["score", "run", "clips.npy", "--out", "other.csv"]) == 2
+    assert "images and clips are read by images:PATH" in capsys.readouterr().err
+    np.save("clips.npy", frames.astype(np.float32) / 255)
+    assert main(["data", "describe", "images:clips.npy"]) == 2
+    assert "clips.npy, frames: expected whole numbers 0..255" in capsys.readouterr().err
+
+
+def test_the_frames_of_a_clip_are_mirrored_and_moved_alike():
+    x = torch.rand(16, 4, 3, 5, 6)
+    made = augmented(x, True, 2, torch.Generator().manual_seed(0))
+    each = [augmented(x[:, i], True, 2, torch.Generator().manual_seed(0)) for i in range(4)]
+    assert torch.equal(made, torch.stack(each, 1))
+    assert not torch.equal(made, x)
+
+
+def test_a_film_without_its_writer_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(SettingsError, match=r"pip install 'genfuse\[video\]'"):
+        animation(torch.rand(1, 2, 1, 4, 4), tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())

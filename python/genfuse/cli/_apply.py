@@ -147,8 +147,8 @@ def interpolate(
 ) -> int:
     """Write what lies between examples: the first and the second, the third and the fourth, and so on.
 
-    A .png has a row of images for each pair, a .csv the steps of a pair under each other, a .npy the array (pairs,
-    steps, *shape).
+    A .png has a row of images for each pair, or of frames for each step between two clips, a .csv the steps of a pair
+    under each other, a .npy the array (pairs, steps, *shape).
 
     example:
       genfuse interpolate runs/vae digits --out between.png
@@ -169,7 +169,9 @@ def interpolate(
     between = interpolated(found, steps, pairs)
     restored = found.restored(between.flatten(0, 1))
     array = np.asarray(restored).reshape(between.shape)
-    return to(frame=restored, array=array, picture=lambda: plots.sample_grid(between.flatten(0, 1), out, steps))
+    frames = between.flatten(0, -4)  # of a clip side by side, its steps under each other
+    columns = steps if between.dim() == 5 else between.shape[2]
+    return to(frame=restored, array=array, picture=lambda: plots.sample_grid(frames, out, columns))
 
 
 def upscale(

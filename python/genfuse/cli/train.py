@@ -288,7 +288,7 @@ def _how_to_continue(out: Path, data_root: Path | None) -> str:
     return f"; saved in {out}; to continue: {shlex.join(['genfuse', 'train', '--resume', str(out), *root])}"
 
 
-def _summary(run: Run, before: int) -> Iterator[str]:
+def _summary(run: Run, before: int = 0) -> Iterator[str]:
     """Where the run lies, the last of its metrics, its pictures, and what to do next; and what was warned of up to step
     ``before``, where it went on: of the rest it has just told."""
     metrics = run.metrics()

@@ -486,16 +486,18 @@ class Dataset:
 
 
 def augmented(x: Tensor, flip: bool, shift: int, generator: torch.Generator | None = None) -> Tensor:
-    """Images (N, C, H, W), each mirrored left to right with probability 1/2 if ``flip``, and moved along both axes by
-    -shift..shift pixels; what comes in at an edge repeats it. ``generator`` is one of the CPU."""
-    n, c, h, w = x.shape
+    """Images (N, C, H, W) or clips (N, T, C, H, W), each mirrored left to right with probability 1/2 if ``flip``, and
+    moved along both axes by -shift..shift pixels; what comes in at an edge repeats it. ``generator`` is one of the
+    CPU."""
+    n, (h, w) = len(x), x.shape[-2:]
     moves = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
     mirrored = torch.randint(2, (n, 1), generator=generator).bool() & flip
     rows = (torch.arange(h) + moves[0]).clamp(0, h - 1)
     columns = (torch.arange(w) + moves[1]).clamp(0, w - 1)
     columns = torch.where(mirrored, columns.flip(1), columns)
     cells = (rows[:, :, None] * w + columns[:, None]).view(n, 1, h * w).to(x.device)
-    return x.reshape(n, c, h * w).gather(2, cells.expand(-1, c, -1)).view_as(x)
+    planes = x.reshape(n, -1, h * w)
+    return planes.gather(2, cells.expand(-1, planes.shape[1], -1)).view_as(x)
 
 
 def resized(images: Tensor, size: tuple[int, int], method: str) -> Tensor:

@@ -675,7 +675,8 @@ def _not_as_shown(picture: Any) -> str | None:
 
 
 def of_arrays(source: Source, found: Arrays, path: str) -> Dataset:
-    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), whole numbers 0..255, perhaps with labels."""
+    """Images (N, H, W), (N, C, H, W) or (N, H, W, C), or clips of T of the latter, (N, T, C, H, W) or (N, T, H, W, C),
+    whole numbers 0..255, perhaps with labels."""
     parts = {part: _images(*each) for part, each in found.x.items()}
     y: dict[str, Tensor] = found.y
     if "all" in parts:
@@ -695,9 +696,15 @@ def of_arrays(source: Source, found: Arrays, path: str) -> Dataset:
 
 
 def _images(origin: str, array: np.ndarray) -> Tensor:
-    """An array of images as (N, C, H, W) in uint8."""
-    if array.ndim not in (3, 4) or 0 in array.shape:
-        raise DataError(f"{origin}: expected images, (N, H, W), (N, C, H, W) or (N, H, W, C); got {array.shape}")
+    """An array of images as (N, C, H, W), of clips as (N, T, C, H, W), in uint8."""
+    if array.ndim not in (3, 4, 5) or 0 in array.shape:
+        raise DataError(
+            f"{origin}: expected images, (N, H, W), (N, C, H, W) or (N, H, W, C), or clips, (N, T, C, H, W) or "
+            f"(N, T, H, W, C); got {array.shape}"
+        )
+    if array.ndim == 5:
+        frames = _images(f"{origin}, frames", array.reshape(-1, *array.shape[2:]))
+        return frames.unflatten(0, array.shape[:2])
     if array.dtype.kind not in "biu" or array.min() < 0 or array.max() > 255:
         spread = f" from {array.min():.4g} to {array.max():.4g}" if array.dtype.kind in "biuf" else ""
         raise DataError(f"{origin}: expected whole numbers 0..255, such as uint8; got {array.dtype}{spread}")

@@ -488,7 +488,9 @@ def _warn_of_extremes(table: Table, part: str, values: np.ndarray, x: np.ndarray
 
 def _table(origin: str, array: np.ndarray) -> Table:
     if array.ndim != 2 or 0 in array.shape:
-        images = "; images are read by images:PATH" if array.ndim in (3, 4) and 0 not in array.shape else ""
+        images = (
+            "; images and clips are read by images:PATH" if array.ndim in (3, 4, 5) and 0 not in array.shape else ""
+        )
         raise DataError(f"{origin}: expected rows and columns, (N, D); got an array of shape {array.shape}{images}")
     if array.dtype.kind not in "biuf":
         raise DataError(f"{origin}: expected real numbers; got an array of {array.dtype}")

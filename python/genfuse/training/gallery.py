@@ -88,8 +88,8 @@ def draw(
         if data.shape == (2,) and isinstance(model, HasTrajectory):
             z = torch.randn(plots.POINTS, 2, generator=generator, device=model.device)
             plots.flow(model.trajectory(z, **_given(labels, plots.POINTS)), at("flow.png"))
-        if data.is_image and isinstance(model, Reconstructs):
-            originals = test.x[:PAIRS]
+        if len(data.shape) in (3, 4) and isinstance(model, Reconstructs):
+            originals = test.x[: PAIRS if data.is_image else ROWS]
             given = _given(labels, len(originals))
             plots.reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))
         if data.is_image and not data.given and isinstance(model, DrawsLatents):

@@ -98,9 +98,10 @@ class Trainer(Options):
             raise SettingsError(
                 "flip and shift would move images, but not those that are given with them: leave them out"
             )
-        if (self.flip or self.shift) and not (data.is_image and self.shift < min(data.shape[1:])):
+        if (self.flip or self.shift) and not (len(data.shape) in (3, 4) and self.shift < min(data.shape[-2:])):
             raise SettingsError(
-                f"flip and shift are of images, by less than a side; the shape of {data.name!r} is {data.shape}"
+                "flip and shift are of images and clips, by less than a side; "
+                f"the shape of {data.name!r} is {data.shape}"
             )
         if self.smooth and (len(data.shape) != 1 or data.levels or data.schema):
             raise SettingsError(f"smooth is of tables of real numbers; {data.name!r} is none: leave it out")
