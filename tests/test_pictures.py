@@ -107,7 +107,7 @@ def test_samples_outside_a_histogram_are_counted(figures, tmp_path):
     samples = data.clone()
     samples[:250, 1] = 50.0
     plots.histograms(data, samples, tmp_path / "h.png")
-    assert [axes.get_xlabel() for axes in figures["h.png"].axes] == ["", "25.0% of the samples lie outside"]
+    assert [axes.get_xlabel() for axes in figures["h.png"].axes] == ["", "25.1% of the samples lie outside"]
 
 
 @pytest.mark.parametrize("size", [(2, 2), (12, 4)])

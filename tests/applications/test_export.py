@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -75,6 +76,17 @@ def test_a_diffusion_model_exports_its_sampler(model, suffix, trained, tmp_path)
     assert run_program(file, z) == pytest.approx(wanted, rel=1e-4, abs=1e-2)
     if LOOPS and suffix == "pt2":  # one step, and not 20
         assert len(torch.export.load(file).graph.nodes) < 100
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 1, 8, 8)], ids=str)
+def test_a_sampler_of_pictures_or_clips_is_exported(shape, tmp_path):
+    data = genfuse.load_data(torch.randint(0, 256, (20, *shape), dtype=torch.uint8))
+    run = genfuse.Trainer(steps=1, pictures=False, device="cpu", out=tmp_path / "run").fit(
+        genfuse.create("edm", data, channels=(8,)), data
+    )
+    [file] = export(run, tmp_path / "m.pt2", say=lambda line: None)
+    z = torch.randn(3, math.prod(shape))
+    assert run_program(file, z) == pytest.approx(run.model().trajectory(z)[-1].numpy(), rel=1e-4, abs=1e-4)
 
 
 def test_the_path_of_ddpm_is_exported(trained):

@@ -77,7 +77,8 @@ def test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(operator, s
     eager = operator.error(size, dtype, device, eager=True)
     if ours > 2 * eager:  # which may be small by chance, where rounding errors grow a hundredfold
         near = Near(**{field.name: getattr(operator, field.name) for field in fields(operator)})
-        eager = max(eager, *(near.error(size, dtype, device, eager=True) for _ in range(8)))
+        Near.chance.manual_seed(0)  # whatever ran before
+        eager = max(eager, *(near.error(size, dtype, device, eager=True) for _ in range(32)))
     # Triton's interpreter cuts float32 down to bfloat16 where hardware rounds: one unit in place of half of one.
     # In float64 the truth that errors are held against has errors as large as they are.
     floor = {2: 1, 4: 16, 8: 64}[dtype.itemsize] * torch.finfo(dtype).eps

@@ -339,7 +339,8 @@ class DiffusionModel(GenerativeModel):
 
         def step(x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
             sigma, ratio = at.to(x.dtype)
-            return torch.lerp(denoiser(x, sigma.expand(len(x))), x, ratio), x.new_zeros(())
+            moved = torch.lerp(denoiser(x, sigma.expand(len(x))), x, ratio)
+            return moved.clone(memory_format=torch.contiguous_format), x.new_zeros(())  # as scan has every step alike
 
         x = mean + std * z.view(-1, *self.mean.shape)
         x, _ = scan(step, x, torch.stack([sigmas[:-1], sigmas[1:] / sigmas[:-1]], 1))
