@@ -169,9 +169,12 @@ def interpolate(
     between = interpolated(found, steps, pairs)
     restored = found.restored(between.flatten(0, 1))
     array = np.asarray(restored).reshape(between.shape)
-    frames = between.flatten(0, -4)  # of a clip side by side, its steps under each other
-    columns = steps if between.dim() == 5 else between.shape[2]
-    return to(frame=restored, array=array, picture=lambda: plots.sample_grid(frames, out, columns))
+
+    def picture() -> None:  # of clips, frames side by side and steps under each other
+        columns = between.shape[2] if between.dim() == 6 else steps
+        plots.sample_grid(between.flatten(0, -4), out, columns)
+
+    return to(frame=restored, array=array, picture=picture)
 
 
 def upscale(
