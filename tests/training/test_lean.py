@@ -316,9 +316,9 @@ from genfuse.training.process import keep_freed_memory
 keep_freed_memory()
 def fill():
     torch.ones(2**24)  # 64 MB, in 16,384 pages
-fill(), fill()  # the second one begins elsewhere
+fill()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(16):
     fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -327,4 +327,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left as they are")
 def test_large_temporaries_are_written_where_the_last_step_had_them():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000
+    assert int(done.stdout) < 4 * 16_384  # the heap may grow a few times; each of the 16 would fault otherwise
