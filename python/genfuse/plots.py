@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 SAMPLES = 64  # in a grid
+CLIPS = 8  # of which each has a row
 POINTS = 4000  # in a scatter plot or a histogram
 COLUMNS = 12  # of a table
 GRID = 200  # cells along each side of a density
@@ -50,7 +51,10 @@ CONTEXT: Any = {  # for every figure
 
 
 def sample_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
-    """Images (N, C, H, W) in a grid, by default about square; small ones enlarged, each pixel a block."""
+    """Images (N, C, H, W) in a grid, by default about square; small ones enlarged, each pixel a block. Clips
+    (N, T, C, H, W) have a row each, of their frames."""
+    if images.dim() == 5:
+        images, columns = images.flatten(0, 1), images.shape[1]
     _save(_tiled(_pixels(images), columns), path)
 
 

@@ -169,12 +169,7 @@ def interpolate(
     between = interpolated(found, steps, pairs)
     restored = found.restored(between.flatten(0, 1))
     array = np.asarray(restored).reshape(between.shape)
-
-    def picture() -> None:  # of clips, frames side by side and steps under each other
-        columns = between.shape[2] if between.dim() == 6 else steps
-        plots.sample_grid(between.flatten(0, -4), out, columns)
-
-    return to(frame=restored, array=array, picture=picture)
+    return to(frame=restored, array=array, picture=lambda: plots.sample_grid(between.flatten(0, 1), out, steps))
 
 
 def upscale(

@@ -146,9 +146,7 @@ def sample(
         restorations(restored.y, x, restored.x, out)
     elif out.suffix in (".gif", ".mp4"):
         plots.animation(x, out)
-    elif out.suffix == ".png" and len(shape) == 4:
-        plots.sample_grid(x.flatten(0, 1), out, shape[0])
-    elif out.suffix == ".png" and len(shape) == 3:
+    elif out.suffix == ".png" and len(shape) in (3, 4):
         plots.sample_grid(x, out)
     elif out.suffix == ".png":
         shown = trained.data(name=data).batch("test", slice(None))

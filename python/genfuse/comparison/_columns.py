@@ -22,7 +22,6 @@ from genfuse.models import Decodes, DrawsLatents, Encodes, GenerativeModel, HasT
 from genfuse.nn import slerp
 from genfuse.training import Run
 
-CLIPS = 8  # that are drawn, a row of frames each
 PATHS, STEPS = 64, 16  # interpolations, and the steps of each
 RETURNED = 1e-3  # real-valued cells that come back so near are counted as the same
 
@@ -177,8 +176,8 @@ def _smoothness(model: Any, data: Dataset, extract: Extractor) -> float:
 def draw(model: GenerativeModel | None, data: Dataset, path: Path) -> None:
     """Draw samples of ``model``, or if it is None real examples, as `pictures` shows such data."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images, clips = data.is_image, len(data.shape) == 4
-    count = min(plots.SAMPLES if images else CLIPS if clips else plots.POINTS, len(data.splits["test"]))
+    shown = plots.SAMPLES if data.is_image else plots.CLIPS if data.is_clip else plots.POINTS
+    count = min(shown, len(data.splits["test"]))
     chosen = torch.randperm(len(data.splits["test"]), generator=torch.Generator().manual_seed(0))[:count]
     test = data.batch("test", chosen.to(data.splits["test"].x.device))
     if model is None:
@@ -188,10 +187,8 @@ def draw(model: GenerativeModel | None, data: Dataset, path: Path) -> None:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
             drawn = torch.cat(list(sample_in_parts(model, count, y, torch.Generator(model.device).manual_seed(0))))
-    if images:
+    if data.is_image or data.is_clip:
         plots.sample_grid(drawn, path)
-    elif clips:  # one in each row
-        plots.sample_grid(drawn.flatten(0, 1), path, data.shape[0])
     elif len(data.shape) == 1:
         plots.table(test.x, drawn, path, data.scaling, data.schema)
 

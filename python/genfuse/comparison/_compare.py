@@ -227,7 +227,7 @@ def _compared(
         measured = partial(
             measure, data=data, extract=extract, device=device, n=n, limit=limit, inception_weights=inception_weights
         )
-        pictures, suffix = out / _store.PICTURES, "png" if len(data.shape) in (3, 4) else "svg"
+        pictures, suffix = out / _store.PICTURES, "png" if data.is_image or data.is_clip else "svg"
         draw(None, data, pictures / f"real.{suffix}")
         told: set[str] = set()
         for entry, runs in plan:

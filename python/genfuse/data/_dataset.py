@@ -231,7 +231,13 @@ class Dataset:
 
     @property
     def is_image(self) -> bool:
+        """Whether examples are images (C, H, W)."""
         return len(self.shape) == 3
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether examples are clips (T, C, H, W)."""
+        return len(self.shape) == 4
 
     @property
     def columns(self) -> tuple[dict[str, Any], ...] | None:

@@ -66,9 +66,9 @@ def draw(
         if data.given:
             x = model.sample(PAIRS // 2, y=test.y[: PAIRS // 2], generator=generator)  # type: ignore[call-arg, index]
             restorations(test.y[: PAIRS // 2], x, test.x[: PAIRS // 2], at("samples.png"))  # type: ignore[index]
-        elif len(data.shape) == 4:  # a clip in each row
-            clips = model.sample(ROWS, generator=generator, **_given(labels, ROWS))
-            plots.sample_grid(clips.flatten(0, 1), at("samples.png"), data.shape[0])
+        elif data.is_clip:
+            clips = model.sample(plots.CLIPS, generator=generator, **_given(labels, plots.CLIPS))
+            plots.sample_grid(clips, at("samples.png"))
         elif data.is_image:
             if labels is None or data.condition:
                 images = model.sample(plots.SAMPLES, generator=generator, **_given(labels, plots.SAMPLES))
@@ -88,8 +88,8 @@ def draw(
         if data.shape == (2,) and isinstance(model, HasTrajectory):
             z = torch.randn(plots.POINTS, 2, generator=generator, device=model.device)
             plots.flow(model.trajectory(z, **_given(labels, plots.POINTS)), at("flow.png"))
-        if len(data.shape) in (3, 4) and isinstance(model, Reconstructs):
-            originals = test.x[: PAIRS if data.is_image else ROWS]
+        if (data.is_image or data.is_clip) and isinstance(model, Reconstructs):
+            originals = test.x[: PAIRS if data.is_image else plots.CLIPS]
             given = _given(labels, len(originals))
             plots.reconstructions(originals, model.reconstruct(originals, **given), at("reconstructions.png"))
         if data.is_image and not data.given and isinstance(model, DrawsLatents):

@@ -98,7 +98,7 @@ class Trainer(Options):
             raise SettingsError(
                 "flip and shift would move images, but not those that are given with them: leave them out"
             )
-        if (self.flip or self.shift) and not (len(data.shape) in (3, 4) and self.shift < min(data.shape[-2:])):
+        if (self.flip or self.shift) and not ((data.is_image or data.is_clip) and self.shift < min(data.shape[-2:])):
             raise SettingsError(
                 "flip and shift are of images and clips, by less than a side; "
                 f"the shape of {data.name!r} is {data.shape}"
