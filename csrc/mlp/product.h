@@ -166,35 +166,48 @@ GENFUSE_HD void sum_tile(const T* a, int64_t stride, const T* b, int64_t k, bool
   ((at<V>(out + t * lanes) = sum[t]), ...);
 }
 
-// Sums become results, of column j on, which lie at `to` where all that has rows has them.
-template <class X, class T>
-GENFUSE_HD void finish(const Finish<T>& f, X x, int64_t i, int64_t j, int64_t to) {
-  if (f.bias) x += at<X>(f.bias + j);
-  if (f.added) x += at<X>(f.added + i * f.added_stride + j);
-  if (f.inner) at<X>(f.inner + to) = x;
-  if (f.gate) x *= at<X>(f.gate + to);
-  if (f.value) x = through(x, at<X>(f.value + to), f.slope);
-  if (f.total) at<X>(f.total + to) = x += at<X>(f.total + to);
-  if (f.rectified) x = rectify(x, f.slope);
-  at<X>(f.out + to) = x;
+// Sums of `rows` rows from i on and of columns from j on, `width` times as many as X has, become results. What there is
+// to be done is asked once for all of them: asked for each, it takes longer than a product of a few summands.
+template <int width, class X, class T>
+GENFUSE_HD void finish(const Product<T>& p, T* sums, int64_t stride, int rows, int64_t i, int64_t j) {
+  constexpr int lanes = sizeof(X) / sizeof(T);
+  const Finish<T>& f = p.finish;
+  const auto each = [&](auto change) {
+    for (int r = 0; r < rows; ++r) {
+      for (int l = 0; l < width * lanes; l += lanes) {
+        change(at<X>(sums + r * stride + l), r, l, (i + r) * p.n + j + l);
+      }
+    }
+  };
+  if (f.bias) each([&](X& x, int, int l, int64_t) { x += at<X>(f.bias + j + l); });
+  if (f.added) each([&](X& x, int r, int l, int64_t) { x += at<X>(f.added + (i + r) * f.added_stride + j + l); });
+  if (f.inner) each([&](X& x, int, int, int64_t to) { at<X>(f.inner + to) = x; });
+  if (f.gate) each([&](X& x, int, int, int64_t to) { x *= at<X>(f.gate + to); });
+  if (f.value) each([&](X& x, int, int, int64_t to) { x = through(x, at<X>(f.value + to), f.slope); });
+  if (f.total) each([&](X& x, int, int, int64_t to) { at<X>(f.total + to) = x += at<X>(f.total + to); });
+  if (f.rectified) each([&](X& x, int, int, int64_t) { x = rectify(x, f.slope); });
+  each([&](X& x, int, int, int64_t to) { at<X>(f.out + to) = x; });
 }
 
-// Sums l to n of row i, which are of columns from j on: as many at a time as there are, so halves of vectors at the
-// end.
+// Of a tile that the result ends in, n columns: as many at a time as there are, so halves of vectors at the end.
 template <class T, int bytes>
-GENFUSE_HD void finish_lanes(const Product<T>& p, int64_t i, int64_t j, int64_t l, int64_t n, const T* sums) {
+GENFUSE_HD void finish_lanes(const Product<T>& p, T* sums, int64_t stride, int rows, int64_t i, int64_t j, int64_t n) {
   constexpr int lanes = bytes / sizeof(T);
   using X = typename std::conditional_t<lanes == 1, Single<T>, Vector<T, bytes>>::type;
-  for (; l + lanes <= n; l += lanes) finish<X>(p.finish, at<X>(sums + l), i, j + l, i * p.n + j + l);
-  if constexpr (lanes > 1) finish_lanes<T, bytes / 2>(p, i, j, l, n, sums);
+  for (; n >= lanes; n -= lanes, j += lanes, sums += lanes) finish<1, X>(p, sums, stride, rows, i, j);
+  if constexpr (lanes > 1) finish_lanes<T, bytes / 2>(p, sums, stride, rows, i, j, n);
 }
 
-template <class T, int bytes>
-GENFUSE_HD void finish_row(const Product<T>& p, int64_t i, int64_t j, int64_t n, T* sums) {
-  if (p.masked == Masked::result_rows && p.counts[i] < j + n) {
-    for (int64_t l = std::max<int64_t>(p.counts[i] - j, 0); l < n; ++l) sums[l] = 0;
+template <class T, int bytes, int width>
+GENFUSE_HD void finish_tile(const Product<T>& p, T* sums, int rows, int64_t i, int64_t j, int64_t n) {
+  constexpr int64_t columns = width * Vector<T, bytes>::lanes;
+  if (p.masked == Masked::result_rows) {
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t l = std::max<int64_t>(p.counts[i + r] - j, 0); l < n; ++l) sums[r * columns + l] = 0;
+    }
   }
-  finish_lanes<T, bytes>(p, i, j, 0, n, sums);
+  if (n == columns) return finish<width, typename Vector<T, bytes>::type>(p, sums, columns, rows, i, j);
+  finish_lanes<T, bytes>(p, sums, columns, rows, i, j, n);
 }
 
 // Of which rows of B a panel of columns has elements that are not 0.
@@ -243,22 +256,15 @@ GENFUSE_HD void panel(const Product<T>& p, int64_t first, int64_t last, int64_t 
         } else {
           Level::template tile<T, rows, width, false>(a, a_of.column, room.packed.data(), seen ? depth : 0, add, to);
         }
-        if (ends) {
-          for (int r = 0; r < rows; ++r) finish_row<T, bytes>(p, i + r, j, n, to + r * columns);
-        }
-        i += rows;
+        return rows;
       };
-      if (left >= tall) {
-        run(std::integral_constant<int, tall>());
-      } else if (tall > 8 && left >= 8) {
-        run(std::integral_constant<int, 8>());
-      } else if (left >= 4) {
-        run(std::integral_constant<int, 4>());
-      } else if (left >= 2) {
-        run(std::integral_constant<int, 2>());
-      } else {
-        run(std::integral_constant<int, 1>());
-      }
+      const int rows = left >= tall            ? run(std::integral_constant<int, tall>())
+                       : tall > 8 && left >= 8 ? run(std::integral_constant<int, 8>())
+                       : left >= 4             ? run(std::integral_constant<int, 4>())
+                       : left >= 2             ? run(std::integral_constant<int, 2>())
+                                               : run(std::integral_constant<int, 1>());
+      if (ends) finish_tile<T, bytes, width>(p, to, rows, i, j, n);
+      i += rows;
     }
     if (ends) return;
     add = true, k += depth;
