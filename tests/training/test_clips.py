@@ -12,6 +12,7 @@ from genfuse.cli import main
 from genfuse.cli.train import _summary
 from genfuse.data import Dataset, Split, augmented
 from genfuse.errors import SettingsError
+from genfuse.metrics import extractor, frechet_distance, train_features
 from genfuse.plots import animation
 
 
@@ -48,6 +49,13 @@ def test_an_animation_has_every_frame(tmp_path):
             assert bright.min() // 13 == i  # each cell is enlarged to 13 pixels
 
 
+def test_a_model_that_sees_clips_as_vectors_says_so_before_it_is_trained(clips):
+    assert list(genfuse.create("edm", clips, channels=(8, 8)).doubts(clips)) == []
+    for name in ("vae", "gan", "realnvp"):
+        [doubt] = genfuse.create(name, clips).doubts(clips)
+        assert f"this {name} see the 384 cells of a clip as a vector" in doubt
+
+
 def test_models_that_take_no_clips_refuse_them(clips, tmp_path, capsys):
     with pytest.raises(SettingsError, match="cannot make examples of shape"):
         genfuse.create("wgan-gp", clips, network="dcgan")
@@ -77,6 +85,8 @@ def test_clips_of_ones_own_go_from_a_file_to_pictures(channels, last, tmp_path, 
     with Image.open("pairs.png") as pairs, Image.open("between.png") as between:
         assert pairs.height > 4 * pairs.width  # 40 rows of four frames and a name
         assert between.width < between.height < 1.2 * between.width  # 6 rows of four frames
+    assert main(["evaluate", "run", "--features", "random-conv"]) == 0
+    assert "random-conv: 64 features" in capsys.readouterr().out
     assert main(["score", "run", "images:clips.npy", "--out", "odd.csv"]) == 0
     assert len((tmp_path / "odd.csv").read_text().splitlines()) == 21
     capsys.readouterr()
@@ -85,6 +95,22 @@ def test_clips_of_ones_own_go_from_a_file_to_pictures(channels, last, tmp_path, 
     np.save("clips.npy", frames.astype(np.float32) / 255)
     assert main(["data", "describe", "images:clips.npy"]) == 2
     assert "clips.npy, frames: expected whole numbers 0..255" in capsys.readouterr().err
+
+
+def test_features_of_clips_see_all_frames_and_tell_them_from_noise():
+    x = torch.zeros(160, 4, 1, 12, 12, dtype=torch.uint8)
+    for i in range(160):  # a square that moves to the right
+        for t in range(4):
+            x[i, t, 0, i % 8 : i % 8 + 4, 2 * t : 2 * t + 4] = 255
+    data = Dataset("squares", {"train": Split(x[:80]), "test": Split(x[80:])}, levels=256)
+    extract = extractor("auto", data)
+    features = extract.of_samples(x[80:] / 255)
+    assert (extract.name, features.shape) == ("random-conv", (80, 64))
+    backwards, noise = extract.of_samples(x[80:].flip(1) / 255), extract.of_samples(torch.rand(80, *data.shape))
+    same = frechet_distance(extract.of_samples(x[:80] / 255), features)
+    assert 100 * same < frechet_distance(backwards, features) < frechet_distance(noise, features)
+    labelled = {part: Split(x[:80] if part == "train" else x[80:], torch.arange(80) % 8) for part in ("train", "test")}
+    assert train_features(Dataset("squares", labelled, levels=256, classes=8), steps=60)[1] > 0.9
 
 
 def test_the_frames_of_a_clip_are_mirrored_and_moved_alike():

@@ -74,9 +74,9 @@ def evaluate(
         run: run folder
         samples: K of the IWAE bound: importance samples per example
         limit: use N examples of each split, by chance and always the same, for all but the samples; of codes, N in all
-        features: what the metrics of samples compare: columns (tables); pixels, random-conv, inception (images);
-            classifier, which `genfuse train-features` trains; auto: the classifier if there is one, else random-conv or
-            columns
+        features: what the metrics of samples compare: columns (tables); pixels, random-conv (images, clips); inception
+            (images); classifier, which `genfuse train-features` trains; auto: the classifier if there is one, else
+            random-conv or columns
         n: samples to draw, and real examples to compare them with; 0: measure no samples
         metrics: of samples and codes, of `genfuse list metrics`, those of other packages too
         seed: of the samples, and of what metrics draw

@@ -56,11 +56,12 @@ def extractor(
     """The extractor ``name`` for examples of ``data``, with its network, if any, on ``device``.
 
     - ``columns``: the values themselves, of a table its standardized columns;
-    - ``pixels``: the values of an image, in [0, 1];
-    - ``random-conv``: 64 features of a convolution network with random weights, always the same ones;
+    - ``pixels``: the values of an image or a clip, in [0, 1];
+    - ``random-conv``: 64 features of a convolution network with random weights, always the same ones, which has the
+      frames of a clip as channels;
     - ``classifier``: the 64 features before the last layer of the network that `train_features` trained on ``data``;
     - ``inception``: what the TorchScript module in the file ``inception_weights`` makes of uint8 RGB images;
-    - ``auto``: the classifier if there is one, else random-conv for images and columns for all else.
+    - ``auto``: the classifier if there is one, else random-conv for images and clips, and columns for all else.
 
     Raises SettingsError for a name that is unknown or has no meaning for the data, for a classifier that is yet to be
     trained, and for a file of weights that is missing or not what is wanted.
@@ -69,8 +70,9 @@ def extractor(
         raise SettingsError(f"features must be one of {', '.join(FEATURES)}; got {name!r}")
     if name == "auto":
         trained = data.classes is not None and classifier_path(data).is_file()
-        name = "classifier" if trained else "random-conv" if data.is_image else "columns"
-    if name in ("pixels", "random-conv", "inception") and not data.is_image:
+        name = "classifier" if trained else "random-conv" if data.is_image or data.is_clip else "columns"
+    seen = data.is_image or (data.is_clip and name != "inception")
+    if name in ("pixels", "random-conv", "inception") and not seen:
         raise SettingsError(
             f"features {name!r} are of images, but the data set {data.name!r} has examples of shape {data.shape}: "
             "use columns, or classifier if there are labels"
@@ -118,8 +120,8 @@ def train_features(
 ) -> tuple[Path, float]:
     """Train the classifier of ``data`` and store it; returns its file and its accuracy on the test split.
 
-    A small convolution network for images, an MLP for all else, trained on the training split by Adam with a learning
-    rate that falls from 1e-3 to 0. The file is safetensors, with the facts of the training as JSON in its header.
+    A small convolution network for images and clips, an MLP for all else, trained on the training split by Adam with a
+    learning rate that falls from 1e-3 to 0. The file is safetensors, with the facts of the training in its header.
     Torch's global generators are left as they were. Raises DataError for data without labels of two classes or more,
     and SettingsError if the file exists, unless ``overwrite``.
     """
@@ -183,7 +185,7 @@ def train_missing(name: str, data: Dataset, device: torch.device | str, say: Cal
     By those, noise can be nearer to real images than images are that one can read.
     """
     labelled = (data.classes or 0) > 1 and all(data.splits[part].y is not None for part in ("train", "test"))
-    if name == "auto" and data.is_image and labelled and not classifier_path(data).is_file():
+    if name == "auto" and (data.is_image or data.is_clip) and labelled and not classifier_path(data).is_file():
         say(f"training a classifier of {data.name}, by whose features samples are judged")
         passes = 200 * math.ceil(len(data.splits["train"]) / 128)  # what is few is learned by then
         few: Any = {"steps": passes} if passes < 2000 else {}
@@ -192,8 +194,8 @@ def train_missing(name: str, data: Dataset, device: torch.device | str, say: Cal
 
 def _classifier(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Ends in an MLP, whose last layer makes the logits (N, classes) of the features (N, WIDTH)."""
-    if len(shape) == 3:
-        return conv_encoder(shape, _channels(shape), (WIDTH,), classes)
+    if len(shape) in (3, 4):
+        return _convolutions(shape, (WIDTH,), classes)
     return nn.Sequential(nn.Flatten(), mlp([torch.Size(shape).numel(), 256, WIDTH, classes]))
 
 
@@ -211,10 +213,13 @@ def _scale(network: nn.Sequential, x: Tensor) -> None:
     logits.weight.mul_(size)
 
 
-def _channels(shape: tuple[int, ...]) -> list[int]:
-    """32, 64, ... for as many halvings as leave a side of 4 to 7, of large images up to 5."""
-    side = min(shape[1:])
-    return [32 * 2**stage for stage in range(min(5, max(1, side.bit_length() - 2)))]
+def _convolutions(shape: tuple[int, ...], hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Images (N, C, H, W), or clips (N, T, C, H, W) whose frames are channels -> (N, outputs). Has 32, 64, ... channels
+    for as many halvings as leave a side of 4 to 7, of large images up to 5."""
+    *planes, height, width = shape
+    channels = [32 * 2**stage for stage in range(min(5, max(1, min(height, width).bit_length() - 2)))]
+    network = conv_encoder((math.prod(planes), height, width), channels, hidden, outputs)
+    return network if len(planes) == 1 else nn.Sequential(nn.Flatten(1, 2), *network)
 
 
 def _each_channel(network: nn.Module, data: Dataset) -> Callable[[Tensor], Tensor]:
@@ -257,7 +262,7 @@ def _load_classifier(data: Dataset) -> tuple[nn.Sequential, float]:
 def _random_network(shape: tuple[int, ...]) -> nn.Module:
     """Weights N(0, 2 / fan-in), which keep the size of what passes through (arXiv 1502.01852); biases 0."""
     with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be replaced
-        network = conv_encoder(shape, _channels(shape), (), WIDTH)  # type: ignore[arg-type]
+        network = _convolutions(shape, (), WIDTH)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():

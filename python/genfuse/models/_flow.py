@@ -156,6 +156,7 @@ class FlowModel(GenerativeModel):
         return ("log_prob",) if self.dequantize is None else ("elbo", "bits_per_dim")
 
     def doubts(self, data: Dataset) -> Iterator[str]:
+        yield from super().doubts(data)
         cells, name = math.prod(data.shape), self.plugin or "flow"
         if data.is_image and any(isinstance(part, nn.Conv2d) for part in self.flow.modules()):
             if cells > MANY:
