@@ -141,6 +141,14 @@ def test_dataframes_of_other_kinds_are_read(tmp_path):
     assert load_data(frame["seen", "for"].dt.total_seconds()).shape == (1,)
 
 
+@pytest.mark.parametrize("cell", [[1.0, 2.0], {"a": 1}, np.zeros(2), 1 + 2j])
+def test_cells_of_a_dataframe_that_have_parts_are_refused_by_place(cell):
+    frame = pd.DataFrame({"age": np.arange(40) % 7, "size": [1.5] * 39 + [cell]}, index=range(100, 140))
+    with pytest.raises(DataError, match=r"row 1(00|39), column 2 \(size\): expected a number, a word or a date; got a"):
+        load_data(frame)
+    assert load_data(frame, drop="size").shape == (1,)
+
+
 def test_notebooks_show_rows_in_words(tmp_path):
     data = load(tmp_path, people())
     shown = data._repr_html_()

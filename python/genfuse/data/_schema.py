@@ -392,6 +392,14 @@ def _column(
     frame: "pd.DataFrame", name: str, origin: str, kind: str, form: str, decimal: str, asked: bool
 ) -> Column | tuple[str, str]:
     """What a column is; if it is to be left out its name and the reason."""
+    cells = frame[name]
+    if cells.dtype.kind in "Oc" and (parts := cells.map(_has_parts).to_numpy(bool)).any():
+        row = int(parts.argmax())
+        raise DataError(
+            f"{origin}, {place(frame, row, name)}: expected a number, a word or a date; got a "
+            f"{type(cells.iloc[row]).__name__}: give each of its parts a column of its own, or leave it out by "
+            f"--data.drop {shlex.quote(joined([name]))}"
+        )
     present, gone = stripped(frame[name])
     there = present[~gone]
     missing = bool(gone.any())
@@ -471,6 +479,11 @@ def _column(
             + _typed(name, "category")
         )
     return Column(name, "category", tuple(in_order(different)), missing=missing)
+
+
+def _has_parts(cell: Any) -> bool:
+    """Whether a cell of a DataFrame has parts, as a list has and a complex number."""
+    return bool(np.iscomplexobj(cell) or (np.iterable(cell) and not isinstance(cell, (str, bytes))))
 
 
 def _numeric(name: str, values: np.ndarray, missing: bool = False, kind: str = "", asked: bool = True) -> Any:

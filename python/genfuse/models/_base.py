@@ -559,8 +559,8 @@ class GenerativeModel(nn.Module):
         """What a user should know before this model is trained on ``data``: each is told as a TrainingWarning."""
         if data.is_clip and not any(isinstance(part, nn.Conv2d) for part in self.modules()):
             yield (
-                f"the networks of this {self.plugin or type(self).__name__} see the {math.prod(data.shape):,} cells of a "
-                "clip as a vector: what it draws are scattered cells. For samples to look at use edm"
+                f"the networks of this {self.plugin or type(self).__name__} see the {math.prod(data.shape):,} cells of "
+                "a clip as a vector: what it draws are scattered cells. For samples to look at use edm"
             )
 
     def watch(self, player: str, step: int, terms: dict[str, float]) -> dict[str, str]:
