@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from genfuse.integrations import _networks
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest value, and at least of 1
 
 
@@ -32,9 +34,10 @@ def _results(run, wrt):
 
 
 @pytest.fixture
-def same(dtype):
+def same(dtype, monkeypatch):
     """`same(peer, run, *what)`: hold what `run` returns, and its gradients in tensors and models, against the patched
-    peer's, or the errors of both; how many calls were served and left is the report that it returns."""
+    peer's, or the errors of both; how many calls were served and left is the report that it returns. Masked networks
+    have their units as they are, and then sorted."""
 
     def check(peer, run, *what, raises=False):
         wrt = [p for each in what for p in (each.parameters() if isinstance(each, nn.Module) else [each])]
@@ -42,12 +45,15 @@ def same(dtype):
         with peer.patch():
             ours = _results(run, wrt)
             report = peer.report()
+            monkeypatch.setattr(_networks, "ROWS", 1)
+            sorted_ = _results(run, wrt)
+            monkeypatch.undo()
         assert isinstance(theirs, tuple) == raises, theirs
         if raises:
-            assert ours == theirs
+            assert ours == theirs == sorted_
             return report
-        assert len(ours) == len(theirs)
-        for our, their in zip(ours, theirs, strict=True):
+        assert len(ours) == len(theirs) == len(sorted_)
+        for our, their in zip((*ours, *sorted_), (*theirs, *theirs), strict=True):
             assert our.shape == their.shape
             assert our.dtype is their.dtype
             bound = TOLERANCE[dtype] * max(1.0, float(their.abs().max())) if their.numel() else 0

@@ -12,6 +12,7 @@ zuko = pytest.importorskip("zuko", reason="zuko is not installed")
 
 from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
+from genfuse.integrations import _networks
 from genfuse.integrations import zuko as peer
 
 SPLINE, AFFINE = "MonotonicRQSTransform", "MonotonicAffineTransform"
@@ -187,6 +188,42 @@ def test_too_few_passes_stay_too_few(same):
     x = torch.randn(9, 3)
     report = same(peer, lambda: layer().inv(x), layer)
     assert report.left["AutoregressiveTransform._inverse"] == {"fewer passes than the inverse takes": 1}
+
+
+def test_what_masks_hide_of_many_rows_is_not_multiplied(same, monkeypatch):
+    seen, mlp = [], _networks.ops.mlp
+    monkeypatch.setattr(_networks.ops, "mlp", lambda *args, **options: seen.append(options) or mlp(*args, **options))
+    flow = zuko.flows.MAF(5, transforms=2, hidden_features=(64, 64))
+    x = torch.randn(_networks.ROWS, 5)
+    with peer.patch():
+        flow().log_prob(x)
+        few = [options.get("counts") for options in seen]
+        flow().log_prob(x[1:])
+    weights = sum(layer.weight.numel() for layer in flow.transform.transforms[0].hyper if hasattr(layer, "weight"))
+    assert all(0.3 * weights < counts.sum() < 0.7 * weights for counts in few)
+    assert len(few) == 2
+    assert not any("counts" in options for options in seen[2:])
+    monkeypatch.undo()
+    same(peer, lambda: flow().log_prob(x), flow)
+
+
+def test_masks_of_stacked_models_are_their_own(dtype):
+    class Layer(nn.Module):
+        def __init__(self, order):
+            super().__init__()
+            self.layer = zuko.flows.MaskedAutoregressiveTransform(4, order=order)
+
+        def forward(self, x):
+            return self.layer()(x)
+
+    layers = [Layer(order) for order in ([0, 1, 2, 3], [3, 1, 0, 2])]
+    params, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(_networks.ROWS, 4)
+    run = torch.func.vmap(lambda *state: torch.func.functional_call(layers[0], state, (x,)))
+    wanted = run(params, buffers)
+    torch.testing.assert_close(wanted, torch.stack([layer(x) for layer in layers]))
+    with peer.patch():
+        torch.testing.assert_close(run(params, buffers), wanted)
 
 
 def test_masks_that_are_loaded_count(same):

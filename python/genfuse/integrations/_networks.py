@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 
 from genfuse import ops
@@ -20,8 +21,27 @@ class _Order(NamedTuple):
     passes: int  # of the whole network that an inverse by repetition takes
 
 
+class _Sorted(NamedTuple):
+    """Masked layers with units in the order of how many inputs they see: what a unit does not see comes last."""
+
+    units: list[Tensor]  # of each hidden layer
+    cells: list[Tensor]  # where the weights of each layer come from
+    counts: Tensor  # of each unit of all layers, how many it sees, the first ones
+    whole: list[bool]  # of each layer, whether that is all that its mask says
+
+
+ROWS = 128  # fewer do not pay for the sorting of weights
+
 _masks: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = WeakKeyDictionary()
+_sortings: WeakKeyDictionary[nn.Module, tuple[tuple, _Sorted | None]] = WeakKeyDictionary()
 _orders: WeakKeyDictionary[nn.Module, tuple[tuple, _Order]] = WeakKeyDictionary()
+
+
+def _is_read(*masks: Any) -> bool:
+    """Whether masks can be looked at: they are there, are not traced, and stand for no others, as under vmap."""
+    return not torch.compiler.is_compiling() and all(
+        type(mask) is Tensor and not is_functorch_wrapped_tensor(mask) for mask in masks
+    )
 
 
 def _state(mask: Tensor) -> tuple[int, int]:
@@ -32,7 +52,7 @@ def _state(mask: Tensor) -> tuple[int, int]:
 def masked_weight(layer: Any) -> Tensor:
     """A masked linear layer's weight times its mask, which is converted to numbers once."""
     mask, weight = layer.mask, layer.weight
-    if mask.dtype is weight.dtype or torch.compiler.is_compiling():
+    if mask.dtype is weight.dtype or not _is_read(mask):
         return mask * weight
     key = *_state(mask), weight.dtype
     known = _masks.get(layer)
@@ -61,13 +81,54 @@ def check_served(x: Tensor, *modules: nn.Module) -> None:
     check_plain(*modules)
 
 
-def mlp(x: Tensor, layers: Sequence[Any], **options: Any) -> Tensor:
+def mlp(x: Tensor, layers: Sequence[Any], *, residual: bool = False, **options: Any) -> Tensor:
     """`ops.mlp` of linear layers, which may have masks."""
     check_served(x, *layers)
-    weights = [masked_weight(layer) if "mask" in layer._buffers else layer.weight for layer in layers]
-    if any(layer.bias is None or w.dim() != 2 for w, layer in zip(weights, layers, strict=True)):
+    if any(layer.bias is None or layer.weight.dim() != 2 for layer in layers):
         raise Left("layers without biases, or stacked")
-    return ops.mlp(x, weights, [layer.bias for layer in layers], **options)
+    masks, biases = [layer._buffers.get("mask") for layer in layers], [layer.bias for layer in layers]
+    large = x.numel() >= ROWS * x.shape[-1] and len(layers) > 1
+    by = _sorted(layers, masks, residual) if large and _is_read(*masks) else None
+    whole = [mask is None for mask in masks] if by is None else by.whole
+    weights = [layer.weight if each else masked_weight(layer) for each, layer in zip(whole, layers, strict=True)]
+    if by is not None:
+        weights = [w.flatten().index_select(0, c).view_as(w) for w, c in zip(weights, by.cells, strict=True)]
+        biases = [*(b.index_select(0, u) for b, u in zip(biases, by.units, strict=False)), biases[-1]]
+        if options.get("added") is not None:
+            options["added"] = options["added"].index_select(-1, by.units[0])
+        options["counts"] = by.counts
+    return ops.mlp(x, weights, biases, residual=residual, **options)
+
+
+def _sorted(layers: Sequence[nn.Module], masks: Sequence[Any], residual: bool) -> _Sorted | None:
+    """How masked layers are sorted; None if that leaves out less than a fifth of their weights."""
+    key = residual, *map(_state, masks)
+    known = _sortings.get(layers[0])
+    if known is None or known[0] != key:
+        known = _sortings[layers[0]] = key, _sorting(masks, residual)
+    return known[1]
+
+
+def _sorting(masks: Sequence[Tensor], residual: bool) -> _Sorted | None:
+    before = torch.arange(masks[0].shape[1])
+    sees = torch.eye(len(before), dtype=torch.float32)
+    every, cells, counts = list[Tensor](), list[Tensor](), list[Tensor]()
+    for i, mask in enumerate(masks):
+        sees = (((mask != 0).float() @ sees) > 0).float()  # of what the inputs are
+        if i == len(masks) - 1:
+            units = torch.arange(len(mask))
+        elif residual and i > 0 and i % 2 == 0:  # what blocks add has the order of what they add to
+            units = every[0]
+        else:
+            units = sees.sum(1).argsort(stable=True)
+        cells.append((units[:, None] * mask.shape[1] + before).flatten())
+        counts.append(((mask != 0)[units][:, before] * torch.arange(1, mask.shape[1] + 1)).amax(1))
+        every.append(units)
+        before = units
+    if sum(int(c.sum()) for c in counts) > 0.8 * sum(mask.numel() for mask in masks):
+        return None
+    whole = [int(c.sum()) == int((mask == 1).sum()) for c, mask in zip(counts, masks, strict=True)]
+    return _Sorted(every[:-1], cells, torch.cat(counts), whole)
 
 
 def sequential(x: Tensor, modules: Sequence[nn.Module], kind: type = nn.Linear) -> Tensor:
@@ -143,6 +204,8 @@ def inverse(
     check_plain(*net.modules())
     features = y.shape[1]
     masks = [layer.mask for layer in layers]
+    if not _is_read(*masks):
+        raise Left("masks of several models at once")
     key = (residual, *map(_state, masks))
     known = _orders.get(net)
     if known is None or known[0] != key:
