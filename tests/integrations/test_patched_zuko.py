@@ -207,6 +207,16 @@ def test_what_masks_hide_of_many_rows_is_not_multiplied(same, monkeypatch):
     same(peer, lambda: flow().log_prob(x), flow)
 
 
+def test_what_is_kept_of_masks_in_inference_mode_serves_training(dtype):
+    flow, x = zuko.flows.NSF(3, transforms=2), torch.randn(_networks.ROWS, 3)
+    with peer.patch():
+        with torch.inference_mode():
+            flow().log_prob(x)
+            flow().sample((4,))
+        (-flow().log_prob(x).mean() + flow().rsample((4,)).sum()).backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
 def test_masks_of_stacked_models_are_their_own(dtype):
     class Layer(nn.Module):
         def __init__(self, order):

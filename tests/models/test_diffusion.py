@@ -663,3 +663,23 @@ def test_samples_of_a_toy_are_about_as_near_as_two_real_samples(name, toy):
     # Draws of real data alone vary from 0.7 to 1.35 of the floor.
     samples = [model.sample(5000, generator=seeded(k)) for k in range(10)]
     assert sum(sliced_wasserstein(x, real) for x in samples) / 10 < 1.5 * floor
+
+
+@pytest.mark.parametrize("labels", [{}, CLASSES], ids=["", "labels"])
+@pytest.mark.parametrize(
+    ("name", "shape", "levels", "settings"),
+    [("edm", (2,), None, {}), ("edm", (1, 8, 8), 17, {}), ("score", (2,), None, {"objective": "sliced"})],
+)
+def test_likelihoods_and_losses_are_the_same_in_inference_mode(name, shape, levels, settings, labels):
+    model = scrambled(name, shape, levels, **settings, **labels)
+
+    def measured():
+        torch.manual_seed(1)
+        x, y = torch.rand(3, *shape), torch.arange(3) if labels else None  # inference tensors, within
+        loss = model.loss(Batch(x, y))[0]
+        return loss.detach(), (model.elbo if levels else model.log_prob)(x, y, tolerance=1e-3)
+
+    wanted = measured()
+    with torch.inference_mode():
+        found = measured()
+    torch.testing.assert_close(found, wanted)

@@ -27,6 +27,7 @@ Prior = tuple[Tensor, Tensor]
 EXACT = 8  # dimensions up to which the trace of a Jacobian is computed and not estimated
 
 
+@torch.inference_mode(False)  # within which there are no gradients in x
 @torch.no_grad()
 def log_prob(
     denoiser: Denoise,
@@ -60,6 +61,7 @@ def log_prob(
     return value, torch.zeros_like(value) if exact else error
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def elbo(
     denoiser: Denoise,
@@ -182,7 +184,9 @@ def _flow_log_prob(
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             y = state[0].detach().requires_grad_()
             if not (denoised := denoiser(y * scale, sigma)).requires_grad:
-                raise SettingsError("the denoiser must be differentiable in x: take it out of torch.no_grad and detach")
+                raise SettingsError(
+                    "the denoiser must be differentiable in x: take it out of torch.no_grad, inference_mode and detach"
+                )
             divergence = y[0].numel() / (scale * scale) - _divergence(denoised, y, probe) / scale
         return (y / (scale * scale) - denoised / scale).detach(), divergence  # dy / dlog sigma, (N, *shape)
 

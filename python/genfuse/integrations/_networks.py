@@ -57,7 +57,8 @@ def masked_weight(layer: Any) -> Tensor:
     key = *_state(mask), weight.dtype
     known = _masks.get(layer)
     if known is None or known[0] != key:
-        known = _masks[layer] = key, mask.to(weight.dtype)
+        with torch.inference_mode(False):  # what is kept is kept for training, too
+            known = _masks[layer] = key, mask.to(weight.dtype)
     return known[1] * weight
 
 
@@ -105,7 +106,8 @@ def _sorted(layers: Sequence[nn.Module], masks: Sequence[Any], residual: bool) -
     key = residual, *map(_state, masks)
     known = _sortings.get(layers[0])
     if known is None or known[0] != key:
-        known = _sortings[layers[0]] = key, _sorting(masks, residual)
+        with torch.inference_mode(False):
+            known = _sortings[layers[0]] = key, _sorting(masks, residual)
     return known[1]
 
 
@@ -209,8 +211,9 @@ def inverse(
     key = (residual, *map(_state, masks))
     known = _orders.get(net)
     if known is None or known[0] != key:
-        last = masks[-1] if rows is None else masks[-1][rows]
-        known = _orders[net] = key, _order([masks[0][:, :features], *masks[1:-1], last], residual)
+        with torch.inference_mode(False):
+            last = masks[-1] if rows is None else masks[-1][rows]
+            known = _orders[net] = key, _order([masks[0][:, :features], *masks[1:-1], last], residual)
     order = known[1]
     if passes is not None and passes < order.passes:
         raise Left("fewer passes than the inverse takes")

@@ -358,6 +358,7 @@ class DiffusionModel(GenerativeModel):
         """log p(x) of real-valued x, (N,) nats, by the probability-flow ODE: `log_prob_and_error` without the error."""
         return self.log_prob_and_error(x, y, **options)[0]
 
+    @torch.inference_mode(False)  # what is given, too, is seen by networks that are differentiated
     def log_prob_and_error(self, x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """log p(x) of real-valued x and its standard error, (N,) nats each, by the probability-flow ODE, arXiv
         2011.13456, section 4.3, with the options of `genfuse.diffusion.likelihood.log_prob`. It is the density of what
@@ -375,6 +376,7 @@ class DiffusionModel(GenerativeModel):
         """A lower bound of log P(x) of discrete x, (N,) nats: `elbo_and_error` without the error."""
         return self.elbo_and_error(x, y, **options)[0]
 
+    @torch.inference_mode(False)
     def elbo_and_error(self, x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """A lower bound of log P(x) of discrete x and the standard error of its estimate, (N,) nats each.
 

@@ -74,6 +74,10 @@ class ScoreModel(DiffusionModel):
         random signs v (arXiv 1905.07088, section 3), which is the same less 1 in expectation."""
         if self.objective == "denoising":
             return super().loss(batch, player)
+        return self._sliced(batch), {}
+
+    @torch.inference_mode(False)
+    def _sliced(self, batch: Batch) -> Tensor:
         denoiser = self._present()
         x0, context = self._trained_on(batch.x), self._training_context(batch)
         sigma = self.draw_sigmas(len(x0))
@@ -82,4 +86,4 @@ class ScoreModel(DiffusionModel):
             v = torch.randn_like(x).sign()
             f = at_least_float32(denoiser.prediction(x, sigma, context))
             slope = torch.autograd.grad((f * v).sum(), x, create_graph=self.training)[0]
-        return (f.square() - 2 * sigma[:, None] * v * slope).mean(), {}
+        return (f.square() - 2 * sigma[:, None] * v * slope).mean()
