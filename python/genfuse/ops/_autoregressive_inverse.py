@@ -32,7 +32,7 @@ class Settings(NamedTuple):
 
     @property
     def spline(self) -> _spline.Settings:
-        return _spline.Settings(self.bins, self.bound, self.tails, True, *self[4:8], self.slope)
+        return _spline_of(self)
 
     @property
     def params(self) -> int:
@@ -45,6 +45,12 @@ class Settings(NamedTuple):
             by_coordinate = params.unflatten(1, (y.shape[1], self.params))
             return _spline._fused(y, by_coordinate, None, *self.spline.arguments)
         return _affine_coupling._fused(y, params, factor, None, 0, self.scale, self.slope, True, False, True)
+
+
+def _spline_of(s: Settings) -> _spline.Settings:  # a function, as PyTorch 2.6 does not compile properties of tuples
+    return _spline.Settings(
+        s.bins, s.bound, s.tails, True, s.min_width, s.min_height, s.min_derivative, s.damping, s.slope
+    )
 
 
 def _adds(layer: int, residual: bool) -> bool:
@@ -374,8 +380,9 @@ def autoregressive_inverse(
     least = (slope or 0.0) if bins else least
     settings = Settings(scale, bins, float(bound), tails, w, h, derivative, damping, residual, least)
     if bins:
-        _spline.check_settings(settings.spline)
-        _spline.check_inside(y, "y", settings.spline)
+        spline = _spline_of(settings)
+        _spline.check_settings(spline)
+        _spline.check_inside(y, "y", spline)
     if not len(bounds):
         raise ValueError("bounds must be of at least one hidden layer, got none")
     if not len(weights) == len(biases) == len(bounds) + 1:

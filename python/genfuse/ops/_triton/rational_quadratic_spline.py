@@ -96,8 +96,9 @@ def _point(
     first = linear & (bin == 0)
     last = linear & (bin == BINS - 1)
     after = tl.where(circular & (bin == BINS - 1), 0, bin + 1)
-    r0 = tl.where(first, edge, tl.load(d + bin - skipped, mask & ~first, 0.0).to(wide))
-    r1 = tl.where(last, edge, tl.load(d + after - skipped, mask & ~last, 0.0).to(wide))
+    # Not `~first`, which the interpreter of Triton 3.2 does not know.
+    r0 = tl.where(first, edge, tl.load(d + bin - skipped, mask & (first == 0), 0.0).to(wide))
+    r1 = tl.where(last, edge, tl.load(d + after - skipped, mask & (last == 0), 0.0).to(wide))
     d0, by_d0 = _derivative(r0, min_d, clip)
     d1, by_d1 = _derivative(r1, min_d, clip)
     delta = h / w
