@@ -224,7 +224,7 @@ def test_masks_of_stacked_models_are_their_own(dtype):
             self.layer = zuko.flows.MaskedAutoregressiveTransform(4, order=order)
 
         def forward(self, x):
-            return self.layer()(x)
+            return torch.cat([self.layer()(x), self.layer().inv(x)])
 
     layers = [Layer(order) for order in ([0, 1, 2, 3], [3, 1, 0, 2])]
     params, buffers = torch.func.stack_module_state(layers)

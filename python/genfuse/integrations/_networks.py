@@ -1,12 +1,11 @@
 """Networks of peers as operators take them: multilayer perceptrons, and the inverse of masked ones by one sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 
 from genfuse import ops
@@ -39,9 +38,21 @@ _orders: WeakKeyDictionary[nn.Module, tuple[tuple, _Order]] = WeakKeyDictionary(
 
 def _is_read(*masks: Any) -> bool:
     """Whether masks can be looked at: they are there, are not traced, and stand for no others, as under vmap."""
-    return not torch.compiler.is_compiling() and all(
-        type(mask) is Tensor and not is_functorch_wrapped_tensor(mask) for mask in masks
-    )
+    if torch.compiler.is_compiling() or any(type(mask) is not Tensor for mask in masks):
+        return False
+    try:
+        return all(mask.data_ptr() is not None for mask in masks)
+    except RuntimeError:  # without memory
+        return False
+
+
+def _kept(kept: WeakKeyDictionary[nn.Module, tuple[tuple, Any]], module: nn.Module, key: tuple, make: Callable) -> Any:
+    """What ``make`` gives for a module, anew if the key changes; fit for training even if made in inference mode."""
+    known = kept.get(module)
+    if known is None or known[0] != key:
+        with torch.inference_mode(False):
+            known = kept[module] = key, make()
+    return known[1]
 
 
 def _state(mask: Tensor) -> tuple[int, int]:
@@ -54,12 +65,7 @@ def masked_weight(layer: Any) -> Tensor:
     mask, weight = layer.mask, layer.weight
     if mask.dtype is weight.dtype or not _is_read(mask):
         return mask * weight
-    key = *_state(mask), weight.dtype
-    known = _masks.get(layer)
-    if known is None or known[0] != key:
-        with torch.inference_mode(False):  # what is kept is kept for training, too
-            known = _masks[layer] = key, mask.to(weight.dtype)
-    return known[1] * weight
+    return _kept(_masks, layer, (*_state(mask), weight.dtype), lambda: mask.to(weight.dtype)) * weight
 
 
 def check_plain(*modules: nn.Module) -> None:
@@ -89,7 +95,9 @@ def mlp(x: Tensor, layers: Sequence[Any], *, residual: bool = False, **options: 
         raise Left("layers without biases, or stacked")
     masks, biases = [layer._buffers.get("mask") for layer in layers], [layer.bias for layer in layers]
     large = x.numel() >= ROWS * x.shape[-1] and len(layers) > 1
-    by = _sorted(layers, masks, residual) if large and _is_read(*masks) else None
+    by: _Sorted | None = None
+    if large and _is_read(*masks):
+        by = _kept(_sortings, layers[0], (residual, *map(_state, masks)), lambda: _sorting(masks, residual))
     whole = [mask is None for mask in masks] if by is None else by.whole
     weights = [layer.weight if each else masked_weight(layer) for each, layer in zip(whole, layers, strict=True)]
     if by is not None:
@@ -101,17 +109,8 @@ def mlp(x: Tensor, layers: Sequence[Any], *, residual: bool = False, **options: 
     return ops.mlp(x, weights, biases, residual=residual, **options)
 
 
-def _sorted(layers: Sequence[nn.Module], masks: Sequence[Any], residual: bool) -> _Sorted | None:
-    """How masked layers are sorted; None if that leaves out less than a fifth of their weights."""
-    key = residual, *map(_state, masks)
-    known = _sortings.get(layers[0])
-    if known is None or known[0] != key:
-        with torch.inference_mode(False):
-            known = _sortings[layers[0]] = key, _sorting(masks, residual)
-    return known[1]
-
-
-def _sorting(masks: Sequence[Tensor], residual: bool) -> _Sorted | None:
+def _sorting(masks: Sequence[Any], residual: bool) -> _Sorted | None:
+    """How layers with these masks are sorted; None if that leaves out less than a fifth of their weights."""
     before = torch.arange(masks[0].shape[1])
     sees = torch.eye(len(before), dtype=torch.float32)
     every, cells, counts = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -207,14 +206,13 @@ def inverse(
     features = y.shape[1]
     masks = [layer.mask for layer in layers]
     if not _is_read(*masks):
-        raise Left("masks of several models at once")
-    key = (residual, *map(_state, masks))
-    known = _orders.get(net)
-    if known is None or known[0] != key:
-        with torch.inference_mode(False):
-            last = masks[-1] if rows is None else masks[-1][rows]
-            known = _orders[net] = key, _order([masks[0][:, :features], *masks[1:-1], last], residual)
-    order = known[1]
+        raise Left("masks without values of their own, as under vmap")
+
+    def ordered() -> _Order:
+        last = masks[-1] if rows is None else masks[-1][rows]
+        return _order([masks[0][:, :features], *masks[1:-1], last], residual)
+
+    order = _kept(_orders, net, (residual, *map(_state, masks)), ordered)
     if passes is not None and passes < order.passes:
         raise Left("fewer passes than the inverse takes")
     weights, biases, before = [], [], order.inputs
