@@ -55,11 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mode", action="append", choices=list(ops.MODES), help="only this one (may be repeated)")
     command.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    command.add_argument("--replay", action="store_true", help="time CUDA graphs of all sides: without launches")
     command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw time against size here")
 
     command = commands.add_parser("steps", parents=[measure], help="training steps beside PyTorch, JAX and the others")
     command.add_argument("--only", nargs="+", metavar="TEXT", help="only the steps whose name has one of these")
-    command.add_argument("--threads", choices=list(steps.SETTINGS), help="one pinned thread, or all; default: both")
+    command.add_argument("--threads", choices=["one", "all"], help="one pinned thread, or all; default: both")
     command.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
     command.add_argument("--profile", action="store_true", help="also where the time of our step goes")
     command.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios here, .svg or .png")
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         if args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no GPU here")
+        if getattr(args, "replay", False) and (args.device == "cpu" or "backward" in (args.mode or ())):
+            parser.error("--replay: only with --device cuda, of --mode forward and both")
         machine = _record.machine(args.device)
         if args.command in ("flows", "gans", "examples") and args.device == "cpu":
             machine["threads"] = "1, pinned; times are of the processor"

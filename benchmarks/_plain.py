@@ -173,7 +173,7 @@ class LULinear(nn.Module):
         self.log_diagonal, self.bias = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(features))
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        lower = self.triangles.tril(-1) + torch.eye(len(self.order))
+        lower = self.triangles.tril(-1) + torch.eye(len(self.order), device=x.device)
         upper = self.triangles.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
         weight, logdet = lower @ upper, x[0, 0].numel() * self.log_diagonal.sum()
         if x.dim() == 2:
@@ -365,8 +365,8 @@ class Diffusion(Plain):
     def draw(self, x: Tensor) -> tuple[Tensor, ...]:
         (model,) = self.model
         if hasattr(model, "sigma_of"):
-            return model.sigma_of[torch.randint(model.timesteps, (len(x),))], torch.randn_like(x)
-        return torch.exp(model.P_mean + model.P_std * torch.randn(len(x))), torch.randn_like(x)
+            return model.sigma_of[torch.randint(model.timesteps, (len(x),), device=x.device)], torch.randn_like(x)
+        return torch.exp(model.P_mean + model.P_std * torch.randn(len(x), device=x.device)), torch.randn_like(x)
 
     def loss(self, x: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:  # type: ignore[override]
         (model,) = self.model

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks._record import Bar
 
 Json = dict[str, Any]
-STEP_SETTINGS = {"one": "one pinned thread, CPU time", "all": "all threads, wall time"}
+STEP_SETTINGS = {"one": "one pinned thread, CPU time", "all": "all threads, wall time", "gpu": "GPU, wall time"}
 MODES = {"forward": "forward", "backward": "backward", "both": "forward+backward"}
 INTRODUCTION = """# Benchmarks
 
@@ -146,7 +146,8 @@ def _steps(record: Json) -> list[str]:
         rows = [row for row in record["comparisons"] if row["setting"] == setting]
         if not rows:
             continue
-        own = ["genfuse", "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"]
+        own = ["genfuse", "genfuse, CUDA graphs", "products", "PyTorch, fused Adam", "PyTorch", "torch.compile",
+               "torch.compile, CUDA graphs", "JAX"]  # fmt: skip
         own = [side for side in own if any(side in row["sides"] for row in rows)]
         failures = {
             result["failure"]: side for row in rows for side, result in row["sides"].items() if "failure" in result

@@ -35,7 +35,7 @@ class Operator:
     def arguments(self, size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
         """Those of `function`, for a size of which the first is the number of examples."""
         made = {
-            name: value.to(device, dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
             for name, value in self.example(size).items()
         }
         for name in self.learned:

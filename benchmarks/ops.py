@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks._measure import FULL, QUICK, Side, interleave, peak_memory
+from benchmarks._measure import FULL, QUICK, Side, interleave, peak_memory, replayed
 from benchmarks._record import Bar
 from benchmarks._report import MODES, describe
 from benchmarks.operators import OPERATORS, Operator
@@ -126,7 +126,8 @@ def _compare(operator: Operator, size: tuple[int, ...], args: Namespace) -> Iter
     facts = {name: check(operator, size, dtype, device, name) for name in implementations(operator, device)}
     moved = dict(zip(("forward", "backward"), operator.moved(size, dtype.itemsize), strict=True))
     moved["both"] = moved["forward"] + moved["backward"]
-    for mode in args.mode or MODES:
+    # Autograd launches a backward pass on the stream of its forward pass, so a graph has both or the latter.
+    for mode in args.mode or (["forward", "both"] if args.replay else MODES):
         inputs = operator.arguments(size, dtype, device)
         if mode != "forward" and not _differentiable(list(inputs.values())):
             continue
@@ -143,6 +144,8 @@ def _compare(operator: Operator, size: tuple[int, ...], args: Namespace) -> Iter
             if "failure" not in fact:
                 with ops.using(name):
                     sides[name] = Side(task(operator.function, inputs, mode), partial(ops.using, name))
+        if args.replay:
+            sides = {name: replayed(side) for name, side in sides.items()}
         timings = interleave(sides, device, QUICK if args.quick else FULL)
         copy = timings.pop("copy")
         for name, timing in timings.items():
@@ -212,7 +215,7 @@ def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
             for comparison in _compare(OPERATORS[name], size, args):
                 comparisons.append(comparison)
                 print(describe(comparison), flush=True)
-    settings = {"device": args.device, "dtype": args.dtype, "quick": args.quick}
+    settings = {"device": args.device, "dtype": args.dtype, "quick": args.quick, "replay": args.replay}
     record = {"command": "ops", "settings": settings, "comparisons": comparisons}
     return record, judge(comparisons, args.device, args.dtype)
 

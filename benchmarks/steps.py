@@ -32,17 +32,20 @@ from benchmarks._report import describe_step
 from benchmarks.examples import KernelNoise
 from benchmarks.ops import first_line
 from genfuse.models import Batch
-from genfuse.training.lean import lean
+from genfuse.training.lean import Graphed, lean
 from genfuse.training.process import keep_freed_memory
 
 PRODUCTS, FUSED, PLAIN, COMPILED, JAX = "products", "PyTorch, fused Adam", "PyTorch", "torch.compile", "JAX"
+GRAPHS, THEIR_GRAPHS = "genfuse, CUDA graphs", "torch.compile, CUDA graphs"
 AT_MOST = {"products": PRODUCTS, "JAX": JAX}
 EFFORT = {  # long turns, as in training, too, a step finds its weights in caches; or many, some of them undisturbed
     "one": Effort(block=0.1, rounds=(9, 31), seconds=5),
     "all": Effort(block=0.02, rounds=(9, 201), seconds=5),
+    "gpu": Effort(block=0.02, rounds=(9, 51), seconds=1.5),
 }
 LEAST = 0.2  # the quantile whose ratio is taken: what else runs on a machine only ever makes a turn longer
 RATE = 1e-5  # a step costs the same, and the model stays as it is
+WARM = 3  # steps, in which torch.compile compiles and records
 MOVED = 0.02  # of all weights before anything, by chance: a flow starts as the identity, where much is 0
 LOSS_ERROR = 1e-4  # as a share of the loss
 GRADIENT_ERROR = 1e-3  # of the gradient's norm: rounding moves examples across a ReLU's kink
@@ -191,15 +194,16 @@ class Products(TorchDispatchMode):
 
 
 class Ours:
-    """Genfuse's model, as it is trained: the player of the first step, and its optimizer."""
+    """Genfuse's model, as it is trained: the player of the first step, and its optimizer; with ``graphs`` as a training
+    by CUDA graphs has it."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu", graphs: bool = False) -> None:
         torch.manual_seed(0)
-        self.x = case.draw(case.rows, *case.settings["shape"])
+        self.x = case.draw(case.rows, *case.settings["shape"]).to(device)
         context = case.settings.get("condition", 0)
-        self.given = torch.randn(case.rows, context) if context else None
+        self.given = torch.randn(case.rows, context).to(device) if context else None
         self.batch = Batch(self.x, self.given)
-        self.model = genfuse.create(case.model, **case.settings).train()
+        self.model = genfuse.create(case.model, **case.settings).train().to(device)
         self.player, *others = self.model.players()
         self.parameters = list(self.player.parameters)
         for other in others:
@@ -208,8 +212,11 @@ class Ours:
         with torch.no_grad():
             self.loss()  # which starts what normalises activations
             for weight in self.parameters:
-                weight += MOVED * torch.randn_like(weight)
-        self.optimizer = lean(self.player.optimizer(self.parameters))  # as `training/loop.py` does
+                weight += MOVED * torch.randn(weight.shape).to(device)
+        self.optimizer = self.player.optimizer(self.parameters)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = graphs
+        lean(self.optimizer)  # as `training/loop.py` does
 
     def loss(self) -> Tensor:
         return self.model.loss(self.batch, self.player.name)[0]
@@ -253,17 +260,25 @@ def _wrong(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor
     return f"WRONG: {', '.join(wrong)}" if wrong else ""
 
 
-def sides(case: Case, compiled: bool) -> dict[str, Side | str]:
+def _graphed(case: Case) -> Side:
+    ours = Ours(case, "cuda", graphs=True)
+    step = _step(ours.loss, ours.optimizer, ours.stepped)
+    graphed = Graphed(lambda batch: step.run() or {}, case.rows)
+    return Side(lambda: graphed(ours.batch))
+
+
+def sides(case: Case, compiled: bool, device: str = "cpu") -> dict[str, Side | str]:
     """All that is compared; a side that is a text is left out, and the text says why."""
-    ours = Ours(case)
+    ours = Ours(case, device)
     x = ours.x if ours.given is None else torch.cat([ours.x, ours.given], -1)
 
-    def plain(fused: bool, compiled: bool = False) -> tuple[_plain.Plain, Side]:
-        model = case.plain(ours.model)
+    def plain(fused: bool, mode: str = "") -> tuple[_plain.Plain, Side]:
+        with torch.device(device):
+            model = case.plain(ours.model)
         _plain.load(model, ours.parameters, ours.model)
         betas = ours.optimizer.param_groups[0]["betas"]
         optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=betas, fused=fused or None)
-        loss = torch.compile(model.loss) if compiled else model.loss
+        loss = torch.compile(model.loss, mode=mode) if mode else model.loss
         return model, _step(lambda: loss(x, *model.draw(x)), optimizer, model.after_step)
 
     model, step = plain(fused=True)
@@ -271,30 +286,38 @@ def sides(case: Case, compiled: bool) -> dict[str, Side | str]:
         torch.manual_seed(1)
         noise = model.draw(x)
     torch.manual_seed(1)
-    found = _gradients(ours.loss(), ours.parameters)
-    ours.optimizer.zero_grad()
-    wanted = _gradients(model.loss(x, *noise), model.parameters())
-    model.zero_grad()
-    right = _step(ours.loss, ours.optimizer, ours.stepped)
-    result: dict[str, Side | str] = {OURS: _wrong(found, wanted) or right}
+    with torch.backends.cudnn.flags(allow_tf32=False):  # which is PyTorch's default for convolutions, on all sides
+        found = _gradients(ours.loss(), ours.parameters)
+        ours.optimizer.zero_grad()
+        wanted = _gradients(model.loss(x, *noise), model.parameters())
+        model.zero_grad()
+    wrong = _wrong(found, wanted)
+    result: dict[str, Side | str] = {OURS: wrong or _step(ours.loss, ours.optimizer, ours.stepped)}
+    if device == "cuda":
+        result[GRAPHS] = wrong or _graphed(case)
     with Products() as products:
         step.run()
     result |= {PRODUCTS: Side(products.replay, torch.no_grad), FUSED: step, PLAIN: plain(fused=False)[1]}
-    if compiled:
+    modes = {COMPILED: "default", **({THEIR_GRAPHS: "reduce-overhead"} if device == "cuda" else {})}
+    for side, mode in modes.items() if compiled else ():
         try:
-            _, step = plain(fused=True, compiled=True)
-            step.run()
-            result[COMPILED] = step
+            _, step = plain(fused=True, mode=mode)
+            for _ in range(WARM):
+                step.run()
+            result[side] = step
         except Exception as error:  # no compiler, or a formula that it cannot take: the row says why
-            result[COMPILED] = first_line(error)
-    if case.jax:
+            result[side] = first_line(error)
+    if case.jax and device == "cpu":
         result[JAX] = _peers.absent("jax") or _peers.absent("optax") or _jax_side(case, ours, noise, wanted)
     for name, make in case.peers.items():
         if reason := _peers.absent(name):
             result[name] = reason
             continue
         theirs, loss = make(ours.x, ours.given)
-        result[name] = _step(loss, torch.optim.Adam(theirs.train().parameters()))
+        result[name] = _step(loss, torch.optim.Adam(theirs.train().to(device).parameters()))
+    if device == "cuda":
+        result = {side: dataclasses.replace(what, finish=torch.cuda.synchronize) if isinstance(what, Side) else what
+                  for side, what in result.items()}  # fmt: skip
     return result
 
 
@@ -337,7 +360,7 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 def measure(name: str, setting: str, args: Namespace) -> dict[str, Any]:
     """One case as a row of the record, and printed. Each side has its time, and as how many times genfuse's."""
     keep_freed_memory()  # as every training of ours does; here of all sides
-    effort, made = QUICK if args.quick else EFFORT[setting], sides(CASES[name], args.compile)
+    effort, made = QUICK if args.quick else EFFORT[setting], sides(CASES[name], args.compile, args.device)
     running = {side: what for side, what in made.items() if isinstance(what, Side)}
     gc.collect()
     gc.freeze()  # what all sides made is no side's garbage
@@ -366,12 +389,13 @@ def run(args: Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Measure and print; each setting in a process of its own, which is pinned before JAX and OpenMP make threads."""
     names = [name for name in CASES if not args.only or any(part in name for part in args.only)]
     rows: list[dict[str, Any]] = []
-    for setting in [args.threads] if args.threads else SETTINGS:
+    settings = ["gpu"] if args.device == "cuda" else [args.threads] if args.threads else ["one", "all"]
+    for setting in settings:
         threads = {"OMP_NUM_THREADS": "1"} if setting == "one" else {}
         with patch.dict(os.environ, threads), get_context("spawn").Pool(1) as pool:
             rows += pool.apply(_in_setting, (setting, names, args))
-    settings = {"device": "cpu", "quick": args.quick}
-    return {"command": "steps", "settings": settings, "comparisons": rows}, bars(rows)
+    record = {"command": "steps", "settings": {"device": args.device, "quick": args.quick}, "comparisons": rows}
+    return record, bars(rows)
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
@@ -380,7 +404,7 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
     for row in rows:
         for key, bar in CASES[row["case"]].bars.items():
             side = AT_MOST.get(key, key)
-            if (row["setting"] == "all") != (side == PRODUCTS):
+            if row["setting"] == "gpu" or (row["setting"] == "all") != (side == PRODUCTS):
                 continue
             found = (row["sides"][each] for each in (OURS, side))
             why = next((each["failure"] for each in found if "failure" in each), "")

@@ -335,6 +335,12 @@ def test_a_twin_whose_gradient_is_wrong_gets_no_time(tmp_path, monkeypatch, caps
 SMALLEST = "vae 64-64-64-10, batch 64"
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_all_arguments_of_an_operator_are_on_the_device_that_was_asked_for(name):
+    made = OPERATORS[name].arguments(OPERATORS[name].sizes[0], torch.float32, "meta")
+    assert {value.device.type for value in made.values() if isinstance(value, torch.Tensor)} == {"meta"}
+
+
 def test_training_steps_are_timed_beside_plain_pytorch_and_their_products(tmp_path):
     path, chart, page = (tmp_path / name for name in ("record.json", "steps.svg", "page.md"))
     before = os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)
