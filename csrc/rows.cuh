@@ -1,5 +1,7 @@
 #pragma once
 // What kernels that walk over rows share: the shape of a launch, what a lane loads and stores at once, sums of rows.
+#include <cuda_pipeline_primitives.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -15,7 +17,7 @@ constexpr int64_t kMostBlocks = 1 << 20;      // of a grid that strides over its
 constexpr int64_t kManyBlocks = 1024;         // keep the largest GPU busy
 constexpr int64_t kEvenBlocks = 8192;         // and as many that its last, partly filled round costs little
 constexpr int64_t kManyRows = 1 << 16;        // keep it busy with a lane each
-constexpr int kPieces = 16;                   // of a row whose sums are of two steps, as PIECES in ops/_op.py
+constexpr int kPieces = 16;                   // at most, of a row whose sums are of two steps: PIECES in ops/_op.py
 template <class S>                            // What a lane takes at once: four values, or 16 bytes of smaller ones,
 constexpr int kPack = sizeof(S) < 4 ? 8 : 4;  // and where registers suffice two times that, 32 bytes of each array:
 template <class S>                            // loads in flight hide memory's latency.
@@ -39,6 +41,8 @@ inline int blocks_for(int lanes, int64_t rows) {
 __device__ inline int64_t first_row() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
 __device__ inline int64_t row_step() { return int64_t(gridDim.x) * blockDim.y; }
 
+__device__ inline int thread_of_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
 // The sum over the lanes of a row, for each of them. All lanes of a row call it together.
 template <class T>
 __device__ T row_sum(T sum, int lanes, int thread) {
@@ -46,18 +50,18 @@ __device__ T row_sum(T sum, int lanes, int thread) {
   const unsigned row = (~0u >> (32 - within)) << (thread % 32 & ~(within - 1));
   for (int d = within / 2; d; d /= 2) sum += __shfl_xor_sync(row, sum, d);
   if (lanes > 32) {
-    __shared__ T partial[kThreads / 32];
+    __shared__ T partial[32];
     __syncthreads();  // the previous row's partial sums have been read
     if (thread % 32 == 0) partial[thread / 32] = sum;
     __syncthreads();
     sum = 0;
-    for (int warp = 0; warp < kThreads / 32; ++warp) sum += partial[warp];
+    for (int warp = 0; warp < lanes / 32; ++warp) sum += partial[warp];
   }
   return sum;
 }
 template <class T>
 __device__ T row_sum(T sum) {
-  return row_sum(sum, blockDim.x, threadIdx.y * blockDim.x + threadIdx.x);
+  return row_sum(sum, blockDim.x, thread_of_block());
 }
 
 // The same in blocks of one dimension, for a number of lanes that is known beforehand.
@@ -82,6 +86,19 @@ __device__ T row_sum(T sum) {
 __device__ inline int64_t quotient(int64_t n, int64_t d) {
   return (n | d) >> 32 ? n / d : int64_t(uint32_t(n) / uint32_t(d));
 }
+
+// n / by for 0 <= n < 2^31, as a product (Granlund and Montgomery, "Division by invariant integers using
+// multiplication", 1994).
+struct Divisor {
+  uint32_t by, multiplier;
+  int shift = 0;
+
+  explicit Divisor(uint32_t by) : by(by) {
+    while (uint64_t(1) << shift < by) ++shift;
+    multiplier = uint32_t((((uint64_t(1) << shift) - by) << 32) / by + 1);
+  }
+  __device__ uint32_t operator()(uint32_t n) const { return (uint32_t(product(n, multiplier) >> 32) + n) >> shift; }
+};
 
 // N values in registers, as they lie in memory: all are loaded before the first is looked at.
 template <class S, int N>
@@ -211,8 +228,50 @@ __device__ Columns<S> columns(int64_t cols, const Row*... rows) {
   return {cols, blockIdx.y, gridDim.y, rows...};
 }
 
+// Rows that lie side by side in memory, `width` values each, brought into shared memory and taken back by all threads
+// of a block: 16 bytes of neighbouring memory at a time however short a row is, and as many at once as are asked for.
+// Both ends are aligned to 16 bytes.
+template <class S>
+__device__ void bring(S* shared, const S* rows, int64_t count) {
+  constexpr int kUnit = 16 / sizeof(S);
+  const int whole = int(count / kUnit);
+  for (int i = thread_of_block(); i < whole; i += kThreads) {
+    __pipeline_memcpy_async(shared + i * kUnit, rows + i * kUnit, 16);
+  }
+  for (int i = whole * kUnit + thread_of_block(); i < count; i += kThreads) shared[i] = rows[i];
+}
+__device__ inline void brought() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncthreads();
+}
+template <class S>
+__device__ void take_back(S* rows, const S* shared, int64_t count) {
+  constexpr int kUnit = 16 / sizeof(S);
+  const int whole = int(count / kUnit);
+  for (int i = thread_of_block(); i < whole; i += kThreads) {
+    __stwb(reinterpret_cast<uint4*>(rows) + i, reinterpret_cast<const uint4*>(shared)[i]);
+  }
+  for (int i = whole * kUnit + thread_of_block(); i < count; i += kThreads) rows[i] = shared[i];
+}
+
+// How many blocks share a row where any do: enough to keep the largest GPU busy, each with as much as that leaves it.
+GENFUSE_HD int pieces_for(int64_t rows) {
+  return rows > 4 * kManyBlocks / kPieces ? int(4 * kManyBlocks / rows) : kPieces;
+}
+
+// The sum over the pieces of a row of the i-th of N sums.
+template <int N, class T>
+__device__ T sum_of_pieces(const void* partial, int64_t rows, int64_t row, int i = 0) {
+  T sum = 0;
+  const int pieces = pieces_for(rows);
+  GENFUSE_UNROLL(4)
+  for (int piece = 0; piece < pieces; ++piece) sum += static_cast<const T*>(partial)[(piece * rows + row) * N + i];
+  return sum;
+}
+
 // Ends a row with finish(p, out, row, sums), of the sums over its lanes. Where blocks share the row, each keeps its own
-// in p.partial, (kPieces, rows, N), and `finish_kernel` adds them in their order.
+// in p.partial, (pieces, rows, N), and `finish_kernel` adds them in their order.
 template <int N, class T, class Problem, class Out>
 __device__ void finish_row(const Problem& p, const Out& out, int64_t row, T (&sums)[N]) {
   for (T& sum : sums) sum = row_sum(sum);
@@ -223,10 +282,8 @@ __device__ void finish_row(const Problem& p, const Out& out, int64_t row, T (&su
 template <int N, class T, class Problem, class Out>
 __global__ void finish_kernel(Problem p, Out out) {
   for (int64_t row = first_row<1>(); row < p.rows; row += row_step<1>()) {
-    T sums[N] = {};
-    for (int piece = 0; piece < kPieces; ++piece) {
-      for (int i = 0; i < N; ++i) sums[i] += static_cast<const T*>(p.partial)[(piece * p.rows + row) * N + i];
-    }
+    T sums[N];
+    for (int i = 0; i < N; ++i) sums[i] = sum_of_pieces<N, T>(p.partial, p.rows, row, i);
     finish(p, out, row, sums);
   }
 }
@@ -259,15 +316,20 @@ inline int lanes_for(int64_t rows, int64_t packs) {
   return lanes;
 }
 
+// How many lanes of one row each there are for rows of which a lane takes so many at once: of few it takes one.
+inline int64_t rows_at_once(int64_t rows, int64_t at_once) {
+  return rows < kManyRows ? rows : (rows + at_once - 1) / at_once;
+}
+
 // Calls launch(grid, threads) for kernels that take `columns` of rows. Blocks share a row where there are few long
-// ones: as many as `pieces`, if it is not 0.
+// ones: as many as `pieces`, if it is not 0. A lane takes `at_once` rows where there are many.
 template <class S, class F>
-void for_columns(int64_t rows, int64_t cols, int64_t pieces, F launch) {
+void for_columns(int64_t rows, int64_t cols, int64_t pieces, F launch, int64_t at_once = 1) {
   if (rows == 0) return;
   const int64_t packs = (cols + kWide<S> - 1) / kWide<S>;
   const int lanes = lanes_for(rows, packs);
   if (pieces == 0) pieces = std::max(int64_t(1), std::min(packs / lanes, kEvenBlocks / rows));
-  launch(dim3(blocks_for(lanes, rows), unsigned(pieces)), threads_for(lanes));
+  launch(dim3(blocks_for(lanes, rows_at_once(rows, at_once)), unsigned(pieces)), threads_for(lanes));
   check(cudaGetLastError());
 }
 
@@ -275,19 +337,19 @@ void for_columns(int64_t rows, int64_t cols, int64_t pieces, F launch) {
 template <class Problem, class Out>
 using Kernel = void (*)(Problem, Out);
 template <class Problem, class Out, class Of>
-void run_columns(const Problem& p, const Out& out, void* stream, Of of, int64_t pieces = 0) {
+void run_columns(const Problem& p, const Out& out, void* stream, Of of, int64_t pieces = 0, int64_t at_once = 1) {
   dispatch(p.dtype, [&](auto storage) {
     const Kernel<Problem, Out> kernel = of(storage);
-    for_columns<decltype(storage)>(p.rows, p.cols, pieces, [&](dim3 grid, dim3 threads) {
-      kernel<<<grid, threads, 0, cudaStream_t(stream)>>>(p, out);
-    });
+    for_columns<decltype(storage)>(
+        p.rows, p.cols, pieces,
+        [&](dim3 grid, dim3 threads) { kernel<<<grid, threads, 0, cudaStream_t(stream)>>>(p, out); }, at_once);
   });
 }
 
 // The same for kernels that end with `finish_row`, of N sums.
 template <int N, class Problem, class Out, class Of>
-void run_sums(const Problem& p, const Out& out, void* stream, Of of) {
-  run_columns(p, out, stream, of, p.partial ? kPieces : 1);
+void run_sums(const Problem& p, const Out& out, void* stream, Of of, int64_t at_once = 1) {
+  run_columns(p, out, stream, of, p.partial ? pieces_for(p.rows) : 1, at_once);
   if (!p.partial) return;
   dispatch(p.dtype, [&](auto storage) {
     const Kernel<Problem, Out> kernel = finish_kernel<N, compute_t<decltype(storage)>>;

@@ -7,34 +7,105 @@ namespace {
 
 using namespace affine_coupling;
 
-// A row is an example where it has one cell, a channel of one where it has many: then threads are for cells.
-template <bool Images, class S>
-__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Forward out) {
+template <class T>
+struct Parameters {
+  T scale, shift;
+};
+template <class T>
+__device__ Parameters<T> parameters(const Problem& p, int64_t channel) {
+  return {scale<Kind::exp>(static_cast<const T*>(p.log_scale)[channel], p.inverse),
+          static_cast<const T*>(p.shift)[channel]};
+}
+
+// The log-determinant is one for all examples. A block sums for those that it writes.
+template <class T>
+__device__ void write_logdet(const Problem& p, const Forward& out) {
+  const int thread = thread_of_block();
+  const int64_t block = blockIdx.x + int64_t(blockIdx.y) * gridDim.x, blocks = int64_t(gridDim.x) * gridDim.y;
+  if (block * kThreads >= p.rows) return;
+  T sum = 0;
+  for (int64_t c = thread; c < p.channels; c += kThreads) sum += static_cast<const T*>(p.log_scale)[c];
+  sum = T(p.cells) * row_sum(sum, kThreads, thread);
+  for (int64_t i = block * kThreads + thread; i < p.rows; i += blocks * kThreads) {
+    static_cast<T*>(out.logdet)[i] = p.inverse ? -sum : sum;
+  }
+}
+
+// Features: some examples side by side, so many that they end where 16 bytes do, are one line of `fold` times as many
+// columns. A thread keeps to its columns, whose parameters it has at hand, and takes some lines at once.
+struct Lines {
+  int64_t fold, width, count;
+
+  Lines(const Problem& p, int pack, int64_t widest) : fold(1) {
+    while (p.channels * fold % pack && 2 * fold * p.channels <= widest && p.x_stride == p.channels) fold *= 2;
+    width = fold * p.channels;
+    count = (p.rows + fold - 1) / fold;
+  }
+  template <int N>  // of the columns from one on, those that there are
+  __device__ Range range(const Problem& p, int64_t line, int64_t column) const {
+    const int64_t left = min(width, p.rows * p.channels - line * width) - column;
+    return {line < count ? int(max(int64_t(0), min(left, int64_t(N)))) : 0};
+  }
+  template <int N, class T>
+  __device__ void parameters(const Problem& p, int64_t column, Parameters<T> (&of)[N]) const {
+    int64_t channel = fold == 1 && column < width ? column : column - quotient(column, p.channels) * p.channels;
+    GENFUSE_UNROLL(N)
+    for (int k = 0; k < N; ++k) {
+      of[k] = actnorm::parameters<T>(p, channel);
+      if (++channel == p.channels) channel = 0;
+    }
+  }
+  template <class S>
+  __device__ const S* x(const Problem& p, int64_t line) const {
+    return static_cast<const S*>(p.x) + line * fold * p.x_stride;
+  }
+};
+
+constexpr int kLinesAtOnce = 4;
+template <class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) features_kernel(Problem p, Lines lines, Forward out) {
   using T = compute_t<S>;
-  const int64_t per_example = Images ? p.channels : 1, width = Images ? p.cells : p.channels;
-  const T *log_scale = static_cast<const T*>(p.log_scale), *shift = static_cast<const T*>(p.shift);
-  for (int64_t row = first_row(); row < p.rows * per_example; row += row_step()) {
-    const int64_t example = Images ? quotient(row, per_example) : row, channel = row - example * per_example;
-    const S* x_row = static_cast<const S*>(p.x) + example * p.x_stride + channel * p.cells;
-    S* y = static_cast<S*>(out.y) + row * width;
-    const T s_row = Images ? log_scale[channel] : T(0), t_row = Images ? shift[channel] : T(0);
-    const T scale_row = scale<Kind::exp>(s_row, p.inverse);
-    for (auto at = columns<S>(width, x_row, y, log_scale, shift); at; ++at) {
-      const auto x = at.load(x_row);
-      if constexpr (Images) {
-        at.store(y, [&](int k) { return apply(factor(x[k], t_row, p.inverse), scale_row, t_row, p.inverse); });
-      } else {
-        const auto s = at.load(log_scale), t = at.load(shift);
-        at.store(y, [&](int k) {
-          return apply(factor(x[k], t[k], p.inverse), scale<Kind::exp>(s[k], p.inverse), t[k], p.inverse);
-        });
+  constexpr int kWidth = kPack<S>, kAtOnce = kLinesAtOnce;
+  write_logdet<T>(p, out);
+  const int64_t step = int64_t(gridDim.y) * blockDim.x * kWidth;
+  for (int64_t column = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kWidth; column < lines.width;
+       column += step) {
+    Parameters<T> of[kWidth];
+    lines.parameters(p, column, of);
+    for (int64_t first = first_row(); first < lines.count; first += kAtOnce * row_step()) {
+      Pack<S, kWidth> x[kAtOnce];
+      GENFUSE_UNROLL(kAtOnce)
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t line = first + i * row_step();
+        if (line < lines.count)
+          x[i] = load_pack<kWidth>(lines.x<S>(p, line) + column, lines.range<kWidth>(p, line, column));
+      }
+      GENFUSE_UNROLL(kAtOnce)
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t line = first + i * row_step();
+        if (line >= lines.count) continue;
+        store_pack<kWidth>(
+            static_cast<S*>(out.y) + line * lines.width + column, lines.range<kWidth>(p, line, column),
+            [&](int k) { return apply(factor(x[i][k], of[k].shift, p.inverse), of[k].scale, of[k].shift, p.inverse); });
       }
     }
-    if (channel || blockIdx.y) continue;
-    T sum = 0;
-    for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) sum += log_scale[c];
-    sum = T(p.cells) * row_sum(sum);
-    if (threadIdx.x == 0) static_cast<T*>(out.logdet)[example] = p.inverse ? -sum : sum;
+  }
+}
+
+// Images: a row is a channel of one example.
+template <class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) images_kernel(Problem p, Forward out) {
+  using T = compute_t<S>;
+  write_logdet<T>(p, out);
+  for (int64_t row = first_row(); row < p.rows * p.channels; row += row_step()) {
+    const int64_t example = quotient(row, p.channels), channel = row - example * p.channels;
+    const S* x_row = static_cast<const S*>(p.x) + example * p.x_stride + channel * p.cells;
+    S* y = static_cast<S*>(out.y) + row * p.cells;
+    const Parameters<T> of = parameters<T>(p, channel);
+    for (auto at = columns<S>(p.cells, x_row, y); at; ++at) {
+      const auto x = at.load(x_row);
+      at.store(y, [&](int k) { return apply(factor(x[k], of.shift, p.inverse), of.scale, of.shift, p.inverse); });
+    }
   }
 }
 
@@ -52,125 +123,169 @@ struct Sum {
   __device__ operator double() const { return double(value) + double(lost); }
 };
 
-// A block sums over the examples of one chunk, for one channel of images or for as many features as its lanes take at
-// once. Each thread sums for its columns, over every blockDim.y-th example.
-template <bool Images, class S>  // its sums take more registers still
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2) kernel(Problem p, Backward out) {
+// A block sums over the examples of one chunk of lines, for as many columns as its lanes take at once. Each thread sums
+// for its columns, over every blockDim.y-th line.
+template <class S>  // whose sums take more registers still
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2)
+    features_kernel(Problem p, Lines lines, Backward out) {
   using T = compute_t<S>;
-  constexpr int kWidth = kPack<S>;
-  const int64_t cols = p.channels * p.cells, width = Images ? p.cells : p.channels;
-  const int64_t chunk = blockIdx.y, end = p.rows * (chunk + 1) / out.chunks;
-  const int64_t tiles = Images ? p.channels : (width + blockDim.x * kWidth - 1) / (blockDim.x * kWidth);
-  const T *shift = static_cast<const T*>(p.shift), *log_scale = static_cast<const T*>(p.log_scale);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const S *x_row = static_cast<const S*>(p.x), *gy_row = static_cast<const S*>(out.gy);
-    S* gx_row = static_cast<S*>(out.gx);
-    if constexpr (Images) x_row += tile * p.cells, gy_row += tile * p.cells, gx_row += tile * p.cells;
-    // Of the same columns in all examples: that of the second shows whether all are aligned alike.
-    const Columns<S, kWidth> first = {
-        width, Images ? 0 : tile, Images ? 1 : tiles, x_row, x_row + p.x_stride, gy_row, gx_row, gx_row + cols,
-        shift, log_scale};
-    T t[kWidth], scaling[kWidth];
+  constexpr int kWidth = kPack<S>, kAtOnce = 2;
+  __shared__ double sums[2 * kWidth][kThreads];
+  const int64_t chunk = blockIdx.y, end = lines.count * (chunk + 1) / out.chunks, tile = blockDim.x * kWidth;
+  const int thread = thread_of_block();
+  for (int64_t begin = blockIdx.x * tile; begin < lines.width; begin += gridDim.x * tile) {
+    const int64_t column = begin + threadIdx.x * kWidth;
+    Parameters<T> of[kWidth];
     Sum<T> of_scale[kWidth], of_shift[kWidth];
-    GENFUSE_UNROLL(kWidth)
-    for (int k = 0; k < kWidth; ++k) {
-      const int64_t c = Images ? tile : first[k];
-      t[k] = c < p.channels ? shift[c] : T(0);
-      scaling[k] = scale<Kind::exp>(c < p.channels ? log_scale[c] : T(0), p.inverse);
-    }
-    for (int64_t i = p.rows * chunk / out.chunks + threadIdx.y; i < end; i += blockDim.y) {
-      const T glogdet = static_cast<const T*>(out.glogdet)[i];
-      for (auto at = first; at; ++at) {
-        const auto x = at.load(x_row + i * p.x_stride), gy = at.load(gy_row + i * cols);
+    lines.parameters(p, column, of);
+    for (int64_t first = lines.count * chunk / out.chunks + threadIdx.y; first < end; first += kAtOnce * blockDim.y) {
+      Pack<S, kWidth> x[kAtOnce], gy[kAtOnce];
+      GENFUSE_UNROLL(kAtOnce)
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t line = first + i * blockDim.y;
+        if (line >= end) continue;
+        const Range range = lines.range<kWidth>(p, line, column);
+        x[i] = load_pack<kWidth>(lines.x<S>(p, line) + column, range);
+        gy[i] = load_pack<kWidth>(static_cast<const S*>(out.gy) + line * lines.width + column, range);
+      }
+      GENFUSE_UNROLL(kAtOnce)
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t line = first + i * blockDim.y;
+        if (line >= end) continue;
+        const Range range = lines.range<kWidth>(p, line, column);
         T gx[kWidth];
         GENFUSE_UNROLL(kWidth)
         for (int k = 0; k < kWidth; ++k) {
-          const Grad<T> g = grad(gy[k], glogdet, factor(x[k], t[k], p.inverse), scaling[k], T(1), p.inverse);
+          if (!range.has(k)) continue;
+          const int64_t example = lines.fold == 1 ? line : line * lines.fold + quotient(column + k, p.channels);
+          const T glogdet = static_cast<const T*>(out.glogdet)[example];
+          const Grad<T> g =
+              grad(T(gy[i][k]), glogdet, factor(x[i][k], of[k].shift, p.inverse), of[k].scale, T(1), p.inverse);
+          gx[k] = g.x;
+          of_scale[k] += g.raw;
+          of_shift[k] += g.shift;
+        }
+        store_pack<kWidth>(static_cast<S*>(out.gx) + line * lines.width + column, range, [&](int k) { return gx[k]; });
+      }
+    }
+    __syncthreads();  // the previous tile's sums have been read
+    for (int k = 0; k < kWidth; ++k) sums[k][thread] = of_scale[k], sums[kWidth + k][thread] = of_shift[k];
+    for (int half = blockDim.y / 2; half; half /= 2) {  // a half is added to the other until one line is left
+      __syncthreads();
+      if (threadIdx.y >= half) continue;
+      for (int i = 0; i < 2 * kWidth; ++i) sums[i][thread] += sums[i][thread + half * blockDim.x];
+    }
+    __syncthreads();
+    double* partial = out.partial + 2 * chunk * p.channels;
+    const int64_t here = min(tile, lines.width - begin), channels = min(here, p.channels);
+    for (int64_t c = thread; c < channels; c += kThreads) {
+      double scale_sum = 0, shift_sum = 0;
+      for (int64_t j = c; j < here; j += p.channels) {
+        scale_sum += sums[j % kWidth][j / kWidth];
+        shift_sum += sums[kWidth + j % kWidth][j / kWidth];
+      }
+      partial[begin + c] = scale_sum, partial[p.channels + begin + c] = shift_sum;
+    }
+  }
+}
+
+// The same for the cells of one channel, by a whole block.
+template <class S>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2) images_kernel(Problem p, Backward out) {
+  using T = compute_t<S>;
+  constexpr int kWidth = kPack<S>;
+  const int64_t cols = p.channels * p.cells, chunk = blockIdx.y, end = p.rows * (chunk + 1) / out.chunks;
+  for (int64_t channel = blockIdx.x; channel < p.channels; channel += gridDim.x) {
+    const Parameters<T> of = parameters<T>(p, channel);
+    Sum<T> of_scale[kWidth], of_shift[kWidth];
+    for (int64_t i = p.rows * chunk / out.chunks + threadIdx.y; i < end; i += blockDim.y) {
+      const S* x_row = static_cast<const S*>(p.x) + i * p.x_stride + channel * p.cells;
+      const S* gy_row = static_cast<const S*>(out.gy) + i * cols + channel * p.cells;
+      S* gx_row = static_cast<S*>(out.gx) + i * cols + channel * p.cells;
+      const T glogdet = static_cast<const T*>(out.glogdet)[i];
+      for (Columns<S, kWidth> at = {p.cells, 0, 1, x_row, gy_row, gx_row}; at; ++at) {
+        const auto x = at.load(x_row), gy = at.load(gy_row);
+        T gx[kWidth];
+        GENFUSE_UNROLL(kWidth)
+        for (int k = 0; k < kWidth; ++k) {
+          const Grad<T> g = grad(T(gy[k]), glogdet, factor(x[k], of.shift, p.inverse), of.scale, T(1), p.inverse);
           gx[k] = g.x;
           if (!at.has(k)) continue;
           of_scale[k] += g.raw;
           of_shift[k] += g.shift;
         }
-        at.store(gx_row + i * cols, [&](int k) { return gx[k]; });
+        at.store(gx_row, [&](int k) { return gx[k]; });
       }
     }
+    double scale_sum = 0, shift_sum = 0;
+    GENFUSE_UNROLL(kWidth)
+    for (int k = 0; k < kWidth; ++k) scale_sum += of_scale[k], shift_sum += of_shift[k];
+    const int thread = thread_of_block();
+    scale_sum = row_sum(scale_sum, kThreads, thread);
+    shift_sum = row_sum(shift_sum, kThreads, thread);
     double* partial = out.partial + 2 * chunk * p.channels;
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    if constexpr (Images) {
-      double scale_sum = 0, shift_sum = 0;
-      GENFUSE_UNROLL(kWidth)
-      for (int k = 0; k < kWidth; ++k) scale_sum += of_scale[k], shift_sum += of_shift[k];
-      scale_sum = row_sum(scale_sum, kThreads, thread);
-      shift_sum = row_sum(shift_sum, kThreads, thread);
-      if (thread == 0) partial[tile] = scale_sum, partial[p.channels + tile] = shift_sum;
-    } else {
-      __shared__ double sums[2 * kWidth][kThreads];
-      __syncthreads();  // the previous tile's sums have been read
-      for (int k = 0; k < kWidth; ++k) sums[k][thread] = of_scale[k], sums[kWidth + k][thread] = of_shift[k];
-      for (int lines = blockDim.y / 2; lines; lines /= 2) {  // a half is added to the other until one line is left
-        __syncthreads();
-        if (threadIdx.y >= lines) continue;
-        for (int i = 0; i < 2 * kWidth; ++i) sums[i][thread] += sums[i][thread + lines * blockDim.x];
-      }
-      if (threadIdx.y) continue;
-      for (int k = 0; k < kWidth; ++k) {
-        if (!first.has(k)) continue;
-        partial[first[k]] = sums[k][thread];
-        partial[p.channels + first[k]] = sums[kWidth + k][thread];
-      }
-    }
+    if (thread == 0) partial[channel] = scale_sum, partial[p.channels + channel] = shift_sum;
   }
 }
 
-// The lanes of a channel share out the chunks.
+// Sums (chunks, 2, channels) over the chunks: neighbouring lanes have neighbouring sums, and a line of them every
+// kSumLines-th chunk.
+constexpr int kSumLines = 32;
 template <class T>
 __global__ void sum_kernel(Problem p, Backward out) {
-  for (int64_t c = first_row(); c < p.channels; c += row_step()) {
-    double of_scale = 0, of_shift = 0;
-    for (int64_t chunk = threadIdx.x; chunk < out.chunks; chunk += blockDim.x) {
-      const double* partial = out.partial + 2 * chunk * p.channels;
-      of_scale += partial[c];
-      of_shift += partial[p.channels + c];
-    }
-    of_scale = row_sum(of_scale);
-    of_shift = row_sum(of_shift);
-    if (threadIdx.x == 0) {
-      static_cast<T*>(out.glog_scale)[c] = T(of_scale);
-      static_cast<T*>(out.gshift)[c] = T(of_shift);
-    }
+  __shared__ double sums[kSumLines][32];
+  const int64_t i = int64_t(blockIdx.x) * 32 + threadIdx.x;
+  double sum = 0;
+  GENFUSE_UNROLL(4)
+  for (int64_t chunk = threadIdx.y; chunk < out.chunks; chunk += kSumLines) {
+    if (i < 2 * p.channels) sum += out.partial[2 * chunk * p.channels + i];
   }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y || i >= 2 * p.channels) return;
+  for (int line = 1; line < kSumLines; ++line) sum += sums[line][threadIdx.x];
+  T* to = static_cast<T*>(i < p.channels ? out.glog_scale : out.gshift);
+  to[i < p.channels ? i : i - p.channels] = T(sum);
 }
 
-template <bool Images, class S>
+template <class S>
 void launch(const Problem& p, const Forward& out, cudaStream_t stream) {
-  for_columns<S>(Images ? p.rows * p.channels : p.rows, Images ? p.cells : p.channels, 0,
-                 [&](dim3 grid, dim3 threads) { kernel<Images, S><<<grid, threads, 0, stream>>>(p, out); });
+  if (p.cells != 1 && p.channels != 0) {
+    return for_columns<S>(p.rows * p.channels, p.cells, 0,
+                          [&](dim3 grid, dim3 threads) { images_kernel<S><<<grid, threads, 0, stream>>>(p, out); });
+  }
+  if (p.rows == 0) return;
+  const Lines lines(p, kPack<S>, 32 * kPack<S>);
+  const int64_t packs = std::max(int64_t(1), (lines.width + kPack<S> - 1) / kPack<S>);
+  const int lanes = lanes_for(lines.count, packs);
+  const dim3 grid(blocks_for(lanes, rows_at_once(lines.count, kLinesAtOnce)),
+                  unsigned(std::min((packs + lanes - 1) / lanes, int64_t(kEvenBlocks))));
+  features_kernel<S><<<grid, threads_for(lanes), 0, stream>>>(p, lines, out);
+  check(cudaGetLastError());
 }
 
-template <bool Images, class S>
+template <class S>
 void launch(const Problem& p, const Backward& out, cudaStream_t stream) {
   if (p.channels == 0) return;
-  if (out.chunks) {
-    const int64_t packs = ((Images ? p.cells : p.channels) + kPack<S> - 1) / kPack<S>;
-    const int lanes = std::min(lanes_for(1, packs), Images ? kThreads : 32);
-    const int64_t tiles = Images ? p.channels : (packs + lanes - 1) / lanes;
-    const dim3 grid(unsigned(std::min(tiles, kMostBlocks)), unsigned(out.chunks));
-    kernel<Images, S><<<grid, threads_for(lanes), 0, stream>>>(p, out);
+  if (out.chunks && p.cells != 1) {
+    const int lanes = lanes_for(1, (p.cells + kPack<S> - 1) / kPack<S>);
+    const dim3 grid(unsigned(std::min(p.channels, kMostBlocks)), unsigned(out.chunks));
+    images_kernel<S><<<grid, threads_for(lanes), 0, stream>>>(p, out);
+  } else if (out.chunks) {
+    const Lines lines(p, kPack<S>, 32 * kPack<S>);
+    const int64_t packs = (lines.width + kPack<S> - 1) / kPack<S>;
+    const int lanes = std::min(lanes_for(1, packs), 32);
+    const dim3 grid(unsigned(std::min((packs + lanes - 1) / lanes, kMostBlocks)), unsigned(out.chunks));
+    features_kernel<S><<<grid, threads_for(lanes), 0, stream>>>(p, lines, out);
   }
-  sum_kernel<compute_t<S>><<<blocks_for(32, p.channels), threads_for(32), 0, stream>>>(p, out);
+  const int blocks = int((2 * p.channels + 31) / 32);
+  sum_kernel<compute_t<S>><<<blocks, dim3(32, kSumLines), 0, stream>>>(p, out);
   check(cudaGetLastError());
 }
 
 template <class Out>
 void run_rows(const Problem& p, const Out& out, void* stream) {
-  dispatch(p.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    if (p.cells == 1 || p.channels == 0) {
-      launch<false, S>(p, out, cudaStream_t(stream));
-    } else {
-      launch<true, S>(p, out, cudaStream_t(stream));
-    }
-  });
+  dispatch(p.dtype, [&](auto storage) { launch<decltype(storage)>(p, out, cudaStream_t(stream)); });
 }
 
 }  // namespace

@@ -48,6 +48,29 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) forward_kernel(Pr
   }
 }
 
+// The same where a row is a number of whole packs, and the noise is to be made: as in the training of an image model.
+template <Target kind, class S>
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>)
+    packs_kernel(Problem p, Forward out, uint32_t packs, Divisor per_row) {
+  constexpr int kWidth = kPack<S>;
+  using T = compute_t<S>;
+  const uint64_t key = *p.seed;
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < packs; i += gridDim.x * kThreads) {
+    const int64_t first = int64_t(i) * kWidth;
+    const auto x0 = load_pack<kWidth>(static_cast<const S*>(p.x0) + first, {kWidth}, true);
+    const uint32_t row = per_row(i);
+    const T alpha = static_cast<const T*>(out.alpha)[row], sigma = static_cast<const T*>(out.sigma)[row];
+    T eps[kWidth];
+    eps_at<S, true>(nullptr, key, first, {kWidth}, eps);
+    store_pack<kWidth>(static_cast<S*>(out.x_t) + first, {kWidth}, true,
+                       [&](int k) { return sample(x0[k], eps[k], alpha, sigma); });
+    if constexpr (kind != Target::x0) {
+      store_pack<kWidth>(static_cast<S*>(out.target) + first, {kWidth}, true,
+                         [&](int k) { return target<kind>(x0[k], eps[k], alpha, sigma); });
+    }
+  }
+}
+
 template <bool is_v, class S>
 __global__ void __launch_bounds__(kThreads, kFewerResident<S>) backward_kernel(Problem p, Backward out) {
   constexpr int kWidth = kPack<S>;
@@ -82,7 +105,15 @@ template <Target kind>
 void launch(const Problem& p, const Forward& out, void* stream) {
   dispatch(p.dtype, [&](auto storage) {
     using S = decltype(storage);
-    for_threads((p.rows * p.cols + kPack<S> - 1) / kPack<S>,
+    const int64_t packs = (p.rows * p.cols + kPack<S> - 1) / kPack<S>;
+    const bool aligned = (uintptr_t(p.x0) | uintptr_t(out.x_t) | uintptr_t(out.target)) % 16 == 0;
+    if (!p.noise && aligned && p.x0_stride == p.cols && p.cols % kPack<S> == 0 && packs >> 31 == 0) {
+      const Divisor per_row(uint32_t(std::max(p.cols / kPack<S>, int64_t(1))));
+      return for_threads(std::min(packs, kEvenBlocks * kThreads), [&](int blocks) {
+        packs_kernel<kind, S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out, uint32_t(packs), per_row);
+      });
+    }
+    for_threads(packs,
                 [&](int blocks) { forward_kernel<kind, S><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, out); });
   });
 }

@@ -51,14 +51,30 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward
   }
 }
 
-// One block, so that the sum is the same in every run.
+// One block, so that the sum is the same in every run, as large as there are, and with some rows a thread at a time. It
+// ends the rows that blocks share, too.
+constexpr int kSumThreads = 1024, kSumRows = 4;
 template <class T>
-__global__ void sum_kernel(Problem p, Forward out) {
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(Problem p, Forward out) {
+  T* norms = static_cast<T*>(out.norm);
   double sum = 0;
-  for (int64_t row = threadIdx.x; row < p.rows; row += kThreads) {
-    sum += penalty_of<T>(p).value(static_cast<const T*>(out.norm)[row]);
+  for (int64_t first = threadIdx.x; first < p.rows; first += kSumRows * kSumThreads) {
+    T norm[kSumRows];
+    GENFUSE_UNROLL(kSumRows)
+    for (int k = 0; k < kSumRows; ++k) {
+      const int64_t row = first + k * kSumThreads;
+      if (row >= p.rows) continue;
+      norm[k] = p.partial ? sqrt(sum_of_pieces<1, T>(p.partial, p.rows, row)) : norms[row];
+    }
+    GENFUSE_UNROLL(kSumRows)
+    for (int k = 0; k < kSumRows; ++k) {
+      const int64_t row = first + k * kSumThreads;
+      if (row >= p.rows) continue;
+      if (p.partial) norms[row] = norm[k];
+      sum += penalty_of<T>(p).value(norm[k]);
+    }
   }
-  sum = row_sum<kThreads>(sum);
+  sum = row_sum(sum, kSumThreads, threadIdx.x);
   if (threadIdx.x == 0) *static_cast<T*>(out.penalty) = T(p.weight * sum);
 }
 
@@ -110,10 +126,11 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, DoubleB
 }  // namespace
 
 void run_cuda(const Problem& p, const Forward& out, void* stream) {
-  run_sums<1>(p, out, stream, [](auto s) -> Kernel<Problem, Forward> { return kernel<decltype(s)>; });
-  if (!p.summed) return;
+  const auto of = [](auto s) -> Kernel<Problem, Forward> { return kernel<decltype(s)>; };
+  if (!p.summed) return run_sums<1>(p, out, stream, of);
+  run_columns(p, out, stream, of, p.partial ? pieces_for(p.rows) : 1);
   dispatch(p.dtype, [&](auto storage) {
-    sum_kernel<compute_t<decltype(storage)>><<<1, kThreads, 0, cudaStream_t(stream)>>>(p, out);
+    sum_kernel<compute_t<decltype(storage)>><<<1, kSumThreads, 0, cudaStream_t(stream)>>>(p, out);
   });
   check(cudaGetLastError());
 }

@@ -23,14 +23,15 @@ struct Softmax {
       for (int k = 0; k < Bins; ++k) kept[k] = clipped(k);
     }
     most = logit(0);
-    T sum = 0;
+    T sums[4] = {};  // of every fourth bin: fewer roundings than of one sum
     each(1, [&](int64_t k) { most = logit(k) > most ? logit(k) : most; });
     each(0, [&](int64_t k) {
       const T e = exp_(logit(k) - most);
       if constexpr (Bins > 0) kept[k] = e;
-      sum += e;
+      const T sum = sums[0] + e;
+      sums[0] = sums[1], sums[1] = sums[2], sums[2] = sums[3], sums[3] = sum;
     });
-    scale = T(1) / sum;
+    scale = T(1) / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     if constexpr (Bins > 0) each(0, [&](int64_t k) { kept[k] *= scale; });
   }
 

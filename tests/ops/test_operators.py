@@ -97,6 +97,20 @@ def test_few_long_rows_which_blocks_of_a_gpu_share_are_as_close(name, size, devi
     )
 
 
+MANY_ROWS = ("actnorm", "affine_coupling", "reparameterize_kl", "standard_normal_log_prob")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MANY_ROWS)
+@pytest.mark.parametrize("size", [(65541, 6), (65539, 4)], ids=str)
+def test_many_short_rows_of_which_a_thread_takes_several_are_as_close(name, size, dtype, device, implementation):
+    if implementation == "triton" and device == "cpu":
+        pytest.skip("the interpreter takes minutes")
+    test_outputs_and_gradients_are_as_close_to_float64_as_eager_ones(
+        OPERATORS[name], size, dtype, device, implementation
+    )
+
+
 class OffByOne(Operator):
     """One whose tensors lie one element behind where they could be loaded 16 bytes at a time."""
 

@@ -31,7 +31,7 @@ def _scratch(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: b
     few that their sums are small beside x. It does not depend on the number of threads, and so neither do the
     gradients."""
     rows, example = x.shape
-    most = 512 if x.is_cuda else 64
+    most = 1024 if x.is_cuda else 64
     least_rows = max(1, 32 // max(1, cells), 4096 // max(1, example))
     chunks = min(most, -(-rows // least_rows))
     return chunks, x.new_empty((chunks, 2, log_scale.shape[0]), dtype=torch.float64)
