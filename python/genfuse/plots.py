@@ -104,18 +104,17 @@ def rows(images: Iterable[Tensor], names: Sequence[str], path: str | Path) -> No
     """Rows of images (N, C, H, W), each with its name before it; a shorter one is filled up."""
     each = [_pixels(row) for row in images]
     columns = max(map(len, each))
-    grid = _tiled(np.concatenate([_filled(row, columns) for row in each]), columns)
+    grid = _enlarged(_tiled(np.concatenate([_filled(row, columns) for row in each]), columns), columns)
     from matplotlib.transforms import blended_transform_factory
 
-    width, height = _inches(grid, columns)
     label = math.ceil(13 * min(max(4, *map(len, names)), 30)) / DPI
-    with _figure(path, (label + width, height), layout=None) as figure:
-        left = label / (label + width)
-        axes = _axes_of(grid, figure, (left, 0, 1 - left, 1))
+    width = label + grid.shape[1] / DPI
+    with _figure(path, (width, grid.shape[0] / DPI), layout=None) as figure:
+        axes = _axes_of(grid, figure, label)
         where = blended_transform_factory(figure.transFigure, axes.transData)
         for i, name in enumerate(names):
             y = (i + 0.5) * grid.shape[0] / len(names)
-            axes.text(left * 0.93, y, name, transform=where, ha="right", va="center", size=9)
+            axes.text(0.93 * label / width, y, name, transform=where, ha="right", va="center", size=9)
 
 
 def points_over_time(samples: dict[int, Tensor], x: Tensor, path: str | Path, scaling: Any = None) -> None:
@@ -135,11 +134,10 @@ def neighbours(samples: Tensor, nearest: Tensor, path: str | Path) -> None:
     """Samples (N, C, H, W) in the first column, each beside the K training images (N, K, C, H, W) nearest to it."""
     columns = nearest.shape[1] + 1
     grid = _tiled(_pixels(torch.cat([samples[:, None].to(nearest), nearest], 1).flatten(0, 1)), columns)
-    width, height = _inches(grid, columns)
-    title = 52 / DPI
-    with _figure(path, (width, title + height), layout=None) as figure:
+    grid, title = _enlarged(grid, columns), 52 / DPI
+    with _figure(path, (grid.shape[1] / DPI, title + grid.shape[0] / DPI), layout=None) as figure:
         top = 1 - title / figure.get_figheight()
-        axes = _axes_of(grid, figure, (0, 0, 1, top))
+        axes = _axes_of(grid, figure)
         axes.axvline(grid.shape[1] / columns, color=MODEL, lw=2)
         for x, text in ((0.5, "sample"), (1.1, "nearest training images")):
             ha = "center" if x == 0.5 else "left"
@@ -473,16 +471,19 @@ def _tiled(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return np.pad(grid, ((line, 0), (line, 0), (0, 0)), constant_values=LINE)
 
 
-def _inches(grid: np.ndarray, columns: int) -> tuple[float, float]:
-    """Width and height at which a figure shows a grid of images so that all pixels are equally large blocks."""
-    scale = max(1, round(BESIDE_TEXT / (grid.shape[1] / columns))) / DPI
-    return grid.shape[1] * scale, grid.shape[0] * scale
+def _enlarged(grid: np.ndarray, columns: int) -> np.ndarray:
+    """A grid of images as large as it is seen beside text: a pixel of its own is a block of pixels of the figure."""
+    scale = max(1, round(BESIDE_TEXT / (grid.shape[1] / columns)))
+    return grid.repeat(scale, 0).repeat(scale, 1)
 
 
-def _axes_of(grid: np.ndarray, figure: "Figure", place: tuple[float, float, float, float]) -> "Axes":
-    """Axes that show a grid of images, and nothing else."""
-    axes = figure.add_axes(place)
-    axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+def _axes_of(grid: np.ndarray, figure: "Figure", left: float = 0) -> "Axes":
+    """Axes, in pixels of the grid, over the lower right end of a figure, which shows it pixel for pixel there."""
+    tall, wide = grid.shape[:2]
+    figure.figimage(grid.squeeze(), round(left * DPI), 0, cmap="gray", vmin=0, vmax=255)
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, 0, 1 - left / width, tall / DPI / height), zorder=1)  # the image has 0
+    axes.set(xlim=(0, wide), ylim=(tall, 0))
     axes.axis("off")
     return axes
 
