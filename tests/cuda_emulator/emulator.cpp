@@ -115,6 +115,8 @@ void switch_fiber(Fiber& from, Fiber& to) {
 
 // A block.
 
+constexpr size_t kMostThreads = 1024;
+
 enum class State { ready, at_barrier, in_exchange, done };
 
 struct Thread {
@@ -298,6 +300,7 @@ void prepare(Fiber& f) {
 
 void run_block(dim3 index, const Grid& grid, int order, std::mt19937& random) {
   const size_t n = size_t(grid.threads.x) * grid.threads.y * grid.threads.z;
+  block.threads.reserve(kMostThreads);  // a fiber remembers where its thread is
   if (block.threads.size() < n) block.threads.resize(n);
   for (size_t i = 0; i < n; ++i) {
     Thread& t = block.threads[i];
@@ -435,7 +438,7 @@ void launch(const char* kernel, Grid grid, size_t parameters, const std::functio
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const dim3 b = grid.blocks, t = grid.threads;
   const uint64_t threads = uint64_t(t.x) * t.y * t.z, blocks = uint64_t(b.x) * b.y * b.z;
-  if (!blocks || b.x > 0x7fffffffu || b.y > 65535 || b.z > 65535 || !threads || threads > 1024 || t.z > 64 ||
+  if (!blocks || b.x > 0x7fffffffu || b.y > 65535 || b.z > 65535 || !threads || threads > kMostThreads || t.z > 64 ||
       parameters > 32764) {
     last_error = cudaErrorInvalidConfiguration;
     return;
