@@ -228,6 +228,13 @@ __device__ Columns<S> columns(int64_t cols, const Row*... rows) {
   return {cols, blockIdx.y, gridDim.y, rows...};
 }
 
+// The shared memory that a launch asked for.
+template <class S>
+__device__ S* launched_with() {
+  extern __shared__ __align__(16) double shared[];
+  return reinterpret_cast<S*>(shared);
+}
+
 // Rows that lie side by side in memory, `width` values each, brought into shared memory and taken back by all threads
 // of a block: 16 bytes of neighbouring memory at a time however short a row is, and as many at once as are asked for.
 // Both ends are aligned to 16 bytes.

@@ -145,8 +145,7 @@ __global__ void kernel(Problem p, Backward out) {
 // The same through shared memory: a block brings `size` rows of each array there, and changes them in place.
 template <Kind kind, class S>
 __global__ void tile_kernel(Problem p, Forward out, int size) {
-  extern __shared__ double shared[];
-  S *const xs = reinterpret_cast<S*>(shared), *const params = xs + size * p.cols;
+  S *const xs = launched_with<S>(), *const params = xs + size * p.cols;
   for (int64_t first = int64_t(blockIdx.x) * size; first < p.rows; first += int64_t(gridDim.x) * size) {
     const int64_t n = min(int64_t(size), p.rows - first);
     bring(xs, static_cast<const S*>(p.x) + first * p.cols, n * p.cols);
@@ -164,8 +163,7 @@ __global__ void tile_kernel(Problem p, Forward out, int size) {
 
 template <Kind kind, class S>
 __global__ void tile_kernel(Problem p, Backward out, int size) {
-  extern __shared__ double shared[];
-  S *const xs = reinterpret_cast<S*>(shared), *const gys = xs + size * p.cols, *const params = gys + size * p.cols;
+  S *const xs = launched_with<S>(), *const gys = xs + size * p.cols, *const params = gys + size * p.cols;
   for (int64_t first = int64_t(blockIdx.x) * size; first < p.rows; first += int64_t(gridDim.x) * size) {
     const int64_t n = min(int64_t(size), p.rows - first);
     bring(xs, static_cast<const S*>(p.x) + first * p.cols, n * p.cols);

@@ -60,8 +60,7 @@ constexpr int kTileRows = kThreads, kTileColumns = 32;
 
 template <class S, class F>
 __device__ void for_tiles(const Problem& p, F f) {
-  extern __shared__ double shared[];
-  S* const tile = reinterpret_cast<S*>(shared);
+  S* const tile = launched_with<S>();
   for (int64_t first = int64_t(blockIdx.x) * kTileRows; first < p.rows; first += int64_t(gridDim.x) * kTileRows) {
     const int64_t n = min(int64_t(kTileRows), p.rows - first), r = thread_of_block();
     bring(tile, static_cast<const S*>(p.z) + first * p.cols, n * p.cols);
