@@ -198,6 +198,8 @@ def _section(record: Json) -> tuple[str, str]:
     settings = record["settings"]
     command = STEPS_TITLE if record["command"] == "steps" else record["command"]
     title = ", ".join([command, *(settings[key] for key in ("device", "dtype") if key in settings)])
+    if settings.get("replay"):
+        title += ", without launches"
     parts = [f"## {title}\n"]
     if settings["quick"]:
         parts.append("This is a `--quick` run: a check that all runs, and no measurement.\n")

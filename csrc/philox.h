@@ -9,7 +9,7 @@ struct Words {
 };
 
 // All 64 bits. From the plain product nvcc makes one of 64 by 64 bits here, which is an instruction more.
-GENFUSE_HD uint64_t product(uint32_t a, uint32_t b) {
+GENFUSE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__) && defined(__NVCC__)
   uint64_t whole;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(whole) : "r"(a), "r"(b));
@@ -25,7 +25,7 @@ template <class W = uint32_t>
 GENFUSE_HD Words philox(W c0, W c1, W c2, W c3, uint32_t k0, uint32_t k1) {
   GENFUSE_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = product(0xD2511F53u, uint32_t(c0)), b = product(0xCD9E8D57u, uint32_t(c2));
+    const uint64_t a = wide_product(0xD2511F53u, uint32_t(c0)), b = wide_product(0xCD9E8D57u, uint32_t(c2));
     const W n0 = W(b >> 32) ^ c1 ^ k0, n2 = W(a >> 32) ^ c3 ^ k1;
     c1 = W(b), c3 = W(a), c0 = n0, c2 = n2;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
@@ -68,7 +68,7 @@ GENFUSE_HD Pair<double> normals(uint32_t word0, uint32_t word1, double) {
 }
 
 // Of what is neither 0 nor near the ends of the range, for which alone CUDA's sqrtf has a branch; to the same numbers.
-GENFUSE_HD float root(float x) {
+GENFUSE_HD float sqrt_in_range(float x) {
 #if defined(__CUDA_ARCH__) && defined(__NVCC__)
   float inverse;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
@@ -90,7 +90,7 @@ GENFUSE_HD Pair<float> normals(uint32_t word0, uint32_t word1, float) {
   const float mantissa = bit_cast<float>((bits & 0x007fffff) + 0x3f3504f3);
   const float x = e == 0 ? -0x1p-32f * centre(~word0) : mantissa - 1.f;
   const float ln = ln_reduced(x, float(e));
-  const float radius = root(-2.f * ln);
+  const float radius = sqrt_in_range(-2.f * ln);
   // 2 pi u1 = quarter (pi / 2) + angle, |angle| <= pi / 4.
   const uint32_t quarter = (word1 + 0x20000000u) >> 30;
   const float angle = (float(int32_t(word1 - (quarter << 30))) + 0.5f) * (6.283185307f * 0x1p-32f);

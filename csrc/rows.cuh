@@ -97,7 +97,9 @@ struct Divisor {
     while (uint64_t(1) << shift < by) ++shift;
     multiplier = uint32_t((((uint64_t(1) << shift) - by) << 32) / by + 1);
   }
-  __device__ uint32_t operator()(uint32_t n) const { return (uint32_t(product(n, multiplier) >> 32) + n) >> shift; }
+  __device__ uint32_t operator()(uint32_t n) const {
+    return (uint32_t(wide_product(n, multiplier) >> 32) + n) >> shift;
+  }
 };
 
 // N values in registers, as they lie in memory: all are loaded before the first is looked at.
@@ -230,16 +232,15 @@ __device__ Columns<S> columns(int64_t cols, const Row*... rows) {
 
 // The shared memory that a launch asked for.
 template <class S>
-__device__ S* launched_with() {
+__device__ S* dynamic_shared() {
   extern __shared__ __align__(16) double shared[];
   return reinterpret_cast<S*>(shared);
 }
 
-// Rows that lie side by side in memory, `width` values each, brought into shared memory and taken back by all threads
-// of a block: 16 bytes of neighbouring memory at a time however short a row is, and as many at once as are asked for.
-// Both ends are aligned to 16 bytes.
+// All threads of a block copy rows that lie side by side, `count` values in all, into shared memory and back: 16 bytes
+// at a time however short a row is. Both ends are aligned to 16 bytes.
 template <class S>
-__device__ void bring(S* shared, const S* rows, int64_t count) {
+__device__ void load_tile(S* shared, const S* rows, int64_t count) {
   constexpr int kUnit = 16 / sizeof(S);
   const int whole = int(count / kUnit);
   for (int i = thread_of_block(); i < whole; i += kThreads) {
@@ -247,13 +248,13 @@ __device__ void bring(S* shared, const S* rows, int64_t count) {
   }
   for (int i = whole * kUnit + thread_of_block(); i < count; i += kThreads) shared[i] = rows[i];
 }
-__device__ inline void brought() {
+__device__ inline void wait_for_tiles() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
   __syncthreads();
 }
 template <class S>
-__device__ void take_back(S* rows, const S* shared, int64_t count) {
+__device__ void store_tile(S* rows, const S* shared, int64_t count) {
   constexpr int kUnit = 16 / sizeof(S);
   const int whole = int(count / kUnit);
   for (int i = thread_of_block(); i < whole; i += kThreads) {
@@ -262,7 +263,8 @@ __device__ void take_back(S* rows, const S* shared, int64_t count) {
   for (int i = whole * kUnit + thread_of_block(); i < count; i += kThreads) rows[i] = shared[i];
 }
 
-// How many blocks share a row where any do: enough to keep the largest GPU busy, each with as much as that leaves it.
+// How many blocks share a row where any do: enough to keep the largest GPU busy, and no more, as short pieces end
+// before their loads do.
 GENFUSE_HD int pieces_for(int64_t rows) {
   return rows > 4 * kManyBlocks / kPieces ? int(4 * kManyBlocks / rows) : kPieces;
 }

@@ -335,6 +335,12 @@ def test_a_twin_whose_gradient_is_wrong_gets_no_time(tmp_path, monkeypatch, caps
 SMALLEST = "vae 64-64-64-10, batch 64"
 
 
+def test_replays_are_of_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        main([*QUICK, "--replay"])
+    assert "--replay: only with --device cuda" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_all_arguments_of_an_operator_are_on_the_device_that_was_asked_for(name):
     made = OPERATORS[name].arguments(OPERATORS[name].sizes[0], torch.float32, "meta")

@@ -142,34 +142,34 @@ __global__ void kernel(Problem p, Backward out) {
   }
 }
 
-// The same through shared memory: a block brings `size` rows of each array there, and changes them in place.
+// The same through shared memory: a block copies `size` rows of each array there, and changes them in place.
 template <Kind kind, class S>
 __global__ void tile_kernel(Problem p, Forward out, int size) {
-  S *const xs = launched_with<S>(), *const params = xs + size * p.cols;
+  S *const xs = dynamic_shared<S>(), *const params = xs + size * p.cols;
   for (int64_t first = int64_t(blockIdx.x) * size; first < p.rows; first += int64_t(gridDim.x) * size) {
     const int64_t n = min(int64_t(size), p.rows - first);
-    bring(xs, static_cast<const S*>(p.x) + first * p.cols, n * p.cols);
-    bring(params, static_cast<const S*>(p.params) + first * p.params_stride, n * p.params_stride);
-    brought();
+    load_tile(xs, static_cast<const S*>(p.x) + first * p.cols, n * p.cols);
+    load_tile(params, static_cast<const S*>(p.params) + first * p.params_stride, n * p.params_stride);
+    wait_for_tiles();
     for (int64_t r = threadIdx.y; r < n; r += blockDim.y) {
       S *const x = xs + r * p.cols, *const raw = params + r * p.params_stride;
       transform<kind>(p, out, first + r, ForwardRows<S>{x, raw, raw + (p.step == 1 ? p.moved : 1), x});
     }
     __syncthreads();
-    take_back(static_cast<S*>(out.y) + first * p.cols, xs, n * p.cols);
+    store_tile(static_cast<S*>(out.y) + first * p.cols, xs, n * p.cols);
     __syncthreads();
   }
 }
 
 template <Kind kind, class S>
 __global__ void tile_kernel(Problem p, Backward out, int size) {
-  S *const xs = launched_with<S>(), *const gys = xs + size * p.cols, *const params = gys + size * p.cols;
+  S *const xs = dynamic_shared<S>(), *const gys = xs + size * p.cols, *const params = gys + size * p.cols;
   for (int64_t first = int64_t(blockIdx.x) * size; first < p.rows; first += int64_t(gridDim.x) * size) {
     const int64_t n = min(int64_t(size), p.rows - first);
-    bring(xs, static_cast<const S*>(p.x) + first * p.cols, n * p.cols);
-    bring(gys, static_cast<const S*>(out.gy) + first * p.cols, n * p.cols);
-    bring(params, static_cast<const S*>(p.params) + first * p.params_stride, n * p.params_stride);
-    brought();
+    load_tile(xs, static_cast<const S*>(p.x) + first * p.cols, n * p.cols);
+    load_tile(gys, static_cast<const S*>(out.gy) + first * p.cols, n * p.cols);
+    load_tile(params, static_cast<const S*>(p.params) + first * p.params_stride, n * p.params_stride);
+    wait_for_tiles();
     for (int64_t r = threadIdx.y; r < n; r += blockDim.y) {
       S *const gy = gys + r * p.cols, *const raw = params + r * p.params_stride;
       S* const shift = raw + (p.step == 1 ? p.moved : 1);
@@ -177,8 +177,8 @@ __global__ void tile_kernel(Problem p, Backward out, int size) {
       transform<kind>(p, out, first + r, at);
     }
     __syncthreads();
-    take_back(static_cast<S*>(out.gx) + first * p.cols, gys, n * p.cols);
-    take_back(static_cast<S*>(out.gparams) + first * p.gstride, params, n * p.gstride);
+    store_tile(static_cast<S*>(out.gx) + first * p.cols, gys, n * p.cols);
+    store_tile(static_cast<S*>(out.gparams) + first * p.gstride, params, n * p.gstride);
     __syncthreads();
   }
 }

@@ -65,7 +65,7 @@ __device__ T weighted(const T* weight, int64_t along, const T* in, int64_t step,
 
 template <class T>
 __global__ void kernel(Problem p, spline::Constants<T> c, Forward out) {
-  T* x = p.workspace ? static_cast<T*>(p.workspace) + blockIdx.x * p.kept * kRows : launched_with<T>();
+  T* x = p.workspace ? static_cast<T*>(p.workspace) + blockIdx.x * p.kept * kRows : dynamic_shared<T>();
   T* params = x + (p.kept - p.width()) * kRows;
   T* sums = params - (p.residual ? p.size(0) * kRows : 0);
   const int warp = threadIdx.x / 32, r = threadIdx.x % kRows, share = threadIdx.x % 32 / kRows;

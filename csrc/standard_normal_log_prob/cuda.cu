@@ -60,11 +60,11 @@ constexpr int kTileRows = kThreads, kTileColumns = 32;
 
 template <class S, class F>
 __device__ void for_tiles(const Problem& p, F f) {
-  S* const tile = launched_with<S>();
+  S* const tile = dynamic_shared<S>();
   for (int64_t first = int64_t(blockIdx.x) * kTileRows; first < p.rows; first += int64_t(gridDim.x) * kTileRows) {
     const int64_t n = min(int64_t(kTileRows), p.rows - first), r = thread_of_block();
-    bring(tile, static_cast<const S*>(p.z) + first * p.cols, n * p.cols);
-    brought();
+    load_tile(tile, static_cast<const S*>(p.z) + first * p.cols, n * p.cols);
+    wait_for_tiles();
     f(tile, first, n, r < n ? tile + r * p.cols : nullptr);
     __syncthreads();
   }
@@ -84,7 +84,7 @@ __global__ void tile_kernel(Problem p, Backward out) {
     const auto g = row ? static_cast<const compute_t<S>*>(out.g)[first + thread_of_block()] : compute_t<S>(0);
     for (int64_t j = 0; row && j < p.cols; ++j) store(row[j], grad(g, load(row[j])));
     __syncthreads();
-    take_back(static_cast<S*>(out.gz) + first * p.cols, tile, n * p.cols);
+    store_tile(static_cast<S*>(out.gz) + first * p.cols, tile, n * p.cols);
   });
 }
 
