@@ -352,10 +352,10 @@ OPERATORS = {
             name="interpolate",
             function=ops.interpolate,
             eager=_interpolate,
-            kernels=("interpolate",),
+            kernels=("interpolate", "interpolate_backward"),
             sizes=_CRITIC,
             example=_named("real", "fake"),
-            moved=_moved(lambda n, m: 3 * m, lambda n, m: 4 * m),  # real, fake, x; g twice, both gradients
+            moved=_moved(lambda n, m: 3 * m, lambda n, m: 3 * m),  # real, fake, x; g, both gradients
             replay=_epsilon,
             learned=("real", "fake"),
         ),

@@ -54,7 +54,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("build_info", &genfuse::build_info);
   // The raw generator, for its known answers.
   m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
-    const genfuse::Words out = genfuse::philox(c[0], c[1], c[2], c[3], k[0], k[1]);
+    const genfuse::Words out = genfuse::philox(genfuse::Words{{c[0], c[1], c[2], c[3]}}, k[0], k[1]);
     return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
   });
 #define OP(name) genfuse::name::bind(m);

@@ -15,6 +15,54 @@ struct Uniform {
   static GENFUSE_HD Pair<T> of(uint32_t word0, uint32_t word1) { return {uniform<T>(word0), uniform<T>(word1)}; }
 };
 
+constexpr int kLanes = 16;                      // counters at a time
+constexpr int kCounters = kBlock / 4 + kLanes;  // at most, with one more where the first element is not a counter's
+
+#ifdef GENFUSE_SIMD_LEVELS
+template <int bytes>
+GENFUSE_HD void make_words_by(uint64_t counter, int64_t counters, uint64_t key, uint32_t (*words)[kCounters]) {
+  using V = typename Wide<bytes>::words;
+  using P = typename Wide<bytes>::packed;
+  constexpr int lanes = bytes / 8;
+  V lane;  // two vectors at a time, which 128 bits of each in turn fill when they are packed
+  P order;
+  for (int l = 0; l < lanes; ++l) lane[l] = uint64_t(l / 2 * 4 + l % 2);
+  for (int l = 0; l < 2 * lanes; ++l) order[l] = uint32_t(l / 4 * 4 + l % 2 * 2 + l % 4 / 2 * 2 * lanes);
+  for (int64_t c = 0; c < counters; c += 2 * lanes) {
+    const V each = lane + (counter + uint64_t(c)), next = each + 2;
+    const auto a = philox(WordsOf<V>{{each, each >> 32, V{}, V{}}}, uint32_t(key), uint32_t(key >> 32));
+    const auto b = philox(WordsOf<V>{{next, next >> 32, V{}, V{}}}, uint32_t(key), uint32_t(key >> 32));
+    GENFUSE_UNROLL(4)
+    for (int w = 0; w < 4; ++w) {
+      *reinterpret_cast<P*>(words[w] + c) = __builtin_shuffle(P(a.w[w]), P(b.w[w]), order);
+    }
+  }
+}
+__attribute__((target("arch=x86-64-v4"))) inline void make_words_512(uint64_t counter, int64_t counters, uint64_t key,
+                                                                     uint32_t (*words)[kCounters]) {
+  make_words_by<64>(counter, counters, key, words);
+}
+__attribute__((target("arch=x86-64-v3"))) inline void make_words_256(uint64_t counter, int64_t counters, uint64_t key,
+                                                                     uint32_t (*words)[kCounters]) {
+  make_words_by<32>(counter, counters, key, words);
+}
+#endif
+
+// The words of counters from one on, as many as there are in whole groups of kLanes.
+GENFUSE_HD void make_words(uint64_t counter, int64_t counters, uint64_t key, uint32_t (*words)[kCounters]) {
+#ifdef GENFUSE_SIMD_LEVELS  // a function of several levels does not know which of them it is
+  if (__builtin_cpu_supports("x86-64-v4")) return make_words_512(counter, counters, key, words);
+  if (__builtin_cpu_supports("x86-64-v3")) return make_words_256(counter, counters, key, words);
+#endif
+  for (int64_t c = 0; c < counters; c += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const Words out = philox(counter + uint64_t(c + l), key);
+      for (int w = 0; w < 4; ++w) words[w][c + l] = out.w[w];
+    }
+  }
+}
+
 template <class T, class Distribution = Normal<T>>
 class Noise {
  public:
@@ -27,32 +75,18 @@ class Noise {
   }
 
  private:
-  static constexpr int kLanes = 16;
-
   GENFUSE_HD void fill(int64_t first, int64_t n) {
-#ifdef GENFUSE_SIMD_LEVELS  // 64 bits by 64 are one instruction in AVX-512, and three before
-    if (__builtin_cpu_supports("x86-64-v4")) return fill_by<uint64_t>(first, n);
-#endif
-    fill_by<uint32_t>(first, n);
-  }
-
-  template <class W>
-  GENFUSE_HD void fill_by(int64_t first, int64_t n) {
     begin_ = first & ~int64_t(3);
     end_ = (first + n + 3) & ~int64_t(3);
-    const int64_t counter = begin_ / 4, counters = (end_ - begin_) / 4;
-    uint32_t words[4][kLanes];
+    const int64_t counters = (end_ - begin_) / 4;
+    uint32_t words[4][kCounters];
+    make_words(begin_ / 4, counters, key_, words);
     T planes[4][kLanes];
     for (int64_t c = 0; c < counters; c += kLanes) {
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) {
-        const Words out = philox<W>(uint64_t(counter + c + l), key_);
-        words[0][l] = out.w[0], words[1][l] = out.w[1], words[2][l] = out.w[2], words[3][l] = out.w[3];
-      }
       for (int w = 0; w < 4; w += 2) {
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) {
-          const Pair<T> pair = Distribution::of(words[w][l], words[w + 1][l]);
+          const Pair<T> pair = Distribution::of(words[w][c + l], words[w + 1][c + l]);
           planes[w][l] = pair.first, planes[w + 1][l] = pair.second;
         }
       }

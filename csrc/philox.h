@@ -4,9 +4,11 @@
 
 namespace genfuse {
 
-struct Words {
-  uint32_t w[4];
+template <class W>
+struct WordsOf {
+  W w[4];
 };
+using Words = WordsOf<uint32_t>;
 
 // All 64 bits. From the plain product nvcc makes one of 64 by 64 bits here, which is an instruction more.
 GENFUSE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
@@ -19,23 +21,41 @@ GENFUSE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). W is how wide a loop has its
-// words: in uint64_t only the lower halves count, and no product has to be taken apart.
-template <class W = uint32_t>
-GENFUSE_HD Words philox(W c0, W c1, W c2, W c3, uint32_t k0, uint32_t k1) {
+#ifdef GENFUSE_SIMD_LEVELS
+#pragma GCC diagnostic ignored "-Wpsabi"  // of how vectors are returned: all that does is inlined
+// Words side by side, each in the lower half of 64 bits: no product has to be taken apart.
+template <int bytes>
+struct Wide {
+  typedef uint64_t words __attribute__((vector_size(bytes)));
+  typedef uint32_t packed __attribute__((vector_size(bytes), aligned(4), may_alias));
+};
+
+// Of the lower halves, in one instruction: GCC takes all 64 bits of both, or makes shifts and sums of a constant.
+template <class V, class = decltype(V{}[0])>
+GENFUSE_HD V wide_product(uint32_t a, const V& b) {
+  V whole;
+  const V wide = V{} + uint64_t(a);
+  asm("vpmuludq %2, %1, %0" : "=v"(whole) : "v"(wide), "v"(b));
+  return whole;
+}
+#endif
+
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), of words or of many side by side.
+template <class W>
+GENFUSE_HD WordsOf<W> philox(const WordsOf<W>& counter, uint32_t k0, uint32_t k1) {
+  W c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
   GENFUSE_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = wide_product(0xD2511F53u, uint32_t(c0)), b = wide_product(0xCD9E8D57u, uint32_t(c2));
+    const auto a = wide_product(0xD2511F53u, c0), b = wide_product(0xCD9E8D57u, c2);
     const W n0 = W(b >> 32) ^ c1 ^ k0, n2 = W(a >> 32) ^ c3 ^ k1;
     c1 = W(b), c3 = W(a), c0 = n0, c2 = n2;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return {{uint32_t(c0), uint32_t(c1), uint32_t(c2), uint32_t(c3)}};
+  return {{c0, c1, c2, c3}};
 }
 
-template <class W = uint32_t>
 GENFUSE_HD Words philox(uint64_t counter, uint64_t key) {
-  return philox<W>(W(uint32_t(counter)), W(counter >> 32), 0, 0, uint32_t(key), uint32_t(key >> 32));
+  return philox(Words{{uint32_t(counter), uint32_t(counter >> 32), 0u, 0u}}, uint32_t(key), uint32_t(key >> 32));
 }
 
 // (word + 0.5), rounded once: the high half is exact, and so is the low half with its 0.5.

@@ -33,6 +33,7 @@ MOVES = {
     "gradient_norm_penalty::dot_kernel<{}>(Problem, DoubleBackward)": (2, 0),
     "gradient_norm_penalty::kernel<{}>(Problem, DoubleBackward)": (2, 1),
     "interpolate::kernel<{}>(Problem, Forward)": (2, 1),
+    "interpolate::kernel<{}>(Problem, Backward)": (1, 2),
     "reparameterize_kl::kernel<true, {}>(Problem, Forward)": (2, 1),
     "reparameterize_kl::kernel<true, {}>(Problem, Backward)": (2, 2),
     "standard_normal_log_prob::kernel<{}>(Problem, Forward)": (4, 0),

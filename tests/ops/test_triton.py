@@ -79,10 +79,11 @@ for storage, wide, integers, block in (
         fixed |= {"EPS": 1e-12, "MEAN": mean, "SUMMED": summed}
         check(gradient_norm_penalty.backward_kernel, types, fixed)
         check(gradient_norm_penalty.double_backward_kernel, types, fixed)
-    types = {"real": storage, "fake": storage, "seed": "*i64",
-             "epsilon": sums, "x": storage}
-    for missing in ({"epsilon": None}, {"seed": None, "real": None}, {"epsilon": None, "fake": None}):
-        check(interpolate.between_kernel, types, {**tile, "WIDE": wide, **missing})
+    types = {"real": storage, "fake": storage, "seed": "*i64", "epsilon": sums, "x": storage,
+             "g": storage, "greal": storage, "gfake": storage}
+    for missing in ("epsilon", "seed"):
+        check(interpolate.between_kernel, types, {**tile, "WIDE": wide, missing: None})
+        check(interpolate.gradients_kernel, types, {**tile, "WIDE": wide, missing: None})
     types = {"x": storage, "log_scale": sums, "shift": sums, "y": storage, "logdet": sums,
              "gy": storage, "glogdet": sums, "gx": storage, "partial": "*fp64"}
     for inverse, images in ((False, True), (True, False)):

@@ -61,24 +61,23 @@ def _backward(
     gx_t = torch.zeros_like(x0) if gx_t is None else gx_t
     if target in ("x0", "noise"):
         gtarget = None  # torch.compile makes one even of what is not differentiable
-    one = torch.ones_like(alpha)
-    to_x0, to_noise = (-sigma, alpha) if target == "v" else (-one, one)  # how the target depends on them
 
-    def combine(a: Tensor, b: Tensor) -> Tensor:
-        """a gx_t + b gtarget: itself a noisy sample, of gradients."""
+    def combine(a: Tensor, b: Tensor, sign: int) -> Tensor:
+        """a gx_t +- b gtarget, with 1 for b unless the target is v: itself a noisy sample, of gradients."""
         if gtarget is None:
             return (a[:, None] * gx_t).to(x0.dtype)
-        return _fused(gx_t, a, b, None, gtarget, "x0")[0]
+        b = b if target == "v" else torch.ones_like(b)
+        return _fused(gx_t, a, b if sign > 0 else -b, None, gtarget, "x0")[0]
 
     galpha = gsigma = None
     if needed[1] or needed[2]:
         galpha, gsigma = _reductions(gx_t, gtarget if target == "v" else None, x0, seed, noise)
     return (
-        combine(alpha, to_x0) if needed[0] else None,
+        combine(alpha, sigma, -1) if needed[0] else None,
         galpha if needed[1] else None,
         gsigma if needed[2] else None,
         None,
-        combine(sigma, to_noise) if needed[4] else None,
+        combine(sigma, alpha, 1) if needed[4] else None,
     )
 
 

@@ -8,64 +8,65 @@ from torch import Tensor
 from genfuse.ops import _op, _philox
 
 
-def _there(real: Tensor | None, fake: Tensor | None) -> Tensor:
-    there = fake if real is None else real
-    if there is None:
-        raise ValueError("real or fake must be given")
-    return there
-
-
-def formula(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
-    there = _there(real, fake)
+def _epsilon(like: Tensor, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+    """(N, 1), of the dtype of ``like``."""
     if epsilon is None:
         assert seed is not None
-        epsilon = _philox.uniform(seed, there.shape[:1])
-    epsilon = epsilon.to(there.dtype)[:, None]  # (N, 1)
-    points = torch.zeros_like(there) if real is None else epsilon * real  # (N, D)
-    return points if fake is None else points + (1 - epsilon) * fake
+        epsilon = _philox.uniform(seed, like.shape[:1])
+    return epsilon.to(like.dtype)[:, None]
 
 
-def _problem(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
-    there = _there(real, fake)
-    real, real_stride = (None, 0) if real is None else _op.rows(real)
-    fake, fake_stride = (None, 0) if fake is None else _op.rows(fake)
-    epsilon = None if epsilon is None else epsilon.contiguous()
-    return _op.DTYPES[there.dtype], real, real_stride, fake, fake_stride, seed, epsilon, *there.shape
+def formula(real: Tensor, fake: Tensor, seed: Tensor | None, epsilon: Tensor | None) -> Tensor:
+    epsilon = _epsilon(real, seed, epsilon)
+    return epsilon * real + (1 - epsilon) * fake  # (N, D)
+
+
+def gradients(g: Tensor, seed: Tensor | None, epsilon: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of real and fake."""
+    epsilon = _epsilon(g, seed, epsilon)
+    return epsilon * g, (1 - epsilon) * g
+
+
+def _problem(there: Tensor, seed: Tensor | None, epsilon: Tensor | None, *further: Any) -> tuple:
+    return _op.DTYPES[there.dtype], seed, None if epsilon is None else epsilon.contiguous(), *there.shape, *further
 
 
 def _backward(
     needed: tuple[bool, ...], cotangents: tuple[Tensor], real: Tensor | None, fake: Tensor | None,
     seed: Tensor | None, epsilon: Tensor | None, outputs: tuple[Tensor],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """A point is linear in its ends: the gradient of each is the point between g and 0."""
     (g,) = cotangents
+    of_real, of_fake = _gradients(g, seed, epsilon) if needed[0] or needed[1] else (None, None)
     of_epsilon = None
     if needed[3]:
-        assert epsilon is not None
-        ends: list[Any] = [0 if end is None else end.to(epsilon.dtype) for end in (real, fake)]
+        assert isinstance(epsilon, Tensor)
+        ends: list[Any] = [end.to(epsilon.dtype) for end in (real, fake) if end is not None]
         of_epsilon = (g * (ends[0] - ends[1])).sum(1)
-    return (
-        _fused(g, None, seed, epsilon) if needed[0] else None,
-        _fused(None, g, seed, epsilon) if needed[1] else None,
-        None,
-        of_epsilon,
-    )
+    return of_real if needed[0] else None, of_fake if needed[1] else None, None, of_epsilon
 
 
-def _takes(real: Tensor | None, fake: Tensor | None, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
-    there = _there(real, fake)
-    return *[_op.matrix(there)] * 2, *_philox.takes(seed, epsilon, there.shape[:1], _op.wide(there))
+def _takes(there: Tensor, seed: Tensor | None, epsilon: Tensor | None) -> tuple:
+    return _op.matrix(there), *_philox.takes(seed, epsilon, there.shape[:1], _op.wide(there))
 
 
-# Of real and fake, (N, D), of which one may be missing and is 0 then; and epsilon (N,), or the seed that it comes from.
+_TRITON = "genfuse.ops._triton.interpolate"
+# Of real, fake and g, (N, D); and epsilon (N,), or the seed that it comes from.
 _fused = _op.fused(
-    "interpolate(Tensor? real, Tensor? fake, Tensor? seed, Tensor? epsilon) -> Tensor",
+    "interpolate(Tensor real, Tensor fake, Tensor? seed, Tensor? epsilon) -> Tensor",
     formula=formula,
-    results=lambda real, fake, *noise: _op.like(_there(real, fake)),
-    problem=_problem,
-    triton="genfuse.ops._triton.interpolate",
+    results=lambda real, fake, seed, epsilon: _op.like(real),
+    problem=lambda real, fake, seed, epsilon: _problem(real, seed, epsilon, *_op.rows(real), *_op.rows(fake)),
+    triton=_TRITON,
     backward=_backward,
     saved=lambda needed, real, fake, *noise: (*((real, fake) if needed[3] else (None, None)), *noise),
+    takes=lambda real, fake, seed, epsilon: (_op.matrix(real), *_takes(real, seed, epsilon)),
+)
+_gradients = _op.fused(
+    "interpolate_backward(Tensor g, Tensor? seed, Tensor? epsilon) -> (Tensor, Tensor)",
+    formula=gradients,
+    results=lambda g, seed, epsilon: (_op.like(g), _op.like(g)),
+    problem=lambda g, seed, epsilon: _problem(g, seed, epsilon, g.contiguous()),
+    triton=f"{_TRITON}:backward",
     takes=_takes,
 )
 

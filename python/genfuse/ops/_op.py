@@ -368,8 +368,8 @@ def fused(
             ctx.settings = flat[len(flat) - settings :]
             if backward is not None:
                 ctx.set_materialize_grads(False)
-            if constant is not None:
-                ctx.mark_non_differentiable(*[outputs[i] for i in constant(*flat)])
+            if constant is not None and (fixed := constant(*flat)):
+                ctx.mark_non_differentiable(*[outputs[i] for i in fixed])
             return outputs
 
         @staticmethod
