@@ -63,8 +63,11 @@ GENFUSE_HD void chunk_of(const Problem& p, const Backward& out, int64_t chunk) {
   using T = compute_t<S>;
   const int64_t cols = p.channels * p.cells, begin = p.rows * chunk / out.chunks,
                 end = p.rows * (chunk + 1) / out.chunks;
-  double *partial_scale = out.partial + 2 * chunk * p.channels, *partial_shift = partial_scale + p.channels;
-  std::fill_n(partial_scale, 2 * p.channels, 0.);
+  double *partial_scale = out.partial + chunk * sums_of(p), *partial_shift = partial_scale + p.channels;
+  std::fill_n(partial_scale, sums_of(p), 0.);
+  const T* glogdet = element<T>(out.glogdet, 0);
+  double& logdets = partial_scale[2 * p.channels];
+  for (int64_t i = begin; i < end; ++i) logdets += glogdet[i];
   T x_buffer[kBlock], gy_buffer[kBlock];
   double scale_sums[kBlock], shift_sums[kBlock];
   Parameters<inverse, T> of;
@@ -76,11 +79,10 @@ GENFUSE_HD void chunk_of(const Problem& p, const Backward& out, int64_t chunk) {
     for (int64_t i = begin; i < end; ++i) {
       const T* x = read(element<S>(p.x, i * p.x_stride + j0), n, x_buffer);
       const T* gy = read(element<S>(out.gy, i * cols + j0), n, gy_buffer);
-      const T glogdet = *element<T>(out.glogdet, i);
       S* gx = element<S>(out.gx, i * cols + j0);
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
-        const Grad<T> g = grad(gy[j], glogdet, factor(x[j], of.shifts[j], inverse), of.scales[j], T(1), inverse);
+        const Grad<T> g = grad(gy[j], T(0), factor(x[j], of.shifts[j], inverse), of.scales[j], T(1), inverse);
         store(gx[j], g.x);
         scale_sums[j] += g.raw;
         shift_sums[j] += g.shift;
@@ -129,12 +131,12 @@ void run_cpu(const Problem& p, const Backward& out) {
     using T = compute_t<decltype(storage)>;
     const int64_t work = out.chunks ? p.rows / out.chunks * p.channels * p.cells : 0;
     for_rows(out.chunks, work, [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });
-    const int64_t sums = 2 * p.channels;
+    const int64_t sums = sums_of(p);
     for (int64_t chunk = 1; chunk < out.chunks; ++chunk) {
       for (int64_t c = 0; c < sums; ++c) out.partial[c] += out.partial[chunk * sums + c];
     }
     for (int64_t c = 0; c < p.channels; ++c) {
-      *element<T>(out.glog_scale, c) = out.chunks ? T(out.partial[c]) : T(0);
+      *element<T>(out.glog_scale, c) = out.chunks ? T(out.partial[c] + of_logdet(p, out.partial[sums - 1])) : T(0);
       *element<T>(out.gshift, c) = out.chunks ? T(out.partial[p.channels + c]) : T(0);
     }
   });

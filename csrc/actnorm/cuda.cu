@@ -123,6 +123,17 @@ struct Sum {
   __device__ operator double() const { return double(value) + double(lost); }
 };
 
+// The first of a chunk's blocks sums glogdet over its examples, [begin, end).
+template <class T>
+__device__ void sum_logdets(const Problem& p, const Backward& out, int64_t chunk, int64_t begin, int64_t end) {
+  if (blockIdx.x) return;
+  const int thread = thread_of_block();
+  double sum = 0;
+  for (int64_t i = begin + thread; i < end; i += kThreads) sum += static_cast<const T*>(out.glogdet)[i];
+  sum = row_sum(sum, kThreads, thread);
+  if (thread == 0) out.partial[chunk * sums_of(p) + 2 * p.channels] = sum;
+}
+
 // A block sums over the examples of one chunk of lines, for as many columns as its lanes take at once. Each thread sums
 // for its columns, over every blockDim.y-th line.
 template <class S>  // whose sums take more registers still
@@ -131,14 +142,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2)
   using T = compute_t<S>;
   constexpr int kWidth = kPack<S>, kAtOnce = 2;
   __shared__ double sums[2 * kWidth][kThreads];
-  const int64_t chunk = blockIdx.y, end = lines.count * (chunk + 1) / out.chunks, tile = blockDim.x * kWidth;
+  const int64_t chunk = blockIdx.y, start = lines.count * chunk / out.chunks;
+  const int64_t end = lines.count * (chunk + 1) / out.chunks, tile = blockDim.x * kWidth;
   const int thread = thread_of_block();
+  sum_logdets<T>(p, out, chunk, start * lines.fold, min(end * lines.fold, p.rows));
   for (int64_t begin = blockIdx.x * tile; begin < lines.width; begin += gridDim.x * tile) {
     const int64_t column = begin + threadIdx.x * kWidth;
     Parameters<T> of[kWidth];
     Sum<T> of_scale[kWidth], of_shift[kWidth];
     lines.parameters(p, column, of);
-    for (int64_t first = lines.count * chunk / out.chunks + threadIdx.y; first < end; first += kAtOnce * blockDim.y) {
+    for (int64_t first = start + threadIdx.y; first < end; first += kAtOnce * blockDim.y) {
       Pack<S, kWidth> x[kAtOnce], gy[kAtOnce];
       GENFUSE_UNROLL(kAtOnce)
       for (int i = 0; i < kAtOnce; ++i) {
@@ -157,10 +170,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2)
         GENFUSE_UNROLL(kWidth)
         for (int k = 0; k < kWidth; ++k) {
           if (!range.has(k)) continue;
-          const int64_t example = lines.fold == 1 ? line : line * lines.fold + quotient(column + k, p.channels);
-          const T glogdet = static_cast<const T*>(out.glogdet)[example];
           const Grad<T> g =
-              grad(T(gy[i][k]), glogdet, factor(x[i][k], of[k].shift, p.inverse), of[k].scale, T(1), p.inverse);
+              grad(T(gy[i][k]), T(0), factor(x[i][k], of[k].shift, p.inverse), of[k].scale, T(1), p.inverse);
           gx[k] = g.x;
           of_scale[k] += g.raw;
           of_shift[k] += g.shift;
@@ -176,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2)
       for (int i = 0; i < 2 * kWidth; ++i) sums[i][thread] += sums[i][thread + half * blockDim.x];
     }
     __syncthreads();
-    double* partial = out.partial + 2 * chunk * p.channels;
+    double* partial = out.partial + chunk * sums_of(p);
     const int64_t here = min(tile, lines.width - begin), channels = min(here, p.channels);
     for (int64_t c = thread; c < channels; c += kThreads) {
       double scale_sum = 0, shift_sum = 0;
@@ -194,21 +205,22 @@ template <class S>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2) images_kernel(Problem p, Backward out) {
   using T = compute_t<S>;
   constexpr int kWidth = kPack<S>;
-  const int64_t cols = p.channels * p.cells, chunk = blockIdx.y, end = p.rows * (chunk + 1) / out.chunks;
+  const int64_t cols = p.channels * p.cells, chunk = blockIdx.y;
+  const int64_t begin = p.rows * chunk / out.chunks, end = p.rows * (chunk + 1) / out.chunks;
+  sum_logdets<T>(p, out, chunk, begin, end);
   for (int64_t channel = blockIdx.x; channel < p.channels; channel += gridDim.x) {
     const Parameters<T> of = parameters<T>(p, channel);
     Sum<T> of_scale[kWidth], of_shift[kWidth];
-    for (int64_t i = p.rows * chunk / out.chunks + threadIdx.y; i < end; i += blockDim.y) {
+    for (int64_t i = begin + threadIdx.y; i < end; i += blockDim.y) {
       const S* x_row = static_cast<const S*>(p.x) + i * p.x_stride + channel * p.cells;
       const S* gy_row = static_cast<const S*>(out.gy) + i * cols + channel * p.cells;
       S* gx_row = static_cast<S*>(out.gx) + i * cols + channel * p.cells;
-      const T glogdet = static_cast<const T*>(out.glogdet)[i];
       for (Columns<S, kWidth> at = {p.cells, 0, 1, x_row, gy_row, gx_row}; at; ++at) {
         const auto x = at.load(x_row), gy = at.load(gy_row);
         T gx[kWidth];
         GENFUSE_UNROLL(kWidth)
         for (int k = 0; k < kWidth; ++k) {
-          const Grad<T> g = grad(T(gy[k]), glogdet, factor(x[k], of.shift, p.inverse), of.scale, T(1), p.inverse);
+          const Grad<T> g = grad(T(gy[k]), T(0), factor(x[k], of.shift, p.inverse), of.scale, T(1), p.inverse);
           gx[k] = g.x;
           if (!at.has(k)) continue;
           of_scale[k] += g.raw;
@@ -223,29 +235,37 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2) images_kerne
     const int thread = thread_of_block();
     scale_sum = row_sum(scale_sum, kThreads, thread);
     shift_sum = row_sum(shift_sum, kThreads, thread);
-    double* partial = out.partial + 2 * chunk * p.channels;
+    double* partial = out.partial + chunk * sums_of(p);
     if (thread == 0) partial[channel] = scale_sum, partial[p.channels + channel] = shift_sum;
   }
 }
 
-// Sums (chunks, 2, channels) over the chunks: neighbouring lanes have neighbouring sums, and a line of them every
+// Sums over the chunks: neighbouring lanes have neighbouring sums, and a line of them every
 // kSumLines-th chunk.
 constexpr int kSumLines = 32;
 template <class T>
 __global__ void sum_kernel(Problem p, Backward out) {
   __shared__ double sums[kSumLines][32];
   const int64_t i = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  double sum = 0;
+  const int thread = thread_of_block();
+  double sum = 0, logdets = 0;
   GENFUSE_UNROLL(4)
   for (int64_t chunk = threadIdx.y; chunk < out.chunks; chunk += kSumLines) {
-    if (i < 2 * p.channels) sum += out.partial[2 * chunk * p.channels + i];
+    if (i < 2 * p.channels) sum += out.partial[chunk * sums_of(p) + i];
   }
+  for (int64_t chunk = thread; chunk < out.chunks; chunk += 32 * kSumLines) {
+    logdets += out.partial[chunk * sums_of(p) + 2 * p.channels];
+  }
+  logdets = row_sum(logdets, 32 * kSumLines, thread);
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y || i >= 2 * p.channels) return;
   for (int line = 1; line < kSumLines; ++line) sum += sums[line][threadIdx.x];
-  T* to = static_cast<T*>(i < p.channels ? out.glog_scale : out.gshift);
-  to[i < p.channels ? i : i - p.channels] = T(sum);
+  if (i < p.channels) {
+    static_cast<T*>(out.glog_scale)[i] = T(sum + of_logdet(p, logdets));
+  } else {
+    static_cast<T*>(out.gshift)[i - p.channels] = T(sum);
+  }
 }
 
 template <class S>

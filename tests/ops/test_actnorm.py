@@ -187,3 +187,17 @@ def test_gradients_that_cancel_over_thousands_of_examples_keep_their_digits(devi
     exact = (gy.double() * x.double() + glogdet.double()[:, None]).sum(0)
     torch.testing.assert_close(of_scale.double(), exact, rtol=1e-6, atol=2e-5)
     torch.testing.assert_close(of_shift.double(), gy.double().sum(0), rtol=1e-6, atol=2e-5)
+
+
+@either_way
+@pytest.mark.parametrize("shape", [(2, 3, 40, 41), (1000, 3)], ids=str)
+def test_gradients_of_log_determinants_that_cancel_leave_the_others_their_digits(
+    shape, inverse, device, implementation
+):
+    leaves = [t.requires_grad_() for t in arguments(shape, device=device)]
+    y, logdet = actnorm(*leaves, inverse=inverse)
+    cotangents = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=device).view(y.shape)
+    of_logdet = torch.tensor([-1e4, 1e4], dtype=y.dtype, device=device).repeat(len(logdet) // 2)
+    of_both = torch.autograd.grad((y, logdet), leaves, (cotangents, of_logdet))[1]
+    alone = torch.autograd.grad(actnorm(*leaves, inverse=inverse)[0], leaves, cotangents)[1]
+    torch.testing.assert_close(of_both, alone, rtol=1e-12, atol=1e-12)

@@ -106,3 +106,15 @@ def test_an_operator_that_is_defined_again_takes_the_place_of_the_first():
         assert torch.equal(y, factor * torch.ones(3))
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], factor * torch.ones(3))
         assert torch.equal(torch.ops.example.scaled(x), y)
+
+
+def test_what_is_compiled_of_a_new_definition_has_its_gradients():
+    def make(power):
+        return ops.fused("example::power(Tensor x) -> Tensor", formula=lambda x: x**power, results=torch.empty_like)
+
+    x = torch.full((3,), 2.0, requires_grad=True)
+    for power in (2, 3):  # as a cell of a notebook that is changed and run again; the former's program is kept on disk
+        torch.compiler.reset()
+        y = torch.compile(make(power))(x)
+        torch.testing.assert_close(y, x.detach() ** power)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], power * x.detach() ** (power - 1))

@@ -34,7 +34,7 @@ def _scratch(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: b
     most = 1024 if x.is_cuda else 64
     least_rows = max(1, 32 // max(1, cells), 4096 // max(1, example))
     chunks = min(most, -(-rows // least_rows))
-    return chunks, x.new_empty((chunks, 2, log_scale.shape[0]), dtype=torch.float64)
+    return chunks, x.new_empty((chunks, 2 * log_scale.shape[0] + 1), dtype=torch.float64)
 
 
 def _takes(x: Tensor, log_scale: Tensor, shift: Tensor, cells: int, inverse: bool) -> tuple:

@@ -7,8 +7,10 @@ operator behaves as PyTorch's own do: its kernel without a graph, an autograd no
 and forward mode.
 """
 
+import hashlib
 import importlib
 import importlib.util
+import marshal
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
@@ -32,6 +35,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.utils import _python_dispatch as modes
+
+from genfuse._version import __version__
 
 try:
     from torch._C import _any_requires_grad as any_requires_grad
@@ -280,6 +285,7 @@ def fused(
     lists = any("[" in kind for kind in kinds[:tensors])
     if lists and backward is None and (wrt or others):
         raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
+    _key_caches(schema, formula, gradient, backward, *(others or {}).values())
     outputs = returns.count("Tensor")
     short = name.rpartition("::")[2]
     elsewhere = others or {}
@@ -437,6 +443,23 @@ def fused(
             return operator(*given)
 
     return call
+
+
+def _key_caches(schema: str, *functions: Callable | None) -> None:
+    """Make the programs that torch.compile keeps on disk programs of this definition. Their keys have no more of an
+    operator than its name, but their backward passes are made of its formula: a new one would get old gradients. The
+    definition is the file of each function, or its code if there is none, and the numbers that it takes from around."""
+    digest = hashlib.sha256(f"{torch.compiler.config.cache_key_tag} {__version__} {schema}".encode())
+    for function in functions:
+        code = getattr(function, "__code__", None)
+        if function is None or code is None:
+            continue
+        file = Path(code.co_filename)
+        digest.update(file.read_bytes() if file.is_file() else marshal.dumps(code))
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        used = [*cells, *(function.__globals__.get(name) for name in code.co_names)]
+        digest.update(repr([each for each in used if isinstance(each, (int, float, str))]).encode())
+    torch.compiler.config.cache_key_tag = digest.hexdigest()
 
 
 def _flat(given: Sequence[Any]) -> list[Tensor | None]:

@@ -1,5 +1,6 @@
 """ActNorm: one program a tile of rows of features or of channels of images; backward one a share of the examples."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +40,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, x_stride, log_scale, shift, gy, glogdet, gx, partial, rows, channels, cells,
+    x, x_stride, log_scale, shift, gy, gx, partial, rows, channels, cells,
     INVERSE: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
@@ -61,13 +62,12 @@ def backward_kernel(
             inside = (i < rows) & there
             v = tl.load(x + i * x_stride + j, inside, 0.0).to(wide)
             g = tl.load(gy + i * channels * cells + j, inside, 0.0).to(wide)
-            gl = tl.load(glogdet + i, i < rows, 0.0)
             scaled = g * scale
-            gs = scaled * (v - t if INVERSE else v) + gl
+            gs = scaled * (v - t if INVERSE else v)
             of_scale += tl.where(inside, -gs if INVERSE else gs, 0.0).to(tl.float64)
             of_shift += (-scaled if INVERSE else g).to(tl.float64)
             tl.store(gx + i * channels * cells + j, scaled.to(gx.dtype.element_ty), inside)
-    partial += chunk * 2 * channels
+    partial += chunk * (2 * channels + 1)
     if IMAGES:
         tl.store(partial + tile, tl.sum(of_scale))
         tl.store(partial + channels + tile, tl.sum(of_shift))
@@ -95,8 +95,8 @@ def backward(
     block = block_of(cells) if images else min(32, block_of(channels))
     grid = (channels if images else cdiv(channels, block), chunks)
     sizes = {"INVERSE": inverse, "IMAGES": images, "BLOCK": block, "ROWS": TILE // block, "num_warps": 8}
-    given = (x, x_stride, log_scale, shift, gy, glogdet, gx, partial, rows, channels, cells)
+    given = (x, x_stride, log_scale, shift, gy, gx, partial, rows, channels, cells)
     launch(backward_kernel, grid, gx, *given, **sizes)
-    sums = partial.sum(0)
-    glog_scale.copy_(sums[0])
-    gshift.copy_(sums[1])
+    sums, of_logdet = partial[:, :-1].sum(0), glogdet.sum(dtype=partial.dtype)
+    glog_scale.copy_(torch.add(sums[:channels], of_logdet, alpha=-cells if inverse else cells))
+    gshift.copy_(sums[channels:])
