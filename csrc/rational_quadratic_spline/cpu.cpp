@@ -28,7 +28,7 @@ GENFUSE_HD void gradients_of(const Lanes<T>& lanes, const Constants<T>& c, const
   T *gx = out.gx, *x = out.x, *y = out.y, *w = out.w, *h = out.h, *d0 = out.d0, *d1 = out.d1;
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
+    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l]};
     const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
     const Grad<T> g = grad<Inverse>(gy[l], glogdet[l], folded, bin);
     gx[l] = g.gx, x[l] = g.x, y[l] = g.y, w[l] = g.w, h[l] = g.h, d0[l] = g.d0, d1[l] = g.d1;

@@ -67,7 +67,11 @@ GENFUSE_HD void clip(T* raw, T* slopes, int64_t n, T c) {
 
 template <class T>
 GENFUSE_HD void softmax(T* e, int64_t bins, T damping) {
-  T most[kLanes], sums[4][kLanes] = {};  // of every fourth bin: fewer roundings than of one sum
+  T most[kLanes], sums[4][kLanes];  // of every fourth bin: fewer roundings than of one sum
+  for (auto& sum : sums) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) sum[l] = 0;
+  }
   for (int64_t i = 0; i < bins * kLanes; ++i) e[i] *= damping;
   for (int l = 0; l < kLanes; ++l) most[l] = e[l];
   for (int64_t k = 1; k < bins; ++k) {
@@ -83,13 +87,23 @@ GENFUSE_HD void softmax(T* e, int64_t bins, T damping) {
       sum[l] += x;
     }
   }
-  T* scale = most;
+  T* sum = sums[0];
 #pragma omp simd
-  for (int l = 0; l < kLanes; ++l) scale[l] = T(1) / ((sums[0][l] + sums[1][l]) + (sums[2][l] + sums[3][l]));
+  for (int l = 0; l < kLanes; ++l) sum[l] = (sums[0][l] + sums[1][l]) + (sums[2][l] + sums[3][l]);
   for (int64_t k = 0; k < bins; ++k) {
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) e[k * kLanes + l] *= scale[l];
+    for (int l = 0; l < kLanes; ++l) e[k * kLanes + l] /= sum[l];
   }
+}
+
+// a where the condition holds, else b, by their bits: of plain choices GCC makes branches around stores for AVX2.
+GENFUSE_HD float choose(bool condition, float a, float b) {
+  const int32_t mask = -int32_t(condition);
+  return bit_cast<float>((bit_cast<int32_t>(a) & mask) | (bit_cast<int32_t>(b) & ~mask));
+}
+GENFUSE_HD double choose(bool condition, double a, double b) {
+  const int64_t mask = -int64_t(condition);
+  return bit_cast<double>((bit_cast<int64_t>(a) & mask) | (bit_cast<int64_t>(b) & ~mask));
 }
 
 // Of one axis: the share of the bin that each lane is in, and that of all before it.
@@ -110,9 +124,9 @@ GENFUSE_HD void search(const T* share, int64_t bins, Axis<T> axis, const T* low,
     for (int l = 0; l < kLanes; ++l) {
       const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l], n0 = bin[l];
       const bool past = at[l] >= axis.knot(number, before, low[l], high[l]);
-      bin[l] = past ? number : n0;
-      to.before[l] = past ? before : b0;
-      to.here[l] = past ? next : h0;
+      bin[l] = choose(past, number, n0);
+      to.before[l] = choose(past, before, b0);
+      to.here[l] = choose(past, next, h0);
       sum[l] = before + next;
     }
   }
@@ -129,8 +143,8 @@ GENFUSE_HD void pick(const T* share, int64_t bins, const T* bin, Picked<T>& to) 
     for (int l = 0; l < kLanes; ++l) {
       const T next = share[k * kLanes + l], before = sum[l], b0 = to.before[l], h0 = to.here[l];
       const bool past = bin[l] >= number;
-      to.before[l] = past ? before : b0;
-      to.here[l] = past ? next : h0;
+      to.before[l] = choose(past, before, b0);
+      to.here[l] = choose(past, next, h0);
       sum[l] = before + next;
     }
   }
@@ -234,8 +248,8 @@ GENFUSE_HD void find_bins(Lanes<T>& b, const Problem& p, Constants<T> c) {
     for (int l = 0; l < kLanes; ++l) {
       const bool past = b.bin[l] >= number;
       const T left = d[k * kLanes + l], right = d[(k + 1) * kLanes + l], d0 = b.d0[l], d1 = b.d1[l];
-      b.d0[l] = past ? left : d0;
-      b.d1[l] = past ? right : d1;
+      b.d0[l] = choose(past, left, d0);
+      b.d1[l] = choose(past, right, d1);
     }
   }
   finish(b.w, b.bin, c.x, b.left, b.right, b.corner_x, b.width);
@@ -264,7 +278,7 @@ GENFUSE_HD void values_of(const Lanes<T>& lanes, const Constants<T>&, T* y, T* l
   const Columns<T> b = columns_of(lanes);
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l] != T(0)};
+    const Folded<T> folded{b.at[l], b.turns[l], b.inside[l]};
     const Bin<T> bin{b.corner_x[l], b.corner_y[l], b.width[l], b.height[l], b.slope0[l], b.slope1[l]};
     const Box<T> box(b.left[l], b.right[l], b.bottom[l], b.top[l], b.below[l], b.above[l], kLinear);
     const Value<T> v = value<Inverse>(b.x[l], folded, bin, box);

@@ -96,8 +96,7 @@ GENFUSE_HD Derivative<T> derivative(T raw, T least, T clip) {
 // A coordinate moved into the box, by so many times its size.
 template <class T>
 struct Folded {
-  T at, turns;
-  bool inside;
+  T at, turns, inside;
 };
 
 template <bool Inverse, class T>
@@ -105,10 +104,10 @@ GENFUSE_HD Folded<T> fold(T x, const Box<T>& box) {
   const T low = Inverse ? box.bottom : box.left, high = Inverse ? box.top : box.right;
   if (box.tails == kCircular) {
     const T turns = std::floor((x - low) / (high - low));
-    return {x - turns * (high - low), turns, true};
+    return {x - turns * (high - low), turns, T(1)};
   }
   const bool inside = (x >= low) & (x <= high);
-  return {inside ? x : low, T(0), inside};
+  return {inside ? x : low, T(0), inside ? T(1) : T(0)};
 }
 
 // A bin: lower corner, size, derivatives at its ends.
@@ -177,8 +176,8 @@ GENFUSE_HD Value<T> value(T x, const Folded<T>& f, const Bin<T>& b, const Box<T>
   const T y = along < low ? low : (along > high ? high : along);
   const T shift = x < (Inverse ? box.bottom : box.left) ? box.below : box.above;
   const T logdet = log_(p.slope());
-  return {f.inside ? y + f.turns * (high - low) : (Inverse ? x - shift : x + shift),
-          f.inside ? (Inverse ? -logdet : logdet) : T(0)};
+  return {f.inside != T(0) ? y + f.turns * (high - low) : (Inverse ? x - shift : x + shift),
+          f.inside != T(0) ? (Inverse ? -logdet : logdet) : T(0)};
 }
 
 // Gradients for x, the corner, size and end derivatives of the bin.
@@ -204,7 +203,7 @@ GENFUSE_HD Grad<T> grad(T gy, T glog, const Folded<T>& f, const Bin<T>& b) {
   const T gd0 = gh_below * p.t * (T(1) - v) + gl * (p.q * p.q * inv_m - t_below);
   const T gd1 = gl * (p.theta * p.theta * inv_m - t_below) - gh_below * p.t * v;
   const T gw = gxk * p.theta - gdelta * p.delta * inv_w, gh = g * v + gdelta * inv_w;
-  const bool in = f.inside;
+  const bool in = f.inside != T(0);
   return {in ? gx : gy,   in ? gxk : T(0), in ? g : T(0),  in ? gw : T(0),
           in ? gh : T(0), in ? gd0 : T(0), in ? gd1 : T(0)};
 }
