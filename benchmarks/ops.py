@@ -109,12 +109,12 @@ def first_line(reason: Exception) -> str:
 
 def check(operator: Operator, size: tuple[int, ...], dtype: torch.dtype, device: str, name: str) -> dict[str, Any]:
     """The error against float64, or why it is wrong: over twice eager PyTorch's in this dtype and four roundings."""
-    allowed = 2 * operator.error(size, dtype, device, eager=True) + 4 * torch.finfo(dtype).eps
     try:
         with ops.using(name):
             error = operator.error(size, dtype, device)
     except Exception as reason:
         return {"failure": f"WRONG: {first_line(reason)}"}
+    allowed = 2 * operator.eager_error(size, dtype, device, error) + 4 * torch.finfo(dtype).eps
     if not error <= allowed:  # NaN is wrong too
         return {"failure": f"WRONG: error {error:.1e} against float64, {allowed:.1e} allowed"}
     return {"error": error}

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backward out) {
+__global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p, Backward out) {
   using T = compute_t<S>;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const T eps = eps_of<T>(p, row);

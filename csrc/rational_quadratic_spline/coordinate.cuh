@@ -5,6 +5,9 @@
 
 namespace genfuse::rational_quadratic_spline::cuda {
 
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 // Raw widths or heights, and as their softmax the shares of the bins. Of as many bins as `Bins` a thread keeps them in
 // registers, with all loops unrolled: arrays that are indexed by a variable lie in memory. Of any other number it keeps
 // none, and goes over the raw parameters anew for each step.
@@ -12,7 +15,8 @@ template <class S, int Bins>
 struct Softmax {
   using T = compute_t<S>;
   const S* raw;
-  T damping, clip, most, scale;
+  T damping, clip, most;
+  T scale, rest;  // one over the sum, rounded, and what it lacks: without, all shares of a coordinate err alike
   T kept[Bins ? Bins : 1];
   int64_t any;
 
@@ -31,8 +35,10 @@ struct Softmax {
       const T sum = sums[0] + e;
       sums[0] = sums[1], sums[1] = sums[2], sums[2] = sums[3], sums[3] = sum;
     });
-    scale = T(1) / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if constexpr (Bins > 0) each(0, [&](int64_t k) { kept[k] *= scale; });
+    const T sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    scale = T(1) / sum;
+    rest = multiply_add(-sum, scale, T(1)) * scale;
+    if constexpr (Bins > 0) each(0, [&](int64_t k) { kept[k] = of_sum(kept[k]); });
   }
 
   // Calls f(k) for the bins from `first` on.
@@ -57,8 +63,9 @@ struct Softmax {
   }
   __device__ T share(int64_t k) const {
     if constexpr (Bins > 0) return kept[k];
-    return exp_(logit(k) - most) * scale;
+    return of_sum(exp_(logit(k) - most));
   }
+  __device__ T of_sum(T e) const { return multiply_add(e, scale, e * rest); }
   // What the gradient of a raw parameter is multiplied by for the clip.
   __device__ T slope(int64_t k) const { return clip == T(0) ? T(1) : Clipped<T>(damping * load(raw[k]), clip).slope; }
 };
