@@ -48,8 +48,9 @@ __attribute__((target("arch=x86-64-v3"))) inline void make_words_256(uint64_t co
 }
 #endif
 
-// The words of counters from one on, as many as there are in whole groups of kLanes.
+// The words of so many counters from one on, and of those after them up to a multiple of kLanes.
 GENFUSE_HD void make_words(uint64_t counter, int64_t counters, uint64_t key, uint32_t (*words)[kCounters]) {
+  counters = (counters + kLanes - 1) / kLanes * kLanes;
 #ifdef GENFUSE_SIMD_LEVELS  // a function of several levels does not know which of them it is
   if (__builtin_cpu_supports("x86-64-v4")) return make_words_512(counter, counters, key, words);
   if (__builtin_cpu_supports("x86-64-v3")) return make_words_256(counter, counters, key, words);

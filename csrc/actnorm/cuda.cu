@@ -240,8 +240,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 3 : 2) images_kerne
   }
 }
 
-// Sums over the chunks: neighbouring lanes have neighbouring sums, and a line of them every
-// kSumLines-th chunk.
+// Sums over the chunks: neighbouring lanes have neighbouring sums, and a line of them every kSumLines-th chunk.
 constexpr int kSumLines = 32;
 template <class T>
 __global__ void sum_kernel(Problem p, Backward out) {

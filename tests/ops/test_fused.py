@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,13 +109,36 @@ def test_an_operator_that_is_defined_again_takes_the_place_of_the_first():
         assert torch.equal(torch.ops.example.scaled(x), y)
 
 
-def test_what_is_compiled_of_a_new_definition_has_its_gradients():
-    def make(power):
-        return ops.fused("example::power(Tensor x) -> Tensor", formula=lambda x: x**power, results=torch.empty_like)
+def of_helper(power):
+    helper = lambda x: x**power  # noqa: E731
+    return lambda x: helper(x)
 
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda power: lambda x: x**power,
+        lambda power: lambda x, power=power: x**power,
+        lambda power: partial(torch.pow, exponent=power),
+        of_helper,
+    ],
+    ids=["closure", "default", "partial", "helper"],
+)
+def test_what_is_compiled_of_a_new_definition_has_its_gradients(formula, request):
+    name = f"example::power_{request.node.callspec.id}"
     x = torch.full((3,), 2.0, requires_grad=True)
     for power in (2, 3):  # as a cell of a notebook that is changed and run again; the former's program is kept on disk
         torch.compiler.reset()
-        y = torch.compile(make(power))(x)
+        operator = ops.fused(f"{name}(Tensor x) -> Tensor", formula=formula(power), results=torch.empty_like)
+        y = torch.compile(operator)(x)
         torch.testing.assert_close(y, x.detach() ** power)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], power * x.detach() ** (power - 1))
+
+
+def test_a_formula_may_take_from_around_what_is_not_there_yet():
+    def formula(x):
+        return later * x
+
+    operator = ops.fused("example::later(Tensor x) -> Tensor", formula=formula, results=torch.empty_like)
+    later = 3.0
+    assert torch.equal(operator(torch.ones(2)), torch.full((2,), 3.0))

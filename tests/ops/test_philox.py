@@ -28,13 +28,18 @@ def test_the_compiled_generator_gives_the_published_answers(counter, key, answer
     assert list(_op._C.philox(counter, key)) == answer
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64") or not shutil.which("g++"),
+    reason="needs g++ on Linux on x86-64",
+)
 def test_words_made_side_by_side_are_those_of_each_counter(tmp_path):
     here = Path(__file__).parent
     flags = ["-std=gnu++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"]
     command = ["g++", *flags, f"-I{here.parents[1] / 'csrc'}", here / "noise.cpp", "-o", tmp_path / "noise"]
     subprocess.run(command, check=True)
     found = subprocess.run([tmp_path / "noise"], check=True, capture_output=True, text=True).stdout
+    if not found:
+        pytest.skip("a processor without AVX2, which makes words one by one")
     assert all(line.split()[1] == "0" for line in found.splitlines()), found
 
 

@@ -63,7 +63,7 @@ def _backward(
         gtarget = None  # torch.compile makes one even of what is not differentiable
 
     def combine(a: Tensor, b: Tensor, sign: int) -> Tensor:
-        """a gx_t +- b gtarget, with 1 for b unless the target is v: itself a noisy sample, of gradients."""
+        """a gx_t + sign b gtarget, with b = 1 unless the target is v: itself a noisy sample, of gradients."""
         if gtarget is None:
             return (a[:, None] * gx_t).to(x0.dtype)
         b = b if target == "v" else torch.ones_like(b)

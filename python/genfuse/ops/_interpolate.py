@@ -32,16 +32,14 @@ def _problem(there: Tensor, seed: Tensor | None, epsilon: Tensor | None, *furthe
 
 
 def _backward(
-    needed: tuple[bool, ...], cotangents: tuple[Tensor], real: Tensor | None, fake: Tensor | None,
-    seed: Tensor | None, epsilon: Tensor | None, outputs: tuple[Tensor],
+    needed: tuple[bool, ...], cotangents: tuple[Tensor], real: Any, fake: Any, seed: Tensor | None, epsilon: Any,
+    outputs: tuple[Tensor],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     (g,) = cotangents
     of_real, of_fake = _gradients(g, seed, epsilon) if needed[0] or needed[1] else (None, None)
     of_epsilon = None
-    if needed[3]:
-        assert isinstance(epsilon, Tensor)
-        ends: list[Any] = [end.to(epsilon.dtype) for end in (real, fake) if end is not None]
-        of_epsilon = (g * (ends[0] - ends[1])).sum(1)
+    if needed[3]:  # for which real and fake are saved, and else None
+        of_epsilon = (g * (real.to(epsilon.dtype) - fake.to(epsilon.dtype))).sum(1)
     return of_real if needed[0] else None, of_fake if needed[1] else None, None, of_epsilon
 
 

@@ -13,11 +13,11 @@ import importlib.util
 import marshal
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -447,19 +447,39 @@ def fused(
 
 def _key_caches(schema: str, *functions: Callable | None) -> None:
     """Make the programs that torch.compile keeps on disk programs of this definition. Their keys have no more of an
-    operator than its name, but their backward passes are made of its formula: a new one would get old gradients. The
-    definition is the file of each function, or its code if there is none, and the numbers that it takes from around."""
+    operator than its name, but their backward passes are made of its formula: a new one would get old gradients."""
     digest = hashlib.sha256(f"{torch.compiler.config.cache_key_tag} {__version__} {schema}".encode())
+    seen: set[Any] = set()
     for function in functions:
-        code = getattr(function, "__code__", None)
-        if function is None or code is None:
-            continue
-        file = Path(code.co_filename)
-        digest.update(file.read_bytes() if file.is_file() else marshal.dumps(code))
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        used = [*cells, *(function.__globals__.get(name) for name in code.co_names)]
-        digest.update(repr([each for each in used if isinstance(each, (int, float, str))]).encode())
+        for part in _definition(function, seen):
+            digest.update(part)
     torch.compiler.config.cache_key_tag = digest.hexdigest()
+
+
+def _definition(function: Any, seen: set[Any]) -> Iterator[bytes]:
+    """The file of a function, or its code if there is none; the numbers that it takes from around; and the same of the
+    functions from there, but PyTorch's."""
+    around: list[Any] = []
+    while isinstance(function, partial):
+        around += [*function.args, *function.keywords.values()]
+        function = function.func
+    code = getattr(function, "__code__", None)
+    if code is not None and code not in seen and not function.__module__.startswith("torch."):
+        seen.add(code)
+        file = Path(code.co_filename)
+        if not file.is_file():
+            yield marshal.dumps(code)
+        elif file not in seen:
+            seen.add(file)
+            yield file.read_bytes()
+        around += [function.__globals__.get(name) for name in code.co_names] + list(function.__defaults__ or ())
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # empty: what the name stands for is made later
+                around.append(cell.cell_contents)
+    yield repr([each for each in around if isinstance(each, (int, float, str))]).encode()
+    for each in around:
+        if isinstance(each, (partial, FunctionType)):
+            yield from _definition(each, seen)
 
 
 def _flat(given: Sequence[Any]) -> list[Tensor | None]:
