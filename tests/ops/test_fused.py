@@ -114,6 +114,12 @@ def of_helper(power):
     return lambda x: helper(x)
 
 
+def of_no_module(power):
+    names: dict = {}
+    exec(f"def formula(x):\n    return x**{power}", names)
+    return names["formula"]
+
+
 @pytest.mark.parametrize(
     "formula",
     [
@@ -121,8 +127,9 @@ def of_helper(power):
         lambda power: lambda x, power=power: x**power,
         lambda power: partial(torch.pow, exponent=power),
         of_helper,
+        of_no_module,
     ],
-    ids=["closure", "default", "partial", "helper"],
+    ids=["closure", "default", "partial", "helper", "exec"],
 )
 def test_what_is_compiled_of_a_new_definition_has_its_gradients(formula, request):
     name = f"example::power_{request.node.callspec.id}"

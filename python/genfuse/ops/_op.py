@@ -464,7 +464,8 @@ def _definition(function: Any, seen: set[Any]) -> Iterator[bytes]:
         around += [*function.args, *function.keywords.values()]
         function = function.func
     code = getattr(function, "__code__", None)
-    if code is not None and code not in seen and not function.__module__.startswith("torch."):
+    module = str(function.__module__) if code is not None else ""  # None, where exec made the function without a name
+    if code is not None and code not in seen and not module.startswith("torch."):
         seen.add(code)
         file = Path(code.co_filename)
         if not file.is_file():
