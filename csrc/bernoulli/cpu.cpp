@@ -9,7 +9,7 @@ namespace {
 template <class S>
 GENFUSE_HD void draw_blocks(const Problem& problem, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
-  Noise<T, Uniform<T>> stream(*problem.seed, kBlock);
+  Noise<T, Uniform<T>> stream(*problem.seed, 0);  // each block asks for all that it takes
   T buffer[kBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock, n = std::min(kBlock, problem.n - first);

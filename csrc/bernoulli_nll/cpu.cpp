@@ -11,13 +11,12 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   using T = compute_t<S>;
   for (int64_t i = begin; i < end; ++i) {
     const S *logits = element<S>(p.logits, i * p.logits_stride), *x = element<S>(p.x, i * p.x_stride);
-    T sum = 0;
+    T sum = 0, terms[kBlock];
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
-      T part = 0;
-      const int64_t last = std::min(j0 + kBlock, p.cols);
-#pragma omp simd reduction(+ : part)
-      for (int64_t j = j0; j < last; ++j) part += nll(T(load(logits[j])), T(load(x[j])));
-      sum += part;
+      const int64_t n = std::min(kBlock, p.cols - j0);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) terms[j] = nll(T(load(logits[j0 + j])), T(load(x[j0 + j])));
+      sum += sum_of(terms, n);
     }
     *element<T>(out.nll, i) = sum;
   }

@@ -125,10 +125,8 @@ GENFUSE_STEPS(double)
 template <class T>
 void sum_blocks(const T* g, int64_t rows, int64_t columns, T* out) {
   const int64_t blocks = (columns + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(static) if (rows * columns > (int64_t(1) << 18))
-  for (int64_t b = 0; b < blocks; ++b) {
-    sums(g, rows, columns, b * kBlock, std::min((b + 1) * kBlock, columns), out);
-  }
+  for_each(blocks, rows * columns > (int64_t(1) << 18),
+           [&](int64_t b) { sums(g, rows, columns, b * kBlock, std::min((b + 1) * kBlock, columns), out); });
 }
 
 // Gradient of a layer's weight, given what it takes in and the gradient of what it puts out.

@@ -311,12 +311,11 @@ void multiply(const Product<T>& p) {
   static const auto level =
       __builtin_cpu_supports("x86-64-v4") ? Panels<T>::template of<V4>() : Panels<T>::template of<V3>();
   const int64_t panels = (p.n + level.columns - 1) / level.columns, heights = (p.m + kHeight - 1) / kHeight;
-#pragma omp parallel for schedule(static) if (p.m * p.n * p.k > (int64_t(1) << 19))
-  for (int64_t task = 0; task < panels * heights; ++task) {
+  for_each(panels * heights, p.m * p.n * p.k > (int64_t(1) << 19), [&](int64_t task) {
     thread_local Room<T> room;
     const int64_t first = task % heights * kHeight;
     level.run(p, first, std::min(first + kHeight, p.m), task / heights * level.columns, room);
-  }
+  });
 }
 
 }  // namespace genfuse::mlp

@@ -16,20 +16,19 @@ template <class S>
 GENFUSE_HD void forward_rows(const Problem& p, const Forward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   Noise<T> stream = noise_of<T>(p, end - begin);
-  T sigmas[kBlock], mu_buffer[kBlock], logvar_buffer[kBlock], eps_buffer[kBlock];
+  T sigmas[kBlock], terms[kBlock], mu_buffer[kBlock], logvar_buffer[kBlock], eps_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     T sum = 0;
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
       const int64_t n = std::min(kBlock, p.cols - j0);
       const T* mu = read(element<S>(p.mu, i * p.mu_stride + j0), n, mu_buffer);
       const T* logvar = read(element<S>(p.logvar, i * p.logvar_stride + j0), n, logvar_buffer);
-      T part = 0;  // a long sum would lose digits
-#pragma omp simd reduction(+ : part)
+#pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         sigmas[j] = sigma(logvar[j]);
-        part += kl(mu[j], logvar[j], sigmas[j]);
+        terms[j] = kl(mu[j], logvar[j], sigmas[j]);
       }
-      sum += part;
+      sum += sum_of(terms, n);
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + i) * p.cols + j0;
         const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch._C import _len_torch_dispatch_stack
 
+from genfuse.ops import _op
+
 BAND = 1024  # bytes on each side
 ALIGNMENT = 64  # as PyTorch's own tensors on a CPU
 PATTERN = 0xA5
@@ -103,6 +105,7 @@ def guard(monkeypatch: pytest.MonkeyPatch, _compiler: None) -> Iterator[Guard]:
     for of, name in (
         (torch, "empty"),
         (torch, "empty_like"),
+        (_op, "empty_like"),
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
         (torch.Tensor, "new_empty_strided"),

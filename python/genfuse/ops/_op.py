@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.compiler.config
-from torch import Tensor
+from torch import Tensor, empty_like
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
 from torch._C._functorch import TransformType, peek_interpreter_stack, unwrap_if_dead
@@ -438,7 +438,7 @@ def fused(
         first = every[0]
         run = chosen["cpu"] if first is not None and first.is_cpu else forward.on(every)
         try:
-            return record(run, given) if torch.is_grad_enabled() and any_requires_grad(*every) else run(*given)
+            return record(run, given) if any_requires_grad(*every) and torch.is_grad_enabled() else run(*given)
         except BufferError:  # a tensor without memory, such as what is left of a transform that has ended
             return operator(*given)
 
@@ -563,8 +563,10 @@ def _native(kernel: Callable, results: Callable, problem: Callable) -> Callable:
         if made.__class__ is tuple:
             first = made[0]
             kernel(*problem(*given), *made, *((-1, 0) if first.is_cpu else _place(first)))
+        elif made.is_cpu:
+            kernel(*problem(*given), made, -1, 0)
         else:
-            kernel(*problem(*given), made, *((-1, 0) if made.is_cpu else _place(made)))
+            kernel(*problem(*given), made, *_place(made))
         return made
 
     return native
@@ -793,7 +795,7 @@ def sums(t: Tensor, *shape: int) -> Tensor:
 
 def like(t: Tensor) -> Tensor:
     """Room for a result of t's shape and dtype, contiguous."""
-    return torch.empty_like(t) if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
+    return empty_like(t) if t.is_contiguous() else empty_like(t, memory_format=torch.contiguous_format)
 
 
 def check_alike(first: Tensor, name: str, **others: tuple) -> None:

@@ -3,8 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
+from torch import Tensor, empty_like
+from torch.compiler import is_dynamo_compiling as compiling
+from torch.utils import _python_dispatch as modes
 
 from genfuse.ops import _op
 
@@ -16,9 +17,10 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, (), int64, drawn from the torch generator of the device of ``like``, where it stays: no
     synchronisation. Under torch.compile, tracers and modes it is the same draw, by an operator that they keep;
     Inductor's own generator would give another. Under vmap it follows vmap's ``randomness``."""
-    if generator is None and (is_compiling() or (_op.modes._is_in_torch_dispatch_mode and not _op.transformed())):
+    mode, transformed = modes._is_in_torch_dispatch_mode, _op.transformed()
+    if generator is None and (compiling() or (mode and not transformed)):
         return torch.ops.genfuse.seed(like)
-    return _draw(like, generator, by_operator=_op.modes._is_in_torch_dispatch_mode or _op.transformed())
+    return _draw(like, generator, mode or transformed)
 
 
 def _draw(like: Tensor, generator: torch.Generator | None = None, by_operator: bool = False) -> Tensor:
@@ -26,7 +28,7 @@ def _draw(like: Tensor, generator: torch.Generator | None = None, by_operator: b
         highest = -_LOWEST - 1
         drawn = torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
         return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
-    key = torch.empty_like(_SCALAR) if like.is_cpu else torch.empty_like(_SCALAR, device=like.device)
+    key = empty_like(_SCALAR) if like.is_cpu else empty_like(_SCALAR, device=like.device)
     return key.random_(_LOWEST, None) if generator is None else key.random_(_LOWEST, None, generator=generator)
 
 
