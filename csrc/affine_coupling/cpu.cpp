@@ -125,9 +125,10 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       std::fill_n(logdet, p.start, T(0));
       std::fill_n(logdet + after, p.cols - after, T(0));
     }
+    constexpr int64_t block = any ? kBlock : kBlock / 4;  // where a sum may be one chain, it must not be a long one
     T sum = 0;
-    for (int64_t j0 = 0; j0 < moved; j0 += kBlock) {
-      const int64_t n = std::min(kBlock, moved - j0);
+    for (int64_t j0 = 0; j0 < moved; j0 += block) {
+      const int64_t n = std::min(block, moved - j0);
       const T* x = read(x_row + p.start + j0, n, x_buffer);
       const T* raw = gather(raw_row + j0 * step, step, n, raw_buffer);
       const T* shift = gather(shift_row + j0 * step, step, n, shift_buffer);
@@ -140,9 +141,9 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
         const T s = any ? of.s[j] : masked<has_mask>(log_scale<kind>(raw[j]).value, moves, j);
         const T t = masked<has_mask>(shift[j], moves, j);
         store(y[j], apply(factor(x[j], t, inverse), any ? of.scale[j] : scale<kind>(s, inverse), t, inverse));
-        part += s;
+        if constexpr (!any) part += s;
       }
-      sum += part;
+      sum += any ? sum_of(of.s, n) : part;
       for (int64_t j = 0; by_element && j < n; ++j) logdet[p.start + j0 + j] = inverse ? -of.s[j] : of.s[j];
     }
     if (!by_element) *logdet = inverse ? -sum : sum;

@@ -45,12 +45,14 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
       const T* x0 = read(element<S>(p.x0, i * p.x0_stride + j0), n, x0_buffer);
       const T* gx_t = read(element<S>(out.gx_t, first), n, gx_t_buffer);
       const T* gv = is_v ? read(element<S>(out.gv, first), n, gv_buffer) : nullptr;
-#pragma omp simd reduction(+ : galpha, gsigma)
+      T of_alpha = 0, of_sigma = 0;  // a long sum would lose digits
+#pragma omp simd reduction(+ : of_alpha, of_sigma)
       for (int64_t j = 0; j < n; ++j) {
         const Grad<T> g = grad<is_v>(gx_t[j], is_v ? gv[j] : T(0), x0[j], eps[j]);
-        galpha += g.alpha;
-        gsigma += g.sigma;
+        of_alpha += g.alpha;
+        of_sigma += g.sigma;
       }
+      galpha += of_alpha, gsigma += of_sigma;
     }
     *element<T>(out.galpha, i) = galpha;
     *element<T>(out.gsigma, i) = gsigma;
