@@ -467,3 +467,13 @@ def test_a_bad_argument_is_named(change, message):
     arguments = {"x": torch.zeros(3, 4), "params": torch.zeros(3, 4, 23), "bins": 8, "bound": 3.0}
     with pytest.raises(ValueError, match=message):
         rational_quadratic_spline(**{**arguments, **change})
+
+
+def test_slopes_above_20_are_exact_in_float64():
+    slopes = torch.linspace(15, 35, 9, dtype=torch.float64)
+    params = torch.cat([torch.zeros(16, dtype=torch.float64), slopes]).expand(9, -1)
+    x = torch.linspace(-3, 3, 9, dtype=torch.float64)  # the knots, where the logarithm of a slope is all there is
+    with ops.using("reference"):
+        logdet = ops.rational_quadratic_spline(x[:, None], params[:, None], bins=8, bound=3.0, tails="none")[1]
+    exact = [math.log(1e-3 + s + math.log1p(math.exp(-s))) for s in slopes.tolist()]
+    torch.testing.assert_close(logdet, torch.tensor(exact, dtype=torch.float64), rtol=1e-14, atol=0)

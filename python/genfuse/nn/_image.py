@@ -117,8 +117,9 @@ class Logit(Transform):
         return (torch.sigmoid(y) - self.a) / (1 - 2 * self.a), -self._logdet(y)
 
     def _logdet(self, y: Tensor) -> Tensor:
-        # d logit(p) / dp = 1 / (p (1 - p)), whose logarithm is softplus(y) + softplus(-y)
-        each = F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.a)
+        # d logit(p) / dp = 1 / (p (1 - p)), whose logarithm is softplus(y) + softplus(-y). By PyTorch's
+        # own threshold of 20 it would lack 2e-9.
+        each = F.softplus(y, threshold=40.0) + F.softplus(-y, threshold=40.0) + math.log(1 - 2 * self.a)
         return each.flatten(1).sum(1)
 
 
@@ -154,7 +155,7 @@ class Dequantize(nn.Module):
             u, logdet = self.noise(eps, x - 0.5)
             # log q(u | x) = log N(eps) - logdet - log |d sigmoid|
             log_weight = log_weight - standard_normal_log_prob(eps.flatten(1), -logdet)
-            log_weight = log_weight - (F.softplus(u) + F.softplus(-u)).flatten(1).sum(1)
+            log_weight = log_weight - (F.softplus(u, threshold=40.0) + F.softplus(-u, threshold=40.0)).flatten(1).sum(1)
             u = u.sigmoid()
         # Rounding must not carry k + u over to the next level.
         return torch.minimum((k + u) / self.levels, (k + 1) / self.levels * (1 - 1e-6)), log_weight

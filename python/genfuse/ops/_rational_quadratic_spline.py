@@ -146,7 +146,7 @@ def _shares(params: Tensor, box: _Box, s: Settings) -> _Shares:
         d = d.exp()
         by_d = d * by_d
     else:
-        d, by_d = F.softplus(d), d.sigmoid()
+        d, by_d = _op.softplus(d), d.sigmoid()
     return _Shares(w.softmax(-1), h.softmax(-1), s.min_derivative + d, by_w, by_h, by_d)
 
 
