@@ -125,7 +125,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       std::fill_n(logdet, p.start, T(0));
       std::fill_n(logdet + after, p.cols - after, T(0));
     }
-    constexpr int64_t block = any ? kBlock : kBlock / 4;  // where a sum may be one chain, it must not be a long one
+    constexpr int64_t block = any ? kBlock : kBlock / 4;  // `part` may be one chain of sums
     T sum = 0;
     for (int64_t j0 = 0; j0 < moved; j0 += block) {
       const int64_t n = std::min(block, moved - j0);

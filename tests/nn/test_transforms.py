@@ -696,3 +696,9 @@ def test_a_layer_says_which_way_it_does_not_have():
         Shift(1.0).inverse(torch.randn(2, 3))
     with pytest.raises(NotImplementedError, match="Transform has no forward"):
         Transform()(torch.randn(2, 3))
+
+
+def test_the_log_determinant_of_a_logit_is_exact_far_out_in_float64():
+    y = torch.tensor([[-30.0], [-21.0], [0.5], [21.0], [30.0]], dtype=torch.float64)
+    exact = y.abs() + 2 * (-y.abs()).exp().log1p() + math.log(0.9)
+    torch.testing.assert_close(-Logit(0.05).inverse(y)[1], exact[:, 0], rtol=1e-14, atol=0)

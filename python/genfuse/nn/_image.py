@@ -95,6 +95,11 @@ class MultiscaleSplit(Transform):
         return self.shape
 
 
+def _log_slope(y: Tensor) -> Tensor:
+    """log dy / dp = log 1 / (p (1 - p)) of y = logit(p). By PyTorch's threshold of 20 it would lack 2e-9 in float64."""
+    return F.softplus(y, threshold=40.0) + F.softplus(-y, threshold=40.0)
+
+
 class Logit(Transform):
     """y = logit(a + (1 - 2 a) x) of each coordinate x in [0, 1] (arXiv 1605.08803, section 4.1).
 
@@ -117,10 +122,7 @@ class Logit(Transform):
         return (torch.sigmoid(y) - self.a) / (1 - 2 * self.a), -self._logdet(y)
 
     def _logdet(self, y: Tensor) -> Tensor:
-        # d logit(p) / dp = 1 / (p (1 - p)), whose logarithm is softplus(y) + softplus(-y). By PyTorch's
-        # own threshold of 20 it would lack 2e-9.
-        each = F.softplus(y, threshold=40.0) + F.softplus(-y, threshold=40.0) + math.log(1 - 2 * self.a)
-        return each.flatten(1).sum(1)
+        return (_log_slope(y) + math.log(1 - 2 * self.a)).flatten(1).sum(1)
 
 
 class Centre(Transform):
@@ -155,7 +157,7 @@ class Dequantize(nn.Module):
             u, logdet = self.noise(eps, x - 0.5)
             # log q(u | x) = log N(eps) - logdet - log |d sigmoid|
             log_weight = log_weight - standard_normal_log_prob(eps.flatten(1), -logdet)
-            log_weight = log_weight - (F.softplus(u, threshold=40.0) + F.softplus(-u, threshold=40.0)).flatten(1).sum(1)
+            log_weight = log_weight - _log_slope(u).flatten(1).sum(1)
             u = u.sigmoid()
         # Rounding must not carry k + u over to the next level.
         return torch.minimum((k + u) / self.levels, (k + 1) / self.levels * (1 - 1e-6)), log_weight
