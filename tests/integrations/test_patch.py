@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 from genfuse import ops
 from genfuse.integrations import _patch
@@ -228,6 +229,37 @@ def test_a_module_somebody_listens_to_is_left_to_the_peer():
     assert peer.report().left["AutoregressiveTransform._inverse"] == {"the network has hooks": 1}
 
 
+@pytest.fixture(
+    params=[
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ]
+)
+def heard(request):
+    """The modules that a hook of all modules was called for."""
+    calls = []
+    handle = request.param(lambda module, *args: calls.append(type(module)))
+    yield calls
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_modules_that_somebody_listens_to_all_at_once_are_left_to_the_peer(name, heard):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    peer = importlib.import_module(f"genfuse.integrations.{name}")
+    log_prob, x = _densities(name)[1], torch.randn(4, 4)
+    with torch.no_grad():
+        log_prob(x)
+        theirs = list(heard)
+        heard.clear()
+        with peer.patch():
+            log_prob(x)
+            assert any("all modules have hooks" in reasons for reasons in peer.report().left.values())
+    assert heard == theirs
+
+
 def test_a_module_whose_forward_was_replaced_is_left_to_the_peer():
     zuko = pytest.importorskip("zuko", reason="zuko is not installed")
     from genfuse.integrations import zuko as peer
@@ -251,6 +283,10 @@ def test_parts_of_one_tensor_are_it_and_others_are_put_together():
     row = [torch.randn(1, 5, n).expand(4, 5, n) for n in (3, 4)]
     assert _patch.joined(*row).stride(0) == 0
     torch.testing.assert_close(_patch.joined(*row), torch.cat(row, -1), rtol=0, atol=0)
+    for listen in (lambda part: part.register_hook(lambda g: g), lambda part: part.retain_grad()):
+        parts = (whole * 1).split([3, 5], -1)
+        listen(parts[1])
+        assert _patch.joined(*parts).data_ptr() != parts[0].data_ptr()
     leaves = [part.requires_grad_() for part in whole.detach().split([3, 5], -1)]
     _patch.joined(*leaves).sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)

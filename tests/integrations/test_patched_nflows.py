@@ -9,8 +9,10 @@ pytest.importorskip("nflows", reason="nflows is not installed")
 
 from nflows import transforms
 from nflows.nn.nets import ResidualNet
-from nflows.transforms import splines
+from nflows.transforms import made, splines
+from torch._subclasses import FakeTensor, FakeTensorMode
 
+from genfuse.integrations import _nsf
 from genfuse.integrations import nflows as peer
 
 UNCONSTRAINED = "transforms.splines.rational_quadratic.unconstrained_rational_quadratic_spline"
@@ -93,6 +95,16 @@ def test_what_nflows_refuses_it_refuses_patched(x, same):
     given = raw(len(x), 3, bins=4, derivatives=5)
     report = same(peer, lambda: splines.rational_quadratic_spline(x.to(given[0].dtype), *given), *given, raises=True)
     assert report.left
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 4), (3, 5)])
+@pytest.mark.parametrize("of", [0, 1, 2])
+def test_parameters_of_other_examples_are_the_errors_that_they_are_for_nflows(of, shape, same):
+    given = raw(4, 5, bins=4, derivatives=3)
+    given[of] = raw(*shape, bins=4, derivatives=3)[of]
+    x = torch.linspace(-0.9, 0.9, 20).view(4, 5).to(given[0].dtype)
+    report = same(peer, lambda: splines.unconstrained_rational_quadratic_spline(x, *given), *given, raises=True)
+    assert report.left[UNCONSTRAINED] == {"widths, heights and derivatives of different shapes": 1}
 
 
 def residual(inputs, outputs):
@@ -203,6 +215,10 @@ def test_affine_couplings(kind, shape, left, verb, same):
         ({"use_residual_blocks": False, "dropout_probability": 0.5}, {"": "dropout"}),
         ({"use_residual_blocks": False, "tails": None}, {"inverse": "tails that are not linear"}),
         ({"use_residual_blocks": False, "num_bins": 3, "min_bin_width": 0.1, "min_derivative": 0.2}, {}),
+        ({"use_residual_blocks": False, "num_blocks": 0}, {}),
+        ({"num_blocks": 0}, {"context": "a context in every block"}),
+        ({"use_residual_blocks": False, "activation": nn.ReLU(inplace=True)}, {}),
+        ({"activation": nn.ReLU(inplace=True)}, {"": "residual blocks that overwrite what they add to"}),
     ],
 )
 def test_autoregressive_splines(options, why, features, context, verb, same):
@@ -235,6 +251,47 @@ def test_an_evaluated_dropout_is_none_and_no_rows_are_left(same):
     assert same(peer, lambda: layer.inverse(x[:0]), layer).left["AutoregressiveTransform.inverse"]
 
 
+@pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout(0.5), nn.AlphaDropout(0.5)])
+def test_another_dropout_counts(dropout, same):
+    net, x = ResidualNet(3, 7, 16).eval(), torch.randn(9, 3)
+    net.blocks[0].dropout = dropout.train()
+    assert same(peer, lambda: net(x), net).left == {"ResidualNet.forward": {"dropout": 1}}
+
+
+@pytest.mark.parametrize("context", [None, 2])
+@pytest.mark.parametrize("part", ["activation", "dropout", "context_layer", "linear"])
+@pytest.mark.parametrize("kind", ["residual network", "residual", "feedforward"])
+def test_parts_that_somebody_listens_to_are_called(kind, part, context, same):
+    if kind == "residual network":
+        net = ResidualNet(3, 7, 16, context_features=context, activation=nn.ReLU())
+    else:
+        net = made.MADE(3, 16, context, use_residual_blocks=kind == "residual", activation=nn.ReLU())
+    x, c = torch.randn(9, 3), None if context is None else torch.randn(9, context)
+    block = net.blocks[0]
+    listened = block.linear_layers[0] if part == "linear" and hasattr(block, "linear_layers") else (
+        getattr(block, part, getattr(net, part, None))
+    )  # fmt: skip
+    if listened is None:
+        pytest.skip("there is no such part")
+    listened.register_forward_hook(lambda module, args, result: 2 * result)
+    report = same(peer, lambda: net(x, c), net)
+    assert set().union(*report.left.values()) <= {"the network has hooks", "a context in every block"}
+    assert report.left
+    calls = []
+    listened.register_forward_hook(lambda *args: calls.append(1))
+    net(x, c)
+    alone = len(calls)
+    with peer.patch():
+        net(x, c)
+    assert len(calls) == 2 * alone
+
+
+def test_an_activation_after_the_first_layer_that_somebody_listens_to_is_called(same):
+    net, x = made.MADE(3, 16, num_blocks=0, use_residual_blocks=False, activation=nn.ReLU()), torch.randn(9, 3)
+    net.activation.forward = lambda x: x - 1
+    assert same(peer, lambda: net(x), net).left == {"MADE.forward": {"a network of somebody's own": 1}}
+
+
 def test_affine_autoregressive_layers_are_left_for_their_softplus(same):
     layer = transforms.MaskedAffineAutoregressiveTransform(3, 8)
     x = torch.randn(5, 3)
@@ -255,11 +312,37 @@ def test_lu_linear_layers(features, verb, same):
     assert report.served == {"LULinear._create_lower_upper": 1}
 
 
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve")
+def test_what_lu_linear_layers_keep_is_fit_for_training(dtype):
+    def layer(features):
+        return transforms.LULinear(features), torch.randn(2, features)
+
+    _nsf._places.cache_clear()
+    with peer.patch():
+        with torch.inference_mode():
+            lu, x = layer(3)
+            lu(x)
+        lu, x = layer(3)
+        lu(x)[0].sum().backward()
+        with FakeTensorMode():
+            lu, x = layer(4)
+            assert type(lu(x)[0]) is FakeTensor
+        lu, x = layer(4)
+        torch.func.grad(lambda state: torch.func.functional_call(lu, state, x)[0].sum())(dict(lu.named_parameters()))
+        assert _nsf._places.cache_info().currsize == 1
+        lu(x)[0].sum().backward()
+        assert all(p.grad is not None for p in lu.parameters())
+        compiled = torch.compile(lu, backend="eager")(x)
+    torch.testing.assert_close(compiled, lu(x))
+
+
 @pytest.mark.parametrize(
     ("options", "left"),
     [
         ({}, ""),
         ({"num_blocks": 0}, ""),
+        ({"activation": nn.ReLU()}, ""),
+        ({"activation": nn.ReLU(inplace=True)}, "residual blocks that overwrite what they add to"),
         ({"num_blocks": 3, "activation": torch.relu}, ""),
         ({"activation": torch.tanh}, "activations that are not ReLU"),
         ({"use_batch_norm": True}, "batch norm"),
@@ -274,6 +357,18 @@ def test_residual_networks(options, left, context, same):
     x, c = torch.randn(9, 3).requires_grad_(), None if context is None else torch.randn(9, context).requires_grad_()
     report = same(peer, lambda: net(x, c), net, *([x] if c is None else [x, c]))
     assert report.left == {"ResidualNet.forward": {left: 1}} if left else report.served == {"ResidualNet.forward": 1}
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize(
+    ("context_features", "inputs", "context"),
+    [(None, 3, (9, 2)), (None, 1, (9, 2)), (2, 3, (9, 3)), (2, 2, (9, 3)), (2, 3, (8, 2)), (2, 3, (2,)), (2, 3, None)],
+)
+def test_contexts_that_a_residual_network_does_not_take(context_features, inputs, context, blocks, same):
+    net = ResidualNet(3, 7, 16, context_features=context_features, num_blocks=blocks)
+    x, c = torch.randn(9, inputs), None if context is None else torch.randn(context)
+    fits = inputs + (c.shape[-1] if c is not None else 0) == net.initial_layer.in_features and c.shape[:-1] == (9,)
+    same(peer, lambda: net(x, c), net, raises=not fits or blocks == 1)
 
 
 def test_a_linear_layer_of_somebodys_own_is_called(same):

@@ -68,6 +68,32 @@ def test_unconstrained_splines(shape, derivatives, options, left, inverse, same)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 7.0])
+@pytest.mark.parametrize(
+    ("derivatives", "tails"), [(8, "circular"), (9, ["circular"] * 3), (9, ["linear", "circular", "linear"])]
+)
+def test_points_outside_of_circular_splines_have_no_say(derivatives, tails, value, inverse, same):
+    given = raw(2, 3, bins=8, derivatives=derivatives)
+    x = torch.tensor([[0.3, value, 0.5], [value, 0.1, value]], dtype=given[0].dtype).requires_grad_()
+    report = same(
+        peer,
+        lambda: splines.unconstrained_rational_quadratic_spline(x, *given, inverse=inverse, tails=tails),
+        x, *given,
+    )  # fmt: skip
+    assert report.served == {UNCONSTRAINED: 1}
+
+
+@pytest.mark.parametrize("tails", ["linear", "circular"])
+def test_derivatives_of_other_examples_are_the_errors_that_they_are_for_normflows(tails, same):
+    given = raw(4, 5, bins=4, derivatives=3)
+    given[2] = torch.randn(1, 5, 3 if tails == "linear" else 4)
+    x = torch.linspace(-0.9, 0.9, 20).view(4, 5).to(given[0].dtype)
+    run = lambda: splines.unconstrained_rational_quadratic_spline(x, *given, tails=tails)  # noqa: E731
+    report = same(peer, run, *given, raises=True)
+    assert report.left[UNCONSTRAINED] == {"widths, heights and derivatives of different shapes": 1}
+
+
+@pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(
     ("low", "high", "options", "left"),
     [
@@ -162,6 +188,10 @@ def test_couplings_of_splines_on_images(verb, same):
         ({}, None, ""),
         ({"num_blocks": 1, "activation": nn.ReLU()}, None, ""),
         ({}, 3, "a context in every block"),
+        ({"num_blocks": 0}, None, ""),
+        ({"num_blocks": 0, "use_residual_blocks": False}, None, ""),
+        ({"num_blocks": 0}, 3, "a context in every block"),
+        ({"activation": nn.ReLU(inplace=True)}, None, "residual blocks that overwrite what they add to"),
         ({"use_residual_blocks": False}, None, "no ReLU after the first layer"),
         ({"use_residual_blocks": False, "random_mask": True}, None, "no ReLU after the first layer"),
         ({"activation": F.elu}, None, "activations that are not ReLU"),
@@ -189,6 +219,28 @@ def test_affine_elements_are_served_from_many_on(same):
     params = torch.randn(LARGE[0], 16).requires_grad_()
     report = same(peer, lambda: layer._elementwise_inverse(x, params), x, params)
     assert report.served["MaskedAffineAutoregressive._elementwise_inverse"] == 1
+
+
+@pytest.mark.parametrize(
+    ("net", "find"),
+    [
+        (lambda: nf.nets.ResidualNet(3, 7, 16, activation=nn.ReLU()), lambda net: net.blocks[0].activation),
+        (lambda: nf.nets.ResidualNet(3, 7, 16), lambda net: net.blocks[1].dropout),
+        (lambda: nf.nets.MADE(3, 16, activation=nn.ReLU()), lambda net: net.blocks[0].activation),
+        (lambda: nf.nets.MADE(3, 16), lambda net: net.blocks[1].dropout),
+        (lambda: nf.nets.MADE(3, 16), lambda net: net.preprocessing),
+    ],
+)
+def test_parts_that_somebody_listens_to_are_called(net, find, same):
+    net, x = moved(net()), torch.randn(9, 3)
+    find(net).register_forward_hook(lambda module, args, result: 2 * result)
+    assert {"the network has hooks": 1} in same(peer, lambda: net(x), net).left.values()
+
+
+def test_an_activation_in_place_overwrites_what_a_residual_block_adds_to(same):
+    net, x = moved(nf.nets.ResidualNet(3, 7, 16, activation=nn.ReLU(inplace=True))), torch.randn(9, 3)
+    report = same(peer, lambda: net(x), net)
+    assert report.left == {"ResidualNet.forward": {"residual blocks that overwrite what they add to": 1}}
 
 
 @pytest.mark.parametrize("tails", ["circular", "linear"])

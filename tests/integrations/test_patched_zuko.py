@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 zuko = pytest.importorskip("zuko", reason="zuko is not installed")
 
-from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
+from zuko.transforms import ComposedTransform, MonotonicAffineTransform, MonotonicRQSTransform
 
 from genfuse.integrations import _networks
 from genfuse.integrations import zuko as peer
@@ -118,6 +119,157 @@ def test_attributes_names_and_kinds_are_those_of_zuko(make, attributes, dtype):
     torch.testing.assert_close(copy.copy(ours)(x), theirs(x))
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(4, 3, 5), (1, 3, 5), (4, 3, 4)],
+        [(3, 5), (4, 3, 5), (4, 3, 4)],
+        [(4, 3, 5), (4, 3, 5), (3, 4)],
+        [(4, 3, 5), (4, 3, 4), (4, 3, 5)],
+        [(4, 3, 5), (4, 3, 6), (4, 3, 3)],
+        [(4, 3, 4), (4, 3, 4), (4, 3, 5)],
+    ],
+)
+def test_shapes_that_are_not_those_of_one_tensor_are_left(shapes, same):
+    raw = [torch.randn(shape).requires_grad_() for shape in shapes]
+    x = torch.linspace(-4.99, 4.99, 12).view(4, 3).to(raw[0].dtype)
+    sizes = [shape[-1] for shape in shapes]
+    report = same(peer, lambda: MonotonicRQSTransform(*raw)(x), *raw, raises=sizes in ([5, 4, 5], [5, 6, 3]))
+    assert report.left == {SPLINE: {"widths, heights and derivatives of different shapes": 1}}
+
+
+TRANSFORMS = [
+    (MonotonicAffineTransform, lambda: [torch.randn(4, 3), torch.randn(4, 3)], "shift"),
+    (MonotonicRQSTransform, lambda: [t.detach() for t in spline((4, 3))], "derivatives"),
+]
+
+
+@pytest.mark.parametrize(("kind", "parameters", "name"), TRANSFORMS)
+def test_tensors_that_are_written_to_later_do_not_count(kind, parameters, name, same):
+    x = torch.randn(4, 3)
+
+    def run(*, first):
+        raw = parameters()
+        transform = kind(*raw)
+        first(transform)
+        for t in raw:
+            t.add_(1.0)  # a shift does count
+        return transform(x), getattr(transform, name)
+
+    for first in (lambda transform: transform(x), lambda transform: getattr(transform, name)):
+        assert same(peer, partial(run, first=first)).served
+
+
+@pytest.mark.parametrize(("kind", "parameters", "name"), TRANSFORMS)
+def test_what_a_network_returned_is_not_copied_so_that_writes_to_it_are_an_error(kind, parameters, name, dtype):
+    phi = torch.cat(parameters(), -1).requires_grad_() * 1
+    x = torch.randn(4, 3)
+    with peer.patch():
+        transform = kind(*phi.split([t.shape[-1] for t in parameters()], -1))
+        assert transform._raw[0].data_ptr() == phi.data_ptr()
+        transform(x)
+        with torch.no_grad():
+            phi.add_(1.0)
+        for call in (transform, transform.inv, transform.call_and_ladj, lambda x: getattr(transform, name)):
+            with pytest.raises(RuntimeError, match=f"{kind.__name__} were written to after .* make the transform anew"):
+                call(x)
+        assert kind(*parameters())(x).shape == x.shape
+
+
+def test_what_a_network_returns_in_inference_mode_is_not_copied_either():
+    with peer.patch(), torch.inference_mode():
+        phi = torch.randn(4, 3, 14)
+        assert MonotonicRQSTransform(*phi.split([5, 5, 4], -1))._raw[0].data_ptr() == phi.data_ptr()
+        whole = torch.zeros(3)
+        transform = MonotonicAffineTransform(torch.zeros(3), whole)
+        whole += 1
+        assert transform(whole).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize(("kind", "parameters", "name"), TRANSFORMS)
+def test_gradients_are_those_of_where_a_transform_was_made(kind, parameters, name, leaf, same):
+    raw, x = [t.requires_grad_() for t in parameters()], torch.randn(4, 3)
+    given = raw if leaf else [t + 0 for t in raw]
+
+    def run(made, read):
+        with torch.set_grad_enabled(made):
+            transform = kind(*given)
+        with read():
+            getattr(transform, name)
+        return transform(x), getattr(transform, name)
+
+    for made in (True, False):
+        for read in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            assert same(peer, lambda case=(made, read): run(*case), *raw).served
+            theirs = [t.requires_grad for t in run(made, read)]
+            with peer.patch():
+                assert [t.requires_grad for t in run(made, read)] == theirs
+
+
+@pytest.mark.parametrize(("kind", "parameters", "name"), TRANSFORMS)
+def test_an_attribute_that_is_set_counts(kind, parameters, name, same):
+    x, raw = torch.randn(4, 3).requires_grad_(), parameters()
+
+    def run():
+        transform = kind(*raw, cache_size=1)
+        inverse, y = transform.inv, transform(x)
+        assert transform(x) is y
+        setattr(transform, name, getattr(transform, name) + 1)
+        assert transform(x) is y  # of the cache, which stays
+        assert transform.inv is inverse
+        assert type(transform) is kind
+        return y, transform(x * 1), transform.call_and_ladj(x * 2)[1]
+
+    same(peer, run, x)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+@pytest.mark.parametrize("cache_size", [0, 1])
+def test_transforms_are_copied_and_pickled_as_those_of_zuko(cache_size, again, same):
+    x, given = torch.randn(4, 3), [parameters() for _, parameters, _ in TRANSFORMS]
+
+    def run():
+        made = [kind(*raw, cache_size=cache_size) for (kind, _, _), raw in zip(TRANSFORMS, given, strict=True)]
+        copied = [again(each) for each in made]
+        assert [(type(each), each._cache_size) for each in copied] == [(kind, cache_size) for kind, _, _ in TRANSFORMS]
+        return *(each(x) for each in copied), again(ComposedTransform(*made))(x)
+
+    same(peer, run)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "parameters", "name"), TRANSFORMS)
+def test_dtypes_of_16_bits_stay(kind, parameters, name, half):
+    x, raw = torch.randn(4, 3).to(half), [t.to(half) for t in parameters()]
+
+    def dtypes(*raw):
+        return [t.dtype for t in verbs(kind(*raw), x)]
+
+    theirs = [dtypes(*raw), dtypes(*(t.float() for t in raw))]
+    with peer.patch():
+        assert [dtypes(*raw), dtypes(*(t.float() for t in raw))] == theirs
+        assert peer.report().served
+
+
+@pytest.mark.parametrize(("kind", "parameters", "name"), TRANSFORMS[1:])
+@pytest.mark.parametrize("listen", ["hook", "retained"])
+def test_the_gradient_of_a_part_that_is_waited_for_is_there(kind, parameters, name, listen, same):
+    phi, x = torch.cat(parameters(), -1).requires_grad_(), torch.randn(4, 3)
+
+    def run():
+        parts = (phi * 1).split([5, 5, 4], -1)
+        if listen == "hook":
+            parts[0].register_hook(lambda g: 2 * g)
+            return kind(*parts)(x)
+        parts[1].retain_grad()
+        y = kind(*parts)(x)
+        y.sum().backward(retain_graph=True, inputs=[parts[1]])
+        return y, parts[1].grad
+
+    same(peer, run, phi)
+
+
 def test_a_class_of_somebodys_own_stays_what_it_is(same):
     class Shifted(MonotonicRQSTransform):
         def _call(self, x):
@@ -170,6 +322,19 @@ def test_autoregressive_flows_and_their_samples(name, features, context, same):
     assert report.left[inverse] == {left: 4} if left else report.served[inverse] == 4
     same(peer, lambda: flow(None if c is None else c[:1]).transform.inv(x[0]), x)
     same(peer, lambda: flow(None if c is None else c[:0]).log_prob(x[:0]), x, raises=True)
+
+
+@pytest.mark.parametrize("kind", [zuko.flows.MAF, zuko.flows.NSF])
+def test_no_elements_are_as_many_as_zuko_returns(kind, same):
+    flow, conditional = kind(3, transforms=2), kind(3, 2, transforms=1)
+    for run in (
+        lambda: flow().sample((0,)),
+        lambda: flow().sample((2, 0)),
+        lambda: flow().transform.inv(torch.zeros(0, 3)),
+        lambda: conditional(torch.zeros(0, 2)).transform.inv(torch.zeros(3)),
+    ):
+        report = same(peer, run, flow)
+        assert set(report.left["AutoregressiveTransform._inverse"]) == {"no elements"}
 
 
 @pytest.mark.parametrize("columns", [4, 6])

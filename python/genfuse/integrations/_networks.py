@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as everywhere
 
 from genfuse import ops
 from genfuse.integrations._patch import Left
@@ -30,6 +31,10 @@ class _Sorted(NamedTuple):
 
 
 ROWS = 128  # fewer do not pay for the sorting of weights
+LISTENERS = (  # to all modules
+    everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks, everywhere._global_backward_hooks,
+    everywhere._global_backward_pre_hooks,
+)  # fmt: skip
 
 _masks: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = WeakKeyDictionary()
 _sortings: WeakKeyDictionary[nn.Module, tuple[tuple, _Sorted | None]] = WeakKeyDictionary()
@@ -55,9 +60,14 @@ def _kept(kept: WeakKeyDictionary[nn.Module, tuple[tuple, Any]], module: nn.Modu
     return known[1]
 
 
+def writes(t: Tensor) -> int:
+    """How often a tensor was written to, which PyTorch does not count in inference mode."""
+    return 0 if t.is_inference() else t._version
+
+
 def _state(mask: Tensor) -> tuple[int, int]:
     """What changes if the mask does."""
-    return mask.data_ptr(), 0 if mask.is_inference() else mask._version
+    return mask.data_ptr(), writes(mask)
 
 
 def masked_weight(layer: Any) -> Tensor:
@@ -68,9 +78,13 @@ def masked_weight(layer: Any) -> Tensor:
     return _kept(_masks, layer, (*_state(mask), weight.dtype), lambda: mask.to(weight.dtype)) * weight
 
 
-def check_plain(*modules: nn.Module) -> None:
-    """Leave modules that somebody listens to, or whose forward somebody has replaced."""
+def check_plain(*modules: Any) -> None:
+    """Leave modules that somebody listens to, or whose forward somebody has replaced; functions may be among them."""
+    if any(LISTENERS):
+        raise Left("all modules have hooks")
     for module in modules:
+        if not isinstance(module, nn.Module):
+            continue
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise Left("the network has hooks")
         if "forward" in module.__dict__:

@@ -17,8 +17,10 @@ def replace_splines(peer: Peer, splines: Any, *, circular: bool) -> None:
     """Both functions of a module of splines, which may know circular tails and bounds of each coordinate."""
 
     def spline(x: Tensor, *raw: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        if raw[0].shape != raw[1].shape or x.dtype not in (torch.float32, torch.float64):
-            raise Left("other than float32 and float64, and as many widths as heights")
+        if raw[0].shape != raw[1].shape or raw[0].shape[:-1] != raw[2].shape[:-1]:
+            raise Left("widths, heights and derivatives of different shapes")
+        if x.dtype not in (torch.float32, torch.float64):
+            raise Left("other than float32 and float64")
         return ops.rational_quadratic_spline(x, joined(*raw), bins=raw[0].shape[-1], by_element=True, **options)
 
     @peer.replaces(splines, "unconstrained_rational_quadratic_spline")
@@ -33,14 +35,17 @@ def replace_splines(peer: Peer, splines: Any, *, circular: bool) -> None:
             raise Left("tails that are neither linear nor circular")
         if (not circular and (tails != "linear" or is_tensor)) or (is_tensor and tail_bound.requires_grad):
             raise Left("tails that are not linear, or a bound in a tensor")
+        x, inside = inputs, None
+        if tails != "linear":
+            # Outside, normflows leaves circular coordinates as they are; where each has tails of its own, it returns 0.
+            inside = (inputs >= -tail_bound) & (inputs <= tail_bound)
+            x = torch.where(inside, inputs, 0.0)  # whose gradients are finite, as times 0 they have to be
         y, logdet = spline(
-            inputs, unnormalized_widths, unnormalized_heights, unnormalized_derivatives, inverse=inverse, tails=tails,
+            x, unnormalized_widths, unnormalized_heights, unnormalized_derivatives, inverse=inverse, tails=tails,
             bound=tail_bound, min_width=min_bin_width, min_height=min_bin_height, min_derivative=min_derivative,
         )  # fmt: skip
-        if tails == "linear":
+        if inside is None:
             return y, logdet
-        # Outside, normflows leaves circular coordinates as they are; where each has tails of its own, it returns 0.
-        inside = (inputs >= -tail_bound) & (inputs <= tail_bound)
         return torch.where(inside, y, 0.0 if of_each else inputs), torch.where(inside, logdet, 0.0)
 
     @peer.replaces(splines, "rational_quadratic_spline")
@@ -82,15 +87,17 @@ def _elementwise(layer: Any, width: float, x: Tensor, params: Tensor, inverse: b
 @cache
 def _places(features: int, device: torch.device) -> tuple[Tensor, ...]:
     """Where the entries of L, and those of U and then its diagonal, lie in a matrix; and the identity."""
-    lower, upper = torch.tril_indices(features, features, -1), torch.triu_indices(features, features, 1)
-    diagonal = torch.arange(features).expand(2, -1)
-    flat = [i * features + j for i, j in (lower, torch.cat([upper, diagonal], 1))]
-    return *(each.to(device) for each in flat), torch.eye(features).flatten().to(device)
+    with torch.inference_mode(False):  # as they are kept, for training as well
+        lower, upper = torch.tril_indices(features, features, -1), torch.triu_indices(features, features, 1)
+        diagonal = torch.arange(features).expand(2, -1)
+        flat = [i * features + j for i, j in (lower, torch.cat([upper, diagonal], 1))]
+        return *(each.to(device) for each in flat), torch.eye(features).flatten().to(device)
 
 
 def _triangles(self: Any) -> tuple[Tensor, Tensor]:
     """`_create_lower_upper` of LU-linear layers, in a write a matrix."""
-    lower, upper, identity = _places(self.features, self.lower_entries.device)
+    places = _places if ops.has_values(self.lower_entries) else _places.__wrapped__  # what is traced is not kept
+    lower, upper, identity = places(self.features, self.lower_entries.device)
     identity = identity.to(self.lower_entries.dtype)
     ours = (
         identity.index_copy(0, lower, self.lower_entries),
@@ -105,17 +112,27 @@ def _check_blocks(blocks: Sequence[Any], kind: type) -> None:
         raise Left("a network of somebody's own")
     if any(getattr(block, "use_batch_norm", False) or getattr(block, "batch_norm", None) for block in blocks):
         raise Left("batch norm")
-    if any(block.dropout.p and block.training for block in blocks):
+    if any(type(block.dropout) is not nn.Dropout or (block.dropout.p and block.dropout.training) for block in blocks):
         raise Left("dropout")
     if not all(_networks.is_relu(block.activation) for block in blocks):
         raise Left("activations that are not ReLU")
+    if any(hasattr(block, "linear_layers") and getattr(block.activation, "inplace", False) for block in blocks):
+        raise Left("residual blocks that overwrite what they add to")
     _networks.check_plain(*blocks)
+    _check_parts(*blocks)
+
+
+def _check_parts(*networks: nn.Module) -> None:
+    """Leave networks of which somebody listens to what is not a layer of `_networks.mlp`."""
+    parts = "activation", "dropout", "context_layer", "preprocessing"
+    _networks.check_plain(*(getattr(each, part, None) for each in networks for part in parts))
 
 
 def _layers(net: Any, context: Tensor | None, made: Any) -> tuple[list[Any], bool, Tensor | None]:
     """Of a MADE: its layers, whether the hidden ones are residual, and what is added to the first one."""
     blocks = list(getattr(net, "blocks", ()))
-    residual = any(type(block) is made.MaskedResidualBlock for block in blocks)
+    # nflows' MADE says it. That of normflows does not: it has no activation but those of its blocks.
+    residual = getattr(net, "use_residual_blocks", not blocks or type(blocks[0]) is made.MaskedResidualBlock)
     if type(net) is not made.MADE or type(getattr(net, "preprocessing", None)) not in (type(None), nn.Identity):
         raise Left("a network of somebody's own, or preprocessed features")
     _check_blocks(blocks, made.MaskedResidualBlock if residual else made.MaskedFeedforwardBlock)
@@ -127,6 +144,7 @@ def _layers(net: Any, context: Tensor | None, made: Any) -> tuple[list[Any], boo
     layers = [net.initial_layer, *hidden, net.final_layer]
     if any(type(each) is not made.MaskedLinear for each in layers):
         raise Left("a network of somebody's own")
+    _check_parts(net)
     return layers, residual, None if context is None else net.activation(net.context_layer(context))
 
 
@@ -183,5 +201,8 @@ def replace_layers(
             raise Left("a network of somebody's own")
         if context is None:
             return _networks.mlp(inputs, layers, residual=True)
+        inputs = torch.cat((inputs, context), dim=1)
+        if inputs.shape[1] != self.initial_layer.in_features:
+            raise Left("a context that the network does not take")
         gates = [block.context_layer(context).sigmoid() for block in self.blocks]
-        return _networks.mlp(torch.cat((inputs, context), dim=1), layers, residual=True, gates=gates)
+        return _networks.mlp(inputs, layers, residual=True, gates=gates)

@@ -191,8 +191,8 @@ def check_large(x: Tensor) -> None:
 
 
 def joined(*parts: Tensor) -> Tensor:
-    """Tensors side by side along the last axis: without a copy where they are views of one, as which they were made;
-    and of one row only where they are one row, expanded."""
+    """Tensors side by side along the last axis: without a copy where they are views of one, as which they were made,
+    and nobody waits for the gradient of one; and of one row only where they are one row, expanded."""
     first, width = parts[0], sum(part.shape[-1] for part in parts)
     base, shape = None, (*first.shape[:-1], width)
     if not torch.compiler.is_compiling() and not ops.transformed():
@@ -201,8 +201,8 @@ def joined(*parts: Tensor) -> Tensor:
         at, whole = base.storage_offset(), base.view(shape)
         for part in parts:
             made_so = part._base is base and part.requires_grad == base.requires_grad
-            own_leaf = part.is_leaf and part.requires_grad
-            if not made_so or own_leaf or part.stride() != whole.stride() or part.storage_offset() != at:
+            awaited = (part.is_leaf and part.requires_grad) or part._backward_hooks or part.retains_grad
+            if not made_so or awaited or part.stride() != whole.stride() or part.storage_offset() != at:
                 break
             at += part.shape[-1]
         else:

@@ -31,12 +31,27 @@ class _Fused:
 
     _kind: type  # zuko's class
     _init: Any  # its __init__
+    _kept = 0  # how many of its parameters zuko reads when it is called; it computes from the others when it is made
     _given: tuple[tuple[Tensor, ...], dict[str, Any]]  # its arguments
+    _writes: list[int]  # to each of these others, until it was made; none while they cannot be counted
+
+    @property
+    def _raw(self) -> tuple[Tensor, ...]:
+        """The parameters, which have to be as they were when it was made."""
+        raw = self._given[0]
+        counted = self._writes and not torch.compiler.is_compiling()
+        if counted and self._writes != [_networks.writes(t) for t in raw[self._kept :]]:
+            raise RuntimeError(
+                f"parameters of {self._kind.__name__} were written to after it was made, when zuko computes from "
+                "them: make the transform anew, or of copies of them"
+            )
+        return raw
 
     @cached_property
     def _theirs(self) -> Any:
         made: Any = object.__new__(self._kind)
-        self._init(made, *self._given[0], **self._given[1])
+        with torch.inference_mode(False):  # and with gradients, whoever is the first to ask
+            self._init(made, *self._raw, **self._given[1], cache_size=self._cache_size)
         return made
 
     def __getattr__(self, name: str) -> Any:  # knots, scales and the like, computed if they are asked for
@@ -44,8 +59,24 @@ class _Fused:
             raise AttributeError(name)
         return getattr(self._theirs, name)
 
-    def _ours(self, x: Tensor, verb: str) -> tuple[Tensor, Tensor]:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:  # of which our operators know nothing: from now on it is zuko's own, with the cache that it has
+            theirs = vars(self._theirs)
+            self.__dict__ = theirs | {each: old for each, old in vars(self).items() if each in theirs}
+            self.__class__ = self._kind
+            setattr(self, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # to what is zuko's own wherever it is loaded
+        return self._theirs.__reduce_ex__(1)  # pickle refuses those from 2 on, which name another class than ours
+
+    def _fused(self, x: Tensor, raw: Any, *, inverse: bool, **options: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def _ours(self, x: Tensor, verb: str) -> tuple[Tensor, Tensor]:
+        y, ladj = self._fused(x, self._raw, inverse=verb == "_inverse", **self._given[1])
+        return y, ladj.to(x.dtype)  # which operators give in float32 for 16-bit x
 
     def _left(self, x: Tensor, verb: str) -> Any:
         result = getattr(self._theirs, verb)(x)
@@ -75,19 +106,30 @@ def _expanded(t: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _Affine(_Fused, transforms.MonotonicAffineTransform):
-    def _ours(self, x: Tensor, verb: str) -> tuple[Tensor, Tensor]:
-        (shift, scale), options = self._given
+    _kept = 1  # the shift
+
+    def _fused(self, x: Tensor, raw: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        shift, scale = raw
         params = _expanded(scale, x.shape), _expanded(shift, x.shape)
-        return ops.affine_coupling(x, params, scale="softclip", by_element=True, inverse=verb == "_inverse", **options)
+        return ops.affine_coupling(x, params, scale="softclip", by_element=True, **options)
 
 
 class _Spline(_Fused, transforms.MonotonicRQSTransform):
-    def _ours(self, x: Tensor, verb: str) -> tuple[Tensor, Tensor]:
-        raw, options = self._given
-        params = _expanded(joined(*raw), torch.Size((*x.shape, 3 * raw[0].shape[-1] - 1)))
-        return ops.rational_quadratic_spline(
-            x, params, bins=raw[0].shape[-1], by_element=True, inverse=verb == "_inverse", **options
-        )
+    def _fused(self, x: Tensor, raw: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        widths, heights, derivatives = raw
+        bins = widths.shape[-1]
+        if heights.shape != widths.shape or derivatives.shape != (*widths.shape[:-1], bins - 1):
+            raise Left("widths, heights and derivatives of different shapes")
+        params = _expanded(joined(*raw), torch.Size((*x.shape, 3 * bins - 1)))
+        return ops.rational_quadratic_spline(x, params, bins=bins, by_element=True, **options)
+
+
+def _as_made(t: Tensor) -> Tensor:
+    """A parameter as zuko knows it from when a transform is made. Copied is what somebody has, to write to, but not
+    what a network returned: a view, or in inference mode, which knows of no views, a part of a storage."""
+    if t.is_leaf and t._base is None and not (t.is_inference() and t.nbytes < t.untyped_storage().nbytes()):
+        return t.clone()
+    return t.detach() if t.requires_grad and not torch.is_grad_enabled() else t
 
 
 def _fuse(fused: Any, self: Any, *raw: Tensor, cache: dict[str, Any], **options: Any) -> None:
@@ -95,9 +137,12 @@ def _fuse(fused: Any, self: Any, *raw: Tensor, cache: dict[str, Any], **options:
         _peer.leave(f"transforms.{fused._kind.__name__}", "a class of somebody's own, or a bound in a tensor")
         fused._init(self, *raw, **options, **cache)
         return
-    self.__class__ = fused
     Transform.__init__(self, **cache)
-    self._given = raw, options
+    counted = not torch.compiler.is_compiling() and not ops.transformed()
+    made = [_as_made(t) for t in raw[fused._kept :]] if counted else raw[fused._kept :]
+    self._given = (*raw[: fused._kept], *made), options
+    self._writes = [_networks.writes(t) for t in made] if counted else []
+    self.__class__ = fused
 
 
 for _class, _of in ((_Affine, transforms.MonotonicAffineTransform), (_Spline, transforms.MonotonicRQSTransform)):
@@ -152,6 +197,8 @@ def _inverse(self: Any, y: Tensor) -> Tensor:
     if context is not None:
         batch = torch.broadcast_shapes(batch, context.shape[:-1])
         context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
+    if not features * batch.numel():
+        raise Left("no elements")
     flat = y.expand(*batch, -1).reshape(-1, features)
     x, _ = _networks.inverse(flat, lazy.hyper, layers, rows, context=context, passes=self.passes, **options)
     return x.reshape(*batch, -1)
