@@ -570,6 +570,53 @@ def test_reversible_flows_have_the_gradients_of_ordinary_ones(name):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+@every_flow
+@with_and_without_context
+def test_hessians_are_those_of_torch_func_reversible_or_not(name, context):
+    plain, memory_free = made(name, context), made(name, context, reversible=True)
+    x, c = torch.randn(2, *shape_of(name), dtype=torch.float64), given(context, 2)
+    wanted = torch.func.hessian(lambda z: plain.log_prob(z, *c).sum())(x)
+    for flow in (plain, memory_free):
+        found = torch.autograd.functional.hessian(lambda z, flow=flow: flow.log_prob(z, *c).sum(), x)
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+
+
+@every_flow
+@pytest.mark.parametrize("reversible", [False, True])
+def test_scores_hessians_and_gradients_of_each_example_are_those_of_a_loop(name, reversible):
+    flow = made(name, 5, reversible=reversible)
+    x, (c,) = torch.randn(3, *shape_of(name), dtype=torch.float64), given(5, 3)
+
+    def of_one(weights, x, c):
+        return torch.func.functional_call(Density(flow), weights, (x[None], c[None]))[0]
+
+    weights = {f"flow.{key}": p.detach() for key, p in flow.named_parameters()}
+    for of in (
+        torch.func.grad(of_one),
+        torch.func.grad(of_one, argnums=1),
+        torch.func.hessian(of_one, argnums=1),
+    ):
+        found = torch.vmap(of, in_dims=(None, 0, 0))(weights, x, c)
+        each = [of(weights, *one) for one in zip(x, c, strict=True)]
+        wanted = torch.utils._pytree.tree_map(lambda *several: torch.stack(several), *each)
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+
+
+@every_flow
+@with_and_without_context
+def test_a_flow_is_made_and_trained_in_the_default_type(name, context):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        flow = FLOWS[name][1](context)
+        assert all(p.dtype is torch.float64 for p in flow.parameters())
+        density = flow.log_prob(torch.randn(6, *shape_of(name)), *given(context, 6))
+        assert density.dtype is torch.float64
+        density.sum().backward()
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("features", [2, 3, 5])
 def test_no_feature_of_a_spline_flow_is_left_alone_whatever_the_seed(features):
     for seed in range(30):

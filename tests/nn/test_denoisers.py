@@ -33,6 +33,27 @@ def test_an_example_depends_on_its_own_noise_level_and_context_alone(make):
         assert (network(x, log_sigma, 1 - context) - whole).abs().flatten(1).amax(1).min() > 1e-4
 
 
+def test_transforms_of_torch_func_give_what_a_loop_gives():
+    network = UNet(2, (4, 4), attention=(1,), context=3).double().eval()
+    x, context, weights = torch.randn(3, 2, 3, 4).double(), torch.eye(3).double(), dict(network.named_parameters())
+    with torch.no_grad():
+        for p in weights.values():
+            p += 0.1 * torch.randn_like(p)
+    weights = {name: p.detach() for name, p in weights.items()}
+
+    def of_one(weights, x, context):
+        log_sigma = torch.zeros(1, dtype=torch.float64)
+        return torch.func.functional_call(network, weights, (x[None], log_sigma, context[None])).square().sum()
+
+    for of in (torch.func.grad(of_one), torch.func.grad(of_one, argnums=1), torch.func.hessian(of_one, argnums=1)):
+        found = torch.vmap(of, in_dims=(None, 0, 0))(weights, x, context)
+        each = [of(weights, *one) for one in zip(x, context, strict=True)]
+        wanted = torch.utils._pytree.tree_map(lambda *several: torch.stack(several), *each)
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+    hessian = torch.autograd.functional.hessian(lambda x: of_one(weights, x, context[0]), x[0])
+    torch.testing.assert_close(hessian, wanted[0], rtol=1e-8, atol=1e-9)
+
+
 def test_attention_sees_the_whole_image():
     network = UNet(1, (8,), attention=(0,))
     x = torch.randn(1, 1, 24, 24, requires_grad=True)

@@ -141,6 +141,14 @@ def test_logdet_is_that_of_the_autograd_jacobian(kind, context):
             torch.testing.assert_close(logdet[i], expected, rtol=0, atol=1e-10)
 
 
+@every_layer
+@with_and_without_context
+def test_second_gradients_are_those_of_finite_differences(kind, context):
+    for function, *arguments in both_ways(kind, 2, context):
+        arguments = [t.requires_grad_() for t in arguments if t is not None]
+        assert torch.autograd.gradgradcheck(function, arguments, atol=1e-4, fast_mode=True)
+
+
 # Conditioning is the limit in float32: a scrambled spline has slopes near its least, 1e-3, and gets 10 times the bound.
 # Planar and radial layers near the limit of what is invertible are in a test of their own.
 @every_layer
@@ -267,7 +275,7 @@ def gradients(flow, x, context):
     x = x.clone().requires_grad_()
     context = context if context is None else context.clone().requires_grad_()
     flow.zero_grad()
-    y, logdet = flow(x, context)
+    y, logdet = flow(x) if context is None else flow(x, context)
     (y.sin().sum() + logdet.sum()).backward()
     return [t.grad for t in (x, context, *flow.parameters()) if t is not None and t.grad is not None]
 
@@ -291,6 +299,94 @@ def test_reversible_gradients_of_shared_and_of_frozen_weights():
         layers = [coupling, Permutation.reversed(5), coupling]
         for a, b in zip(*(gradients(Composite(layers, reversible=way), x, None) for way in (False, True)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def second_gradients(flow, x, context):
+    """Of all arguments and weights, of a function of all their gradients."""
+    wanted = [t.clone().requires_grad_() for t in (x, context) if t is not None]
+    y, logdet = flow(*wanted)
+    wanted += [p for p in flow.parameters() if p.requires_grad]
+    first = torch.autograd.grad(
+        y.sin().sum() + logdet.sin().sum(), wanted, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    mixed = sum((g + g.square()).sum() for g in first)
+    return torch.autograd.grad(mixed, wanted, allow_unused=True, materialize_grads=True)
+
+
+@every_layer
+@with_and_without_context
+def test_reversible_second_gradients_are_the_ordinary_ones(kind, context):
+    layers = [layer(kind, context) for _ in range(1 if kind in ("squeeze", "flatten", "split", "logit") else 3)]
+    x, c = examples(kind, 5, context)
+    plain, memory_free = (second_gradients(Composite(layers, reversible=way), x, c) for way in (False, True))
+    for a, b in zip(memory_free, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_reversible_second_gradients_where_the_input_is_made_of_the_context_and_of_the_same_weights():
+    coupling = layer("affine-tanh", 5)
+    (x, c), found = examples("affine-tanh", 7, 5), []
+    for way in (False, True):
+        flow = Composite([coupling, Permutation.reversed(5)], reversible=way)
+
+        class Twice(torch.nn.Module):
+            def forward(self, x, context, flow=flow):
+                y, logdet = flow(x * context, context)
+                z, more = flow(y, context)
+                return z, logdet + more
+
+        twice = Twice()
+        twice.flow = flow
+        found.append([*gradients(twice, x, c), *second_gradients(twice, x, c)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_reversible_hessians_are_the_ordinary_ones_batched_or_not():
+    layers = [layer("affine-tanh") for _ in range(3)]
+    x, _ = examples("affine-tanh", 2)
+    found = []
+    for way in (False, True):
+        flow = Composite(layers, reversible=way)
+        for vectorize in (False, True):
+            hessian = torch.autograd.functional.hessian(lambda z, f=flow: f(z)[1].sum(), x, vectorize=vectorize)
+            found.append(hessian)
+    assert found[0].abs().max() > 1e-3
+    for hessian in found[1:]:
+        torch.testing.assert_close(hessian, found[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_reversible_weights_that_were_changed_before_the_backward_pass_are_noticed(create_graph):
+    flow = Composite([layer("affine-tanh") for _ in range(3)], reversible=True)
+    y, logdet = flow(examples("affine-tanh", 7)[0])
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y.sum() + logdet.sum()).backward(create_graph=create_graph)
+
+
+def test_reversible_gradients_are_those_of_weights_given_for_one_call():
+    layers = [layer("affine-tanh") for _ in range(2)]
+    x, found = examples("affine-tanh", 7)[0], []
+    other = {name: 1.5 * p.detach() for name, p in Composite(layers).named_parameters()}
+    for way in (False, True):
+        flow = Composite([*layers, layers[0]], reversible=way)  # which has some weights twice
+        given = {name: t.clone().requires_grad_() for name, t in other.items()}
+        y, logdet = torch.func.functional_call(flow, given, (x,))
+        loss, wanted = y.sin().sum() + logdet.sum(), list(given.values())
+        first = torch.autograd.grad(loss, wanted, retain_graph=True)
+        graphed = torch.autograd.grad(loss, wanted, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in graphed), wanted)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_reversible_composite_is_traced_with_its_gradients():
+    flow, (x, _) = Composite([layer("affine-tanh") for _ in range(2)], reversible=True), examples("affine-tanh", 7)
+    for a, b in zip(gradients(torch.jit.trace(flow, x), x, None), gradients(flow, x, None), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_reversible_gradients_under_autocast():
@@ -331,6 +427,22 @@ def test_lu_logdet_is_that_of_the_assembled_matrix(start, features):
     logabsdet = torch.linalg.slogdet(weight).logabsdet
     torch.testing.assert_close(linear(eye)[1], logabsdet.expand(features))
     torch.testing.assert_close(logdet, (6 * logabsdet).expand(4))
+
+
+@pytest.mark.parametrize("start", ["permutation", "rotation"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layers_are_made_of_the_default_type(start, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        layers = [LULinear(5, start), AutoregressiveAffine(5, (8,)), AutoregressiveSpline(5, (8,))]
+    finally:
+        torch.set_default_dtype(before)
+    flow, x = Composite(layers), torch.randn(3, 5, dtype=dtype)
+    assert {t.dtype for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()} == {dtype}
+    y, logdet = flow(x)
+    assert y.dtype is dtype
+    assert logdet.isfinite().all()
 
 
 @pytest.mark.parametrize("features", [1, 2, 33])

@@ -68,7 +68,8 @@ class MADE(nn.Module):
         edges = torch.arange(features + 1)
         self.bounds = tuple(tuple(torch.searchsorted(d, edges).tolist()) for d in degrees)
         seen = [each + 1, *degrees]  # from which degree on
-        masks = [(own[:, None] >= of).float() for own, of in zip([*degrees, last], seen, strict=True)]
+        kind = torch.get_default_dtype()  # that of the weights
+        masks = [(own[:, None] >= of).to(kind) for own, of in zip([*degrees, last], seen, strict=True)]
         self.layers = nn.ModuleList(map(_MaskedLinear, masks))
         self.register_buffer("counts", torch.cat([mask.sum(1).long() for mask in masks]), persistent=False)
 

@@ -103,8 +103,11 @@ class _Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
-        return h + self.last(attended.reshape(h.shape))
+        if ops.transformed():  # on CPUs PyTorch's kernel has neither tangents nor a rule for vmap
+            attended = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        return h + self.last(attended.mT.reshape(h.shape))
 
 
 def _named(layers: dict[str, nn.Module]) -> nn.Sequential:
@@ -175,7 +178,8 @@ class UNet(nn.Module):
         if context is not None and context.dim() == 4:
             x, context = beside(x, context), None
         embedded = F.silu(self.embedding(log_sigma, context))
-        if x.is_cpu:  # whose convolutions take up to half as long if channels lie side by side
+        # A CPU's convolutions take up to half as long if channels lie side by side, which vmap knows nothing of.
+        if x.is_cpu and not ops.transformed():
             x = x.clone(memory_format=torch.channels_last)
         passed = [self.first(x)]
         for layer in self.down:

@@ -80,7 +80,7 @@ class LULinear(Transform):
         p, lower, upper = torch.eye(features)[order], torch.eye(features), torch.eye(features)
         if start == "rotation":
             rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
-            p, lower, upper = (t.float() for t in torch.linalg.lu(rotation.T))
+            p, lower, upper = (t.to(upper.dtype) for t in torch.linalg.lu(rotation.T))
             # rotation.T = P L U, so rotation = U^T L^T P^T: its transposed factors, scaled to a unit lower triangle
             diagonal = upper.diagonal()
             p, lower, upper = p.T, (upper / diagonal[:, None]).T, (lower * diagonal).T

@@ -34,7 +34,7 @@ class Planar(_Amortised):
     appendix A.1. A context (N, C) is mapped linearly to what is added to w, u and b.
 
     The inverse solves a = w y - (w u) tanh(a + b) for a = w x, which grows with a and so has one root, by bisection. It
-    is ill-conditioned where w u is near -1. The inverse is differentiable to first order.
+    is ill-conditioned where w u is near -1. The inverse is differentiable to second order.
     """
 
     def __init__(self, features: int, context: int = 0) -> None:
@@ -69,10 +69,12 @@ class Planar(_Amortised):
                 below = middle + wu * torch.tanh(middle + b) < wy
                 low, high = torch.where(below, middle, low), torch.where(below, high, middle)
             a = (low + high) / 2
-        h = torch.tanh(a + b)
-        residual = a + wu * h - wy
-        # A Newton step has the root's derivatives. Its value is left out: the slope may be near 0.
-        a = a - (residual - residual.detach()) / self._slope(least, h).detach()
+        # A Newton step has the root's derivatives, two have the second ones. Their value is left out: the slope may be
+        # near 0.
+        for _ in range(2):
+            h = torch.tanh(a + b)
+            residual = a + wu * h - wy
+            a = a - (residual - residual.detach()) / self._slope(least, h).detach()
         h = torch.tanh(a + b)
         return y - u * h[:, None], -self._slope(least, h).log()
 

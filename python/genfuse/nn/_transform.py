@@ -1,13 +1,15 @@
 """Invertible maps with their log-determinant, and how they are put together."""
 
+import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributions import constraints
+from torch.nn.utils.stateless import _reparametrize_module
 
 from genfuse.errors import SettingsError
 from genfuse.ops import transformed
@@ -89,8 +91,8 @@ class Composite(Transform):
 
     With ``reversible`` the activations of a forward pass are not kept: the backward pass recomputes each layer's input
     from its output by its inverse (arXiv 1707.04585), so that memory does not grow with the number of layers. It costs
-    one more pass, and gradients are as exact as the inverses are. Gradients of first order only; layers must have the
-    same result at every call, which dropout does not.
+    one more pass, and gradients are as exact as the inverses are. Layers must have the same result at every call, which
+    dropout does not. Under ``create_graph`` and in transforms of torch.func activations are kept after all.
     """
 
     def __init__(self, transforms: Sequence[Transform], *, reversible: bool = False) -> None:
@@ -101,8 +103,9 @@ class Composite(Transform):
             self.domain, self.codomain = transforms[0].domain, transforms[-1].codomain
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # A transform of torch.func keeps what it needs for itself.
-        if self.reversible and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transformed()):
+        # A transform of torch.func keeps what it needs for itself; torch.jit.trace knows PyTorch's operations alone.
+        own = torch.compiler.is_compiling() or not (transformed() or torch.jit.is_tracing())
+        if self.reversible and torch.is_grad_enabled() and own:
             return _Reversible.apply(self, x, context, *self.parameters())
         return self.run(x, context)
 
@@ -151,7 +154,7 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, composite: Composite, x: Tensor, context: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         y, logdet = composite.run(x, context)
-        ctx.composite, ctx.weights = composite, weights
+        ctx.composite = composite
         kind = x.device.type
         ctx.autocast = partial(
             torch.autocast,
@@ -160,36 +163,64 @@ class _Reversible(torch.autograd.Function):
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,  # what is cached without gradients would be used with them
         )
-        ctx.save_for_backward(y, context)
+        ctx.save_for_backward(x, y, context, *weights)
         return y, logdet
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor, glogdet: Tensor) -> tuple[Tensor | None, ...]:
-        y, context = ctx.saved_tensors
-        y, gcontext = y.detach(), None
+        x, y, context, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *_ordinary(ctx, x, context, weights, (gy, glogdet))
+        gcontext = None
         gweights: dict[int, Tensor | None] = {}
-        for transform in reversed(ctx.composite.transforms):
-            with torch.no_grad(), ctx.autocast():
-                x, _ = transform.inverse(y, context)
-            with torch.enable_grad(), ctx.autocast():
-                leaves = [x.requires_grad_()]
-                own = None
-                if context is not None:
-                    leaves.append(own := context.detach().requires_grad_(context.requires_grad))
-                weights = [w for w in transform.parameters() if w.requires_grad]
-                wanted = [leaf for leaf in (*leaves, *weights) if leaf.requires_grad]
-                made = zip(transform(x, own), (gy, glogdet), strict=True)
-            # A log-determinant may be a constant.
-            outputs, received = zip(*((output, g) for output, g in made if output.requires_grad), strict=True)
-            gradients = torch.autograd.grad(outputs, wanted, received, allow_unused=True)
-            found = dict(zip(map(id, wanted), gradients, strict=True))
-            y, gy = x.detach(), found[id(x)]
-            if own is not None:
-                gcontext = _sum(gcontext, found.get(id(own)))
-            for w in weights:  # which several layers may share
-                gweights[id(w)] = _sum(gweights.get(id(w)), found[id(w)])
-        return None, gy, gcontext, *(gweights.get(id(w)) for w in ctx.weights)
+        with _holding(ctx.composite, weights):
+            for transform in reversed(ctx.composite.transforms):
+                with ctx.autocast():
+                    x, _ = transform.inverse(y, context)
+                with torch.enable_grad(), ctx.autocast():
+                    leaves = [x := x.detach().requires_grad_()]
+                    own = None
+                    if context is not None:
+                        leaves.append(own := context.detach().requires_grad_(context.requires_grad))
+                    wanted = [t for t in (*leaves, *transform.parameters()) if t.requires_grad]
+                    gradients = _gradients(transform(x, own), wanted, (gy, glogdet))
+                found = dict(zip(map(id, wanted), gradients, strict=True))
+                y, gy = x.detach(), found.pop(id(x))
+                if own is not None:
+                    gcontext = _sum(gcontext, found.pop(id(own), None))
+                for key, gradient in found.items():  # of weights, which several layers may share
+                    gweights[key] = _sum(gweights.get(key), gradient)
+            return None, gy, gcontext, *(gweights.get(id(w)) for w in ctx.composite.parameters())
+
+
+def _ordinary(
+    ctx: Any, x: Tensor, context: Tensor | None, weights: Sequence[Tensor], received: tuple[Tensor, Tensor]
+) -> list[Tensor | None]:
+    """The gradients under ``create_graph``: autograd's, of one more forward pass, which keeps all activations."""
+    # Aliases end the graph here: x may itself be made of the context, and of the same weights.
+    given = [None if t is None else t.view_as(t) for t in (x, context, *weights)]
+    with _holding(ctx.composite, given[2:]), ctx.autocast():
+        outputs = ctx.composite.run(*given[:2])
+    wanted = [i for i, t in enumerate(given) if t is not None and t.requires_grad]
+    gradients = _gradients(outputs, [given[i] for i in wanted], received, create_graph=True)
+    found = dict(zip(wanted, gradients, strict=True))
+    return [found.get(i) for i in range(len(given))]
+
+
+def _gradients(
+    outputs: tuple[Tensor, Tensor], wanted: Sequence[Any], received: tuple[Tensor, Tensor], create_graph: bool = False
+) -> tuple[Any, ...]:
+    # A log-determinant may be a constant.
+    some, given = zip(*((o, g) for o, g in zip(outputs, received, strict=True) if o.requires_grad), strict=True)
+    return torch.autograd.grad(some, wanted, given, allow_unused=True, create_graph=create_graph)
+
+
+def _holding(composite: Composite, weights: Sequence[Any]) -> AbstractContextManager[None]:
+    """The composite with these weights, which a `torch.func.functional_call` may have given it, for its own."""
+    named = dict(composite.named_parameters())
+    if all(map(operator.is_, named.values(), weights)):
+        return nullcontext()
+    return _reparametrize_module(composite, dict(zip(named, weights, strict=True)), tie_weights=True)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
