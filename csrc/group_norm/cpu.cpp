@@ -51,19 +51,19 @@ GENFUSE_HD void prepare(const Problem& p, Arrays<T>& a, int64_t i) {
   const int64_t size = p.cells * p.channels;
   const S* x = element<S>(p.x, i * size);
   const T *scale = element<T>(p.scale, i * p.channels), *shift = element<T>(p.shift, i * p.channels);
-  for (int64_t j = 0; j < a.width; j += p.channels) {
-    std::copy_n(scale, p.channels, a.factor + j);
-    std::copy_n(shift, p.channels, a.shift + j);
-  }
-  T *mean = a.mean, *rstd = a.rstd;
+  T *mean = a.mean, *rstd = a.rstd, *from = a.shift;
+  // Means are those of the distances from each group's first number, which of constant groups are 0.
+  const int64_t each = p.channels / p.groups;
+  for (int64_t j = 0; j < a.width; j += each) std::fill_n(from + j, each, size ? T(load(x[j % p.channels])) : T(0));
   std::fill_n(mean, a.width, T(0));
   for (int64_t j0 = 0; j0 < size; j0 += a.width) {
     const int64_t n = std::min(a.width, size - j0);
     GENFUSE_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) mean[j] += load(x[j0 + j]);
+    for (int64_t j = 0; j < n; ++j) mean[j] += load(x[j0 + j]) - from[j];
   }
   add_up(p, a.width, mean);
   means(p, a.width, mean);
+  for (int64_t j = 0; j < a.width; ++j) mean[j] += from[j];
   std::fill_n(rstd, a.width, T(0));
   for (int64_t j0 = 0; j0 < size; j0 += a.width) {
     const int64_t n = std::min(a.width, size - j0);
@@ -75,9 +75,10 @@ GENFUSE_HD void prepare(const Problem& p, Arrays<T>& a, int64_t i) {
   }
   add_up(p, a.width, rstd);
   means(p, a.width, rstd);
-  for (int64_t j = 0; j < a.width; ++j) {
-    rstd[j] = T(1) / std::sqrt(rstd[j] + T(p.eps));
-    a.factor[j] *= rstd[j];
+  for (int64_t j = 0; j < a.width; ++j) rstd[j] = T(1) / std::sqrt(rstd[j] + T(p.eps));
+  for (int64_t j = 0; j < a.width; j += p.channels) {
+    for (int64_t c = 0; c < p.channels; ++c) a.factor[j + c] = scale[c] * rstd[j + c];
+    std::copy_n(shift, p.channels, a.shift + j);
   }
 }
 

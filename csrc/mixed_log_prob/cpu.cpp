@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "bindings.h"
@@ -67,11 +68,15 @@ GENFUSE_HD void components(const Problem& p, Arrays<T>& a, int64_t first, int64_
   std::fill_n(joint_sum, n, T(0));
   for (int64_t j = 0; j < k * width; j += width) {
     GENFUSE_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) top[i] = logit[j + i] > top[i] ? logit[j + i] : top[i];
+  }
+  for (int64_t j = 0; j < k * width; j += width) {
+    GENFUSE_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
       const Logistic<T> of(low[i], high[i], by_mu[j + i], by_scale[j + i]);
+      logit[j + i] -= top[i];  // which may be so large that a mass beside it would lose its digits
       const T mass = logit[j + i] + of.log_mass();
       joint[j + i] = mass;
-      top[i] = logit[j + i] > top[i] ? logit[j + i] : top[i];
       joint_top[i] = mass > joint_top[i] ? mass : joint_top[i];
       if (derivatives) of.derivatives(by_mu[j + i], by_scale[j + i]);
     }
@@ -79,7 +84,7 @@ GENFUSE_HD void components(const Problem& p, Arrays<T>& a, int64_t first, int64_
   for (int64_t j = 0; j < k * width; j += width) {
     GENFUSE_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
-      logit[j + i] = exp_(logit[j + i] - top[i]);
+      logit[j + i] = exp_(logit[j + i]);
       joint[j + i] = exp_(joint[j + i] - joint_top[i]);
       sum[i] += logit[j + i];
       joint_sum[i] += joint[j + i];
@@ -126,16 +131,16 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     T sum = 0;
     for (int64_t b = 0; b < p.blocks; ++b) {
       const int64_t j = p.chosen[row % p.examples * p.blocks + b];
-      sum += j >= 0 && j < p.choices ? load(raw[j]) - log_total[j] : std::numeric_limits<T>::quiet_NaN();
+      sum += load(raw[j]) - log_total[j];
     }
     log_prob[row] = sum;
   }
   for (int64_t first = begin * p.numbers; first < end * p.numbers; first += a.width) {
     const int64_t n = std::min(a.width, end * p.numbers - first);
     components<false, S>(p, a, first, n);
-    T *top = a.top, *joint_top = a.joint_top, *sum = a.sum, *joint_sum = a.joint_sum;
+    T *joint_top = a.joint_top, *sum = a.sum, *joint_sum = a.joint_sum;
     GENFUSE_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) sum[i] = (joint_top[i] - top[i]) + log_(joint_sum[i] / sum[i]);
+    for (int64_t i = 0; i < n; ++i) sum[i] = joint_top[i] + log_(joint_sum[i] / sum[i]);
     each_number(p, first, n, [&](int64_t i, int64_t row, int64_t, int64_t at) {
       const T low = *element<T>(p.low, at);
       if (low == low) log_prob[row] += sum[i];
@@ -165,7 +170,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     for (int64_t j = 0; j < p.choices; ++j) exponential[j] *= factor[j];
     for (int64_t b = 0; b < p.blocks; ++b) {
       const int64_t j = p.chosen[row % p.examples * p.blocks + b];
-      if (j >= 0 && j < p.choices) exponential[j] += g;
+      exponential[j] += g;
     }
     GENFUSE_INDEPENDENT
     for (int64_t j = 0; j < p.choices; ++j) store(graw[j], exponential[j]);
@@ -208,9 +213,23 @@ GENFUSE_SIMD_LOOPS(rows, Backward, rows_of<S>)
 
 }  // namespace
 
+void check(const Problem& p) {
+  for (int64_t j = 0, last = -1; j < p.choices; last = p.block[j++]) {
+    if (p.block[j] < std::max<int64_t>(last, 0) || p.block[j] > last + 1) {
+      throw std::invalid_argument("block must rise from 0 by steps of 1");
+    }
+  }
+  const int64_t* end = p.chosen + p.examples * p.blocks;
+  const int64_t* wrong = std::find_if(p.chosen, end, [&](int64_t j) { return j < 0 || j >= p.choices; });
+  if (wrong != end) {
+    throw std::out_of_range("chosen must be from 0 to " + std::to_string(p.choices - 1) + ", got " +
+                            std::to_string(*wrong));
+  }
+}
+
 template <class Out>
 void run_cpu(const Problem& p, const Out& out) {
-  if (!std::is_sorted(p.block, p.block + p.choices)) throw std::invalid_argument("block must rise");
+  check(p);
   // A component takes as long as some ten cells of other operators.
   dispatch(p.dtype, [&](auto storage) {
     for_rows(p.rows, 4 * p.cols(), [&](int64_t begin, int64_t end) { rows(storage, p, out, begin, end); });

@@ -327,6 +327,19 @@ def test_a_sigmoid_with_a_floor_is_nflows_coupling(inverse, device, implementati
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("raw", [9.0, 10.0, 88.0, 1e4, math.inf])
+@pytest.mark.parametrize("columns", [1, 7, 16, 33])
+def test_a_saturated_scale_has_no_gradient(raw, columns, device, implementation):
+    x = torch.ones(2, columns, device=device)
+    params = torch.full((2, 2 * columns), raw, device=device).requires_grad_()
+    with torch.no_grad():
+        params[1] *= -1
+    y, logdet = affine_coupling(x, params, 0, factor=torch.full((columns,), 3.0, device=device))
+    torch.testing.assert_close(logdet.cpu(), columns * torch.tensor([3.0, -3.0]), rtol=1e-7, atol=0)
+    (gradient,) = torch.autograd.grad(logdet.sum() + y[:, :0].sum(), params)
+    assert float(gradient.abs().max()) <= 1e-6  # of tanh at 9, 1 - 6e-8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -421,6 +421,62 @@ def test_a_training_step_compiles_into_one_graph(case, how):
     assert_close(torch.autograd.grad(loss, leaves), TRANSFORMS["autograd"](eager, tensors))
 
 
+def _images(n, dtype=torch.float64):
+    return torch.randn(n, 2, n + 3, 4, dtype=dtype), torch.randn(n, 2, n + 3, 4, dtype=dtype)
+
+
+SIZED = {  # of other sizes, for each n, than what was compiled first
+    "interpolate": (
+        lambda a, b: ops.interpolate(a, b, epsilon=torch.linspace(0, 1, a.shape[0], dtype=a.dtype)),
+        _images,
+    ),
+    "interpolate, channels last": (
+        lambda a, b: ops.interpolate(a, b, epsilon=torch.linspace(0, 1, a.shape[0], dtype=a.dtype)),
+        lambda n: [t.contiguous(memory_format=torch.channels_last) for t in _images(n)],
+    ),
+    "gradient_norm_penalty": (lambda a, b: ops.gradient_norm_penalty(a * b), _images),
+    "bounds of each coordinate": (
+        lambda x, params: ops.rational_quadratic_spline(x, params, bins=3, bound=(1.5, 2.0, 2.5)),
+        lambda n: (_normal(n, 3), _normal(n, 3, 8)),
+    ),
+    "tails of each coordinate": (
+        lambda x, params: ops.rational_quadratic_spline(
+            x, params, bins=3, bound=4.0, tails=("linear", "none", "circular")
+        ),
+        lambda n: (_normal(n, 3).clamp(-3, 3), _normal(n, 3, 10)),
+    ),
+    "group_norm": (lambda a, b: ops.group_norm(a, 2, b[0, :, 0, 0], b[0, :, 0, 1]), _images),
+}
+
+
+@pytest.mark.parametrize("case", SIZED)
+def test_one_graph_serves_all_sizes(case):
+    function, make = SIZED[case]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (4, 5, 7):
+        given = make(n)
+        assert_close(compiled(*given), function(*given))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.group_norm(x.view(-1, 4, 6, 1), 2, torch.ones(4), torch.zeros(4)),
+        lambda x: ops.actnorm(x.view(-1, 6, 4).mT.flatten(1)[:, :6], torch.ones(6), torch.zeros(6)),
+        lambda x: ops.standard_normal_log_prob(x.view(-1, 6, 4).mT),
+        lambda x: ops.affine_coupling(x[:, :6], x[:, 6:12], 3),
+        lambda x: ops.bernoulli_nll(x[:, ::2], x[:, 1::2].sigmoid()),
+    ],
+)
+def test_how_many_examples_there_are_may_be_known_only_when_it_runs(function):
+    torch.compiler.reset()
+    chosen = lambda x, keep: function(x[keep.nonzero()[:, 0]])  # noqa: E731
+    x, keep = torch.randn(5, 24), torch.tensor([1, 0, 1, 1, 0])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_close(torch.compile(chosen, fullgraph=True, backend="aot_eager")(x, keep), chosen(x, keep))
+
+
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_an_exported_program_computes_and_learns_the_same(case):
     function, eager, tensors = CASES[case]

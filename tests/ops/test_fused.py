@@ -84,10 +84,90 @@ def test_the_page_has_the_example_as_it_is():
     assert (EXAMPLE / "squash.py").read_text().split("\n\n", 1)[1] in page
 
 
-@pytest.mark.parametrize("arguments", ["int n, Tensor x", "Tensor x, int n=1"])
+@pytest.mark.parametrize("arguments", ["int n, Tensor x", "Tensor x, int n=1", "", "int n"])
 def test_a_schema_that_cannot_be_is_a_value_error(arguments):
     with pytest.raises(ValueError, match="must take tensors first, then settings, without defaults"):
         ops.fused(f"example::wrong({arguments}) -> Tensor", formula=lambda *a: a, results=lambda *a: a)
+
+
+@pytest.mark.parametrize("schema", ["wrong(Tensor x) -> Tensor[]", "wrong.over(Tensor x) -> Tensor"])
+def test_overloads_and_results_that_are_no_tensors_are_a_value_error(schema):
+    with pytest.raises(ValueError, match="must have no overloads and return tensors"):
+        ops.fused(f"example::{schema}", formula=lambda *a: a, results=lambda *a: a)
+
+
+def test_a_schema_may_have_no_spaces():
+    results = lambda x, n: torch.empty_like(x)  # noqa: E731
+    scaled = ops.fused("example::spaced(Tensor x,int n) -> Tensor", formula=lambda x, n: n * x, results=results)
+    x = torch.ones(3, requires_grad=True)
+    assert torch.autograd.grad(scaled(x, 2).sum(), x)[0].tolist() == [2.0] * 3
+
+
+def test_a_formula_of_another_shape_than_its_results_is_named():
+    wrong = ops.fused("example::shaped(Tensor x) -> Tensor", formula=torch.sum, results=torch.empty_like)
+    with pytest.raises(RuntimeError, match=r"example::shaped: its formula made results of shapes \[\(\)\]"):
+        wrong(torch.ones(3))
+
+
+def test_a_list_of_which_a_result_does_not_depend_has_no_gradient():
+    apart = ops.fused(
+        "example::apart(Tensor x, Tensor[] many, int k) -> (Tensor, Tensor)",
+        formula=lambda x, many, k: (x + sum(many), k * x),
+        results=lambda x, many, k: (torch.empty_like(x), torch.empty_like(x)),
+    )
+    leaf = torch.ones(4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(apart(torch.ones(4), [leaf], 2)[1].sum(), leaf, allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+@pytest.mark.parametrize("constant", [None, lambda *given: (1,)], ids=["", "constant"])
+def test_whole_numbers_beside_a_result_leave_it_differentiable(constant):
+    both = ops.fused(
+        "example::whole(Tensor x) -> (Tensor, Tensor)",
+        formula=lambda x: (x * x, x.long()),
+        results=lambda x: (torch.empty_like(x), torch.empty_like(x, dtype=torch.int64)),
+        constant=constant,
+    )
+    x = torch.arange(4.0)
+    square = lambda x: both(x)[0].sum()  # noqa: E731
+    for found in (torch.func.grad(square)(x), torch.func.vmap(torch.func.grad(square))(x)):
+        assert torch.equal(found, 2 * x)
+    assert torch.equal(torch.func.jacrev(lambda x: both(x)[0])(x), 2 * x.diag())
+    assert torch.equal(torch.autograd.grad(square(x.requires_grad_()), x)[0], 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("formula", "after"),
+    [
+        (lambda x: (x, 2 * x), lambda y, z: (y + 1) * z),
+        (lambda x: (x.view(-1), 2 * x), lambda y, z: (y + 1) * z),
+        (lambda x: (x.exp(),) * 2, lambda y, z: (y + 1, z + 0)),
+        (lambda x: (2 * x).expand(2, -1).unbind(), lambda y, z: (y + 1, z + 0)),
+    ],
+)
+def test_results_that_are_arguments_or_each_other_are_apart_when_compiled(formula, after):
+    aliased = ops.fused(
+        "example::aliased(Tensor x) -> (Tensor, Tensor)",
+        formula=formula,
+        results=lambda x: (torch.empty_like(x), torch.empty_like(x)),
+    )
+    x = torch.arange(4.0)
+    expected = after(*formula(x))
+    torch.testing.assert_close(torch.compile(lambda x: after(*aliased(x)), fullgraph=True)(x), expected)
+    assert torch.equal(x, torch.arange(4.0))
+
+
+def test_gradients_that_are_the_cotangent_are_apart_when_compiled():
+    add = ops.fused(
+        "example::add(Tensor x, Tensor y) -> Tensor",
+        formula=lambda x, y: x + y,
+        results=lambda x, y: torch.empty_like(x),
+        wrt=2,
+    )
+    x, y, g = torch.arange(4.0).requires_grad_(), torch.arange(4.0).requires_grad_(), torch.ones(4)
+    compiled = torch.compile(lambda x, y: add(x.sin(), y.cos()), fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, y), (x, y), g), (x.cos(), -y.sin()))
+    assert torch.equal(g, torch.ones(4))
 
 
 def test_kernels_of_gradients_by_lists_of_tensors_are_a_value_error():

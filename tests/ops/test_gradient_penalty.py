@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import warnings
 import weakref
 from functools import partial
 
@@ -278,6 +279,12 @@ OPERATIONS = {  # functions, and the shape of a weight
     "cumsum": (lambda h: h.cumsum(2),),
     "cat": (lambda h: torch.cat([h, h.relu()], 1),),
     "lerp": (lambda h: torch.lerp(h, h.relu(), 0.3),),
+    "learned lerp": (lambda h, w: torch.lerp(h, h.relu(), w), 2, 1, 6),
+    "addcmul": (lambda h, w: torch.addcmul(h[:, :1], h, w, value=2), 2, 6, 1),
+    "addcmul from the left": (lambda h, w: torch.addcmul(w, w, h), 2, 1, 6),
+    "cross": (lambda h, w: torch.linalg.cross(h.view(-1, 24, 3), w.expand(len(h), 24, 3)), 24, 3),
+    "gather": (lambda h: h.gather(2, torch.tensor([3, 1, 1, 0]).view(1, 1, 4, 1).expand(len(h), 2, 4, 6)),),
+    "index_add": (lambda h: h.index_add(1, torch.tensor([1, 1]), h * 2, alpha=3),),
     "residual": (lambda h, w: 0.7 * h + F.conv2d(F.relu(h), w, padding=1) * 0.7, 2, 2, 3, 3),
     "written slice": (lambda h: h.clone().index_fill_(1, torch.tensor([0]), 0.0) + 1,),
     "slice in place": (lambda h: sliced(h.clone()),),
@@ -984,3 +991,185 @@ def test_torch_export_is_told_that_it_has_no_gradients_within_a_program(strict):
 
     with pytest.raises(Exception, match="has no gradients within a program"):
         torch.export.export(Penalty(), (torch.randn(5, 3),), strict=strict)
+
+
+def complex_linear(layer, x):
+    return torch.view_as_real(layer(torch.view_as_complex(x.view(len(x), -1, 2)))).flatten(1)
+
+
+def complex_addmm(weight, x):
+    x = torch.view_as_complex(x.view(len(x), -1, 2))
+    return torch.view_as_real(torch.addmm(weight[:1], x, weight, alpha=1 + 2j, beta=2j)).flatten(1)
+
+
+def real_by_complex(weight, x):
+    return (x[:, :3, None] * weight[:3]).real.flatten(1)
+
+
+@pytest.mark.parametrize("operation", [complex_linear, complex_addmm, real_by_complex])
+def test_complex_weights_are_conjugated(operation, caplog):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, dtype=torch.complex128)
+    weight = layer if operation is complex_linear else layer.weight
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return F.relu(operation(weight, x)).sum(1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(Critic(), torch.randn(6, 8, dtype=torch.float64))
+    assert not caplog.records
+
+
+def test_the_absolute_value_of_complex_numbers_is_not_piecewise_linear(caplog):
+    torch.manual_seed(0)
+
+    class Critic(nn.Linear):
+        def forward(self, x):
+            return torch.view_as_complex(super().forward(x).view(-1, 4, 2)).abs().sum(1)
+
+    check(Critic(8, 8).double(), torch.randn(6, 8, dtype=torch.float64))
+    assert "In its way: Abs" in caplog.text
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+def test_what_is_added_to_a_product_may_be_broadcast(columns, caplog):
+    torch.manual_seed(0)
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(columns, 6))
+
+        def forward(self, x):
+            return F.relu(torch.addmm(x[:, :1], x, self.weight, beta=0.5)).sum(1)
+
+    check(Critic().double(), torch.randn(6, columns, dtype=torch.float64))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_earlier_averages_may_be_wider_than_what_they_normalise(norm, inside):
+    torch.manual_seed(0)
+    critic = nn.Sequential(
+        nn.Conv2d(1, 3, 3), norm, nn.LeakyReLU(0.2), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 1)
+    )
+    x = torch.randn(5, 1, 8, 8)
+    wanted = gradients(gradient_penalty(critic.eval(), x, at="real"), critic)
+
+    def under_autocast(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return critic(x)
+
+    if inside:
+        penalty = gradient_penalty(under_autocast, x, at="real")
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            penalty = gradient_penalty(critic, x, at="real")
+    for ours, exact in zip(gradients(penalty, critic), wanted, strict=True):
+        assert (ours - exact).norm() <= 0.1 * exact.norm() + 1e-3
+
+
+class Leaky(torch.autograd.Function):
+    piecewise_linear = True
+
+    @staticmethod
+    def forward(ctx, slope, constant, x, name):
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return torch.where(x > 0, x, slope * x) + constant
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, None, torch.where(ctx.saved_tensors[0] > 0, g, ctx.slope * g), None
+
+
+class Both(torch.autograd.Function):
+    piecewise_linear = True
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x, 3 * x
+
+    @staticmethod
+    def backward(ctx, first, second):
+        return 2 * first + 3 * second
+
+
+class _Node(torch.autograd.Function):
+    """Of the name of a Function of genfuse."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("operation", "linear"),
+    [
+        (lambda h: Leaky.apply(0.2, torch.ones(4, dtype=h.dtype), h, "leaky"), True),
+        (lambda h: Both.apply(h)[0], True),
+        (lambda h: Both.apply(h)[1], True),
+        (_Node.apply, False),
+    ],
+)
+def test_functions_may_have_settings_results_that_nobody_uses_and_any_name(operation, linear, caplog):
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(5, 4), Applied(operation), nn.Linear(4, 1)).double()
+    check(critic, torch.randn(6, 5, dtype=torch.float64))
+    assert (not caplog.records) == linear
+
+
+class Applied(nn.Module):
+    def __init__(self, operation):
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, x):
+        return self.operation(x)
+
+
+def test_a_scripted_layer_is_called_as_it_is_and_no_hooks_stay():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 4), nn.ReLU()).double())
+    critic = nn.Sequential(scripted, nn.Linear(4, 1).double())
+    x = torch.randn(6, 5, dtype=torch.float64)
+    for _ in range(2):
+        check(critic, x)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in critic.modules())
+
+
+class CompiledInside(nn.Module):
+    def __init__(self, net, whole):
+        super().__init__()
+        self.net = torch.compile(net, backend="aot_eager") if whole else net
+        self.call = self.net if whole else torch.compile(net.forward, backend="aot_eager")
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize("how", ["function", "in place", "method", "part"])
+def test_a_critic_that_is_compiled_anyhow_is_called_as_it_was_before(how):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1)).double(), torch.randn(6, 5).double()
+    wanted = gradients(penalty_of(by_autograd(net, x)), net)
+    if how == "function":
+        critic = torch.compile(lambda x: net(x), backend="aot_eager")
+    elif how == "in place":
+        (critic := net).compile(backend="aot_eager")
+    else:
+        critic = CompiledInside(net, how == "part")
+    for a, b in zip(gradients(gradient_penalty(critic, x, at="real"), net), wanted, strict=True):
+        torch.testing.assert_close(a, b)

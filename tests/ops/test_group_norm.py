@@ -109,6 +109,14 @@ def test_what_is_not_a_number_or_far_from_0_is_as_in_pytorch(implementation):
 
 
 @by_kernels
+@pytest.mark.parametrize("value", [0.1, 100.3, 12345.6, 1e6])
+@pytest.mark.parametrize("cells", [(5, 7), (14, 14)], ids=str)
+def test_what_is_constant_becomes_0(value, cells, implementation):
+    x = torch.full((2, 8, *cells), value)
+    assert not ops.group_norm(x, 2, torch.ones(8), torch.zeros(8)).any()
+
+
+@by_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_changes_nothing(threads, implementation):
     given = arguments((8, 32, 24, 24), each=True)

@@ -93,11 +93,29 @@ def test_the_number_of_threads_changes_nothing(threads, implementation):
 
 
 @by_kernels
-def test_a_choice_that_is_not_there_reads_nothing_beyond_the_others(implementation):
+@pytest.mark.parametrize("wrong", [-1, 6, 2**62])
+def test_a_choice_that_is_not_there_is_refused(wrong, implementation):
     raw, low, high, chosen, block = arguments()
-    chosen[3, 0], chosen[4, 1] = -1, 6
-    found = ops.mixed_log_prob(raw, low, high, chosen, block)
-    assert found.isnan().tolist() == [False, False, False, True, True, False, False]
+    chosen[4, 1] = wrong
+    with pytest.raises(RuntimeError, match=rf"chosen must be from 0 to 5, got {wrong}|out of bounds"):
+        ops.mixed_log_prob(raw, low, high, chosen, block)
+
+
+@by_kernels
+@pytest.mark.parametrize("offset", [1e3, 1e4, 1e6])
+def test_logits_that_share_an_offset_keep_their_digits(offset, implementation):
+    raw, *rest = arguments(7, 5, torch.float32)
+    raw = raw.clone()
+    raw[:, :5] += offset  # of the first number
+
+    def results(*given):
+        leaf = given[0].clone().requires_grad_()
+        found = ops.mixed_log_prob(leaf, *given[1:])
+        return found, torch.autograd.grad(found.sum(), leaf)[0]
+
+    wide = (t.double() if t.is_floating_point() else t for t in (raw, *rest))
+    for a, b in zip(results(raw, *rest), results(*wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["native", "reference"], indirect=True)
@@ -117,10 +135,11 @@ def test_a_number_with_one_edge_has_the_logistic_distribution_below_or_above_it(
 
 
 @by_kernels
-def test_blocks_that_fall_are_refused(implementation):
+@pytest.mark.parametrize("change", [lambda b: b.flip(0), lambda b: b - 1, lambda b: b + 1, lambda b: 2 * b])
+def test_blocks_that_do_not_rise_one_by_one_from_0_are_refused(change, implementation):
     raw, low, high, chosen, block = arguments()
-    with pytest.raises(RuntimeError, match="block must rise"):
-        ops.mixed_log_prob(raw, low, high, chosen, block.flip(0))
+    with pytest.raises(RuntimeError, match=r"block must rise from 0 by steps of 1"):
+        ops.mixed_log_prob(raw, low, high, chosen, change(block))
 
 
 def test_arguments_that_do_not_fit_are_named():

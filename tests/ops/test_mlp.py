@@ -481,3 +481,13 @@ def test_bernoulli_nll_keeps_what_is_small(implementation):
     logits, x = torch.tensor([[20.0, 30.0], [-20.0, 80.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     truth = F.binary_cross_entropy_with_logits(logits.double(), x.double(), reduction="none").sum(1)
     torch.testing.assert_close(ops.bernoulli_nll(logits, x).double(), truth, rtol=1e-6, atol=0)
+
+
+def test_a_layer_of_no_features_learns_nothing():
+    settings = ops.SplineSettings(8, 3.0, "linear", False, 1e-3, 1e-3, 1e-3)
+    context, x = torch.randn(3, 2), torch.randn(3, 0)
+    network = ops.Network([torch.randn(0, 2).requires_grad_()], [torch.randn(0).requires_grad_()], context=context)
+    for layer in (ops.affine_layer, partial(ops.spline_layer, settings=settings)):
+        y, logdet = layer(x, network, 0)
+        assert y.shape == (3, 0)
+        assert logdet.tolist() == [0.0] * 3

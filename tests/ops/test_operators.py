@@ -128,6 +128,36 @@ def test_derivatives_agree_with_finite_differences(operator, order, device, impl
     assert check(function, tuple(inputs.values()), fast_mode=implementation == "triton")
 
 
+NEEDED = {("autoregressive_inverse", 0)}  # results of which kernels make gradients, unlike the formula
+
+
+def test_results_that_the_formulas_gradients_do_not_need_may_be_written_to(operator, device, implementation):
+    if not operator.learned:
+        pytest.skip(f"{operator.name} has no gradient")
+
+    def gradients(function, arguments, which):
+        torch.manual_seed(0)
+        outputs = function(**arguments)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        outputs[which] *= 2
+        return torch.autograd.grad(sum(o.sum() for o in outputs), list(leaves(arguments).values()))
+
+    arguments = operator.arguments(operator.sizes[0], torch.float64, device)
+    made = operator.function(**arguments)
+    torch.manual_seed(0)
+    noise = operator.replay(arguments)
+    for which in range(len(made) if isinstance(made, tuple) else 1):
+        try:
+            expected = gradients(operator.eager, {**arguments, **noise}, which)
+        except RuntimeError:
+            continue  # the formula's own gradients need it
+        if (operator.name, which) in NEEDED:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                gradients(operator.function, arguments, which)
+        else:
+            torch.testing.assert_close(gradients(operator.function, arguments, which), expected)
+
+
 def test_pytorchs_operator_check_passes(operator, device, implementation):
     arguments = operator.arguments((3, 65), torch.float32, device)
     with Recorder() as recorder:

@@ -442,6 +442,7 @@ def test_a_spline_without_tails_refuses_what_lies_outside(device, implementation
         ({"x": torch.zeros(3, 4).int()}, r"x must be float32, .* got torch.int32"),
         ({"x": torch.zeros(())}, r"x must have at least one axis"),
         ({"bins": 0}, r"bins must be at least 1, got 0"),
+        ({"bins": 8.0}, r"bins must be a whole number, got 8.0"),
         ({"bound": -1.0}, r"bound must be positive and finite, got -1.0"),
         ({"tails": "box"}, r"tails must be one of linear, none, circular, got 'box'"),
         ({"min_width": 0.2}, r"min_width must be from 0 to 1 / bins = 0.125, got 0.2"),

@@ -101,3 +101,11 @@ def test_the_rows_of_a_slice_are_not_copied(monkeypatch):
     with ops.using("native"):
         standard_normal_log_prob(torch.randn(6, 20)[:, 3:11])
     assert copies == [False]
+
+
+def test_a_logdet_alone_has_a_gradient_beside_what_inference_mode_made():
+    with torch.inference_mode():
+        z = torch.randn(3, 4)
+    logdet = torch.zeros(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(standard_normal_log_prob(z, logdet).sum(), logdet)
+    assert gradient.tolist() == [1.0] * 3

@@ -288,13 +288,15 @@ def gradients(
 def _backward(
     needed: Sequence[bool], cotangents: tuple[Tensor | None, Tensor | None], y: Tensor, context: Tensor | None,
     factor: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int], *settings: Any,
-    outputs: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor],
 ) -> Sequence[Tensor | None]:  # fmt: skip
-    gx, glogdet = (torch.zeros_like(o) if g is None else g for g, o in zip(cotangents, outputs, strict=True))
+    (x,), (gx, glogdet) = outputs, cotangents
+    gx = torch.zeros_like(x) if gx is None else gx
+    glogdet = x.new_zeros(x.shape[0]) if glogdet is None else glogdet
     stands_for_others = _op.transformed() or _op.without_memory(gx, glogdet)
     if not (torch.is_grad_enabled() or stands_for_others) and y.shape[1]:
         with torch.autocast(y.device.type, enabled=False):
-            return gradients(needed, gx, glogdet, y, outputs[0], context, factor, weights, biases, bounds, *settings)
+            return gradients(needed, gx, glogdet, y, x, context, factor, weights, biases, bounds, *settings)
     given = y, context, factor, weights, biases, bounds, *settings
     return _op.needed_gradients(formula, (gx, glogdet), given, needed[: 3 + 2 * len(weights)])
 
@@ -308,7 +310,7 @@ _fused = _op.fused(
     results=_results,
     problem=_problem,
     backward=_backward,
-    keep=True,
+    keep=(0,),
     takes=_takes,
 )
 

@@ -89,7 +89,7 @@ def _takes_again(gpenalty: Tensor, gradient: Tensor, norm: Tensor, *settings: An
 
 
 def _backward(needed: Any, cotangents: Any, gradient: Tensor, *settings: Any, outputs: Any) -> tuple[Tensor]:
-    return (_derivative(cotangents[0], gradient, outputs[1], *settings),)
+    return (_derivative(cotangents[0], gradient, *outputs, *settings),)
 
 
 def _backward_again(
@@ -109,7 +109,7 @@ _fused = _op.fused(
     problem=_problem,
     triton=_TRITON,
     backward=_backward,
-    keep=True,
+    keep=(1,),
     constant=lambda *given: (1,),
     takes=_takes,
 )

@@ -5,8 +5,10 @@ is piecewise linear, the gradient is the product of the transposed operations, n
 """
 
 import inspect
+import itertools
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -78,6 +80,7 @@ def _fit(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
     for (before, output), g in zip(node.next_functions, gradients, strict=True):
         if g is not None and depends[before]:
             wanted = before._input_metadata[output]
+            g = g.real if g.is_complex() and not wanted.dtype.is_complex else g
             g = g.sum_to_size(torch.Size(wanted.shape)).to(wanted.dtype)
         fitted.append(g)
     return fitted
@@ -85,8 +88,15 @@ def _fit(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
 
 def _as_recorded(node: Node, depends: Depends, *gradients: Tensor | None) -> Gradients:
     """Right for every operation, and ordinary double backward if what it has saved depends on x."""
-    result = node(*gradients) if callable(node) else node.apply(*gradients)  # the latter of an autograd.Function
-    return _fit(node, depends, *result) if isinstance(result, tuple) else (result,)
+    if not isinstance(node, BackwardCFunction):
+        result = node(*gradients)
+        return _fit(node, depends, *result) if isinstance(result, tuple) else (result,)
+    # An autograd.Function gets what the engine would give it, and returns something for each argument, tensor or not.
+    outputs = zip(gradients, node._input_metadata, strict=True)  # type: ignore[attr-defined]
+    made = node.apply(*(torch.zeros(o.shape, dtype=o.dtype, device=o.device) if g is None else g for g, o in outputs))
+    made = made if isinstance(made, tuple) else (made,)
+    of_tensors = itertools.compress(made, node.needs_input_grad)
+    return _fit(node, depends, *(None if before is None else next(of_tensors) for before, _ in node.next_functions))
 
 
 def _mul(node: Node, depends: Depends, g: Tensor) -> Gradients:
@@ -98,7 +108,7 @@ def _mul(node: Node, depends: Depends, g: Tensor) -> Gradients:
 def _transposed(factor: Tensor, made_by: Node) -> Tensor:
     """The factor's adjoint: of a parameter that a linear layer has transposed, the parameter itself."""
     source: Any = made_by.next_functions[0][0] if type(made_by).__name__ == "TBackward0" else None
-    return source.variable if hasattr(source, "variable") else factor.mH
+    return source.variable.conj() if hasattr(source, "variable") else factor.mH
 
 
 def _matmul(left: str, right: str) -> VJP:
@@ -116,8 +126,9 @@ def _added_matmul(left: str, right: str) -> VJP:
     product = _matmul(left, right)
 
     def vjp(node: Node, depends: Depends, g: Tensor) -> Gradients:
-        added = g * node._saved_beta if depends[node.next_functions[0][0]] else None
-        return added, *product(node, depends, g if node._saved_alpha == 1 else g * node._saved_alpha)
+        added = g * node._saved_beta.conjugate() if depends[node.next_functions[0][0]] else None
+        products = product(node, depends, g if node._saved_alpha == 1 else g * node._saved_alpha.conjugate())
+        return _fit(node, depends, added, *products)
 
     return vjp
 
@@ -143,7 +154,7 @@ def _prelu(node: Node, depends: Depends, g: Tensor) -> Gradients:
 def _batch_norm(node: Node, depends: Depends, g: Tensor, *_: Any) -> Gradients:
     scale, weight = (node._saved_running_var + node._saved_eps).rsqrt(), node._saved_weight
     scale = scale if weight is None else scale * weight
-    return g * scale.view(-1, *[1] * (g.dim() - 2)), None, None
+    return _fit(node, depends, g * scale.view(-1, *[1] * (g.dim() - 2)), None, None)  # averages may be the wider ones
 
 
 def _cut(vjp: Callable[..., Tensor], *names: str) -> tuple[VJP, None]:
@@ -161,6 +172,7 @@ def _clamp(g: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     return torch.where(x.clamp(low, high) == x, g, 0)
 
 
+_abs = _cut(lambda g, x: g * x.sgn(), "self")[0]
 _leaky = _aten.leaky_relu_backward.default
 _POOL = "self", "kernel_size", "stride", "padding"
 _OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass `_declared`
@@ -187,7 +199,14 @@ _OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass 
         lambda node, depends, g: [_mlp.input_gradient(node, g), *[None] * (len(node.next_functions) - 1)],
         lambda node, depends: _mlp.is_chain(node) and not any(depends[by] for by, _ in node.next_functions[1:]),
     ),
-    "AbsBackward0": _cut(lambda g, x: g * x.sgn(), "self"),
+    "AbsBackward0": (_abs, lambda node, depends: not node._saved_self.is_complex()),
+    "AddcmulBackward0": (_as_recorded, _not_both(1, 2)),
+    "AddbmmBackward0": (_as_recorded, _not_both(1, 2)),
+    "DotBackward0": (_as_recorded, _not_both(0, 1)),
+    "LinalgCrossBackward0": (_as_recorded, _not_both(0, 1)),
+    "LerpBackward1": (_as_recorded, _constant(2)),
+    "GatherBackward0": (_as_recorded, None),  # which saves what it takes from for its shape alone
+    "IndexAddBackward0": (_as_recorded, None),
 }
 for _d in (2, 3):
     for _name, _operator, _saved in (
@@ -264,19 +283,21 @@ def _layers_told_apart(critic: Callable[..., Tensor]) -> Iterator[list[tuple[int
     calls: list[tuple[int, int, str]] = []
     begun: list[int] = []
     number, handles = torch.autograd._get_sequence_nr, []
+    layers: dict[str, nn.Module] = {}
     if isinstance(critic, nn.Module) and type(critic) not in _located:
         _located.add(type(critic))
-        whole = [f"{name}." * bool(name) for name, layer in critic.named_modules() if getattr(layer, "one_node", False)]
-        for name, layer in critic.named_modules():
-            if any(name != prefix[:-1] and name.startswith(prefix) for prefix in whole):
-                continue
-            text = f"{name} ({type(layer).__name__})" if name else "its forward"
+        layers = {n: layer for n, layer in critic.named_modules() if not isinstance(layer, torch.jit.ScriptModule)}
+    whole = [f"{name}." * bool(name) for name, layer in layers.items() if getattr(layer, "one_node", False)]
+    for name, layer in layers.items():
+        if any(name != prefix[:-1] and name.startswith(prefix) for prefix in whole):
+            continue
+        text = f"{name} ({type(layer).__name__})" if name else "its forward"
 
-            def leave(*_: Any, text: str = text) -> None:
-                calls.append((begun.pop(), number(), text))
+        def leave(*_: Any, text: str = text) -> None:
+            calls.append((begun.pop(), number(), text))
 
-            handles.append(layer.register_forward_pre_hook(lambda *_: begun.append(number()), prepend=True))
-            handles.append(layer.register_forward_hook(leave))
+        handles.append(layer.register_forward_pre_hook(lambda *_: begun.append(number()), prepend=True))
+        handles.append(layer.register_forward_hook(leave))
     try:
         yield calls
     finally:
@@ -344,7 +365,9 @@ def _by_graph(critic: Callable[..., Tensor], x: Tensor, *y: Tensor, ours: bool, 
     # The critic may overwrite the result of an operation, unlike a leaf or a view of one.
     shown = _aten._unsafe_view.default(x, x.shape) if ours else x.clone()
     start = shown.grad_fn
-    with _layers_told_apart(critic) as calls:
+    # What a compiler made of the critic, or of parts of it, has no second derivative.
+    as_written = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with as_written, _layers_told_apart(critic) as calls:
         out = _scores(critic, shown, *y)
     del shown
     if out.grad_fn is None:
@@ -420,7 +443,7 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | N
 
     Args:
         critic: f; ``critic(x)``, or ``critic(x, context)`` if there is one, is (N,) or (N, 1), and treats each example
-            by itself. It is called once. Of a critic that torch.compile made, the original is taken. Hooks of its
+            by itself. It is called once. What torch.compile made of it is called as it was before. Hooks of its
             layers run; hooks on the gradients of tensors inside it only where it is differentiated twice.
         x: (N, ...), float32, float64, float16 or bfloat16.
         context: labels (N,), a context (N, C), or whatever the critic takes, with N rows.

@@ -30,7 +30,7 @@ def _affine(x: Tensor, params: Tensor, split: int, scale: str, slope: float, inv
 
 
 def _splined(x: Tensor, params: Tensor, settings: tuple) -> tuple:
-    return x, params.reshape(*x.shape, params.shape[1] // x.shape[1]), None, *settings
+    return x, params.reshape(*x.shape, params.shape[1] // max(x.shape[1], 1)), None, *settings
 
 
 _FUSED = {"affine_coupling": _affine_coupling._fused, "rational_quadratic_spline": _spline._fused}

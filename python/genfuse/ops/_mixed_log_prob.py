@@ -113,7 +113,7 @@ def mixed_log_prob(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block
 
     Raises:
         ValueError: for arguments whose shapes, dtypes or devices do not go together.
-        RuntimeError: from the kernel, for blocks that do not rise.
+        RuntimeError: from the kernel, for blocks that do not rise from 0 to B - 1, and for choices that are not there.
     """
     wide = _op.wide(raw)
     if raw.dim() < 2 or low.dim() != 2 or chosen.dim() != 2 or block.dim() != 1:

@@ -183,7 +183,7 @@ def _backward(needed: Sequence[bool], cotangents: Sequence[Tensor], *given: Any,
     if torch.is_grad_enabled() or _op.transformed() or _op.without_memory(gy):
         return _differentiated(needed, gy, *given)
     wanted = [*needed[:2], *needed[3:]]
-    parts = _parts(_gradients(gy, outputs[1], *given, wanted), every, wanted)
+    parts = _parts(_gradients(gy, *outputs, *given, wanted), every, wanted)
     found = [None if g is None else g.clone() for g in parts]  # a weight's would hold the memory of x's
     return [*found[:2], None, *found[2:]]
 
@@ -197,7 +197,7 @@ _fused = _op.fused(
     problem=_problem,
     native=_CPU,
     backward=_backward,
-    keep=True,
+    keep=(1,),
     constant=lambda *given: (1,),
     takes=_takes,
 )
@@ -224,7 +224,7 @@ class _Node(torch.autograd.Function):
         given = _nested(ctx.settings, x, added, counts, parameters)
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or _op.without_memory(gy) or not _op.plain((gy, *saved)):
-            return None, *_backward(needed, (gy,), *given, outputs=(None, hidden))
+            return None, *_backward(needed, (gy,), *given, outputs=(hidden,))
         found: list[Tensor | None] = [
             _op.like(t) if wanted else None
             for t, wanted in zip((x, added, *parameters), (*needed[:2], *needed[3:]), strict=True)
@@ -275,7 +275,8 @@ def _chain(gy: Tensor, hidden: Tensor, weights: Sequence[Tensor], slope: float) 
 
 def is_chain(node: Any) -> bool:
     """Whether a node of autograd's graph is a network whose gradient for x is a chain of products."""
-    return not node.settings[2] and node.saved_tensors[1] is None and node.saved_tensors[2] is None
+    known = getattr(node, "_forward_cls", None) is _Node  # and not somebody's Function of that name
+    return known and not node.settings[2] and node.saved_tensors[1] is None and node.saved_tensors[2] is None
 
 
 def input_gradient(node: Any, g: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ and forward mode.
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import marshal
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ import torch.compiler.config
 from torch import Tensor, empty_like
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _get_tracing_state as tracing
+from torch._C import _is_alias_of  # type: ignore[attr-defined]
 from torch._C._functorch import TransformType, peek_interpreter_stack, unwrap_if_dead
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batched
@@ -226,7 +229,7 @@ def fused(
     gradient: Callable | None = None,
     others: Mapping[int, Callable] | None = None,
     backward: Callable | None = None,
-    keep: bool = False,
+    keep: bool | Sequence[int] = False,
     scratch: Callable | None = None,
     saved: Callable | None = None,
     constant: Callable | None = None,
@@ -258,7 +261,8 @@ def fused(
         others: by index, gradients of further arguments in plain PyTorch, as a function of cotangents and arguments.
         backward: in place of all that, ``backward(needed, cotangents, *arguments, outputs=...)``: the gradients of all
             tensors, made of differentiable operators; a cotangent is None where there is none.
-        keep: whether ``backward`` needs the results; else its ``outputs`` are empty.
+        keep: the indices of the results that ``backward`` needs, in its ``outputs``, or True for all. Those must not be
+            written to before the gradients are taken, all others may be.
         scratch: what the kernel of the gradients takes between cotangents and results, given all arguments.
         saved: of the flags of what is to be differentiated and all tensors, those that the gradients need; None for
             others. Default all.
@@ -272,16 +276,20 @@ def fused(
         The operator, a function of the schema's arguments, by position.
 
     Raises:
-        ValueError: if a tensor follows a setting in the schema, or an argument has a default; or for ``wrt`` or
-            ``others`` beside lists of tensors, whose derivatives are the formula's or those of ``backward``.
+        ValueError: if a tensor follows a setting in the schema, or an argument has a default, or no argument or a
+            result is no tensor; or for ``wrt`` or ``others`` beside lists of tensors, whose derivatives are the
+            formula's or those of ``backward``.
     """
     schema = schema if "::" in schema else f"genfuse::{schema}"
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.partition(") -> ")
-    kinds = [argument.split()[0] for argument in arguments.split(", ")]
+    each = [argument.split() for argument in arguments.split(",")]
+    kinds = ["".join(argument[:1]) for argument in each]
     tensors = sum(kind.startswith("Tensor") for kind in kinds)
-    if "=" in arguments or any(kind.startswith("Tensor") for kind in kinds[tensors:]):
+    if not tensors or "=" in arguments or any(kind.startswith("Tensor") for kind in kinds[tensors:]):
         raise ValueError(f"{name} must take tensors first, then settings, without defaults; got ({arguments})")
+    if "." in name or not re.fullmatch(r"Tensor|\(Tensor(, *Tensor)*\)", returns.strip()):
+        raise ValueError(f"{name} must have no overloads and return tensors, as in -> (Tensor, Tensor); got {schema}")
     lists = any("[" in kind for kind in kinds[:tensors])
     if lists and backward is None and (wrt or others):
         raise ValueError(f"{name} takes lists of tensors: it must have a `backward`, or neither wrt nor others")
@@ -292,8 +300,15 @@ def fused(
     problem = problem or (lambda *given: given)
     native = _C if native is None and name.startswith("genfuse::") else native
 
+    kept = range(outputs) if keep is True else tuple(keep or ())
+
     def reference(*given: Any) -> Any:
-        return _narrow(formula(*map(_widen, given)), results(*given))
+        made, wanted = _tuple(formula(*map(_widen, given))), _tuple(results(*given))
+        if [m.shape for m in made] != [w.shape for w in wanted]:
+            shapes = [[tuple(t.shape) for t in each] for each in (made, wanted)]
+            raise RuntimeError(f"{name}: its formula made results of shapes {shapes[0]}, `results` has {shapes[1]}")
+        made = _apart([m.to(w.dtype).contiguous() for m, w in zip(made, wanted, strict=True)], given)
+        return made[0] if outputs == 1 else tuple(made)
 
     def gradients(by: Sequence[int], cotangents: Sequence[Tensor], given: Sequence[Any]) -> Sequence[Tensor]:
         """Those of the tensors ``by``, to be differentiated again if grad mode is on."""
@@ -311,7 +326,7 @@ def fused(
         with enable_single_level_autograd_function():  # levels of torch.func are gone through by the dispatcher
             return record(partial(_next_level, operator, keys & _BELOW_AUTOGRAD), given)
 
-    names = [argument.split()[1] for argument in arguments.split(", ")][:tensors]
+    names = [argument for _, argument in each[:tensors]]
 
     def check(*given: Any) -> None:
         """Raise a ValueError for tensors that kernels would read wrongly, or beyond their ends."""
@@ -335,7 +350,8 @@ def fused(
 
         def gradient_reference(*given: Any) -> Any:
             found = gradients(range(wrt), given[:outputs], given[outputs:])
-            return found[0].contiguous() if wrt == 1 else tuple(t.contiguous() for t in found)
+            found = _apart([t.contiguous() for t in found], given)
+            return found[0] if wrt == 1 else tuple(found)
 
         def gradient_autograd(operator: Any, keys: Any, *given: Any) -> Any:
             if _forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*given)):
@@ -370,7 +386,7 @@ def fused(
                 run, ctx.counts = run
             outputs = run(*flat)
             found = flat[of_tensors] if saved is None else saved(ctx.needs_input_grad[1:], *flat[of_tensors])
-            ctx.save_for_backward(*found, *_tuple(outputs)) if keep else ctx.save_for_backward(*found)
+            ctx.save_for_backward(*found, *[_tuple(outputs)[i] for i in kept] if kept else ())
             ctx.settings = flat[len(flat) - settings :]
             if backward is not None:
                 ctx.set_materialize_grads(False)
@@ -384,14 +400,15 @@ def fused(
             if backward is not None:
                 if cotangents[0] is None and all(g is None for g in cotangents):
                     return (None,) * len(needed)
-                kept = found[-outputs:] if keep else ()
-                found = found[:-outputs] if keep else found
-                given = _nest(found, ctx.counts) if lists else found
-                made = backward(needed[1:], cotangents, *given, *ctx.settings, outputs=kept)
+                inputs = len(found) - len(kept)
+                given = _nest(found[:inputs], ctx.counts) if lists else found[:inputs]
+                made = backward(needed[1:], cotangents, *given, *ctx.settings, outputs=found[inputs:])
                 return (None, *made, *nothing)
             every = (*cotangents, *found, *ctx.settings)
             # Grad mode is on in here only under create_graph=True: then stay differentiable.
-            if wrt and not torch.is_grad_enabled() and plain(every[: outputs + tensors]):
+            if True not in needed[1 : 1 + wrt]:
+                made = (None,) * wrt
+            elif not torch.is_grad_enabled() and plain(every[: outputs + tensors]):
                 try:
                     made = backward_kernel.on(every)(*every)
                     made = (made,) if wrt == 1 else made
@@ -545,11 +562,16 @@ def _widen(t: Any) -> Any:
     return t.to(wide(t)) if _floating(t) else t
 
 
-def _narrow(made: Any, results: Any) -> Any:
-    """What a formula made, as the results are: of their dtypes, and contiguous."""
-    if isinstance(results, tuple):
-        return tuple(m.to(r.dtype).contiguous() for m, r in zip(made, results, strict=True))
-    return made.to(results.dtype).contiguous()
+def _apart(made: list[Tensor], given: Sequence[Any]) -> list[Tensor]:
+    """Results that share no memory with arguments or with each other, as PyTorch wants them of an operator: compilers
+    use that of either again. Nor are they views, which nobody could write to."""
+    if transformed():
+        return made  # of which the operator below is asked in its turn
+    others = [t for t in _flat(given) if isinstance(t, Tensor)]
+    for i, m in enumerate(made):
+        if m._is_view() or any(m is t or _is_alias_of(m, t) for t in (*others, *made[:i])):
+            made[i] = m.clone()
+    return made
 
 
 def cpu_only(*names: str) -> Any:
@@ -615,19 +637,27 @@ def differentiate(
     if functorch_is_active():  # what is batched, or left of a level that has ended, has a graph on a level of its own
         given = [unwrap_if_dead(t) if isinstance(t, Tensor) else t for t in given]
 
+        continuous: list[bool] = []
+
         def of(*leaves: Tensor) -> Any:
             own = dict(zip(by, leaves, strict=True))
-            return _tuple(function(*(own.get(i, t) for i, t in enumerate(given))))
+            made = _tuple(function(*(own.get(i, t) for i, t in enumerate(given))))
+            continuous[:] = [m.is_floating_point() or m.is_complex() for m in made]
+            return tuple(itertools.compress(made, continuous))
 
         made, pull = torch.func.vjp(of, *(given[i] for i in by))  # type: ignore[misc]
-        return pull(tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True)))
+        of_made = itertools.compress(cotangents, continuous)
+        return pull(tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, of_made, strict=True)))
     graph = torch.is_grad_enabled() and any_requires_grad(*given, *cotangents)
     with _recording(), torch.enable_grad(), enable_inplace_requires_grad(True):
         # Views, since one argument may have been made of another.
         own = [t.view_as(t) if _floating(t) else t for t in given]
         leaves = [own[i] if own[i].requires_grad else own[i].requires_grad_() for i in by]
-        pairs = zip(_tuple(function(*own)), cotangents, strict=True)
-        found, used = zip(*((o, c) for o, c in pairs if c is not None and o.requires_grad), strict=True)
+        every = zip(_tuple(function(*own)), cotangents, strict=True)
+        pairs = [(o, c) for o, c in every if c is not None and o.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        found, used = zip(*pairs, strict=True)
         return torch.autograd.grad(found, leaves, used, create_graph=graph, allow_unused=True, materialize_grads=True)
 
 
@@ -762,6 +792,11 @@ def rows(t: Tensor) -> tuple[Tensor, int]:
 
 def order(t: Tensor) -> list[int]:
     """The axes of ``t``, (N, ...), with those of an example as they lie in memory: images have one of two formats."""
+    if compiling():  # which sorts no strides that are traced
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+        axes = list(range(t.dim()))
+        other = last is not None and not t.is_contiguous() and t.is_contiguous(memory_format=last)
+        return [0, *axes[2:], 1] if other else axes
     return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]  # stable: contiguous ones stay as they are
 
 
@@ -800,7 +835,8 @@ def sums(t: Tensor, *shape: int) -> Tensor:
 
 def like(t: Tensor) -> Tensor:
     """Room for a result of t's shape and dtype, contiguous."""
-    return empty_like(t) if t.is_contiguous() else empty_like(t, memory_format=torch.contiguous_format)
+    quick = t.__class__ in TENSORS and t.is_contiguous()  # which traced sizes may not tell
+    return empty_like(t) if quick else empty_like(t, memory_format=torch.contiguous_format)
 
 
 def check_alike(first: Tensor, name: str, **others: tuple) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -302,7 +302,7 @@ def _results(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _op.like(x), _op.sums(x, *x.shape[:-1])
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)  # 8 and 8.0 are not one number of bins
 def _constants(*settings: Any) -> tuple:
     s = Settings(*settings)
     return (
@@ -342,6 +342,8 @@ _fused = _op.fused(
 
 def check_settings(s: Settings) -> None:
     """Raise a ValueError that names the setting which makes no spline."""
+    if not isinstance(s.bins, int):
+        raise ValueError(f"bins must be a whole number, got {s.bins}")
     if s.bins < 1:
         raise ValueError(f"bins must be at least 1, got {s.bins}")
     if isinstance(s.bound, (int, float)) and not 0 < s.bound < math.inf:
@@ -484,8 +486,8 @@ def _table(x: Tensor, bound: Side | None, box: Sequence[Side] | None, tails: str
     features = x.shape[-1]
 
     def column(value: Any, name: str) -> Tensor:
-        t = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        if t.shape not in ((), (1,), (features,)):
+        t = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+        if t.dim() > 1 or (t.dim() and t.shape[0] != 1 and t.shape[0] != features):
             raise ValueError(f"{name} must be one or one for each of {features} coordinates, got {tuple(t.shape)}")
         return t.to(x.device, _op.wide(x), non_blocking=True).expand(features)
 

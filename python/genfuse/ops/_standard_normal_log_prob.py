@@ -30,7 +30,7 @@ _fused = _op.fused(
     triton="genfuse.ops._triton.standard_normal_log_prob",
     wrt=1,
     others={1: lambda g, z, logdet: g},
-    saved=lambda needed, z, logdet: (z, None),
+    saved=lambda needed, z, logdet: (z if needed[0] else None, None),
     takes=lambda z, logdet: (((*z.shape[:-1], z.shape[-1]), _op.storage(z)), (z.shape[:-1], _op.wide(z))),
 )
 
