@@ -306,6 +306,20 @@ def test_the_flow_has_the_density_of_a_mixture_whose_score_is_known(name):
 
 
 @every_model
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_example_that_is_not_finite_leaves_mean_and_variance_alone(name, bad):
+    model, examples = create(name).train(), TWO.sample(200).float()
+    spoilt = examples[:50].clone()
+    spoilt[7] = bad
+    for batch in (spoilt, torch.full((3, 2), bad), examples[50:]):
+        model.loss(Batch(batch), "model")
+    kept = examples[torch.arange(200) != 7]
+    assert model.seen == 199
+    torch.testing.assert_close(model.mean, kept.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.variance, kept.var(0, correction=0), rtol=1e-4, atol=0)
+
+
+@every_model
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_the_flow_ends_at_the_mean_and_variance_of_the_examples_that_were_trained_on(name, shift):
     """Without them the density is off by up to 6 / level, 0.1 nat, and by more the farther the data is from 0."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, prune
 
 from genfuse.nn import MADE, AutoregressiveAffine, AutoregressiveSpline, Composite, Inverse
 
@@ -197,3 +198,27 @@ def test_a_context_that_is_missing_or_not_foreseen_is_refused():
             getattr(AutoregressiveAffine(3, (4,), context=4), way)(x)
         with pytest.raises(ValueError, match=r"context: this network was made for no context, got \(2, 4\)"):
             getattr(AutoregressiveAffine(3, (4,)), way)(x, c)
+
+
+@pytest.mark.parametrize("change", [
+    lambda layer: layer.register_forward_hook(lambda layer, given, out: 0.5 * out),
+    lambda layer: layer.register_forward_pre_hook(lambda layer, given: (0.5 * given[0],)),
+    lambda layer: setattr(layer, "forward", lambda x: 2 * type(layer).forward(layer, x)),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [AutoregressiveAffine, AutoregressiveSpline])
+def test_the_inverse_refuses_layers_whose_hooks_do_more_than_make_a_weight(kind, change):
+    for which in range(4):
+        layer = kind(4, (8, 8), context=3)
+        change([*layer.made.layers, layer.made.context][which])
+        with pytest.raises(ValueError, match="hooks or a forward that do more than make its weight"):
+            layer.inverse(torch.randn(5, 4), torch.randn(5, 3))
+
+
+def test_the_inverse_takes_weights_that_hooks_make_and_listeners_hear_nothing_wrong():
+    layer = AutoregressiveAffine(4, (8, 8), context=3).double()
+    for each in layer.made.layers:
+        prune.random_unstructured(each, "weight", amount=0.3)
+    parametrizations.weight_norm(layer.made.context)
+    layer.made.layers[0].register_forward_hook(lambda layer, given, out: None)
+    x, context = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer.inverse(layer(x, context)[0], context)[0], x)

@@ -147,3 +147,42 @@ def test_a_copy_of_an_average_averages_its_own_weights():
     twin.update(model)
     assert torch.equal(average.module[0].weight, kept)
     assert not torch.equal(twin.module[0].weight, kept)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda net: net.load_state_dict({k: torch.full_like(v, 3) for k, v in net.state_dict().items()}, assign=True),
+        lambda net: setattr(net, "0", nn.Linear(2, 2)),
+        lambda net: setattr(net[1], "running_mean", torch.full((2,), 3.0)),
+    ],
+)
+def test_an_average_moves_towards_what_has_replaced_weights_layers_and_buffers(replace):
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = EMA(net, 0.5)
+    average.update(net)
+    replace(net)
+    for _ in range(60):
+        average.update(net)
+    for ours, theirs in zip(average.module.state_dict().values(), net.state_dict().values(), strict=True):
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_an_average_takes_nothing_of_a_functional_call_along():
+    net = nn.Linear(2, 2)
+    average = EMA(net, 0.5)
+
+    class Followed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self):
+            average.follow(self.net)
+
+    torch.func.functional_call(Followed(), {"net.weight": torch.full((2, 2), 9.0)}, ())
+    average.follow(net)
+    assert torch.equal(average.module.weight, net.weight)
+    average.update(net)
+    assert torch.equal(average.module.weight, net.weight)

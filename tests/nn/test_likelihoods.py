@@ -87,6 +87,26 @@ def test_probabilities_of_all_levels_sum_to_one(likelihood, levels):
     torch.testing.assert_close(cells.exp().sum(0), torch.ones(6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("levels", [4, 16, 255, 256])
+@pytest.mark.parametrize("components", [1, 3])
+@pytest.mark.parametrize("rounded", [lambda k, top: k * (1 / top), lambda k, top: (k / top).half().float()])
+def test_levels_next_to_the_ends_stay_theirs_however_they_were_rounded(levels, components, rounded):
+    p = DiscretizedLogistic(levels, components)
+    params = torch.randn(6, p.parameters_per_cell)
+    x = rounded(torch.arange(levels, dtype=torch.float32), levels - 1)[:, None].expand(levels, 6)
+    cells = -p.cell_nll(params.expand(levels, *params.shape), x)
+    torch.testing.assert_close(cells.exp().sum(0), torch.ones(6), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(), Categorical(4), DiscretizedLogistic(4)])
+def test_cells_of_another_shape_are_refused(likelihood):
+    params = torch.zeros(2, 3, 5, likelihood.parameters_per_cell)
+    params = params[..., 0] if isinstance(likelihood, Bernoulli) else params
+    for shape in ((2, 1, 5), (1, 3, 5)):
+        with pytest.raises((ValueError, RuntimeError), match=r"x must be|expanded size"):
+            likelihood.log_prob(params, torch.zeros(shape))
+
+
 def test_discretized_logistic_is_the_difference_of_scipys_cdf():
     levels, location, scale = 256, 0.1, 0.05
     x = torch.arange(levels, dtype=torch.float64)[:, None] / (levels - 1)

@@ -1,5 +1,6 @@
 """Layers of flows: log-determinants, round trips, their start, and input that is empty, strided, NaN or of 16 bits."""
 
+import copy
 import itertools
 import math
 from functools import partial
@@ -814,3 +815,12 @@ def test_the_log_determinant_of_a_logit_is_exact_far_out_in_float64():
     y = torch.tensor([[-30.0], [-21.0], [0.5], [21.0], [30.0]], dtype=torch.float64)
     exact = y.abs() + 2 * (-y.abs()).exp().log1p() + math.log(0.9)
     torch.testing.assert_close(-Logit(0.05).inverse(y)[1], exact[:, 0], rtol=1e-14, atol=0)
+
+
+def test_a_normalisation_that_is_loaded_anew_starts_anew():
+    layer = ActNorm(3)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(50, 3))
+    layer.load_state_dict(before)
+    y, _ = layer(5 + torch.randn(50, 3))
+    torch.testing.assert_close(y.mean(0), torch.zeros(3), rtol=0, atol=1e-5)

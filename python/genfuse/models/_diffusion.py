@@ -427,14 +427,19 @@ class DiffusionModel(GenerativeModel):
     # Between the data and the model.
 
     def _trained_on(self, x: Tensor) -> Tensor:
-        """`_inward` of a batch for the loss. In training its mean and variance are put to those before it."""
+        """`_inward` of a batch for the loss. In training its mean and variance are put to those before it, without the
+        examples that are not finite."""
         x = self._inward(x)
         if self.training and len(x) and not transformed():
             with torch.no_grad():
-                self.seen += len(x)
-                share = len(x) / self.seen
-                off = x.mean(0) - self.mean
-                self.variance += share * (x.var(0, correction=0) - self.variance + (1 - share) * off.square())
+                finite = x.flatten(1).isfinite().all(1).view(-1, *[1] * (x.dim() - 1))  # (N, 1, ...)
+                count = finite.sum()
+                mean = torch.where(finite, x, 0).sum(0) / count.clamp(min=1)
+                variance = torch.where(finite, x - mean, 0).square().sum(0) / count.clamp(min=1)
+                self.seen += count
+                share = count / self.seen.clamp(min=1)
+                off = mean - self.mean
+                self.variance += share * (variance - self.variance + (1 - share) * off.square())
                 self.mean += share * off
         return x
 

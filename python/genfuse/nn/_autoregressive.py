@@ -1,6 +1,6 @@
 """Masked autoregressive layers: each coordinate is transformed by what a masked network makes of those before it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -78,7 +78,7 @@ class MADE(nn.Module):
         layers: Any = self.layers
         for layer in layers:
             if not untouched(layer, _MaskedLinear):  # hooks of pruning and the like make its weight when it is called
-                layer(layer.weight.new_zeros(1, layer.in_features))
+                _check_linear(layer, layer.masked)
         return [layer.masked() for layer in layers]
 
     def biases(self) -> list[Tensor]:
@@ -100,6 +100,8 @@ class MADE(nn.Module):
         """x (N, D) whose coordinates, transformed by what this network makes of those before them, are y; and the
         log-determinant (N,). The transform's settings are those of `genfuse.ops.autoregressive_inverse`."""
         weights, biases, bounds, added = self.weights(), self.biases(), self.bounds, self.project(context)
+        if self.context is not None and not untouched(self.context, nn.Linear):
+            _check_linear(self.context, lambda: self.context.weight)  # type: ignore[union-attr]
         if self.squash and (features := y.shape[1]) > 1:
             # The sweep knows ReLU alone. As clamp(x) = relu(x + 5) - relu(x - 5) - 5, a layer of two units
             # for each feature but the last comes first; the context passes it as relu(c) - relu(-c).
@@ -142,6 +144,24 @@ class MADE(nn.Module):
         for layer in hidden:
             h = layer(F.relu(h))
         return last(F.relu(h))
+
+
+def _check_linear(layer: Any, weight: Callable[[], Tensor]) -> None:
+    """Call a layer, so that hooks make its weight, and raise a ValueError if they or a forward of its own do more."""
+    like = next(layer.parameters())  # the weight may be of what this was before
+    probe = torch.linspace(-1, 1, layer.in_features).to(like).expand(2, -1)
+    with torch.autocast(like.device.type, enabled=False):
+        made = layer(probe)
+    if not ops.has_values(made):
+        return
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        expected = F.linear(probe, weight(), layer.bias)
+        most = torch.finfo(made.dtype).eps ** 0.5 * expected.abs().max().clamp(min=1)
+        if made.shape != expected.shape or not bool(((made - expected).abs() <= most).all()):
+            raise ValueError(
+                f"{layer} has hooks or a forward that do more than make its weight, which is all that the inverse of a "
+                "masked network takes: take them off before its inverse, or its samples, are asked for"
+            )
 
 
 class _MaskedLinear(nn.Linear):

@@ -20,7 +20,7 @@ class EMA(nn.Module):
     """
 
     updates: Tensor
-    _found: tuple[nn.Module, Together, Together] | None = None  # the last module, the averages, and its weights
+    _found: tuple[Together, Together] | None = None  # the averages, and what they were last averages of
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
@@ -49,13 +49,14 @@ class EMA(nn.Module):
 
     def _both(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """The averages, and what they are averages of: in one tensor each, if `flatten` laid out the weights."""
-        if self._found is None or self._found[0] is not module:  # it takes longer to find them than to average them
+        now = _averageable(module)  # others, if layers were replaced, or in a `functional_call`
+        if self._found is None or list(map(id, self._found[1].tensors)) != list(map(id, now)):
             flatten(self.module.parameters())
-            self._found = module, Together(_averageable(self.module)), Together(_averageable(module))
-        averages, weights = self._found[1].merged(), self._found[2].merged()
+            self._found = Together(_averageable(self.module)), Together(now)
+        averages, weights = (each.merged() for each in self._found)
         if [each.shape for each in averages] == [each.shape for each in weights]:
             return averages, weights
-        return self._found[1].tensors, self._found[2].tensors
+        return self._found[0].tensors, self._found[1].tensors
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the network with the averaged weights makes of its inputs."""

@@ -198,6 +198,10 @@ class ActNorm(Transform):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether `started` is known to be true, without waiting for the device
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._asked = False
+
     def prepare(self, x: Tensor) -> None:
         """Start by a first batch, before anything is made of it."""
         if self.training and not self._asked and x.shape[0]:

@@ -47,6 +47,12 @@ def _uniform_like(t: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator).clamp_min(torch.finfo(t.dtype).tiny)
 
 
+def _check_cells(made: Tensor, x: Tensor) -> None:
+    """Raise a ValueError unless what is made of params, (..., N, *shape), has x's cells."""
+    if (wanted := made.shape[made.dim() - x.dim() :]) != x.shape:
+        raise ValueError(f"x must be {tuple(wanted)}, as the params are; got {tuple(x.shape)}")
+
+
 class Likelihood(nn.Module):
     """Base: the cells are independent given z. A subclass gives `cell_nll`, `mean` and `sample`; one of levels has
     ``code(coder, params, x)``, which puts examples x (N, *shape) on a coder's stack, or takes them if x is None."""
@@ -54,8 +60,10 @@ class Likelihood(nn.Module):
     parameters_per_cell: int
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z), (..., N) in nats, summed over the cells of each example."""
+        """log p(x | z), (..., N) in nats, summed over the cells of each example. Raises ValueError for an x (N, *shape)
+        of other cells than the params."""
         cells = self.cell_nll(at_least_float32(params), x)
+        _check_cells(cells, x)
         return -cells.flatten(cells.ndim - x.ndim + 1).sum(-1)
 
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
@@ -82,6 +90,7 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         logits = at_least_float32(params).squeeze(-1)  # (..., N, *shape)
+        _check_cells(logits, x)
         rows = logits.shape[: logits.dim() - x.dim() + 1]
         sizes = rows.numel(), x.shape[1:].numel()
         flat = [t.reshape(sizes) for t in (logits, x.to(logits.dtype).expand_as(logits))]
@@ -201,8 +210,8 @@ class DiscretizedLogistic(Likelihood):
     def cell_nll(self, params: Tensor, x: Tensor) -> Tensor:
         logits, location, log_scale = self.mixture(params)
         precision, half = torch.exp(-log_scale), 1 / (self.levels - 1)
-        low = torch.where(x < half, -_FAR, 2 * x - 1 - half)  # edges of the bin
-        high = torch.where(x > 1 - half, _FAR, 2 * x - 1 + half)
+        low = torch.where(x < half / 2, -_FAR, 2 * x - 1 - half)  # edges of the bin, as wide there as 2 x is
+        high = torch.where(x > 1 - half / 2, _FAR, 2 * x - 1 + half)
         upper, lower = (high - location) * precision, (low - location) * precision
         each = log_logistic(upper, lower, (high - low) * precision)
         return -(each[0] if self.components == 1 else (logits.log_softmax(0) + each).logsumexp(0))
