@@ -68,14 +68,14 @@ GENFUSE_HD T sum_of(const T* terms, int64_t n) {
   return sum_of<T>(n, [=](int64_t j) { return terms[j]; });
 }
 
-// The inner product of two rows, in blocks, whose sums are added up: a long sum would lose digits.
+// The inner product of two rows, in blocks, whose sums are added up in double: a long sum would lose digits.
 template <class S, class T = compute_t<S>>
 GENFUSE_HD T dot(const S* a, const S* b, int64_t n) {
-  T sum = 0;
+  double sum = 0;
   for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
     sum += sum_of<T>(std::min(kBlock, n - j0), [=](int64_t j) { return load(a[j0 + j]) * load(b[j0 + j]); });
   }
-  return sum;
+  return T(sum);
 }
 
 // Asks the cache for the start of a row that is worked on some rows from now. The rows of several arrays are more

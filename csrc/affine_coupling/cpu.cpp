@@ -126,7 +126,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       std::fill_n(logdet + after, p.cols - after, T(0));
     }
     constexpr int64_t block = any ? kBlock : kBlock / 4;  // `part` may be one chain of sums
-    T sum = 0;
+    double sum = 0;                                       // of blocks
     for (int64_t j0 = 0; j0 < moved; j0 += block) {
       const int64_t n = std::min(block, moved - j0);
       const T* x = read(x_row + p.start + j0, n, x_buffer);
@@ -146,7 +146,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       sum += any ? sum_of(of.s, n) : part;
       for (int64_t j = 0; by_element && j < n; ++j) logdet[p.start + j0 + j] = inverse ? -of.s[j] : of.s[j];
     }
-    if (!by_element) *logdet = inverse ? -sum : sum;
+    if (!by_element) *logdet = T(inverse ? -sum : sum);
   }
 }
 

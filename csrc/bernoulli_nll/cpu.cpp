@@ -11,14 +11,15 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   using T = compute_t<S>;
   for (int64_t i = begin; i < end; ++i) {
     const S *logits = element<S>(p.logits, i * p.logits_stride), *x = element<S>(p.x, i * p.x_stride);
-    T sum = 0, terms[kBlock];
+    double sum = 0;  // of blocks
+    T terms[kBlock];
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
       const int64_t n = std::min(kBlock, p.cols - j0);
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) terms[j] = nll(T(load(logits[j0 + j])), T(load(x[j0 + j])));
       sum += sum_of(terms, n);
     }
-    *element<T>(out.nll, i) = sum;
+    *element<T>(out.nll, i) = T(sum);
   }
 }
 

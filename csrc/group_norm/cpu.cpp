@@ -45,37 +45,41 @@ GENFUSE_HD void means(const Problem& p, int64_t width, T* sums) {
   for (int64_t j = p.channels; j < width; ++j) sums[j] = sums[j - p.channels];
 }
 
-// Mean and reciprocal standard deviation, the scale times this, and the shift.
+// Mean and reciprocal standard deviation, by two passes, of which the second corrects both (Chan et al., 1983, equation
+// 1.7); the scale times this, and the shift.
 template <class S, class T>
 GENFUSE_HD void prepare(const Problem& p, Arrays<T>& a, int64_t i) {
   const int64_t size = p.cells * p.channels;
   const S* x = element<S>(p.x, i * size);
   const T *scale = element<T>(p.scale, i * p.channels), *shift = element<T>(p.shift, i * p.channels);
-  T *mean = a.mean, *rstd = a.rstd, *from = a.shift;
-  // Means are those of the distances from each group's first number, which of constant groups are 0.
-  const int64_t each = p.channels / p.groups;
-  for (int64_t j = 0; j < a.width; j += each) std::fill_n(from + j, each, size ? T(load(x[j % p.channels])) : T(0));
+  T *mean = a.mean, *rstd = a.rstd, *rest = a.shift;
   std::fill_n(mean, a.width, T(0));
   for (int64_t j0 = 0; j0 < size; j0 += a.width) {
     const int64_t n = std::min(a.width, size - j0);
     GENFUSE_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) mean[j] += load(x[j0 + j]) - from[j];
+    for (int64_t j = 0; j < n; ++j) mean[j] += load(x[j0 + j]);
   }
   add_up(p, a.width, mean);
   means(p, a.width, mean);
-  for (int64_t j = 0; j < a.width; ++j) mean[j] += from[j];
   std::fill_n(rstd, a.width, T(0));
+  std::fill_n(rest, a.width, T(0));  // what rounding left out of the mean, which is all there is of constant groups
   for (int64_t j0 = 0; j0 < size; j0 += a.width) {
     const int64_t n = std::min(a.width, size - j0);
     GENFUSE_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
       const T centred = load(x[j0 + j]) - mean[j];
+      rest[j] += centred;
       rstd[j] += centred * centred;
     }
   }
-  add_up(p, a.width, rstd);
-  means(p, a.width, rstd);
-  for (int64_t j = 0; j < a.width; ++j) rstd[j] = T(1) / std::sqrt(rstd[j] + T(p.eps));
+  for (T* sums : {rest, rstd}) {
+    add_up(p, a.width, sums);
+    means(p, a.width, sums);
+  }
+  for (int64_t j = 0; j < a.width; ++j) {
+    mean[j] += rest[j];
+    rstd[j] = T(1) / std::sqrt(std::max(rstd[j] - rest[j] * rest[j], T(0)) + T(p.eps));
+  }
   for (int64_t j = 0; j < a.width; j += p.channels) {
     for (int64_t c = 0; c < p.channels; ++c) a.factor[j + c] = scale[c] * rstd[j + c];
     std::copy_n(shift, p.channels, a.shift + j);

@@ -219,11 +219,17 @@ void check(const Problem& p) {
       throw std::invalid_argument("block must rise from 0 by steps of 1");
     }
   }
-  const int64_t* end = p.chosen + p.examples * p.blocks;
-  const int64_t* wrong = std::find_if(p.chosen, end, [&](int64_t j) { return j < 0 || j >= p.choices; });
-  if (wrong != end) {
-    throw std::out_of_range("chosen must be from 0 to " + std::to_string(p.choices - 1) + ", got " +
-                            std::to_string(*wrong));
+  for (int64_t i = 0; i < p.examples * p.blocks; ++i) {
+    const int64_t j = p.chosen[i], b = i % p.blocks;
+    if (j < 0 || j >= p.choices) {
+      throw std::out_of_range("chosen must be from 0 to " + std::to_string(p.choices - 1) + ", got " +
+                              std::to_string(j));
+    }
+    if (p.block[j] != b) {
+      throw std::invalid_argument("chosen must be a choice of block " + std::to_string(b) + " in column " +
+                                  std::to_string(b) + ", got " + std::to_string(j) + ", of block " +
+                                  std::to_string(p.block[j]));
+    }
   }
 }
 

@@ -18,7 +18,7 @@ GENFUSE_HD void forward_rows(const Problem& p, const Forward& out, int64_t begin
   Noise<T> stream = noise_of<T>(p, end - begin);
   T sigmas[kBlock], terms[kBlock], mu_buffer[kBlock], logvar_buffer[kBlock], eps_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
-    T sum = 0;
+    double sum = 0;  // of blocks
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
       const int64_t n = std::min(kBlock, p.cols - j0);
       const T* mu = read(element<S>(p.mu, i * p.mu_stride + j0), n, mu_buffer);
@@ -37,7 +37,7 @@ GENFUSE_HD void forward_rows(const Problem& p, const Forward& out, int64_t begin
         for (int64_t j = 0; j < n; ++j) store(z[j], sample(mu[j], sigmas[j], eps[j]));
       }
     }
-    *element<T>(out.kl, i) = sum;
+    *element<T>(out.kl, i) = T(sum);
   }
 }
 

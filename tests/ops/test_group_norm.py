@@ -117,6 +117,21 @@ def test_what_is_constant_becomes_0(value, cells, implementation):
 
 
 @by_kernels
+@pytest.mark.parametrize("first", [30.0, 100.0, 1e4])
+def test_a_group_that_begins_with_an_outlier_keeps_its_digits(first, implementation):
+    x = torch.randn(1, 1, 64, 64)
+    x[0, 0, 0, 0] = first
+
+    def results(x):
+        scale, shift = x.new_ones(1).requires_grad_(), x.new_zeros(1)
+        y = ops.group_norm(x, 1, scale, shift)
+        return y, torch.autograd.grad((y * torch.linspace(-1, 1, 4096).to(x).view(x.shape)).sum(), scale)[0]
+
+    for ours, exact in zip(results(x), results(x.double()), strict=True):
+        assert (ours - exact).abs().max() <= 16 * 2**-23 * exact.abs().max()
+
+
+@by_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_changes_nothing(threads, implementation):
     given = arguments((8, 32, 24, 24), each=True)

@@ -101,6 +101,14 @@ def test_a_choice_that_is_not_there_is_refused(wrong, implementation):
         ops.mixed_log_prob(raw, low, high, chosen, block)
 
 
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+def test_a_choice_of_another_block_is_refused(implementation):
+    raw, low, high, chosen, block = arguments()
+    chosen[2] = chosen[2].flip(0)
+    with pytest.raises(RuntimeError, match=r"chosen must be a choice of block 0 in column 0, got \d, of block 1"):
+        ops.mixed_log_prob(raw, low, high, chosen, block)
+
+
 @by_kernels
 @pytest.mark.parametrize("offset", [1e3, 1e4, 1e6])
 def test_logits_that_share_an_offset_keep_their_digits(offset, implementation):

@@ -362,3 +362,19 @@ def test_beyond_2_to_the_31_elements_the_last_rows_are_as_if_alone(name, device,
         for a, b in zip(results({**many, **tree_map(last_of_many, noise)}), results({**alone, **noise}), strict=True):
             torch.testing.assert_close(a, b)
     assert all(t.isfinite().all() for t in results(many))  # of its own noise; what is left unwritten is NaN
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+@pytest.mark.parametrize(
+    "log_prob",
+    [
+        lambda x: ops.standard_normal_log_prob(x),
+        lambda x: ops.affine_coupling(x, torch.cat([x, x], 1), 0)[1],
+        lambda x: ops.bernoulli_nll(x, torch.zeros_like(x)),
+        lambda x: ops.reparameterize_kl(x, x)[1],
+        lambda x: ops.gradient_norm_penalty(x),
+    ],
+)
+def test_sums_of_a_million_equal_numbers_keep_their_digits(log_prob, implementation):
+    x = torch.full((1, 1_000_003), 0.7)
+    torch.testing.assert_close(log_prob(x).double(), log_prob(x.double()), rtol=16 * 2**-23, atol=0)
