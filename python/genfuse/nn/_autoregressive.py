@@ -74,7 +74,10 @@ class MADE(nn.Module):
         self.register_buffer("counts", torch.cat([mask.sum(1).long() for mask in masks]), persistent=False)
 
     def weights(self) -> list[Tensor]:
-        """Weights of the layers, masked, so that what an optimizer does to entries outside the mask has no effect."""
+        """Weights of the layers, masked, so that what an optimizer does to entries outside the mask has no effect.
+
+        Raises ValueError for a layer whose hooks, or a forward of its own, do more than make its weight.
+        """
         layers: Any = self.layers
         for layer in layers:
             if not untouched(layer, _MaskedLinear):  # hooks of pruning and the like make its weight when it is called
@@ -148,7 +151,7 @@ class MADE(nn.Module):
 
 def _check_linear(layer: Any, weight: Callable[[], Tensor]) -> None:
     """Call a layer, so that hooks make its weight, and raise a ValueError if they or a forward of its own do more."""
-    like = next(layer.parameters())  # the weight may be of what this was before
+    like = next(layer.parameters())  # a weight that a hook made may have the dtype that the layer had before
     probe = torch.linspace(-1, 1, layer.in_features).to(like).expand(2, -1)
     with torch.autocast(like.device.type, enabled=False):
         made = layer(probe)
