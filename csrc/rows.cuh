@@ -23,9 +23,14 @@ constexpr int kPack = sizeof(S) < 4 ? 8 : 4;  // and where registers suffice two
 template <class S>                            // loads in flight hide memory's latency.
 constexpr int kWide = sizeof(S) < 8 ? 2 * kPack<S> : kPack<S>;
 
-// Blocks of a multiprocessor at once, which leave a thread 48 registers; and those that compute more, 64 for float32,
-// 80 for 16 bits and 128 for float64: with fewer they would spill.
+// Blocks of a multiprocessor at once, which leave a thread 48 registers, and of 16 bits 64 but on sm_90, where 48 do;
+// and those that compute more, 64 for float32, 80 for 16 bits and 128 for float64: with fewer they would spill.
+template <class S>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kResident = sizeof(S) == 2 ? 4 : 5;
+#else
 constexpr int kResident = 5;
+#endif
 template <class S>
 constexpr int kFewerResident = sizeof(S) == 4   ? 4
                                : sizeof(S) == 2 ? 3

@@ -23,9 +23,9 @@ __device__ void write_logdet(const Problem& p, const Forward& out) {
   const int thread = thread_of_block();
   const int64_t block = blockIdx.x + int64_t(blockIdx.y) * gridDim.x, blocks = int64_t(gridDim.x) * gridDim.y;
   if (block * kThreads >= p.rows) return;
-  T sum = 0;
-  for (int64_t c = thread; c < p.channels; c += kThreads) sum += static_cast<const T*>(p.log_scale)[c];
-  sum = T(p.cells) * row_sum(sum, kThreads, thread);
+  double terms = 0;
+  for (int64_t c = thread; c < p.channels; c += kThreads) terms += static_cast<const T*>(p.log_scale)[c];
+  const T sum = T(p.cells) * row_sum(T(terms), kThreads, thread);
   for (int64_t i = block * kThreads + thread; i < p.rows; i += blocks * kThreads) {
     static_cast<T*>(out.logdet)[i] = p.inverse ? -sum : sum;
   }

@@ -64,9 +64,10 @@ __device__ void transform(const Problem& p, const Forward& out, int64_t row, con
   const int64_t moved = row + 1 < p.rows ? p.moved : p.last, lanes = blockDim.x;
   T* by_element = p.by_element ? static_cast<T*>(out.logdet) + row * p.cols : nullptr;
   for (int64_t j = threadIdx.x; by_element && j < p.cols - p.moved; j += blockDim.x) by_element[passing(p, j)] = T(0);
-  T sum = 0;
+  double sum = 0;  // across steps, of which a long row has thousands for each lane
   for (int64_t j0 = threadIdx.x; j0 < moved; j0 += kAhead * lanes) {
     S xs[kAhead], raws[kAhead], shifts[kAhead];
+    T ahead = 0;
     load_ahead(at.x + p.start, j0, moved, 1, xs);
     load_ahead(at.raw, j0, moved, p.step, raws);
     load_ahead(at.shift, j0, moved, p.step, shifts);
@@ -81,12 +82,13 @@ __device__ void transform(const Problem& p, const Forward& out, int64_t row, con
       store(at.y[p.start + j], apply(f, scale<kind>(s, p.inverse), t, p.inverse));
       const T logdet = p.inverse ? -s : s;
       if (by_element) by_element[p.start + j] = logdet;
-      sum += logdet;
+      ahead += logdet;
     }
+    sum += ahead;
   }
   if (by_element) return;
-  sum = row_sum(sum);
-  if (threadIdx.x == 0) static_cast<T*>(out.logdet)[row] = sum;
+  const T logdet = row_sum(T(sum));
+  if (threadIdx.x == 0) static_cast<T*>(out.logdet)[row] = logdet;
 }
 
 template <Kind kind, class S>

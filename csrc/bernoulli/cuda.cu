@@ -6,7 +6,7 @@ namespace genfuse::bernoulli {
 namespace {
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) draw_kernel(Problem problem, Forward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) draw_kernel(Problem problem, Forward out) {
   constexpr int kWidth = kPack<S>;
   using T = compute_t<S>;
   const uint64_t key = *problem.seed;

@@ -43,7 +43,7 @@ __device__ compute_t<S> dot_of(const Problem& p, const S* a, const S* b) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) kernel(Problem p, Forward out) {
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const S* g = static_cast<const S*>(p.gradient) + row * p.stride;
     compute_t<S> squares[1] = {dot_of(p, g, g)};
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(Problem p, Forward out
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) kernel(Problem p, Backward out) {
   using T = compute_t<S>;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const S* g_row = static_cast<const S*>(p.gradient) + row * p.stride;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backwar
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) dot_kernel(Problem p, DoubleBackward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) dot_kernel(Problem p, DoubleBackward out) {
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const S* g = static_cast<const S*>(p.gradient) + row * p.stride;
     compute_t<S> dot[1] = {dot_of(p, g, static_cast<const S*>(out.v) + row * out.v_stride)};
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kResident) dot_kernel(Problem p, Dou
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, DoubleBackward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) kernel(Problem p, DoubleBackward out) {
   using T = compute_t<S>;
   const Penalty<T> penalty = penalty_of<T>(p);
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {

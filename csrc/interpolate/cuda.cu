@@ -15,7 +15,7 @@ __device__ T eps_of(const Problem& p, int64_t row) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Forward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) kernel(Problem p, Forward out) {
   using T = compute_t<S>;
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const T eps = eps_of<T>(p, row);

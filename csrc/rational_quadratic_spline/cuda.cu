@@ -48,7 +48,7 @@ __global__ void kernel(Problem p, Constants<compute_t<S>> all, Forward out) {
   for (int64_t row = first_row<Lanes>(); row < rows; row += row_step<Lanes>()) {
     const int64_t cols = row < p.rows ? p.cols : 0;
     const S* params = static_cast<const S*>(p.params) + row * p.params_stride;
-    T sum = 0;
+    double sum = 0;  // of a long row a lane has thousands of terms
     for (int64_t j = lane<Lanes>(); j - lane<Lanes>() < p.cols; j += Lanes) {
       const S* raw = Tiles::load(p, params, j, cols, shared);
       if (j >= cols) continue;
@@ -59,8 +59,8 @@ __global__ void kernel(Problem p, Constants<compute_t<S>> all, Forward out) {
       store(static_cast<S*>(out.y)[row * p.cols + j], v.y);
       sum += v.logdet;
     }
-    sum = row_sum<Lanes>(sum);
-    if (lane<Lanes>() == 0 && row < p.rows) static_cast<T*>(out.logdet)[row] = sum;
+    const T logdet = row_sum<Lanes>(T(sum));
+    if (lane<Lanes>() == 0 && row < p.rows) static_cast<T*>(out.logdet)[row] = logdet;
   }
 }
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kFewerResident<S>) kernel(Problem p,
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResident) kernel(Problem p, Backward out) {
+__global__ void __launch_bounds__(kThreads, kResident<S>) kernel(Problem p, Backward out) {
   for (int64_t row = first_row(); row < p.rows; row += row_step()) {
     const S* z_row = static_cast<const S*>(p.z) + row * p.z_stride;
     S* gz_row = static_cast<S*>(out.gz) + row * p.cols;

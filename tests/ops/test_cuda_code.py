@@ -100,10 +100,11 @@ def test_no_kernel_spills_registers_or_takes_so_many_that_few_threads_fit(kernel
     # Splines of 8 and 16 bins keep the shares of all bins in registers, in place of reading them a second time. Up to
     # 255, a block of 256 threads fits.
     many = {n: 200 if re.search(r"rational_quadratic_spline::kernel", n) else 128 for n in kernels}
-    # Bytes: of actnorm's gradients a register or two, for which ptxas finds no room in sm_100; and some of float64 on
-    # sm_120, whose arithmetic in it is 64 times as slow.
-    slow = request.node.callspec.params["kernels"] == "sm_120"
-    few = {n: 48 if slow and "double" in n else 8 if n.startswith("actnorm::features_kernel<") else 0 for n in kernels}
+    # Bytes that ptxas spills for sm_100 and sm_120 even where registers are left: in kernels of 16 bits, and two
+    # registers of actnorm's in float64; and some of float64 on sm_120, whose arithmetic in it is 64 times as slow.
+    arch = request.node.callspec.params["kernels"]
+    of_bits = {"sm_100": {16: 32, 64: 8}, "sm_120": {16: 16, 64: 48}}.get(arch, {})
+    few = {n: of_bits.get(64 if "double" in n else 16 if re.search("Half|BFloat16", n) else 32, 0) for n in kernels}
     wrong = {n: found[:2] for n, found in kernels.items() if found[1] > few[n] or found[0] > many[n]}
     assert not wrong
 
