@@ -309,14 +309,10 @@ def test_a_run_that_was_stopped_is_resumed_to_the_same_weights(compared, data, t
         if loop.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored in the background
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Loop, "_update", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                genfuse.compare(["vae"], data, **options)
-    finally:
-        signal.signal(signal.SIGINT, interrupts)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            genfuse.compare(["vae"], data, **options)
     result = genfuse.compare(["vae"], data, **options)
     assert result["rows"][0]["outcome"] == "1 of 1"
     weights, there = (read_tensors(f / "vae/seed-0/model.safetensors")[0] for f in (out, compared[0]))

@@ -108,6 +108,36 @@ def test_copying_moving_and_loading_weights_is_no_update(copied):
     assert other.counts.tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("replace", ["layer", "weight"])
+def test_updates_of_what_was_put_in_the_place_of_a_layer_or_a_weight_are_counted(replace):
+    model = Counter(CounterConfig())
+    step(model, "a", torch.optim.SGD(model.a.parameters(), 0.1))
+    model.settle()
+    if replace == "layer":
+        model.a = nn.Linear(2, 1)
+    else:
+        model.a.bias = nn.Parameter(torch.ones(1))
+    model.settle()
+    assert model.counts.tolist() == [1, 0]
+    step(model, "a", torch.optim.SGD([model.a.bias], 0.1))
+    model.settle()
+    assert model.counts.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("lent", [torch.clone, lambda weight: nn.Parameter(weight.detach().clone())])
+def test_weights_that_are_lent_for_one_call_are_not_those_whose_updates_count(lent):
+    model = Counter(CounterConfig())
+    weights = {name: lent(weight) for name, weight in model.named_parameters()}
+    torch.func.functional_call(model, weights, (X,), {"player": "a"})
+    optimizers = {player: torch.optim.SGD(getattr(model, player).parameters(), 0.1) for player in "ab"}
+    for player in "aab":
+        step(model, player, optimizers[player])
+        if lent is torch.clone:  # between an update and its notice
+            torch.func.functional_call(model, weights, (X,), {"player": "a"})
+    model.settle()
+    assert model.counts.tolist() == [2, 1]
+
+
 GAUSSIAN = {"decoder": "gaussian"}
 MODELS = ["vae", "gan", "wgan", "wgan-gp", "planar", "realnvp", "maf", "nsf", "nsf-ar", "glow", "ddpm", "edm", "score",
           "flow-matching"]  # fmt: skip

@@ -541,6 +541,17 @@ def test_clipping_is_not_forgotten_by_an_own_loop():
     assert all(weight.abs().max() <= 0.03 + 1e-9 for weight in copy.deepcopy(model).critic.parameters())
 
 
+@pytest.mark.parametrize("part", ["critic", "critic.layers"])
+def test_a_critic_that_is_put_in_place_of_another_is_clipped(part):
+    model, x = hand_made(WGAN, clip=0.03), torch.randn(500, 2, generator=seeded())
+    train(model, x, 1)
+    owner, _, name = part.rpartition(".")
+    setattr(model.get_submodule(owner), name, copy.deepcopy(model.get_submodule(part)))
+    train(model, x, 2, optimizer=lambda weights: torch.optim.RMSprop(weights, 0.05))
+    model.settle()
+    assert max(weight.abs().max() for weight in model.critic.parameters()) <= 0.03 + 1e-9
+
+
 def test_a_loop_over_a_compiled_loss_samples_the_present_weights_and_clips():
     model = hand_made(WGAN, hidden=8, clip=0.02)
     x = torch.randn(500, 2, generator=seeded())

@@ -17,6 +17,10 @@ import torch
 import typeguard
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
@@ -266,7 +270,7 @@ class GenerativeModel(nn.Module):
             embedding = Images(image[0])
         self.embedding = embedding
         self._stepped: dict[str, int] | None = None
-        self._weights: dict[str, Together] | None = None
+        self._weights: _Weights | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -347,13 +351,13 @@ class GenerativeModel(nn.Module):
 
         A model whose `after_step` matters calls this first in `loss` and in whatever shows the result, so that nobody's
         own training loop has to know of `after_step`. In what is compiled it does nothing, or if it has to ``always``
-        breaks the graph; in what is transformed by torch.func it does nothing.
+        breaks the graph; in what is transformed by torch.func, or called with weights of others, it does nothing.
         """
         if torch.compiler.is_compiling():
             if always:
                 _settle(self)
             return
-        if transformed() or type(self).after_step is GenerativeModel.after_step:
+        if transformed() or type(self).after_step is GenerativeModel.after_step or not self._weights_of().own:
             return
         now = self._versions()
         before, self._stepped = self._stepped or now, now
@@ -363,15 +367,20 @@ class GenerativeModel(nn.Module):
 
     def _versions(self) -> dict[str, int]:
         """How often the weights of each player were changed in place."""
-        return {player: sum(w._version for w in weights.tensors) for player, weights in self._weights_of().items()}
+        return {player: sum(w._version for w in weights.tensors) for player, weights in self._weights_of().of.items()}
 
-    def _weights_of(self) -> dict[str, Together]:
-        """The weights of each player."""
-        if self._weights is None:  # it takes longer to find them than to look at them
-            self._weights = {player.name: Together(player.parameters) for player in self.players()}
-            for weights in self._weights.values():
-                _counted.update(map(id, weights.tensors))
-        return self._weights
+    def _weights_of(self) -> "_Weights":
+        """The weights of each player. It takes longer to find them than to look at them: they are looked for anew after
+        any layer or parameter was registered, and if others stand in their place."""
+        known = self._weights
+        if known is not None and known.registered == _registered and known.in_place():
+            return known
+        found = _Weights(self)
+        if found.own:
+            self._weights = found
+            if known is not None and not known.same(found):
+                self._stepped = None
+        return found
 
     def train(self, mode: bool = True) -> Self:
         self._weights = None
@@ -623,6 +632,40 @@ def check_range(x: Tensor, levels: int | None, *, always: bool = True) -> None:
 
 
 _counted: set[int] = set()  # the ids of weights whose updates a model counts; one that is used anew does no harm
+_registered = 0  # how many layers and parameters of any module were, since this was imported
+
+
+def _count_registration(*_: Any) -> None:
+    global _registered
+    _registered += 1
+
+
+register_module_module_registration_hook(_count_registration)
+register_module_parameter_registration_hook(_count_registration)
+
+
+class _Weights:
+    """The weights of a model's players, as they were found."""
+
+    def __init__(self, model: "GenerativeModel") -> None:
+        self.registered = _registered
+        self.of = {player.name: Together(player.parameters) for player in model.players()}
+        firsts = [weights.tensors[0] for weights in self.of.values() if weights.tensors]
+        self.own = all(isinstance(weight, nn.Parameter) for weight in firsts)  # and not lent, as by functional_call
+        places = [(of._parameters, name) for of in model.modules() for name in of._parameters]
+        self._places = [(of, name, weight) for weight in firsts for of, name in places if of[name] is weight]
+        if self.own:
+            for weights in self.of.values():
+                _counted.update(map(id, weights.tensors))
+
+    def in_place(self) -> bool:
+        """Whether the model still has the first weight of each player: who lends weights lends all of a player."""
+        return all(parameters.get(name) is weight for parameters, name, weight in self._places)
+
+    def same(self, other: "_Weights") -> bool:
+        """Whether both hold the same tensors."""
+        ids = [[[*map(id, weights.tensors)] for weights in each.of.values()] for each in (self, other)]
+        return ids[0] == ids[1]
 
 
 def _tell_of_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -86,7 +86,7 @@ class WGAN(_Wasserstein):
     def clip_weights(self) -> None:
         """Bring each weight of the critic into [-clip, clip]. Nobody has to call it: each update is followed by it."""
         compiling = torch.compiler.is_compiling()
-        weights = self.critic.parameters() if compiling else self._weights_of()[self.critic_name].merged()
+        weights = self.critic.parameters() if compiling else self._weights_of().of[self.critic_name].merged()
         for each in weights:
             each.clamp_(-self.clip, self.clip)
 
