@@ -157,7 +157,8 @@ def inside(part: Part) -> None:
     """A step of training of the peers' own models on normal noise, with our operators in place of their splines and
     affine transforms; the networks, and all else, are theirs. zuko's come in three tensors, which are put together
     first. nsf: 5 couplings between LU-linear layers, each with a residual network of 2 blocks of 128, 8 bins; maf,
-    nsf-ar: 5 layers of 2 hidden layers of 256."""
+    nsf-ar: 5 layers of 2 hidden layers of 256. `genfuse.integrations` replaces networks as well: see
+    `python -m benchmarks integrations`."""
     rows, features = part.size((256, 43), (16, 6))
     batches = torch.randn(64, rows, features, device=part.args.device)
     bars = {("nsf", "nflows"): 1.0, ("nsf", "normflows"): 1.0, ("nsf-ar", "zuko"): 1.8, ("maf", "zuko"): 1.1}

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[str, str, Callable[[], Case], float | None]] = {
     "normflows MAF, a step": ("normflows", "normflows", lambda: _density(_normflows_maf()), None),
     "zuko NSF, a step": ("zuko", "zuko", lambda: _density(_zuko("NSF")), 2.0),
     "zuko NSF of 5 x (256, 256), a step": ("zuko", "zuko", lambda: _density(MODELS["nsf-ar"]["zuko"](43)), 2.0),
-    "zuko MAF of 5 x (256, 256), a step": ("zuko", "zuko", lambda: _density(MODELS["maf"]["zuko"](43)), None),
+    "zuko MAF of 5 x (256, 256), a step": ("zuko", "zuko", lambda: _density(MODELS["maf"]["zuko"](43)), 1.1),
     "zuko RealNVP, a step": ("zuko", "zuko", lambda: _density(MODELS["realnvp"]["zuko"](43)), None),
     "zuko MAF, 1,000 samples": ("zuko", "zuko", lambda: _samples(_zuko("MAF")), 20.0),
     "zuko MAF of 5 x (256, 256), 1,000 samples": ("zuko", "zuko", lambda: _samples(MODELS["maf"]["zuko"](43)), 20.0),
