@@ -86,7 +86,7 @@ __device__ void transform(const Problem& p, const Forward& out, int64_t row, con
     }
     sum += ahead;
   }
-  if (by_element) return;
+  if (p.by_element) return;
   const T logdet = row_sum(T(sum));
   if (threadIdx.x == 0) static_cast<T*>(out.logdet)[row] = logdet;
 }

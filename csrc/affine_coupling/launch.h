@@ -54,7 +54,7 @@ inline Problem arranged(Problem p, int64_t size) {
   }
   const int64_t apart = p.cols * p.step, elements = p.rows * p.cols;
   if (p.by_element && !p.mask && !p.factor && p.moved == p.cols && p.x_stride == p.cols && p.params_stride == apart &&
-      p.shift_stride == apart && elements) {
+      p.shift_stride == apart && p.gstride == p.cols * p.gstep && elements) {
     p.rows = (elements + size - 1) / size;
     p.cols = p.moved = p.x_stride = size;
     p.last = elements - (p.rows - 1) * size;

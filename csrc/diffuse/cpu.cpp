@@ -38,7 +38,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
   Noise<T> stream(p.seed ? *p.seed : 0, p.cols < kBlock ? std::min((end - begin) * p.cols, kBlock) : 0);
   T x0_buffer[kBlock], eps_buffer[kBlock], gx_t_buffer[kBlock], gv_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
-    T galpha = 0, gsigma = 0;
+    double galpha = 0, gsigma = 0;  // of blocks
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
       const int64_t n = std::min(kBlock, p.cols - j0), first = i * p.cols + j0;
       const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);
@@ -54,8 +54,8 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
       }
       galpha += of_alpha, gsigma += of_sigma;
     }
-    *element<T>(out.galpha, i) = galpha;
-    *element<T>(out.gsigma, i) = gsigma;
+    *element<T>(out.galpha, i) = T(galpha);
+    *element<T>(out.gsigma, i) = T(gsigma);
   }
 }
 

@@ -14,15 +14,38 @@ template <class T>
 struct Arrays {
   int64_t width;
   std::vector<T> memory;
+  std::vector<double> totals;
   T *mean, *rstd, *factor, *shift, *of_g, *of_gx, *g;
 
   // `gradients`: an example's, of what is normalised, scaled and shifted.
   explicit Arrays(int64_t channels, int64_t gradients = 0)
-      : width(std::max<int64_t>(1, kBlock / channels) * channels), memory(6 * width + gradients), mean(memory.data()) {
+      : width(std::max<int64_t>(1, kBlock / std::max<int64_t>(1, channels)) * channels),
+        memory(6 * width + gradients),
+        mean(memory.data()) {
     rstd = mean + width, factor = rstd + width, shift = factor + width;
     of_g = shift + width, of_gx = of_g + width, g = of_gx + width;
   }
 };
+
+// Calls f(j0, n) for the blocks of an example, which adds their terms up into two arrays of a block: of many, so many
+// at a time, as long sums would lose digits.
+template <class T, class F>
+GENFUSE_HD void sum_blocks(Arrays<T>& a, int64_t size, T* first, T* second, F f) {
+  constexpr int64_t kBlocksOfSum = 64;
+  const int64_t step = kBlocksOfSum * a.width;
+  std::fill_n(first, a.width, T(0));
+  std::fill_n(second, a.width, T(0));
+  a.totals.assign(size > step ? 2 * a.width : 0, 0);
+  double *firsts = a.totals.data(), *seconds = firsts + a.width;
+  for (int64_t begin = 0; begin < size; begin += step) {
+    const int64_t end = std::min(begin + step, size);
+    for (int64_t j0 = begin; j0 < end; j0 += a.width) f(j0, std::min(a.width, end - j0));
+    for (int64_t j = 0; size > step && j < a.width; ++j) {
+      firsts[j] += first[j], seconds[j] += second[j];
+      first[j] = end < size ? T(0) : T(firsts[j]), second[j] = end < size ? T(0) : T(seconds[j]);
+    }
+  }
+}
 
 // Adds the sums of a block's cells up, into those of the first.
 template <class T>
@@ -53,25 +76,20 @@ GENFUSE_HD void prepare(const Problem& p, Arrays<T>& a, int64_t i) {
   const S* x = element<S>(p.x, i * size);
   const T *scale = element<T>(p.scale, i * p.channels), *shift = element<T>(p.shift, i * p.channels);
   T *mean = a.mean, *rstd = a.rstd, *rest = a.shift;
-  std::fill_n(mean, a.width, T(0));
-  for (int64_t j0 = 0; j0 < size; j0 += a.width) {
-    const int64_t n = std::min(a.width, size - j0);
+  sum_blocks(a, size, mean, rest, [=](int64_t j0, int64_t n) {
     GENFUSE_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) mean[j] += load(x[j0 + j]);
-  }
+  });
   add_up(p, a.width, mean);
   means(p, a.width, mean);
-  std::fill_n(rstd, a.width, T(0));
-  std::fill_n(rest, a.width, T(0));  // what rounding left out of the mean, which is all there is of constant groups
-  for (int64_t j0 = 0; j0 < size; j0 += a.width) {
-    const int64_t n = std::min(a.width, size - j0);
+  sum_blocks(a, size, rstd, rest, [=](int64_t j0, int64_t n) {
     GENFUSE_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
       const T centred = load(x[j0 + j]) - mean[j];
-      rest[j] += centred;
+      rest[j] += centred;  // what rounding left out of the mean, which is all there is of constant groups
       rstd[j] += centred * centred;
     }
-  }
+  });
   for (T* sums : {rest, rstd}) {
     add_up(p, a.width, sums);
     means(p, a.width, sums);
@@ -117,10 +135,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
     T *of_g = a.of_g, *of_gx = a.of_gx, *gs = a.g;
     const S *x = element<S>(p.x, i * size), *gy = element<S>(out.gy, i * size);
     S* gx = element<S>(out.gx, i * size);
-    std::fill_n(of_g, a.width, T(0));
-    std::fill_n(of_gx, a.width, T(0));
-    for (int64_t j0 = 0; j0 < size; j0 += a.width) {
-      const int64_t n = std::min(a.width, size - j0);
+    sum_blocks(a, size, of_g, of_gx, [=](int64_t j0, int64_t n) {
       GENFUSE_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) {
         const T centred = load(x[j0 + j]) - mean[j];
@@ -129,7 +144,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Backward& out, int64_t begin, in
         of_g[j] += g;
         of_gx[j] += g * centred;
       }
-    }
+    });
     add_up(p, a.width, of_g);
     add_up(p, a.width, of_gx);
     for (int64_t c = 0; c < p.channels; ++c) {

@@ -118,6 +118,7 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
   using T = compute_t<S>;
   Arrays<T> a(p);
   T* log_prob = element<T>(out.log_prob, 0);
+  std::vector<double> totals(end - begin);  // long sums would lose digits
   for (int64_t row = begin; row < end; ++row) {
     const S* raw = element<S>(p.raw, row * p.raw_stride + 3 * p.components * p.numbers);
     choices(p, a, raw);
@@ -128,12 +129,10 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
       for (int64_t j = start; j < last; ++j) total += a.exponential[j];
       std::fill(log_total + start, log_total + last, log_total[start] + log_(total));
     }
-    T sum = 0;
     for (int64_t b = 0; b < p.blocks; ++b) {
       const int64_t j = p.chosen[row % p.examples * p.blocks + b];
-      sum += load(raw[j]) - log_total[j];
+      totals[row - begin] += load(raw[j]) - log_total[j];
     }
-    log_prob[row] = sum;
   }
   for (int64_t first = begin * p.numbers; first < end * p.numbers; first += a.width) {
     const int64_t n = std::min(a.width, end * p.numbers - first);
@@ -143,9 +142,10 @@ GENFUSE_HD void rows_of(const Problem& p, const Forward& out, int64_t begin, int
     for (int64_t i = 0; i < n; ++i) sum[i] = joint_top[i] + log_(joint_sum[i] / sum[i]);
     each_number(p, first, n, [&](int64_t i, int64_t row, int64_t, int64_t at) {
       const T low = *element<T>(p.low, at);
-      if (low == low) log_prob[row] += sum[i];
+      if (low == low) totals[row - begin] += sum[i];
     });
   }
+  for (int64_t row = begin; row < end; ++row) log_prob[row] = T(totals[row - begin]);
 }
 
 template <class S>
@@ -218,6 +218,10 @@ void check(const Problem& p) {
     if (p.block[j] < std::max<int64_t>(last, 0) || p.block[j] > last + 1) {
       throw std::invalid_argument("block must rise from 0 by steps of 1");
     }
+  }
+  if (const int64_t blocks = p.choices ? p.block[p.choices - 1] + 1 : 0; blocks != p.blocks) {
+    throw std::invalid_argument("chosen must have a column for each of the " + std::to_string(blocks) +
+                                " blocks, got " + std::to_string(p.blocks));
   }
   for (int64_t i = 0; i < p.examples * p.blocks; ++i) {
     const int64_t j = p.chosen[i], b = i % p.blocks;

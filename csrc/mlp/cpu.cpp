@@ -74,7 +74,7 @@ template <class T>
 GENFUSE_HD void sum_columns(const T* g, int64_t rows, int64_t columns, int64_t begin, int64_t end, T* out) {
   constexpr int64_t kRowsOfSum = 16;
   T part[kBlock];
-  std::fill(out + begin, out + end, T(0));
+  double total[kBlock] = {};
   for (int64_t i0 = 0; i0 < rows; i0 += kRowsOfSum) {
     std::fill(part, part + (end - begin), T(0));
     for (int64_t i = i0; i < std::min(i0 + kRowsOfSum, rows); ++i) {
@@ -82,8 +82,9 @@ GENFUSE_HD void sum_columns(const T* g, int64_t rows, int64_t columns, int64_t b
 #pragma omp simd
       for (int64_t j = 0; j < end - begin; ++j) part[j] += row[j];
     }
-    for (int64_t j = begin; j < end; ++j) out[j] += part[j - begin];
+    for (int64_t j = 0; j < end - begin; ++j) total[j] += part[j];
   }
+  for (int64_t j = begin; j < end; ++j) out[j] = T(total[j - begin]);
 }
 // What a gate passes of a gradient, and the gate's own.
 template <class T>

@@ -45,12 +45,15 @@ template <class S>
 GENFUSE_HD void backward_rows(const Problem& p, const Backward& out, int64_t begin, int64_t end) {
   using T = compute_t<S>;
   Noise<T> stream = noise_of<T>(p, end - begin);
+  double gz_total[kBlock], gz_eps_total[kBlock];  // of so many samples: long sums would lose digits
+  constexpr int64_t kSamplesOfSum = 32;
   T gz_sum[kBlock], gz_eps_sum[kBlock], mu_buffer[kBlock], logvar_buffer[kBlock], eps_buffer[kBlock], gz_buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const T gkl = *element<T>(out.gkl, i);
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
       const int64_t n = std::min(kBlock, p.cols - j0);
       for (int64_t j = 0; j < n; ++j) gz_sum[j] = gz_eps_sum[j] = 0;
+      if (p.samples > kSamplesOfSum) std::fill_n(gz_total, n, 0), std::fill_n(gz_eps_total, n, 0);
       for (int64_t s = 0; s < p.samples; ++s) {
         const int64_t first = (s * p.rows + i) * p.cols + j0;
         const T* eps = eps_at<S>(p.noise, stream, first, n, eps_buffer);
@@ -60,6 +63,14 @@ GENFUSE_HD void backward_rows(const Problem& p, const Backward& out, int64_t beg
           gz_sum[j] += gz[j];
           gz_eps_sum[j] += gz[j] * eps[j];
         }
+        if (p.samples <= kSamplesOfSum || ((s + 1) % kSamplesOfSum && s + 1 < p.samples)) continue;
+        for (int64_t j = 0; j < n; ++j) {
+          gz_total[j] += gz_sum[j], gz_eps_total[j] += gz_eps_sum[j];
+          gz_sum[j] = gz_eps_sum[j] = 0;
+        }
+      }
+      for (int64_t j = 0; p.samples > kSamplesOfSum && j < n; ++j) {
+        gz_sum[j] = T(gz_total[j]), gz_eps_sum[j] = T(gz_eps_total[j]);
       }
       const T* mu = read(element<S>(p.mu, i * p.mu_stride + j0), n, mu_buffer);
       const T* logvar = read(element<S>(p.logvar, i * p.logvar_stride + j0), n, logvar_buffer);

@@ -306,3 +306,32 @@ def test_multilayer_perceptrons(options, left, same):
 def test_glow_is_glow(same):
     layer, x = nf.flows.GlowBlock(4, 8), torch.randn(2, 4, 4, 4).requires_grad_()
     same(peer, lambda: layer.inverse(x), x, layer)
+
+
+def test_a_coupling_calls_its_network_once_also_where_no_operator_takes_the_result(same):
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+    layer = nf.flows.AffineCoupling(net)
+    z = [torch.randn(9000, 8), torch.randn(9000, 8)]
+    with peer.patch(), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(z)
+    assert int(net[1].num_batches_tracked) == 1
+    for scale_map in ("exp", "sigmoid", "sigmoid_inv"):
+        layer = nf.flows.AffineCoupling(nn.Sequential(nn.Linear(8, 2), nn.Unflatten(1, (2, 1))), scale_map=scale_map)
+        images = [torch.randn(9000, 8), torch.randn(9000, 1, 8)]
+        for call in (layer.forward, layer.inverse):
+            same(peer, lambda call=call, z=images: (call(z)[0][1], call(z)[1]), layer)
+
+
+@pytest.mark.parametrize("change", ["hook", "another"])
+def test_what_was_done_to_the_layers_of_a_perceptron_counts(change, same):
+    net, x = nf.nets.MLP([3, 8, 3]), torch.randn(7, 3).requires_grad_()
+    if change == "hook":
+        net.net.register_forward_hook(lambda module, inputs, output: 3 * output)
+    else:
+        net.net = nn.Identity()
+    assert same(peer, lambda: net(x), x).left
+
+
+def test_an_inverse_of_another_number_of_features_is_refused_by_the_library():
+    with peer.patch(), pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        nf.flows.MaskedAffineAutoregressive(4, 8).inverse(torch.randn(5, 3))

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 zuko = pytest.importorskip("zuko", reason="zuko is not installed")
 
@@ -462,3 +463,19 @@ def test_a_compiled_flow_is_the_flow():
     with peer.patch():
         found = torch.compile(lambda x: flow().log_prob(x), backend="eager")(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [zuko.flows.MAF, zuko.flows.NSF])
+def test_a_network_without_hidden_layers_samples(kind, same):
+    flow, y = kind(3, transforms=1, hidden_features=()), torch.randn(5, 3)
+    assert same(peer, lambda: flow().transform.inv(y), flow).left
+
+
+def test_shapes_alone_and_traces_of_a_flow_that_has_not_run():
+    flow, y = zuko.flows.MAF(3, transforms=1), torch.randn(140, 3)
+    with peer.patch():
+        for f in (lambda y: flow().log_prob(y), lambda y: flow().transform.inv(y)):
+            traced = make_fx(f)(y)
+            torch.testing.assert_close(traced(y), f(y))
+        shapes = zuko.flows.MAF(3, transforms=1).to("meta")
+        assert shapes().transform.inv(y.to("meta")).shape == y.shape

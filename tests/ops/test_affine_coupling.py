@@ -368,3 +368,25 @@ def test_a_bad_argument_is_named(change, message):
     good = {"x": torch.zeros(4, 7), "params": torch.zeros(4, 8), "mask_or_split": 3, "scale": "tanh"}
     with pytest.raises(ValueError, match=message):
         affine_coupling(**{**good, **change})
+
+
+def test_pairs_beside_each_other_of_a_single_example_are_read_where_they_lie(implementation):
+    x, params = torch.tensor([1.0, 2.0, 3.0]), (torch.arange(21.0).view(3, 7) / 10)[:, :2].requires_grad_()
+    y, logdet = affine_coupling(x, params, scale="exp")
+    torch.testing.assert_close(y, x * params[:, 0].exp() + params[:, 1])
+    torch.testing.assert_close(logdet, params[:, 0].sum())
+    (first,) = torch.autograd.grad(y.sum(), params, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), params)[0][:, 0], x * params[:, 0].exp())
+
+
+def test_parameters_of_rows_that_overlap_get_gradients_of_their_own(implementation):
+    x, base = torch.randn(30, 4).double(), torch.randn(31 * 4).double().requires_grad_()
+    found = affine_coupling(x, base.unfold(0, 8, 4), by_element=True)
+    truth = affine_coupling(x, base.unfold(0, 8, 4).clone(), by_element=True)
+    ours, wanted = (torch.autograd.grad(y.sum() + s.square().sum(), base)[0] for y, s in (found, truth))
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_log_determinants_by_element_of_no_features_are_none(implementation):
+    y, logdet = affine_coupling(torch.zeros(9, 0), torch.zeros(9, 0), by_element=True)
+    assert y.shape == logdet.shape == (9, 0)

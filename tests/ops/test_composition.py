@@ -591,6 +591,28 @@ def test_noise_under_vmap_follows_its_randomness(name):
     assert not torch.equal(different[0], different[1])
 
 
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_noise_under_compiled_vmap_follows_its_randomness(randomness, batched):
+    p = torch.full((3, 50), 0.5)
+
+    def draw(p, one):
+        return ops.bernoulli(p if batched else one), p.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(vmap(draw, (0, None), randomness=randomness), backend="aot_eager", fullgraph=True)
+    if randomness == "error":
+        with pytest.raises(RuntimeError, match="randomness"):
+            compiled(p, p[0])
+    else:
+        drawn = compiled(p, p[0])[0]
+        assert torch.equal(drawn[0], drawn[1]) == (randomness == "same")
+
+
+def test_different_noise_under_vmap_is_traced_with_symbolic_sizes():
+    make_fx(vmap(lambda x: ops.bernoulli(x), randomness="different"), tracing_mode="symbolic")(torch.rand(3, 4))
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_transform_without_vmap_draws_as_a_plain_call_does(name):
     x = _normal(4, 8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from required import skip
+from torch._dynamo import compiled_autograd
 
 from genfuse import ops
 
@@ -229,3 +230,62 @@ def test_a_formula_may_take_from_around_what_is_not_there_yet():
     operator = ops.fused("example::later(Tensor x) -> Tensor", formula=formula, results=torch.empty_like)
     later = 3.0
     assert torch.equal(operator(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_gradients_of_complex_numbers_of_which_one_was_made_of_the_other():
+    def formula(a, b):
+        return a * b.conj()
+
+    operator = ops.fused("example::conjugate(Tensor a, Tensor b) -> Tensor", formula=formula, results=formula)
+    x = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128, requires_grad=True)
+
+    def made_of_itself(f):
+        a = x * 1
+        return f(a, a * a)
+
+    for create_graph in (False, True):
+        found, truth = (
+            torch.autograd.grad(made_of_itself(f).square().abs().sum(), x, create_graph=create_graph)[0]
+            for f in (operator, formula)
+        )
+        torch.testing.assert_close(found, truth)
+
+
+def test_results_that_are_arguments_are_copies_under_transforms():
+    operator = ops.fused(
+        "example::itself(Tensor x) -> (Tensor, Tensor)", formula=lambda x: (x, x * 2), results=lambda x: (x, x)
+    )
+
+    def function(x):
+        y, _ = operator(x)
+        y.mul_(3)
+        return x + y
+
+    x = torch.randn(3, 2)
+    before = x.clone()
+    torch.testing.assert_close(torch.func.vmap(function)(x), 4 * before)
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (torch.ones(3, 2),))[1], torch.full((3, 2), 4.0))
+    assert torch.equal(x, before)
+
+
+def test_results_without_a_derivative_may_be_the_only_one_or_beside_lists():
+    x, w = torch.randn(3, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    rounded = ops.fused(
+        "example::rounded(Tensor x, int n) -> Tensor",
+        formula=lambda x, n: x.round().sum(), results=lambda x, n: x.new_empty(()), constant=lambda x, n: (0,),
+    )  # fmt: skip
+    assert not rounded(x, 1).requires_grad
+    beside = ops.fused(
+        "example::beside(Tensor x, Tensor[] many, int n) -> (Tensor, Tensor)",
+        formula=lambda x, many, n: (x * many[0], x.round()), results=lambda x, many, n: (torch.empty_like(x),) * 2,
+        constant=lambda x, many, n: (1,),
+    )  # fmt: skip
+    assert [y.requires_grad for y in beside(x, [w, w * 2], 1)] == [True, False]
+
+
+def test_gradients_may_be_compiled_by_themselves():
+    x, w = torch.randn(3, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    wanted = torch.autograd.grad(ops.actnorm(x, w, w)[0].sin().sum(), x)[0]
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        ops.actnorm(x, w, w)[0].sin().sum().backward()
+    torch.testing.assert_close(x.grad, wanted)

@@ -1164,3 +1164,43 @@ def test_a_critic_that_is_compiled_anyhow_is_called_as_it_was_before(how):
         critic = CompiledInside(net, how == "part")
     for a, b in zip(gradients(gradient_penalty(critic, x, at="real"), net), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "critic",
+    [
+        lambda net, x: net(x).mean(1, keepdim=True).masked_fill(torch.arange(8) % 3 == 0, 0.0).sum(1),
+        lambda net, x: net(x)[:, :1].masked_fill(torch.arange(8) % 3 == 0, 0.0).sum(1),
+        lambda net, x: net(x).relu().sum(1, dtype=torch.float32),
+        lambda net, x: F.batch_norm(h := net(x), 0 * net.bias.detach(), h.detach()[0].abs() + 1, weight=h.mean(0)).sum(
+            1
+        ),
+    ],
+    ids=["masked_fill that broadcasts", "masked_fill of one column", "a sum in another dtype", "batch norm's weight"],
+)
+def test_operations_that_broadcast_convert_or_take_x_twice(critic):
+    torch.manual_seed(0)
+    net = nn.Linear(5, 8).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(input_gradient(partial(critic, net), x), by_autograd(partial(critic, net), x))
+
+
+def test_hooks_on_a_compiled_critic_run():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(6, 5)
+    compiled = torch.compile(net, backend="eager")
+    compiled.register_forward_hook(lambda module, inputs, output: 3 * output)
+    torch.testing.assert_close(input_gradient(compiled, x), 3 * input_gradient(net, x))
+
+
+def test_batch_norm_in_training_breaks_the_graph_of_a_compiled_step():
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)).double()
+    x = torch.randn(6, 5).double()
+    found = torch.compile(lambda: gradient_penalty(critic, x, at="real"), backend="eager")()
+    torch.testing.assert_close(found, penalty_of(by_autograd(critic, x)))
+
+
+def test_a_critic_that_returns_no_tensor_is_refused():
+    with pytest.raises(ValueError, match="critic must return a tensor of one number per example, got tuple"):
+        gradient_penalty(lambda x: (x.sum(1), x), torch.randn(6, 5), at="real")

@@ -194,3 +194,31 @@ def test_a_u_net_is_what_pytorchs_layers_compute(monkeypatch):
     truth = torch.autograd.grad(network(x, log_sigma).square().sum(), list(network.parameters()))
     for a, b in zip(found, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@by_kernels
+def test_of_no_channels_nothing_is_made(implementation):
+    assert ops.group_norm(torch.randn(2, 0, 3, 3), 1, torch.ones(0), torch.zeros(0)).shape == (2, 0, 3, 3)
+
+
+@by_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_silu_of_what_is_far_below_0_is_0(implementation, dtype):
+    shift = torch.tensor([-3e38, -1e30, -100.0], dtype=dtype, requires_grad=True)
+    y = ops.group_norm(torch.randn(1, 3, 2, dtype=dtype), 1, torch.zeros(3, dtype=dtype), shift, silu=True)
+    (gradient,) = torch.autograd.grad(y.sum(), shift)
+    assert max(y.abs().max(), gradient.abs().max()) < 1e-33
+
+
+@by_kernels
+@pytest.mark.parametrize("groups", [1, 300])
+def test_many_cells_of_many_channels_cost_no_digits(groups, implementation):
+    x, g = torch.rand(1, 300, 128, 128) + 3, torch.rand(1, 300, 128, 128) + 1
+    scale, shift = torch.ones(300), torch.zeros(300)
+
+    def found(dtype):  # but the gradient of the scale, of which little is left
+        x_, scale_, shift_ = (t.to(dtype).requires_grad_() for t in (x, scale, shift))
+        y = ops.group_norm(x_, groups, scale_, shift_)
+        return [y, torch.autograd.grad(y, shift_, g.to(dtype))[0]]
+
+    assert max(errors(found(torch.float32), found(torch.float64))) < 8 * torch.finfo(torch.float32).eps

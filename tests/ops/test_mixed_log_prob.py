@@ -169,3 +169,27 @@ def test_arguments_that_do_not_fit_are_named():
         ops.logistic_mixture(torch.zeros(8, 30), 4)
     with pytest.raises(ValueError, match=r"block must have shape \(5,\), got \(4,\)"):
         ops.block_log_softmax(torch.zeros(8, 5), block[:4], 2)
+
+
+@by_kernels
+def test_a_block_of_which_nothing_is_chosen_is_refused(implementation):
+    raw, low, high, chosen, block = arguments()
+    with pytest.raises(RuntimeError, match=r"chosen must have a column for each of the 2 blocks, got 1"):
+        ops.mixed_log_prob(raw, low, high, chosen[:, :1], block)
+
+
+@by_kernels
+def test_sums_over_many_columns_keep_their_digits(implementation):
+    raw, low = torch.full((1, 3 * 20_000), 0.7), torch.full((1, 20_000), 0.1)
+    given = low, low + 0.3, torch.empty(1, 0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    found, truth = (
+        ops.mixed_log_prob(raw.to(d), *(t.to(d) for t in given[:2]), *given[2:]) for d in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(found.double(), truth, rtol=16 * 2**-23, atol=0)
+
+
+def test_anomaly_detection_finds_nothing_in_blocks_that_there_are_not():
+    raw, low, high, chosen, block = arguments()
+    with ops.using("reference"), torch.autograd.set_detect_anomaly(True):
+        ops.mixed_log_prob(raw.requires_grad_(), low, high, chosen, block).sum().backward()
+    assert raw.grad.isfinite().all()

@@ -491,3 +491,22 @@ def test_a_layer_of_no_features_learns_nothing():
         y, logdet = layer(x, network, 0)
         assert y.shape == (3, 0)
         assert logdet.tolist() == [0.0] * 3
+
+
+def test_layers_of_a_context_of_no_columns_have_gradients():
+    context = torch.randn(4, 0, requires_grad=True)
+    network = ops.Network([torch.randn(5, 1), torch.randn(4, 5)], [torch.zeros(5), torch.zeros(4)], context=context)
+    assert torch.autograd.grad(ops.affine_layer(torch.randn(4, 3), network, 1)[0].sum(), context)[0].shape == (4, 0)
+
+
+def test_no_features_of_several_axes_make_the_bias():
+    bias = torch.randn(4)
+    assert torch.equal(ops.mlp(torch.randn(2, 3, 0), [torch.randn(4, 0)], [bias]), bias.expand(2, 3, 4))
+
+
+@by_kernels
+def test_gradients_of_biases_over_many_rows_keep_their_digits(implementation):
+    x, weight, bias = torch.full((200_000, 2), 0.7), torch.randn(3, 2), torch.zeros(3, requires_grad=True)
+    y = ops.mlp(x, [weight], [bias])
+    (found,) = torch.autograd.grad(y, bias, torch.full_like(y, 0.7))
+    torch.testing.assert_close(found, torch.full((3,), 200_000 * 0.7), rtol=4 * 2**-23, atol=0)

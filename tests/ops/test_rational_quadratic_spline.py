@@ -478,3 +478,10 @@ def test_slopes_above_20_are_exact_in_float64():
         logdet = ops.rational_quadratic_spline(x[:, None], params[:, None], bins=8, bound=3.0, tails="none")[1]
     exact = [math.log(1e-3 + s + math.log1p(math.exp(-s))) for s in slopes.tolist()]
     torch.testing.assert_close(logdet, torch.tensor(exact, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def test_bounds_of_each_of_no_coordinates(implementation):
+    for x in (torch.zeros(3, 0), torch._neg_view(torch.zeros(3, 0))):
+        y, logdet = ops.rational_quadratic_spline(x, torch.zeros(3, 0, 5), bins=2, bound=torch.ones(0))
+        assert y.shape == (3, 0)
+        assert logdet.tolist() == [0.0] * 3

@@ -296,3 +296,11 @@ def test_the_seed_stays_on_the_gpu_and_a_graph_can_be_captured():
     first = z.clone()
     graph.replay()
     assert not torch.equal(first, z)
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+def test_gradients_over_many_samples_keep_their_digits(implementation):
+    mu = torch.zeros(1, 3, requires_grad=True)
+    z, _ = ops.reparameterize_kl(mu, torch.zeros(1, 3), samples=50_000)
+    (found,) = torch.autograd.grad(z, mu, torch.full_like(z, 0.7))
+    torch.testing.assert_close(found, torch.full((1, 3), 50_000 * 0.7), rtol=16 * 2**-23, atol=0)

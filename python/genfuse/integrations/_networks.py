@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 from torch.nn import functional as F
 from torch.nn.modules import module as everywhere
 
@@ -43,7 +44,9 @@ _orders: WeakKeyDictionary[nn.Module, tuple[tuple, _Order]] = WeakKeyDictionary(
 
 def _is_read(*masks: Any) -> bool:
     """Whether masks can be looked at: they are there, are not traced, and stand for no others, as under vmap."""
-    if torch.compiler.is_compiling() or any(type(mask) is not Tensor for mask in masks):
+    if torch.compiler.is_compiling() or any(type(mask) is not Tensor or mask.is_meta for mask in masks):
+        return False
+    if _len_torch_dispatch_stack():  # by which they may be traced
         return False
     try:
         return all(mask.data_ptr() is not None for mask in masks)
@@ -214,13 +217,16 @@ def inverse(
         passes: how many the peer makes, if it may be too few.
         options: of `ops.autoregressive_inverse`.
     """
-    if torch.is_autocast_enabled(y.device.type) or torch.compiler.is_compiling():
-        raise Left("autocast, or torch.compile")
+    features, masks = y.shape[1], [layer.mask for layer in layers]
+    if not _is_read(y, *masks):
+        raise Left("masks without values of their own, as under vmap, or torch.compile")
+    if torch.is_autocast_enabled(y.device.type):
+        raise Left("autocast")
     check_plain(*net.modules())
-    features = y.shape[1]
-    masks = [layer.mask for layer in layers]
-    if not _is_read(*masks):
-        raise Left("masks without values of their own, as under vmap")
+    if len(layers) < 2:
+        raise Left("no hidden layers")
+    if (given := masks[0].shape[1] - features) and (context is None or context.shape[1] != given):
+        raise Left("other numbers of features, or of a context, than the network takes")
 
     def ordered() -> _Order:
         last = masks[-1] if rows is None else masks[-1][rows]

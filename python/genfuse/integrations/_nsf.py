@@ -180,6 +180,8 @@ def replace_layers(
         else:
             options = affine(self)
         net = self.autoregressive_net
+        if isinstance(self, autoregressive) and hasattr(net, "hidden_features"):
+            raise Left("a network of somebody's own")
         if inputs.dim() != 2 or not inputs.numel():
             raise Left("images, or no elements")
         layers, residual, added = _layers(net, context, made)

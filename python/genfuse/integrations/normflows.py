@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genfuse.integrations import _networks, _nsf
@@ -55,7 +55,13 @@ def _affine(self: Any, z: list[Tensor], *, inverse: bool) -> tuple[list[Tensor],
     shift, scale = params[:, 0::2], params[:, 1::2]
     if self.scale_map != "exp":
         scale = F.logsigmoid(scale + 2)
-    y, logdet = affine(z2, -scale if self.scale_map == "sigmoid" else scale, shift, inverse=inverse)
+    scale = -scale if self.scale_map == "sigmoid" else scale
+    try:
+        y, logdet = affine(z2, scale, shift, inverse=inverse)
+    except ValueError:  # of other shapes or dtypes; a second call of the network may draw other noise
+        scale = -scale if inverse else scale
+        y = (z2 - shift) * scale.exp() if inverse else z2 * scale.exp() + shift
+        logdet = scale.flatten(1).sum(1)
     return [z1, y], logdet
 
 
@@ -75,4 +81,7 @@ _peer.replaces(autoregressive.MaskedAffineAutoregressive, "_elementwise_inverse"
 
 @_peer.replaces(mlp.MLP, "forward")
 def _mlp(self: Any, x: Tensor) -> Tensor:
+    if type(self.net) is not nn.Sequential:
+        raise Left("a network of somebody's own")
+    _networks.check_plain(self.net)
     return _networks.sequential(x, list(self.net))

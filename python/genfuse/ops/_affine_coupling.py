@@ -225,7 +225,7 @@ def affine_coupling(
             wanted[axis] = 2 * moved  # not in place: for torch.jit.trace, sizes are tensors
         if params.shape != (*wanted,) or params.dtype is not x.dtype or params.device != x.device:
             _op.check_alike(x, "x", params=(params, tuple(wanted)))
-        raw = params if params.dim() == 2 else params.reshape(rows, 2 * moved * cells)
+        raw = params if params.dim() == x.dim() == 2 else params.reshape(rows, 2 * moved * cells)
         y, logdet = _fused(flat, raw, factor, mask, split * cells, scale, slope, interleaved, by_element, inverse)
     else:
         if len(params) != 2:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 from torch._compile import _disable_dynamo
 from torch.autograd.function import BackwardCFunction
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from genfuse.ops import _mlp, _op
@@ -90,7 +90,7 @@ def _as_recorded(node: Node, depends: Depends, *gradients: Tensor | None) -> Gra
     """Right for every operation, and ordinary double backward if what it has saved depends on x."""
     if not isinstance(node, BackwardCFunction):
         result = node(*gradients)
-        return _fit(node, depends, *result) if isinstance(result, tuple) else (result,)
+        return _fit(node, depends, *(result if isinstance(result, tuple) else (result,)))
     # An autograd.Function gets what the engine would give it, and returns something for each argument, tensor or not.
     outputs = zip(gradients, node._input_metadata, strict=True)  # type: ignore[attr-defined]
     made = node.apply(*(torch.zeros(o.shape, dtype=o.dtype, device=o.device) if g is None else g for g, o in outputs))
@@ -185,7 +185,10 @@ _OPERATIONS: dict[str, tuple[VJP, Check | None]] = {  # all others have to pass 
     "BaddbmmBackward0": (_added_matmul("_saved_batch1", "_saved_batch2"), _not_both(1, 2)),
     "MvBackward0": (_as_recorded, _not_both(0, 1)),
     "ConvolutionBackward0": (_convolution, _constant(1, 2)),
-    "NativeBatchNormBackward0": (_batch_norm, lambda node, depends: not node._saved_training),
+    "NativeBatchNormBackward0": (
+        _batch_norm,
+        lambda node, depends: not node._saved_training and not any(depends[by] for by, _ in node.next_functions[1:]),
+    ),
     "PreluKernelBackward0": (_prelu, _constant(1)),
     "ReluBackward0": _cut(lambda g, y: _aten.threshold_backward.default(g, y, 0), "result"),
     "LeakyReluBackward0": _cut(lambda g, x, slope: _leaky(g, x, slope, False), "self", "negative_slope"),
@@ -345,10 +348,18 @@ def _scores(critic: Callable[..., Tensor], x: Tensor, *y: Tensor) -> Tensor:
                 f"{tuple(y[0].shape)}"
             ) from None
         raise
+    if not isinstance(out, Tensor):
+        raise ValueError(f"critic must return a tensor of one number per example, got {type(out).__name__}")
     n, shape = x.shape[0], tuple(out.shape)
     if shape not in ((n,), (n, 1)):
         raise ValueError(f"critic must return one number per example, ({n},) or ({n}, 1), got shape {shape}")
     return out
+
+
+def _as_written(critic: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What torch.compile was given, unless there are hooks on what it made."""
+    hooked = getattr(critic, "_forward_hooks", None) or getattr(critic, "_forward_pre_hooks", None)
+    return critic if hooked else getattr(critic, "_orig_mod", critic)
 
 
 def _takes(critic: Callable[..., Tensor], *arguments: Tensor) -> bool:
@@ -499,7 +510,9 @@ def scores_and_penalty(
     """
     real, fake = real.detach(), fake.detach()
     _op.check_alike(real, "real", fake=(fake, tuple(real.shape)))
-    layers = critic.linear_chain(real) if context is None and hasattr(critic, "linear_chain") else None
+    critic = _as_written(critic)
+    shows = context is None and hasattr(critic, "linear_chain") and not hasattr(critic, "_orig_mod")
+    layers = critic.linear_chain(real) if shows else None  # type: ignore[attr-defined]
     if layers is not None and not torch.compiler.is_compiling():
 
         def draw() -> Tensor:
@@ -518,6 +531,12 @@ def scores_and_penalty(
     return of_real, of_fake, gradient_penalty(critic, real, fake, context, **settings)
 
 
+def _keeps_averages(critic: Callable[..., Tensor]) -> bool:
+    """Whether a normalisation writes to its averages, as it may not within torch.func: the graph breaks there."""
+    layers = critic.modules() if isinstance(critic, nn.Module) else ()
+    return any(isinstance(layer, _NormBase) and layer.training and layer.track_running_stats for layer in layers)
+
+
 def _input_gradient(
     critic: Callable[..., Tensor], x: Tensor, context: Tensor | None, ours: bool = False, keep: bool = False
 ) -> tuple[Any, Tensor]:
@@ -525,13 +544,14 @@ def _input_gradient(
     _op.check_alike(x, "x")
     if context is not None and context.shape[:1] != x.shape[:1]:
         raise ValueError(f"context must have a row for each of the {x.shape[0]} examples, got {tuple(context.shape)}")
-    critic, labels = getattr(critic, "_orig_mod", critic), () if context is None else (context,)
+    critic, labels = _as_written(critic), () if context is None else (context,)
     if getattr(torch.compiler, "is_exporting", bool)():  # which PyTorch 2.6 does not tell
         raise NotImplementedError(
             "torch.export has no gradients within a program: export the critic by itself, or trace the gradient of it "
             "by torch.fx.experimental.proxy_tensor.make_fx, or torch.compile"
         )
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if _are_functorch_transforms_active() or (compiling and not _keeps_averages(critic)):
         return _transformed(critic, x, *labels)
     if not torch.is_grad_enabled():
         return _without_graph(critic, x, *labels)

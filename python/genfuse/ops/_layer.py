@@ -109,7 +109,7 @@ class _Layer(torch.autograd.Function):
         _op._C.mlp_backward(*problem, gparams.reshape(params.shape), hidden.contiguous(), [gseen, *results], -1, 0)
         gx = gcontext = None
         if gseen is not None:
-            gcontext = gseen[:, -context.shape[1] :] if wanted[1] else None
+            gcontext = gseen[:, gseen.shape[1] - context.shape[1] :] if wanted[1] else None
             if wanted[0]:
                 gx = x.new_empty(x.shape)
                 passed = (None, 0) if moved is None else _op.rows(gy)

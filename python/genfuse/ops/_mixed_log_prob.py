@@ -36,7 +36,7 @@ def block_log_softmax(logits: Tensor, block: Tensor, blocks: int) -> Tensor:
     each = block.expand_as(logits)
     shifted = logits - top.gather(-1, each)
     total = shifted.new_zeros(*shifted.shape[:-1], blocks).index_add(-1, block, shifted.exp())
-    return shifted - total.log().gather(-1, each)
+    return shifted - total.where(total != 0, 1.0).log().gather(-1, each)  # 0 of blocks that there are not
 
 
 def formula(raw: Tensor, low: Tensor, high: Tensor, chosen: Tensor, block: Tensor) -> Tensor:

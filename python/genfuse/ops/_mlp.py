@@ -1,5 +1,6 @@
 """Multilayer perceptrons whose forward and backward pass are one call each."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -415,7 +416,8 @@ def mlp(
         hidden = (*x.shape[:-1], _widths(weights)[1])
         others = {"added": added, **{f"gates[{i}]": g for i, g in enumerate(gates)}}
         _op.check_alike(x, "x", **{name: (t, hidden) for name, t in others.items() if t is not None})
-        flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, added, *gates)]
+        rows = math.prod(x.shape[:-1])
+        flat = [None if t is None else t.reshape(rows, t.shape[-1]) for t in (x, added, *gates)]
         settings = {"slope": slope, "residual": residual, "counts": counts}
         y = mlp(flat[0], weights, biases, added=flat[1], gates=flat[2:], **settings)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], y.shape[-1])

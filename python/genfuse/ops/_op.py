@@ -390,9 +390,14 @@ def fused(
             ctx.settings = flat[len(flat) - settings :]
             if backward is not None:
                 ctx.set_materialize_grads(False)
-            if constant is not None and (fixed := constant(*flat)):
-                ctx.mark_non_differentiable(*[outputs[i] for i in fixed])
+            if constant is not None:
+                given = (*_nest(flat[of_tensors], ctx.counts), *ctx.settings) if lists else flat
+                ctx.mark_non_differentiable(*[_tuple(outputs)[i] for i in constant(*given)])
             return outputs
+
+        @staticmethod
+        def _compiled_autograd_key(ctx: Any) -> tuple:
+            return (ctx._autograd_function_id,)  # as of every autograd.Function
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -565,11 +570,10 @@ def _widen(t: Any) -> Any:
 def _apart(made: list[Tensor], given: Sequence[Any]) -> list[Tensor]:
     """Results that share no memory with arguments or with each other, as PyTorch wants them of an operator: compilers
     use that of either again. Nor are they views, which nobody could write to."""
-    if transformed():
-        return made  # of which the operator below is asked in its turn
     others = [t for t in _flat(given) if isinstance(t, Tensor)]
+    alias = (lambda m, t: m._base is t) if transformed() else _is_alias_of  # the operator below is asked in its turn
     for i, m in enumerate(made):
-        if m._is_view() or any(m is t or _is_alias_of(m, t) for t in (*others, *made[:i])):
+        if (m._is_view() and not transformed()) or any(m is t or alias(m, t) for t in (*others, *made[:i])):
             made[i] = m.clone()
     return made
 
@@ -651,7 +655,7 @@ def differentiate(
     graph = torch.is_grad_enabled() and any_requires_grad(*given, *cotangents)
     with _recording(), torch.enable_grad(), enable_inplace_requires_grad(True):
         # Views, since one argument may have been made of another.
-        own = [t.view_as(t) if _floating(t) else t for t in given]
+        own = [t.view_as(t) if _floating(t) or (isinstance(t, Tensor) and t.is_complex()) else t for t in given]
         leaves = [own[i] if own[i].requires_grad else own[i].requires_grad_() for i in by]
         every = zip(_tuple(function(*own)), cotangents, strict=True)
         pairs = [(o, c) for o, c in every if c is not None and o.requires_grad]

@@ -1,6 +1,7 @@
 """Counter-based noise in plain PyTorch: the same numbers as the kernels make, on any device."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, empty_like
@@ -18,15 +19,17 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     synchronisation. Under torch.compile, tracers and modes it is the same draw, by an operator that they keep;
     Inductor's own generator would give another. Under vmap it follows vmap's ``randomness``."""
     mode, transformed = modes._is_in_torch_dispatch_mode, _op.transformed()
-    if generator is None and (compiling() or (mode and not transformed)):
+    if generator is None and (compiling() or mode) and not transformed:
         return torch.ops.genfuse.seed(like)
     return _draw(like, generator, mode or transformed)
 
 
 def _draw(like: Tensor, generator: torch.Generator | None = None, by_operator: bool = False) -> Tensor:
     if by_operator:
-        highest = -_LOWEST - 1
-        drawn = torch.randint(_LOWEST, highest, (), dtype=torch.int64, device=like.device, generator=generator)
+        by: dict[str, Any] = (
+            {} if generator is None else {"generator": generator}
+        )  # where None picks one that tracers refuse
+        drawn = torch.randint(_LOWEST, -_LOWEST - 1, (), dtype=torch.int64, device=like.device, **by)
         return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
     key = empty_like(_SCALAR) if like.is_cpu else empty_like(_SCALAR, device=like.device)
     return key.random_(_LOWEST, None) if generator is None else key.random_(_LOWEST, None, generator=generator)

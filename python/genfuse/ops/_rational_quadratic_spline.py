@@ -321,7 +321,7 @@ def _problem(x: Tensor, params: Tensor, table: Tensor | None, bins: int, box: Se
 def _takes(x: Tensor, params: Tensor, table: Tensor | None, *settings: Any) -> tuple:
     s = Settings(*settings)
     check_settings(s)
-    if not x.dim() or (s.tails == "mixed" and table is None) or (table is not None and not len(table)):
+    if not x.dim() or (s.tails == "mixed" and table is None) or (table is not None and not len(table) and x.shape[-1]):
         raise ValueError("x must have an axis of coordinates, and mixed tails a table")
     boxes = 0 if table is None else len(table)
     return (x.shape, _op.storage(x)), ((*x.shape, s.params), x.dtype), ((boxes, 5), _op.wide(x))
