@@ -303,7 +303,7 @@ def test_the_seed_stays_on_the_gpu_and_a_graph_can_be_captured():
 @pytest.mark.parametrize("implementation", ["native"], indirect=True)
 def test_gradients_over_many_samples_keep_their_digits(implementation):
     if "emulated" in sys.modules:
-        pytest.skip("CUDA adds samples up in float32: for double there are no registers")
+        pytest.skip("the CUDA kernel adds samples up in float32: in double it would spill registers")
     mu = torch.zeros(1, 3, requires_grad=True)
     z, _ = ops.reparameterize_kl(mu, torch.zeros(1, 3), samples=50_000)
     (found,) = torch.autograd.grad(z, mu, torch.full_like(z, 0.7))

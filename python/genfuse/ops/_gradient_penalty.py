@@ -450,12 +450,13 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | N
     piecewise linear in its inputs, whose backward can be differentiated, says so by the class attribute
     ``piecewise_linear = True`` and is then a link of the chain as well. In torch.compile and in the
     transforms of torch.func, which have no such graph, every critic is differentiated twice, which costs little for
-    ReLU and LeakyReLU. The result is not differentiable in x.
+    ReLU and LeakyReLU; a batch norm in training breaks the graph of torch.compile. The result is not differentiable in
+    x.
 
     Args:
         critic: f; ``critic(x)``, or ``critic(x, context)`` if there is one, is (N,) or (N, 1), and treats each example
-            by itself. It is called once. What torch.compile made of it is called as it was before. Hooks of its
-            layers run; hooks on the gradients of tensors inside it only where it is differentiated twice.
+            by itself. It is called once. What torch.compile made of it is called as it was before, and with the
+            hooks that are on it. Hooks of its layers run; hooks on the gradients of tensors inside it only where it is differentiated twice.
         x: (N, ...), float32, float64, float16 or bfloat16.
         context: labels (N,), a context (N, C), or whatever the critic takes, with N rows.
 

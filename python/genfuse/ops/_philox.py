@@ -26,9 +26,8 @@ def seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def _draw(like: Tensor, generator: torch.Generator | None = None, by_operator: bool = False) -> Tensor:
     if by_operator:
-        by: dict[str, Any] = (
-            {} if generator is None else {"generator": generator}
-        )  # where None picks one that tracers refuse
+        # With generator=None PyTorch picks an overload that tracers refuse.
+        by: dict[str, Any] = {} if generator is None else {"generator": generator}
         drawn = torch.randint(_LOWEST, -_LOWEST - 1, (), dtype=torch.int64, device=like.device, **by)
         return drawn ^ _LOWEST  # random_ draws all 64 bits and adds nothing
     key = empty_like(_SCALAR) if like.is_cpu else empty_like(_SCALAR, device=like.device)
