@@ -456,7 +456,8 @@ def input_gradient(critic: Callable[..., Tensor], x: Tensor, context: Tensor | N
     Args:
         critic: f; ``critic(x)``, or ``critic(x, context)`` if there is one, is (N,) or (N, 1), and treats each example
             by itself. It is called once. What torch.compile made of it is called as it was before, and with the
-            hooks that are on it. Hooks of its layers run; hooks on the gradients of tensors inside it only where it is differentiated twice.
+            hooks that are on it. Hooks of its layers run; hooks on the gradients of tensors inside it only where it is
+            differentiated twice.
         x: (N, ...), float32, float64, float16 or bfloat16.
         context: labels (N,), a context (N, C), or whatever the critic takes, with N rows.
 
